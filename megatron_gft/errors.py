@@ -1,0 +1,43 @@
+"""The one exception for problems that a user can fix, and what command-line programs do with it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_BAD_INPUT = 2
+
+
+class InputError(ValueError):
+    """Bad input: what is wrong, with the value and the place, then what to set instead.
+
+    Form of a message: ``place: what is wrong (value) -> what to do``, where place is ``file:line``, a config
+    key or a group id.
+    """
+
+
+class InputErrors(InputError):
+    """Several problems found in one pass, reported together."""
+
+    def __init__(self, heading: str, problems: Sequence[str]):
+        self.problems = list(problems)
+        super().__init__(f"{heading} ({len(self.problems)}):\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+def command(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Turn a tool's ``main(argv=None)`` into one that returns 2 with one message on :class:`InputError`.
+
+    Use as ``sys.exit(main())`` with ``@command`` on ``main``. Other exceptions are our bugs and keep their
+    traceback.
+    """
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return EXIT_BAD_INPUT
+
+    return run
