@@ -1,0 +1,20 @@
+"""Shared fixtures. Importing ``ranks`` first sets one thread per process before any torch operation."""
+
+import os
+
+import pytest
+
+import ranks  # noqa: F401
+import torch
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked ``gpu`` need a CUDA device; ``soak`` runs only when asked for with ``-m soak``."""
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    not_asked = pytest.mark.skip(reason="runs in make soak")
+    soak = "soak" in (config.getoption("-m") or "") or os.environ.get("MEGATRON_GFT_SOAK") == "1"
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "soak" in item.keywords and not soak:
+            item.add_marker(not_asked)
