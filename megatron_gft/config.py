@@ -1,0 +1,291 @@
+"""The whole configuration of a run as one typed tree: YAML files < dotted overrides, checked once, together.
+
+Imports neither torch nor Megatron, so that a wrong configuration is refused in a fraction of a second, before
+any process group starts. ``load_config`` gives a :class:`Config` or raises one error that lists every problem.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megatron_gft.atomic import atomic_file
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.objectives import OBJECTIVES, Advantage, Coefficient, Normalize, Source, ZeroVariance
+
+
+class Section(pydantic.BaseModel):
+    """A section of the tree: unknown keys are errors, values are fixed once read."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """What is trained. The shape comes from a Hugging Face ``config.json``, never from numbers typed twice."""
+
+    config: str = Field(description="folder of a Hugging Face model, or its config.json: the model's shape")
+    tokenizer: str | None = Field(None, description="tokenizer folder whose fingerprint shards must carry")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="weights and activations")
+    backend: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="auto: Transformer Engine when it is importable and a GPU is there"
+    )
+    fp8: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] | None = Field(
+        None, description="FP8 recipe of the linear layers; needs Transformer Engine"
+    )
+    recompute: Literal["none", "core_attention", "full"] = Field(
+        "none", description="activations made again in backward instead of kept"
+    )
+    make_vocab_size_divisible_by: PositiveInt = Field(128, description="vocabulary rows per tensor rank divide by it")
+
+
+class ParallelConfig(Section):
+    """How the work is cut. Data parallel is what remains of the world size."""
+
+    tp: PositiveInt = Field(1, description="tensor-parallel size")
+    pp: PositiveInt = Field(1, description="pipeline stages")
+    vpp: int | None = Field(None, ge=2, description="model chunks per pipeline rank (interleaved schedule)")
+    cp: PositiveInt = Field(1, description="context-parallel size")
+    ep: PositiveInt = Field(1, description="expert-parallel size (MoE)")
+    etp: PositiveInt | None = Field(None, description="tensor-parallel size of the experts; default tp")
+    sequence_parallel: bool = Field(False, description="cut norms and dropouts over the sequence; needs tp > 1")
+    collective_timeout_minutes: PositiveInt = Field(30, description="a collective that takes longer ends the job")
+
+
+class DataConfig(Section):
+    """Group shards and how a step is made of them."""
+
+    train: list[str] = Field(default_factory=list, description="shard prefixes or globs")
+    train_weights: list[PositiveFloat] | None = Field(None, description="one per entry of train; default: all groups")
+    valid: list[str] = Field(default_factory=list, description="shards to validate on; default: split of train")
+    split: str = Field("100,0,0", description="train,valid,test shares of every train shard, in order of groups")
+    groups_per_step: PositiveInt = Field(128, description="whole groups per optimizer step")
+    max_tokens_per_pack: PositiveInt = Field(8192, description="tokens of one microbatch, padding included")
+    packing: Literal["auto", "packed", "shared_prefix"] = Field(
+        "auto", description="shared_prefix computes a prompt once for its responses; auto takes the cheaper"
+    )
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "error", description="a response that does not fit max_tokens_per_pack or max_response_tokens"
+    )
+    max_response_tokens: PositiveInt | None = Field(None, description="limit of one response, EOS included")
+    cache: str | None = Field(None, description="folder for Megatron's blend indices")
+    allow_tokenizer_mismatch: bool = Field(False, description="train on shards tokenized for another model")
+    allow_changed_data: bool = Field(False, description="resume although the shards, seed or split changed")
+
+
+class ObjectiveConfig(Section):
+    """The loss. ``name`` is a preset; ``coefficient``, ``advantage`` and ``sources`` change parts of it."""
+
+    name: Literal["gft", "sft", "dft"] = Field("gft", description="preset of the next three")
+    coefficient: Coefficient | None = Field(None, description="token weight: rectified, none or probability")
+    advantage: Advantage | None = Field(None, description="response weight: std, population, mean_only, rloo, none")
+    sources: list[Source] | None = Field(None, min_length=1, description="which responses train")
+    tau: float = Field(0.1, ge=0, le=1, description="probability above which the coefficient is 1")
+    advantage_eps: NonNegativeFloat = Field(1e-6, description="added to the standard deviation of the rewards")
+    normalize: Normalize = Field("tokens", description="what the step's loss is divided by")
+    zero_variance: ZeroVariance = Field("keep", description="groups with equal rewards count in the divisor, or not")
+    fused_head: bool = Field(True, description="output layer and loss in one chunked pass, no [tokens, vocab] tensor")
+    head_chunk_tokens: PositiveInt = Field(2048, description="rows of one chunk of the fused head")
+    entropy: bool = Field(True, description="measure the entropy of the predictions")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, dict) or value.get("name", "gft") not in OBJECTIVES:
+            return value
+        preset = OBJECTIVES[value.get("name", "gft")]
+        filled = dict(value)
+        for key in ("coefficient", "advantage", "sources"):
+            if filled.get(key) is None:
+                filled[key] = getattr(preset, key)
+        filled["sources"] = list(filled["sources"])
+        return filled
+
+
+class OptimizerConfig(Section):
+    """Adam(W), its schedule, and Megatron's distributed optimizer."""
+
+    lr: PositiveFloat = Field(1e-6, description="peak learning rate")
+    min_lr: NonNegativeFloat = Field(0.0, description="end of the decay")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    warmup_steps: NonNegativeInt = Field(0, description="linear from 0 to lr")
+    decay_steps: PositiveInt | None = Field(None, description="steps until min_lr; default: all steps of the run")
+    weight_decay: NonNegativeFloat = Field(0.0, description="not applied to norms and biases")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: PositiveFloat = Field(1e-8)
+    clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm; 0 turns clipping off")
+    distributed: bool = Field(True, description="shard the optimizer state over data-parallel ranks")
+    overlap_grad_reduce: bool = Field(False, description="reduce gradients while backward runs")
+    overlap_param_gather: bool = Field(False, description="gather weights while forward runs; needs the one above")
+    grad_reduce_in_fp32: bool = Field(True, description="gradient buffers in float32")
+
+
+class TrainConfig(Section):
+    """How long, and what to do on the way."""
+
+    output: str = Field("runs/gft", description="folder of the run: config, metrics, checkpoints, exports")
+    seed: int = Field(1234, ge=0, description="order of the groups and initial weights")
+    epochs: PositiveInt = Field(1, description="passes over the groups")
+    max_steps: PositiveInt | None = Field(None, description="stop earlier")
+    validate_every: PositiveInt | None = Field(None, description="steps between validations; null: never")
+    validate_groups: PositiveInt = Field(256, description="groups of one validation")
+    nonfinite: Literal["stop", "skip"] = Field("stop", description="a step whose loss or gradient is not finite")
+    loss_spike_factor: float | None = Field(
+        None, gt=1, description="a gradient norm this many times its running median is treated as nonfinite"
+    )
+    max_skipped_steps: NonNegativeInt = Field(10, description="skipped steps after which the run stops")
+    watchdog_minutes: PositiveFloat = Field(30.0, description="a rank without progress for so long ends the job")
+
+
+class CheckpointConfig(Section):
+    """Where weights come from and where they go."""
+
+    init_from: str | None = Field(None, description="hf:DIR or a Megatron checkpoint: start from its weights")
+    resume: Literal["latest", "previous", "never"] = Field(
+        "latest", description="continue the run in train.output; previous: the last but one checkpoint"
+    )
+    load_optimizer: bool = Field(True, description="on resume, false keeps only weights and data position")
+    save_every: PositiveInt | None = Field(None, description="steps between checkpoints; the last step always saves")
+    keep_last: PositiveInt = Field(2, description="older checkpoints are removed")
+    async_save: bool = Field(True, description="write in the background while training goes on")
+    export_hf: PositiveInt | Literal["last"] | None = Field(
+        None, description="Hugging Face exports: every N steps, or after the last one"
+    )
+
+
+class LoggingConfig(Section):
+    """What is written besides ``metrics.jsonl`` and the console line."""
+
+    every: PositiveInt = Field(1, description="steps between lines")
+    tensorboard: bool = Field(True, description="TensorBoard events, when it is installed")
+    wandb_project: str | None = Field(None, description="Weights & Biases project, when it is installed")
+    progress_bar: bool = Field(True, description="on rank 0")
+    peak_tflops: PositiveFloat | None = Field(None, description="of one device; default: known GPUs; for MFU")
+
+
+class ProfileConfig(Section):
+    """torch profiler traces of chosen steps and ranks."""
+
+    steps: list[PositiveInt] = Field(default_factory=list, description="steps to trace")
+    ranks: list[NonNegativeInt] = Field(default_factory=lambda: [0], description="ranks to trace")
+
+
+class Config(Section):
+    """One run. See ``examples/`` for complete files."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
+
+    def write(self, path: str | Path) -> None:
+        """Write the resolved tree as YAML that ``load_config`` reads back to an equal value."""
+        with atomic_file(path) as temporary:
+            temporary.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Read YAML ``files`` (later ones win, key by key), apply ``section.key=value`` overrides, check the tree.
+
+    Raises:
+        InputErrors: with every unknown key (and the nearest known one), wrong type and value out of range.
+    """
+    tree: dict[str, Any] = {}
+    for file in files:
+        _merge(tree, _read_yaml(Path(file)))
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise InputError(f"override {override!r}: not of the form section.key=value")
+        _set(tree, key.split("."), _parse_value(override, text))
+    try:
+        return Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise InputErrors("configuration", [_explain(problem) for problem in error.errors()]) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-6`` as a string; people who write learning rates mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the configuration ({error.strerror}) -> pass --config FILE") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a configuration is a mapping of sections, this is {type(value).__name__}")
+    return value
+
+
+def _parse_value(override: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise InputError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        branch = tree.setdefault(key, {})
+        if isinstance(branch, str):  # objective: gft
+            branch = tree[key] = {"name": branch}
+        if not isinstance(branch, dict):
+            raise InputError(f"override {'.'.join(path)}: {key} is not a section")
+        tree = branch
+    tree[path[-1]] = value
+
+
+def all_keys() -> list[str]:
+    """Every settable key as ``section.key``."""
+    keys = []
+    for section, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        keys += [f"{section}.{key}" for key in field.annotation.model_fields]
+    return keys
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = all_keys() + list(Config.model_fields)
+        leaf = where.rsplit(".", 1)[-1]
+        near = difflib.get_close_matches(where, known, 1, 0.6) or [
+            key for key in known if difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], leaf).ratio() > 0.75
+        ]
+        hint = f" -> did you mean {near[0]}?" if near else " -> see megatron_gft/config.py for the known keys"
+        return f"{where}: unknown key{hint}"
+    if problem["type"] == "missing":
+        return f"{where}: missing -> set it in the configuration file or as {where}=..."
+    return f"{where}: {problem['msg'].lower()} (got {problem['input']!r})"
