@@ -1,0 +1,349 @@
+"""Core attention over packs: Megatron's ``core_attention`` for packed and shared-prefix token layouts.
+
+Why our own: a shared-prefix pack holds the prompt of a group once and lets every response attend to it, which none
+of Megatron-Core's attention modules express; and Megatron's own module without Transformer Engine takes neither
+packs nor context parallelism. The layer around it (projections, RoPE, tensor parallelism, recompute) is Megatron's.
+
+The idea that carries all cases is in ``pack_layout.py``: queries see ``[prefix; own rows]``, causal, aligned to the
+bottom right, and context parallelism only makes the own rows fewer once keys and values were all-gathered over the
+group (as Llama 3 was trained: arXiv 2407.21783, section 3.3.2). So sharing and context parallelism are exact, alone
+and together, and a backend only needs variable-length attention with unequal query and key lengths:
+
+- Transformer Engine (:class:`TECoreAttention`): ``thd`` with gathered keys and values;
+- CUDA, half precision (:class:`CoreAttention`): torch's flash attention, same gathered keys and values;
+- CPU: torch's flash kernel on unmasked blocks, merged by log-sum-exp: no gathered copies, no masks;
+- anything else (fp32 on CUDA, sliding window off the GPU): ``scaled_dot_product_attention`` with masks.
+
+Shapes: T rows of a pack on this rank, h query heads, g key-value heads (g divides h), d channels a head.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.pack_layout import Block, PackLayout, VarlenIndex, zigzag_indices
+
+__all__ = ["CoreAttention", "PackLayout", "RMSNorm", "TECoreAttention", "zigzag_indices"]
+
+# Kernel limits of flash attention 2, which torch ships.
+FLASH_HEAD_MULTIPLE, FLASH_HEAD_MAX = 8, 256
+
+
+# --- backends: query [T, h, d], key and value [K, g, d] -> [T, h, d] ---------------------------------------------
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, index: VarlenIndex, scale: float, window: int | None) -> Tensor:
+    """torch's CUDA flash attention, one call for the pack; half precision only.
+
+    The aten operator and not ``torch.nn.attention.varlen``: that may choose cuDNN, whose causal mask is aligned to
+    the top left where flash's is aligned to the bottom right (pytorch pull request 193630), and its signature
+    changed in each of the last releases.
+    """
+    if index.kv_index is not None:
+        k, v = k.index_select(0, index.kv_index), v.index_select(0, index.kv_index)
+    return torch.ops.aten._flash_attention_forward(
+        *(q, k, v, index.cu_seqlens_q, index.cu_seqlens_kv, max(index.q_lengths), max(index.kv_lengths)),
+        0.0,  # dropout
+        True,  # causal
+        False,  # debug mask
+        scale=scale,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=0,
+    )[0]
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, index: VarlenIndex, scale: float, window: int | None) -> Tensor:
+    """``scaled_dot_product_attention`` entry by entry, with a mask where causal alone does not say it; any device."""
+    if index.kv_index is not None:
+        k, v = k.index_select(0, index.kv_index), v.index_select(0, index.kv_index)
+    outputs = []
+    # split, not slices: the gradient of a split is one concatenation, that of a slice a full-size buffer.
+    pieces = zip(q.split(index.q_lengths), k.split(index.kv_lengths), v.split(index.kv_lengths), strict=True)
+    for q_j, k_j, v_j in pieces:
+        mask = bottom_right_mask(len(q_j), len(k_j), window, q.device)
+        out = F.scaled_dot_product_attention(
+            *(t.transpose(0, 1)[None] for t in (q_j, k_j, v_j)),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=True,
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def bottom_right_mask(q_length: int, kv_length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """bool [q_length, kv_length], True = visible; the last query sees the last key. None = plain square causal."""
+    windowed = window is not None and window < kv_length
+    if q_length == kv_length and not windowed:
+        return None
+    position = torch.arange(kv_length - q_length, kv_length, device=device)[:, None]
+    key = torch.arange(kv_length, device=device)
+    visible = key <= position
+    return visible & (key > position - window) if windowed else visible
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Attention as a sum over :class:`Block` s, merged by log-sum-exp, on torch's CPU flash kernels.
+
+    Each block's softmax is normalised over its own keys; outputs merge with weights exp(lse_block - lse_total).
+    The backward kernel given the merged output and log-sum-exp yields each block's exact share of the gradients
+    (probabilities are exp(score - lse_total)), as in ring attention (arXiv 2310.01889).
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks: tuple[Block, ...], scale: float) -> Tensor:
+        out = torch.empty_like(q)  # [T, h, d]
+        lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))  # [T, h]
+        for block in blocks:
+            rows, keys = _slices(block)
+            o, l = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *_heads_first(q[rows], k[keys], v[keys]), 0.0, block.causal, scale=scale
+            )
+            o, l = o[0].transpose(0, 1), l[0].transpose(0, 1)
+            if block.causal:  # these come first and cover each row once
+                out[rows], lse[rows] = o, l
+                continue
+            merged = torch.logaddexp(lse[rows], l)
+            old, new = (torch.exp(x - merged)[..., None].to(q.dtype) for x in (lse[rows], l))
+            out[rows] = out[rows] * old + o * new
+            lse[rows] = merged
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+        for block in ctx.blocks:
+            rows, keys = _slices(block)
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *_heads_first(grad[rows], q[rows], k[keys], v[keys], out[rows]),
+                lse[rows].transpose(0, 1)[None],
+                0.0,
+                block.causal,
+                scale=ctx.scale,
+            )
+            for total, part, where in zip((dq, dk, dv), grads, (rows, keys, keys), strict=True):
+                total[where] += part[0].transpose(0, 1)
+        return dq, dk, dv, None, None
+
+
+def _slices(block: Block) -> tuple[slice, slice]:
+    return (
+        slice(block.q_start, block.q_start + block.q_length),
+        slice(block.k_start, block.k_start + block.k_length),
+    )
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """[n, heads, d] -> views [1, heads, n, d]."""
+    return [t.transpose(0, 1)[None] for t in tensors]
+
+
+# --- modules ------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the contract of Megatron's norm layers; works under sequence parallelism.
+
+    The weight carries ``sequence_parallel``, so that ``finalize_model_grads`` sums its gradient over the
+    tensor-parallel ranks, each of which saw a part of the tokens. Megatron's own torch norm refuses that case.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused):
+        if config.layernorm_zero_centered_gamma:
+            raise InputError("layernorm_zero_centered_gamma: not supported without Transformer Engine -> False")
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class _PackAttention(MegatronModule):
+    """What both core attentions share: the constructor that Megatron's layer specs call, and its checks."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        problems = []
+        if dropout:
+            problems.append(f"attention_dropout: {dropout} would differ between pack forms -> set 0")
+        if attention_type != "self" or attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
+            problems.append(
+                f"{attention_type} attention with mask {attn_mask_type.name} -> causal self-attention only"
+            )
+        if config.softmax_type != "vanilla":
+            problems.append(f"softmax_type: {config.softmax_type!r} is not supported -> 'vanilla'")
+        if config.apply_query_key_layer_scaling:
+            problems.append("apply_query_key_layer_scaling: not supported -> False")
+        if config.qk_clip or config.log_max_attention_logit:
+            problems.append("qk_clip, log_max_attention_logit: not supported -> False")
+        window = None
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            left, right = config.window_size
+            window = left + 1 if left >= 0 else None
+            if right != 0:
+                problems.append(f"window_size: {config.window_size} looks ahead -> (tokens - 1, 0)")
+        if problems:
+            raise InputErrors("core attention cannot run this configuration", problems)
+        self.window = window  # tokens that a query sees, itself included; None = all
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            if pg_collection is None:
+                raise ValueError("context parallelism needs pg_collection.cp")
+            self.cp_group = pg_collection.cp
+
+    @property
+    def cp_rank(self) -> int:
+        """This rank's place among those that share a pack."""
+        return 0 if self.cp_group is None else self.cp_group.rank()
+
+    def _check(self, layout: PackLayout, query: Tensor) -> None:
+        """A layout that does not belong to the tensors would give wrong numbers silently."""
+        cp_size = self.config.context_parallel_size
+        if layout.cp_size != cp_size or query.shape[:2] != (layout.tokens // cp_size, 1):
+            raise ValueError(
+                f"layout of {layout.tokens} rows, cp_size {layout.cp_size} does not fit query "
+                f"{tuple(query.shape)} at context_parallel_size {cp_size}"
+            )
+
+    def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, g, d] of this rank -> [T * cp, g, d] of all, by rank; backward reduce-scatters. One collective."""
+        if self.cp_group is None:
+            return key, value
+        both = gather_from_sequence_parallel_region(torch.cat((key, value), 1), group=self.cp_group)
+        return tuple(both.chunk(2, 1))
+
+
+class CoreAttention(_PackAttention):
+    """Core attention on torch alone, CPU or GPU; see the module docstring for which kernel runs when."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackLayout | None = None,
+    ) -> Tensor:
+        """Attend within a pack, or, without ``packed_seq_params``, causally within each column of a plain batch.
+
+        Args:
+            query: [T, 1, h/tp, d] after RoPE; T local rows (zig-zag under context parallelism).
+            key, value: [T, 1, g/tp, d].
+            attention_mask: not read; the layout says it all.
+
+        Returns:
+            [T, 1, h/tp * d].
+        """
+        if attention_bias is not None:
+            raise ValueError("attention_bias is not supported")
+        if packed_seq_params is None:
+            return self._plain_batch(query, key, value)
+        layout = packed_seq_params
+        self._check(layout, query)
+        q, (k, v) = query.squeeze(1), self._gather(key.squeeze(1), value.squeeze(1))
+        window = self.window if self.window is not None and self.window < layout.max_seqlen_kv else None
+        head_fits = q.shape[-1] % FLASH_HEAD_MULTIPLE == 0 and q.shape[-1] <= FLASH_HEAD_MAX
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and head_fits:
+            out = flash_attention(q, k, v, layout.varlen(self.cp_rank, q.device), self.scale, window)
+        elif q.is_cuda or window is not None:
+            out = masked_attention(q, k, v, layout.varlen(self.cp_rank, q.device), self.scale, window)
+        else:
+            if layout.cp_size > 1:
+                order = layout.ungather_index(k.device)
+                k, v = k.index_select(0, order), v.index_select(0, order)
+            out = _BlockAttention.apply(q, k, v, layout.blocks(self.cp_rank), self.scale)
+        return out.reshape(len(out), 1, -1)
+
+    def _plain_batch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[s, b, h, d] -> [s, b, h * d]: each column one causal sequence (evaluation, reference comparisons)."""
+        if self.cp_group is not None:
+            raise ValueError("context parallelism needs a PackLayout")
+        mask = bottom_right_mask(len(query), len(key), self.window, query.device)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class TECoreAttention(_PackAttention):
+    """Core attention on Transformer Engine's kernels, through Megatron's wrapper (which knows TE's versions).
+
+    Shared prefixes and context parallelism come to TE as gathered keys and values with unequal lengths and mask
+    ``padding_causal_bottom_right``; TE's own context parallelism stays off.
+    """
+
+    def __init__(self, config: TransformerConfig, *args, pg_collection: ProcessGroupCollection, **kwargs):
+        super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
+        if config.fp8_dot_product_attention:
+            raise InputError("fp8_dot_product_attention: not supported for packs -> False")
+        # Optional dependency: megatron's module imports without TE, its classes do not construct.
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        local = copy.copy(config)
+        local.context_parallel_size = 1
+        # In a tuple, so that it is no submodule: TE registers an (empty) extra state, and checkpoints must not
+        # depend on the attention backend.
+        self._attention = (TEDotProductAttention(local, *args, pg_collection=pg_collection, **kwargs),)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackLayout | None = None,
+    ) -> Tensor:
+        """As :meth:`CoreAttention.forward`; a plain batch goes to TE as it is."""
+        (attention,) = self._attention
+        if packed_seq_params is None:
+            return attention(query, key, value, attention_mask, attn_mask_type or AttnMaskType.causal)
+        layout = packed_seq_params
+        self._check(layout, query)
+        k, v = self._gather(key.squeeze(1), value.squeeze(1))
+        index = layout.varlen(self.cp_rank, query.device)
+        mask_type = "padding_causal"
+        if index.kv_index is not None:
+            k, v = k.index_select(0, index.kv_index), v.index_select(0, index.kv_index)
+            # Megatron's enum lacks this value of TE's; its wrapper reads only ``.name``.
+            mask_type = "padding_causal_bottom_right"
+        thd = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=index.cu_seqlens_q,
+            cu_seqlens_kv=index.cu_seqlens_kv,
+            max_seqlen_q=max(index.q_lengths),
+            max_seqlen_kv=max(index.kv_lengths),
+        )
+        out = attention(query.squeeze(1), k, v, None, SimpleNamespace(name=mask_type), packed_seq_params=thd)
+        return out.reshape(len(query), 1, -1)
