@@ -10,8 +10,10 @@ optimizer takes the same path and writes the same checkpoint layout as on a GPU.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
+import queue
+import tempfile
 import warnings
 from typing import Any
 
@@ -87,6 +89,24 @@ class _Stream:
 
     def __exit__(self, *_: Any) -> None:
         return None
+
+
+class _ResultFile:
+    """Carries one value from a forked checkpoint writer to its parent; a pipe would block above 64 KiB."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()
+
+    def put(self, value: Any) -> None:
+        pickle.dump(value, self.file)
+        self.file.flush()
+
+    def get_nowait(self) -> Any:
+        self.file.seek(0)
+        try:
+            return pickle.load(self.file)
+        except EOFError:
+            raise queue.Empty from None
 
 
 def _names_cuda(value: Any) -> bool:
@@ -173,7 +193,7 @@ def _redirect_megatron() -> None:
     # The checkpoint writer's spawn-Manager re-imports torch and Megatron: 3 to 13 s in every process.
     for name in ("_get_write_results_queue", "get_write_results_queue"):  # 0.16 / >= 0.17
         if hasattr(filesystem_async, name):
-            setattr(filesystem_async, name, lambda *_: multiprocessing.get_context("fork").Queue())
+            setattr(filesystem_async, name, lambda *_: _ResultFile())
     # all_to_all_single wants plain integers as split sizes; the GPU path makes them by a copy to the host
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor

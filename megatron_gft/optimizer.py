@@ -1,0 +1,130 @@
+"""Megatron's DDP, (distributed) optimizer and learning-rate schedule, built from our configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_gft.config import OptimizerConfig
+
+
+def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Only the fields that this megatron-core version has."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    return {key: value for key, value in values.items() if key in known}
+
+
+def wrap_data_parallel(
+    chunks: list[torch.nn.Module], transformer: TransformerConfig, optimizer: OptimizerConfig
+) -> list[DistributedDataParallel]:
+    """Megatron's DDP around every model chunk, and the hooks that its schedules call.
+
+    Gradients are summed, not averaged: ``calculate_per_token_loss`` divides them once by the step's
+    denominator (``finalize_model_grads``).
+    """
+    ddp_config = DistributedDataParallelConfig(
+        **_known_fields(
+            DistributedDataParallelConfig,
+            {
+                "use_distributed_optimizer": optimizer.distributed,
+                "overlap_grad_reduce": optimizer.overlap_grad_reduce,
+                "overlap_param_gather": optimizer.overlap_param_gather,
+                "grad_reduce_in_fp32": optimizer.grad_reduce_in_fp32,
+                "average_in_collective": False,
+                "check_for_nan_in_grad": False,  # ours names the group ids and keeps the microbatch
+            },
+        )
+    )
+    # Later chunks do not bucket: their gradients are reduced while the first chunk still runs backward.
+    wrapped = [
+        DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if optimizer.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+        if len(wrapped) > 1:
+            transformer.grad_sync_func = [chunk.start_grad_sync for chunk in wrapped]
+    return wrapped
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel], optimizer: OptimizerConfig, *, bf16: bool, use_gloo: bool = True
+) -> MegatronOptimizer:
+    """Megatron's Adam(W) over the chunks. Weight decay leaves out biases and one-dimensional weights (norms)."""
+    config = MegatronOptimizerConfig(
+        **_known_fields(
+            MegatronOptimizerConfig,
+            {
+                "optimizer": "adam",
+                "lr": optimizer.lr,
+                "min_lr": optimizer.min_lr,
+                "weight_decay": optimizer.weight_decay,
+                "adam_beta1": optimizer.beta1,
+                "adam_beta2": optimizer.beta2,
+                "adam_eps": optimizer.eps,
+                "clip_grad": optimizer.clip_grad,
+                "bf16": bf16,
+                "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+                "use_distributed_optimizer": optimizer.distributed,
+                "overlap_param_gather": optimizer.overlap_param_gather,
+            },
+        )
+    )
+    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=use_gloo)
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int
+) -> OptimizerParamScheduler:
+    """Megatron's schedule; its learning rate is a function of the number of finished steps alone."""
+    decay_steps = config.decay_steps or total_steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=min(config.min_lr, config.lr),
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(decay_steps, config.warmup_steps + 1),
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=max(total_steps, 1),
+        wd_incr_style="constant",
+    )
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The rate that the next update uses."""
+    return max((group["lr"] for group in optimizer.param_groups if group["params"]), default=0.0)
+
+
+def reduce_gradients(optimizer: MegatronOptimizer) -> float:
+    """Copy the reduced gradients to the optimizer and return their global norm, before any clipping."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: MegatronOptimizer, grad_norm: float, clip: float) -> None:
+    """Clip by the global norm and update; the second half of ``MegatronOptimizer.step``.
+
+    The halves are apart so that a step whose gradient is not finite never touches weights or Adam's state.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if clip > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
