@@ -1,0 +1,455 @@
+"""Log-probabilities and the GFT loss over a vocabulary that is cut across tensor-parallel ranks.
+
+:func:`vocab_parallel_logprobs` takes logits; :func:`linear_gft_loss` takes the last hidden state and never
+holds more than ``chunk_tokens`` rows of logits. Both rest on two row kernels (:func:`exponentiate_rows_`,
+:func:`softmax_gradient`) and one small all-gather of per-row statistics, so every rank sees bit-equal
+log-probabilities and takes the same branch at tau.
+
+Why the gradient can be made in forward: the loss is linear in the detached token weights, and row t's gradient
+``w_t c_t (softmax_t - onehot_t)`` needs row t alone. Per chunk: logits GEMM -> statistics -> combine over ranks
+-> p, c -> gradient of the logits in place of the logits -> hidden-gradient GEMM, weight-gradient GEMM. Only the
+scalar upstream gradient is unknown, and with ``calculate_per_token_loss`` Megatron divides by the token count
+after backward, so it is the loss scale (1 except in fp16).
+
+Two homes for the weight gradient:
+
+- by default a buffer of its own (float32 for half-precision weights), scaled and handed to autograd in
+  backward: correct for any upstream gradient and anywhere in a graph;
+- with ``accumulate_into_main_grad`` straight into Megatron's ``weight.main_grad`` **during forward**: no buffer,
+  no second pass over [vocab, h]. Sound under Megatron's schedules: ``main_grad`` is zeroed before the first
+  forward of a step, and its reduction starts only when the *backward* of the last microbatch has reported every
+  parameter of the bucket, which comes after that microbatch's forward. Two conditions remain, and both are
+  checked: a forward without backward must not pass here (the caller says so by not asking), and the upstream
+  gradient must equal ``loss_scale`` (asserted in backward).
+
+Shapes: T rows, V vocabulary rows of all ranks (padding included), v = V/tp rows here, h hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from megatron_gft.gft import coefficient as token_coefficient
+from megatron_gft.objectives import OBJECTIVES, Coefficient
+
+# Rows are handled in blocks so that several passes over them hit the cache (CPU), or so that float32
+# temporaries of half-precision logits stay small beside the chunk (elsewhere).
+_CPU_BLOCK_ELEMENTS = 2**18
+_BLOCKS_PER_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The vocabulary columns of this rank: ``size`` of them from ``start``, of which the first ``valid`` are real.
+
+    The rest is padding that makes the vocabulary divisible; its weights are zeros in converted checkpoints, so
+    its logits (0) must stay out of the softmax for the loss to equal the original model's.
+    """
+
+    start: int
+    size: int
+    valid: int
+
+    @classmethod
+    def of_rank(cls, size: int, tp_group: dist.ProcessGroup | None, vocab_size: int | None) -> VocabShard:
+        """Shard of this rank in ``tp_group``; ``vocab_size`` is the true size, None means no padding."""
+        rank, world_size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
+        start = rank * size
+        total = world_size * size if vocab_size is None else vocab_size
+        assert 0 < total <= world_size * size, f"vocab_size {total} exceeds {world_size} shards of {size} columns"
+        return cls(start, size, min(max(total - start, 0), size))
+
+    def targets(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Column of each label here (0 where it is another rank's), and whether it is ours; both [T]."""
+        columns = labels - self.start
+        owned = (columns >= 0) & (columns < self.valid)
+        return torch.where(owned, columns, 0), owned
+
+
+def exponentiate_rows_(
+    logits: torch.Tensor, labels: torch.Tensor, shard: VocabShard, *, entropy: bool = False
+) -> torch.Tensor:
+    """Replace each row of ``logits`` [T, v] by exp(logit - row maximum) and return the row statistics.
+
+    Padding columns are neither read nor written. Half-precision rows are computed in float32.
+
+    Returns:
+        [3 or 4, T], float32 or wider: maximum, sum of exponentials, logit of the label (-inf where another
+        rank owns it), and with ``entropy`` the sum of e * log(e) over the exponentials e.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    columns, owned = shard.targets(labels)
+    statistics = torch.empty((4 if entropy else 3, len(logits)), dtype=dtype, device=logits.device)
+    target = logits.gather(1, columns[:, None])[:, 0].to(dtype)
+    torch.where(owned, target, -torch.inf, out=statistics[2])
+    if shard.valid == 0:  # this shard is all padding: it adds nothing to any sum
+        statistics[0] = torch.finfo(dtype).min
+        statistics[1] = 0
+        statistics[3:] = 0
+        return statistics
+    for rows in _row_blocks(logits):
+        block = logits[rows, : shard.valid]
+        values = block.to(dtype)  # the block itself where it is float32 or wider
+        torch.amax(values, dim=1, out=statistics[0, rows])
+        values.sub_(statistics[0, rows, None]).exp_()
+        torch.sum(values, dim=1, out=statistics[1, rows])
+        if entropy:
+            statistics[3, rows] = -torch.special.entr(values).sum(1)
+        if values.dtype != block.dtype:
+            block.copy_(values)
+    return statistics
+
+
+def softmax_gradient(
+    exponentials: torch.Tensor,
+    labels: torch.Tensor,
+    shard: VocabShard,
+    *,
+    row_scale: torch.Tensor,
+    row_weights: torch.Tensor,
+    logprobs: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """``out[t] = row_weights[t] * (softmax[t] - onehot[t])`` [T, v] from :func:`exponentiate_rows_`'s result.
+
+    Args:
+        exponentials: [T, v] exp(logit - row maximum).
+        row_scale: [T] softmax = exponentials * row_scale.
+        row_weights: [T] gradient with respect to -log p of each row.
+        logprobs: [T] log p of the labels.
+        out: [T, v], may be ``exponentials`` itself; padding columns are set to 0.
+    """
+    valid = slice(shard.valid)
+    torch.mul(exponentials[:, valid], (row_scale * row_weights)[:, None], out=out[:, valid])
+    out[:, shard.valid :].zero_()
+    columns, owned = shard.targets(labels)
+    # w (p - 1) by expm1: no cancellation where p is close to 1, and no rounding of p to half precision
+    label_gradient = (row_weights * torch.expm1(logprobs)).to(out.dtype)
+    current = out.gather(1, columns[:, None])[:, 0]
+    out.scatter_(1, columns[:, None], torch.where(owned, label_gradient, current)[:, None])
+    return out
+
+
+@dataclass(frozen=True)
+class _RowResult:
+    """Per row, each [T]: log p of the label, entropy (or None), and exp(local maximum) / partition function."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+    scale: torch.Tensor
+
+
+def _combine(statistics: torch.Tensor, tp_group: dist.ProcessGroup | None) -> _RowResult:
+    """Statistics [3 or 4, T] of every rank -> the same row results on every rank; one all-gather."""
+    rank, world_size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
+    gathered = statistics[None]
+    if world_size > 1:
+        gathered = statistics.new_empty((world_size * len(statistics), statistics.shape[1]))
+        dist.all_gather_into_tensor(gathered, statistics, group=tp_group)
+        gathered = gathered.view(world_size, *statistics.shape)
+    maximum, sums, target = gathered[:, 0], gathered[:, 1], gathered[:, 2]
+    top = maximum.amax(0)
+    rescale = (maximum - top).exp()
+    total = (sums * rescale).sum(0)
+    logprobs = target.amax(0) - top - total.log()
+    entropy = None
+    if len(statistics) == 4:
+        expected = ((gathered[:, 3] + (maximum - top) * sums) * rescale).sum(0) / total  # E[logit - top]
+        entropy = total.log() - expected
+    return _RowResult(logprobs, entropy, rescale[rank] / total)
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, shard, tp_group):
+        exponentials = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        rows = _combine(exponentiate_rows_(exponentials, labels, shard), tp_group)
+        ctx.shard = shard
+        ctx.save_for_backward(exponentials, labels, rows.scale, rows.logprobs)
+        return rows.logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs):
+        exponentials, labels, scale, logprobs = ctx.saved_tensors
+        gradient = softmax_gradient(
+            exponentials,
+            labels,
+            ctx.shard,
+            row_scale=scale,
+            row_weights=-grad_logprobs,
+            logprobs=logprobs,
+            out=torch.empty_like(exponentials),
+        )
+        return gradient, None, None, None
+
+
+def vocab_parallel_logprobs(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    tp_group: dist.ProcessGroup | None = None,
+    *,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """log p of the labels, differentiable in the logits.
+
+    Args:
+        logits: [T, v] this rank's columns; left unchanged.
+        labels: [T] int64, in the whole vocabulary; equal on all ranks. A label >= ``vocab_size`` gives -inf.
+        tp_group: tensor-parallel ranks that hold the other columns; None for one rank.
+        vocab_size: true size of the vocabulary; columns beyond it are padding and have no probability.
+
+    Returns:
+        [T], float32 (float64 for float64 logits), the same bits on every rank.
+    """
+    assert logits.dim() == 2 and labels.shape == logits.shape[:1], (logits.shape, labels.shape)
+    shard = VocabShard.of_rank(logits.shape[1], tp_group, vocab_size)
+    return _VocabParallelLogprobs.apply(logits, labels, shard, tp_group)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What stays the same from chunk to chunk of :func:`linear_gft_loss`."""
+
+    shard: VocabShard
+    tp_group: dist.ProcessGroup | None
+    tau: float
+    coefficient: Coefficient
+    chunk_tokens: int
+    entropy: bool
+    reduce_hidden_grad: bool
+    accumulate_into_main_grad: bool
+    loss_scale: torch.Tensor | float
+
+
+@dataclass
+class _Gradients:
+    """Where a pass leaves its gradients (None: not wanted). ``fresh``: the weight's holds no values yet."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    fresh: bool
+
+    def add(self, rows: slice, logits_grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, head: _Head):
+        """Both gradients of one chunk; returns the handle of the running all-reduce of the hidden one, if any."""
+        work = None
+        if self.hidden is not None:
+            torch.mm(logits_grad, weight, out=self.hidden[rows])
+            if head.reduce_hidden_grad and head.tp_group is not None and head.tp_group.size() > 1:
+                work = dist.all_reduce(self.hidden[rows], group=head.tp_group, async_op=True)
+        if self.weight is not None:
+            _add_weight_gradient_(self.weight, logits_grad, x, overwrite=self.fresh)
+            self.fresh = False
+        return work
+
+
+def _run_chunks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor,
+    head: _Head,
+    gradients: _Gradients | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Loss sum, log-probs [T] and entropy [T]; fills ``gradients`` on the way unless it is None."""
+    num_rows = len(hidden)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logprobs = torch.empty(num_rows, dtype=dtype, device=hidden.device)
+    entropy = torch.empty_like(logprobs) if head.entropy else None
+    chunks = list(_chunks(num_rows, head.chunk_tokens))
+    largest = max((rows.stop - rows.start for rows in chunks), default=0)
+    buffer = torch.empty((largest, head.shard.size), dtype=hidden.dtype, device=hidden.device)
+    reductions = []
+    for rows in chunks:
+        x, y = hidden[rows], labels[rows]
+        logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
+        result = _combine(exponentiate_rows_(logits, y, head.shard, entropy=head.entropy), head.tp_group)
+        logprobs[rows] = result.logprobs
+        if entropy is not None:
+            entropy[rows] = result.entropy
+        if gradients is None:
+            continue
+        c = token_coefficient(result.logprobs, head.tau, head.coefficient)
+        logits_grad = softmax_gradient(
+            logits,
+            y,
+            head.shard,
+            row_scale=result.scale,
+            row_weights=token_weights[rows] * c * head.loss_scale,
+            logprobs=result.logprobs,
+            out=logits,
+        )
+        # The all-reduce runs behind the weight-gradient GEMM and the next chunk's logits GEMM.
+        reductions.append(gradients.add(rows, logits_grad, x, weight, head))
+    for work in reductions:
+        if work is not None:
+            work.wait()
+    loss_sum = -(token_weights * token_coefficient(logprobs, head.tau, head.coefficient) * logprobs).sum()
+    return loss_sum, logprobs, entropy
+
+
+class _LinearGFTLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, token_weights, head):
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        into_main_grad = head.accumulate_into_main_grad and wants_weight
+        weight_grad = None
+        if into_main_grad:
+            weight_grad = weight.main_grad
+        elif wants_weight:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            allocate = torch.empty if len(hidden) else torch.zeros
+            weight_grad = allocate(weight.shape, dtype=dtype, device=weight.device)
+        gradients = _Gradients(
+            hidden=torch.empty_like(hidden) if wants_hidden else None,
+            weight=weight_grad,
+            fresh=not into_main_grad,
+        )
+        outputs = _run_chunks(hidden, weight, labels, token_weights, head, gradients)
+        ctx.hidden_grad = gradients.hidden
+        ctx.weight_grad = None if into_main_grad else weight_grad
+        ctx.weight = weight if into_main_grad else None
+        ctx.loss_scale, ctx.done = head.loss_scale, False
+        ctx.mark_non_differentiable(*(tensor for tensor in outputs[1:] if tensor is not None))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if ctx.done:
+            raise RuntimeError("linear_gft_loss: backward ran twice; its gradients are made once, in forward")
+        ctx.done = True
+        factor = grad_loss / ctx.loss_scale
+        hidden_grad, weight_grad, weight = ctx.hidden_grad, ctx.weight_grad, ctx.weight
+        ctx.hidden_grad = ctx.weight_grad = ctx.weight = None
+        if hidden_grad is not None:
+            hidden_grad.mul_(factor)
+        if weight is not None:
+            torch._assert_async(  # no host synchronisation on a GPU
+                factor == 1,
+                "linear_gft_loss: the upstream gradient is not loss_scale, but the weight gradient is in main_grad "
+                "already -> scale the loss through loss_scale, or do not accumulate into main_grad",
+            )
+            weight_grad = _placeholder_gradient(weight)
+        elif weight_grad is not None:
+            weight_grad = weight_grad.mul_(factor)
+        return hidden_grad, weight_grad, None, None, None
+
+
+def linear_gft_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor,
+    *,
+    tau: float = 0.1,
+    objective: str = "gft",
+    coefficient: Coefficient | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = 2048,
+    compute_entropy: bool = False,
+    vocab_size: int | None = None,
+    reduce_hidden_grad: bool = True,
+    accumulate_into_main_grad: bool = False,
+    loss_scale: torch.Tensor | float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Output layer + cross entropy + GFT coefficient in one pass over chunks of rows.
+
+    Three GEMMs and one all-gather of 3 floats a row, whatever the objective. Beyond the two gradients it holds
+    one buffer of ``chunk_tokens`` x v in the dtype of ``hidden``. Statistics, p and the coefficient are float32
+    (float64 for float64 inputs). Without gradients (``torch.no_grad``, or inputs that need none) only the first
+    GEMM runs.
+
+    Args:
+        hidden: [T, h] rows that carry loss, the same on all ranks of ``tp_group``; T may be 0.
+        weight: [v, h] this rank's rows of the output matrix, in the dtype of ``hidden``.
+        labels: [T] int64 in the whole vocabulary.
+        token_weights: [T] float32 or wider, A * u of each row (``gft.response_weights``).
+        tau: threshold of the rectification.
+        objective: ``gft``, ``sft`` or ``dft``: picks the coefficient unless ``coefficient`` names one.
+        tp_group: ranks that hold the other rows of the matrix; None for one rank.
+        chunk_tokens: rows of logits held at a time; T is cut evenly. Larger chunks re-read ``weight`` and its
+            gradient less often.
+        compute_entropy: also the entropy of each row's distribution, in the same pass.
+        vocab_size: true size of the vocabulary; rows of ``weight`` beyond it are padding, get no probability
+            and no gradient.
+        reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``, as for an input that is replicated.
+            With sequence parallelism pass False: the gather before this call reduce-scatters the partial sums.
+        accumulate_into_main_grad: add the weight gradient to ``weight.main_grad`` in forward (see the module's
+            docstring for when that is sound), mark ``grad_added_to_main_grad`` and return a placeholder.
+        loss_scale: upstream gradient to expect (fp16 loss scaling); gradients are made at this scale, so that
+            they do not underflow.
+
+    Returns:
+        (sum over t of token_weights * c * -log p, scalar with gradient; log p [T]; entropy [T] in nats or None);
+        the last two without gradient. Equal on all ranks of ``tp_group``.
+    """
+    assert hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
+    assert labels.shape == token_weights.shape == hidden.shape[:1], (hidden.shape, labels.shape, token_weights.shape)
+    assert chunk_tokens > 0, chunk_tokens
+    head = _Head(
+        shard=VocabShard.of_rank(len(weight), tp_group, vocab_size),
+        tp_group=tp_group,
+        tau=tau,
+        coefficient=coefficient or OBJECTIVES[objective].coefficient,
+        chunk_tokens=chunk_tokens,
+        entropy=compute_entropy,
+        reduce_hidden_grad=reduce_hidden_grad,
+        accumulate_into_main_grad=accumulate_into_main_grad,
+        loss_scale=loss_scale,
+    )
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return _LinearGFTLoss.apply(hidden, weight, labels, token_weights, head)
+    with torch.no_grad():
+        return _run_chunks(hidden, weight, labels, token_weights, head, None)
+
+
+def _chunks(num_rows: int, largest: int) -> Iterator[slice]:
+    """Cut ``num_rows`` into the fewest pieces of at most ``largest`` rows, equal to within one row."""
+    pieces = -(-num_rows // largest)
+    for i in range(pieces):
+        yield slice(num_rows * i // pieces, num_rows * (i + 1) // pieces)
+
+
+def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
+    rows, columns = logits.shape
+    if logits.device.type == "cpu":
+        step = max(1, _CPU_BLOCK_ELEMENTS // columns)
+    else:
+        step = max(1, -(-rows // _BLOCKS_PER_CHUNK))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _add_weight_gradient_(
+    weight_grad: torch.Tensor, logits_grad: torch.Tensor, x: torch.Tensor, *, overwrite: bool
+) -> None:
+    """``weight_grad [v, h] (+)= logits_grad.T [v, T] @ x [T, h]``, accumulated in the dtype of ``weight_grad``."""
+    beta = 0 if overwrite else 1
+    if weight_grad.dtype == x.dtype:
+        torch.addmm(weight_grad, logits_grad.t(), x, beta=beta, out=weight_grad)
+    elif x.is_cuda:
+        torch.addmm(weight_grad, logits_grad.t(), x, out_dtype=weight_grad.dtype, beta=beta, out=weight_grad)
+    else:
+        # No mixed-dtype GEMM on the CPU: slices of the vocabulary keep the half-precision product small.
+        for rows in _chunks(len(weight_grad), 4096):
+            product = torch.mm(logits_grad[:, rows].t(), x)
+            weight_grad[rows] = product if overwrite else weight_grad[rows].add_(product)
+
+
+def _placeholder_gradient(weight: torch.Tensor) -> torch.Tensor:
+    """What autograd gets for a weight whose gradient is in ``main_grad`` already (Megatron's DDP contract).
+
+    DDP's hooks need some gradient to fire. They ignore its values, except under ``zero_out_wgrad`` (embedding and
+    output layer share the weight on this stage): there the sum with the embedding's gradient is added to
+    ``main_grad``, so this part must be zero. An expanded zero takes no memory.
+    """
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if getattr(weight, "zero_out_wgrad", False):
+        return weight.new_zeros(()).expand_as(weight)
+    return torch.empty_like(weight)
