@@ -86,7 +86,7 @@ def exponentiate_rows_(
     columns, owned = shard.targets(labels)
     statistics = torch.empty((4 if entropy else 3, len(logits)), dtype=dtype, device=logits.device)
     target = logits.gather(1, columns[:, None])[:, 0].to(dtype)
-    torch.where(owned, target, -torch.inf, out=statistics[2])
+    statistics[2] = torch.where(owned, target, -torch.inf)
     if shard.valid == 0:  # this shard is all padding: it adds nothing to any sum
         statistics[0] = torch.finfo(dtype).min
         statistics[1] = 0
