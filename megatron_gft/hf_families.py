@@ -24,50 +24,72 @@ value interleaved by KV group; gate stacked on up (per tensor-parallel rank); co
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter: the operation and the Hugging Face tensors it takes, in order."""
+    """One Megatron parameter: the operation, and the Hugging Face tensors it takes, in order, with their shapes.
+
+    A shape is a string of size names: ``h`` hidden, ``q`` query rows (heads x head size), ``k`` key rows (KV groups
+    x head size), ``d`` head size, ``f`` ffn, ``x`` one expert's ffn, ``e`` experts, ``v`` vocabulary.
+    """
 
     operation: Operation
     sources: tuple[str, ...]
+    shapes: tuple[str, ...]
 
 
-def _rule(operation: Operation, *sources: str) -> Rule:
-    return Rule(operation, sources)
+def _rule(operation: Operation, *sources: tuple[str, str]) -> Rule:
+    return Rule(operation, tuple(name for name, _ in sources), tuple(shape for _, shape in sources))
 
 
 _ATTENTION, _MLP = "decoder.layers.{l}.self_attention.", "decoder.layers.{l}.mlp."
 _HF_LAYER = "model.layers.{l}."
 _HF_ATTENTION, _HF_MLP = _HF_LAYER + "self_attn.", _HF_LAYER + "mlp."
-_QKV = tuple(_HF_ATTENTION + f"{name}_proj" for name in "qkv")
 
 _TRUNK = {
-    "embedding.word_embeddings.weight": _rule("vocab", "model.embed_tokens.weight"),
-    "output_layer.weight": _rule("vocab", "lm_head.weight"),
-    "decoder.final_layernorm.weight": _rule("copy", "model.norm.weight"),
-    _ATTENTION + "linear_qkv.layer_norm_weight": _rule("copy", _HF_LAYER + "input_layernorm.weight"),
-    _ATTENTION + "linear_qkv.weight": _rule("qkv", *(name + ".weight" for name in _QKV)),
-    _ATTENTION + "linear_proj.weight": _rule("row", _HF_ATTENTION + "o_proj.weight"),
+    "embedding.word_embeddings.weight": _rule("vocab", ("model.embed_tokens.weight", "v h")),
+    "output_layer.weight": _rule("vocab", ("lm_head.weight", "v h")),
+    "decoder.final_layernorm.weight": _rule("copy", ("model.norm.weight", "h")),
+    _ATTENTION + "linear_qkv.layer_norm_weight": _rule("copy", (_HF_LAYER + "input_layernorm.weight", "h")),
+    _ATTENTION + "linear_qkv.weight": _rule(
+        "qkv",
+        (_HF_ATTENTION + "q_proj.weight", "q h"),
+        (_HF_ATTENTION + "k_proj.weight", "k h"),
+        (_HF_ATTENTION + "v_proj.weight", "k h"),
+    ),
+    _ATTENTION + "linear_proj.weight": _rule("row", (_HF_ATTENTION + "o_proj.weight", "h q")),
 }
-_QKV_BIAS = {_ATTENTION + "linear_qkv.bias": _rule("qkv", *(name + ".bias" for name in _QKV))}
+_QKV_BIAS = {
+    _ATTENTION + "linear_qkv.bias": _rule(
+        "qkv",
+        (_HF_ATTENTION + "q_proj.bias", "q"),
+        (_HF_ATTENTION + "k_proj.bias", "k"),
+        (_HF_ATTENTION + "v_proj.bias", "k"),
+    )
+}
 _QK_NORM = {
-    _ATTENTION + "q_layernorm.weight": _rule("copy", _HF_ATTENTION + "q_norm.weight"),
-    _ATTENTION + "k_layernorm.weight": _rule("copy", _HF_ATTENTION + "k_norm.weight"),
+    _ATTENTION + "q_layernorm.weight": _rule("copy", (_HF_ATTENTION + "q_norm.weight", "d")),
+    _ATTENTION + "k_layernorm.weight": _rule("copy", (_HF_ATTENTION + "k_norm.weight", "d")),
 }
 _DENSE_MLP = {
-    _MLP + "linear_fc1.layer_norm_weight": _rule("copy", _HF_LAYER + "post_attention_layernorm.weight"),
-    _MLP + "linear_fc1.weight": _rule("gated", _HF_MLP + "gate_proj.weight", _HF_MLP + "up_proj.weight"),
-    _MLP + "linear_fc2.weight": _rule("row", _HF_MLP + "down_proj.weight"),
+    _MLP + "linear_fc1.layer_norm_weight": _rule("copy", (_HF_LAYER + "post_attention_layernorm.weight", "h")),
+    _MLP + "linear_fc1.weight": _rule(
+        "gated", (_HF_MLP + "gate_proj.weight", "f h"), (_HF_MLP + "up_proj.weight", "f h")
+    ),
+    _MLP + "linear_fc2.weight": _rule("row", (_HF_MLP + "down_proj.weight", "h f")),
 }
 
 
 def _moe_mlp(block: str, gate: str, up: str, down: str) -> dict[str, Rule]:
-    """Experts and router under ``model.layers.{l}.<block>``; names of the three expert projections."""
+    """Router and experts under ``model.layers.{l}.<block>``, given the names of the three expert projections."""
     prefix = f"{_HF_LAYER}{block}."
     expert = prefix + "experts.{e}."
     return {
-        "decoder.layers.{l}.pre_mlp_layernorm.weight": _rule("copy", _HF_LAYER + "post_attention_layernorm.weight"),
-        _MLP + "router.weight": _rule("copy", prefix + "gate.weight"),
-        _MLP + "experts.linear_fc1.weight{e}": _rule("gated", expert + gate + ".weight", expert + up + ".weight"),
-        _MLP + "experts.linear_fc2.weight{e}": _rule("row", expert + down + ".weight"),
+        "decoder.layers.{l}.pre_mlp_layernorm.weight": _rule(
+            "copy", (_HF_LAYER + "post_attention_layernorm.weight", "h")
+        ),
+        _MLP + "router.weight": _rule("copy", (prefix + "gate.weight", "e h")),
+        _MLP + "experts.linear_fc1.weight{e}": _rule(
+            "gated", (f"{expert}{gate}.weight", "x h"), (f"{expert}{up}.weight", "x h")
+        ),
+        _MLP + "experts.linear_fc2.weight{e}": _rule("row", (f"{expert}{down}.weight", "h x")),
     }
 
 

@@ -1,0 +1,171 @@
+"""The Hugging Face folder around the weights: files carried over, streamed export with hashes, source record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from megatron_gft.atomic import sha256_json
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.hf_config import read_config
+from megatron_gft.safetensors_io import REOPEN_BYTES, ShardPlan, ShardWriter, tensor_bytes
+
+CARRIED_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What transformers, vLLM and a lawyer need beside the weights."""
+
+MODEL_FILES_FOLDER = "hf"
+SOURCE_FILE = "hf_source.json"
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """Files and folders beside the weights that an export needs."""
+    return sorted({path for pattern in CARRIED_PATTERNS for path in folder.glob(pattern)})
+
+
+def write_model_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy configuration, tokenizer and chat template; config.json changes only where its dtype is another."""
+    read_config(source)  # a clear error when there is none
+    for path in carried_files(source):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+    config = read_config(source)
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if dtype is not None and config.get(key) != (name := str(dtype).removeprefix("torch.")):
+        config[key] = name
+        (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tensor_sha256(chunks: Iterable[torch.Tensor]) -> str:
+    """sha256 of a tensor's bytes in row-major order, given in pieces of whole rows."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(tensor_bytes(chunk))
+    return digest.hexdigest()
+
+
+def file_hashes(path: Path) -> Iterator[tuple[str, str]]:
+    """(tensor name, sha256) of every tensor in a safetensors file."""
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            piece = file.get_slice(name)
+            shape = piece.get_shape()
+            first = piece[:1]
+            step = max(1, REOPEN_BYTES // max(1, first.nbytes))
+            yield name, tensor_sha256(piece[row : row + step] for row in range(0, shape[0], step))
+
+
+class ExportStream:
+    """Writes one process's tensors into its planned files and checks them afterwards.
+
+    A write error does not stop the caller, which may be in the middle of collectives that others wait for: it is
+    kept, further tensors are dropped, and :meth:`finish` raises it.
+
+    Attributes:
+        hashes: sha256 of each tensor as it was given.
+    """
+
+    def __init__(self, folder: Path, plans: Iterable[ShardPlan]):
+        self.folder, self.plans = folder, list(plans)
+        self.hashes: dict[str, str] = {}
+        self._file_of = {name: plan for plan in self.plans for name in plan.tensors}
+        self._current: ShardPlan | None = None
+        self._writer: ShardWriter | None = None
+        self._failure: OSError | None = None
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor [rows, ...]; tensors come in the order of the plans."""
+        self.hashes[name] = tensor_sha256([tensor])
+        if self._failure is not None:
+            return
+        try:
+            if self._file_of[name] is not self._current:
+                self._close()
+                self._current = self._file_of[name]
+                self._writer = ShardWriter(self.folder, self._current)
+            assert self._writer is not None
+            self._writer.write(name, tensor)
+        except OSError as error:
+            self._failure = error
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+
+    def finish(self, *, verify: bool) -> None:
+        """Close the last file and re-read all of them.
+
+        Raises:
+            OSError: a write failed. InputErrors: a tensor read back differs.
+        """
+        if self._failure is None:
+            self._close()
+        else:
+            raise self._failure
+        if not verify:
+            return
+        found = dict(item for plan in self.plans for item in file_hashes(self.folder / plan.file))
+        compare_hashes(self.folder, self.hashes, found)
+
+
+def compare_hashes(place: Path | str, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise InputErrors naming each tensor that is missing, extra or different."""
+    problems = [f"tensor {name} is missing after writing" for name in expected.keys() - found.keys()]
+    problems += [f"tensor {name} was not in the source" for name in found.keys() - expected.keys()]
+    problems += [
+        f"tensor {name} read back differs from its source"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
+    if problems:
+        raise InputErrors(f"{place}: verification failed -> check the disk and convert again", sorted(problems))
+
+
+def source_record(hf_dir: Path, hashes: Mapping[str, str], fingerprint: str | None, **extra: Any) -> dict[str, Any]:
+    """What a converted checkpoint remembers of its source: :data:`SOURCE_FILE`."""
+    return {
+        "format": 1,
+        "config_sha256": sha256_json(read_config(hf_dir)),
+        "tokenizer_fingerprint": fingerprint,
+        "tensors_sha256": dict(sorted(hashes.items())),
+        **extra,
+    }
+
+
+def read_source_record(checkpoint: Path) -> dict[str, Any] | None:
+    """The :data:`SOURCE_FILE` of a checkpoint folder, None where there is none.
+
+    Raises:
+        InputError: damaged.
+    """
+    path = checkpoint / SOURCE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}) -> convert again") from error

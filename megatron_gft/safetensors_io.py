@@ -1,0 +1,258 @@
+"""Hugging Face weight folders: read slice by slice, written tensor by tensor.
+
+Reading is the ``safetensors`` library's. It maps files into memory, and mapped pages count as resident, so a file
+is opened afresh after :data:`REOPEN_BYTES`. Writing a file through the library needs all its tensors at once; here
+the shard plan is known from shapes alone, so the header is written first and the tensors stream after it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_gft.errors import InputError, InputErrors
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+REOPEN_BYTES = 256 * 2**20
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+TensorLayout = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor to write."""
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+"""The dtypes that language model weights come in, by their names in the file format."""
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Header entry of one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFolder:
+    """The tensors of a model folder (``model.safetensors``, or shards with an index).
+
+    Attributes:
+        tensors: name -> :class:`TensorInfo`.
+
+    Raises:
+        InputErrors: on opening: no weights, a missing or truncated shard, an index that names an absent tensor, a
+            tensor in two shards. All of them at once, by name.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = self._read_index()
+        self.tensors: dict[str, TensorInfo] = {}
+        self.unreadable: set[str] = set()
+        self._open_path: Path | None = None
+        self._file: safe_open | None = None
+        self._read_bytes = 0
+        problems: list[str] = []
+        files = [SINGLE_NAME] if index is None else sorted(set(index.values()))
+        for name in files:
+            self._read_header(self.folder / name, index, problems)
+        for name, file in (index or {}).items():
+            readable = (self.folder / file).is_file() and file not in self.unreadable
+            if name not in self.tensors and readable:
+                problems.append(f"{INDEX_NAME} names tensor {name}, which {file} does not hold -> copy both again")
+        if problems:
+            raise InputErrors(str(self.folder), problems)
+
+    def _read_index(self) -> dict[str, str] | None:
+        path = self.folder / INDEX_NAME
+        if not path.is_file():
+            if (self.folder / SINGLE_NAME).is_file():
+                return None
+            raise InputError(
+                f"{self.folder}: neither {SINGLE_NAME} nor {INDEX_NAME} -> name a folder with safetensors"
+            )
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a safetensors index ({error!r}) -> copy the file again") from error
+
+    def _read_header(self, path: Path, index: Mapping[str, str] | None, problems: list[str]) -> None:
+        if not path.is_file():
+            problems.append(f"shard {path.name} is missing -> copy it again")
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    piece = file.get_slice(name)
+                    self._add(name, path, tuple(piece.get_shape()), piece.get_dtype(), index, problems)
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{path.name} is damaged or truncated ({error}) -> copy it again")
+            self.unreadable.add(path.name)
+
+    def _add(
+        self,
+        name: str,
+        path: Path,
+        shape: tuple[int, ...],
+        dtype: str,
+        index: Mapping[str, str] | None,
+        problems: list[str],
+    ) -> None:
+        if dtype not in _DTYPES:
+            problems.append(f"tensor {name} has dtype {dtype} -> only {', '.join(_DTYPES)} are known")
+            return
+        if name in self.tensors:
+            problems.append(
+                f"tensor {name} is in both {self.tensors[name].file.name} and {path.name} -> copy them again"
+            )
+        elif index is not None and index.get(name) != path.name:
+            problems.append(f"tensor {name} in {path.name} is not in {INDEX_NAME} -> copy both again")
+        self.tensors[name] = TensorInfo(path, shape, _DTYPES[dtype])
+
+    def read(
+        self, name: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """Rows and columns of a tensor, all by default. The result is a view into the mapped file: copy it soon.
+
+        Raises:
+            InputError: the file went away or was cut after it was opened.
+        """
+        info = self.tensors[name]
+        if info.file != self._open_path or self._read_bytes > REOPEN_BYTES:
+            self._open(info.file)
+        low, high = rows or (0, info.shape[0])
+        assert self._file is not None
+        piece = self._file.get_slice(name)
+        tensor = piece[low:high] if columns is None else piece[low:high, columns[0] : columns[1]]
+        self._read_bytes += (high - low) * info.num_bytes // max(1, info.shape[0])
+        return tensor
+
+    def read_chunks(
+        self,
+        name: str,
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+        chunk_bytes: int = REOPEN_BYTES,
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """As :meth:`read`, in pieces of whole rows: (first row relative to ``rows``, piece)."""
+        info = self.tensors[name]
+        low, high = rows or (0, info.shape[0])
+        step = max(1, chunk_bytes * info.shape[0] // max(1, info.num_bytes))
+        for start in range(low, high, step):
+            yield start - low, self.read(name, (start, min(start + step, high)), columns)
+
+    def _open(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, "pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged or truncated ({error}) -> copy it again") from error
+        self._open_path, self._read_bytes = path, 0
+
+    def close(self) -> None:
+        """Unmap the open file."""
+        self._open_path = self._file = None
+
+
+def layout_bytes(layout: TensorLayout) -> int:
+    """Bytes of the data of such a tensor."""
+    return prod(layout[0]) * layout[1].itemsize
+
+
+@dataclass
+class ShardPlan:
+    """One file to write: its name and its tensors in order."""
+
+    file: str = ""
+    tensors: dict[str, TensorLayout] = field(default_factory=dict)
+    num_bytes: int = 0
+
+    def add(self, name: str, layout: TensorLayout) -> None:
+        self.tensors[name] = layout
+        self.num_bytes += layout_bytes(layout)
+
+
+def plan_shards(
+    groups: Iterable[Mapping[str, TensorLayout]], max_bytes: int = DEFAULT_SHARD_BYTES
+) -> list[list[ShardPlan]]:
+    """Distribute tensors over files, in order, no file above ``max_bytes`` unless one tensor is.
+
+    Args:
+        groups: name -> layout of each writer's tensors: no file is shared by two writers.
+
+    Returns:
+        The plans of each writer; numbered over all of them (``model-00001-of-00003.safetensors``).
+    """
+    plans: list[list[ShardPlan]] = []
+    for group in groups:
+        writer: list[ShardPlan] = []
+        for name, layout in group.items():
+            if not writer or writer[-1].num_bytes + layout_bytes(layout) > max_bytes:
+                writer.append(ShardPlan())
+            writer[-1].add(name, layout)
+        plans.append(writer)
+    flat = [plan for writer in plans for plan in writer]
+    for number, plan in enumerate(flat, start=1):
+        plan.file = SINGLE_NAME if len(flat) == 1 else f"model-{number:05d}-of-{len(flat):05d}.safetensors"
+    return plans
+
+
+def write_index(folder: Path, plans: Iterable[ShardPlan]) -> None:
+    """Write the index of several shards; a single file needs none."""
+    plans = list(plans)
+    if len(plans) < 2:
+        return
+    index = {
+        "metadata": {"total_size": sum(plan.num_bytes for plan in plans)},
+        "weight_map": {name: plan.file for plan in plans for name in plan.tensors},
+    }
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+class ShardWriter:
+    """Streams the tensors of one :class:`ShardPlan` into its file, in the plan's order.
+
+    Format: https://huggingface.co/docs/safetensors (u64 header length, JSON header, tensor bytes).
+    """
+
+    def __init__(self, folder: Path, plan: ShardPlan):
+        self._pending = dict(plan.tensors)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (shape, dtype) in plan.tensors.items():
+            end = offset + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._file = open(folder / plan.file, "wb")
+        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the next tensor of the plan (asserted: name, shape, dtype)."""
+        expected = next(iter(self._pending))
+        assert name == expected, f"{name} written where {expected} is due"
+        shape, dtype = self._pending.pop(name)
+        assert tuple(tensor.shape) == shape and tensor.dtype == dtype, f"{name}: {tensor.shape} {tensor.dtype}"
+        self._file.write(tensor_bytes(tensor))
+
+    def close(self) -> None:
+        """Close the file; all tensors of the plan must be written."""
+        self._file.close()
+        assert not self._pending, f"{len(self._pending)} tensors were not written"
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor in row-major order, without a copy if it is contiguous."""
+    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())

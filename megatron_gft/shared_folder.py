@@ -1,0 +1,75 @@
+"""One output folder written by several processes: it appears whole when all of them succeeded, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_gft.atomic import atomic_directory
+from megatron_gft.errors import InputError
+
+
+def process_rank_and_count() -> tuple[int, int]:
+    """(rank, processes) of the default group; (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _exchange(problem: str | None) -> None:
+    """Raise on every process when one of them has a problem. Collective."""
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            raise InputError(found if len(problems) == 1 else f"rank {rank}: {found}")
+
+
+def _describe(error: BaseException, path: Path | None = None) -> str:
+    """What a user reads: our message as it is; the system's (disk full, read-only folder) with the output's name."""
+    if isinstance(error, InputError):
+        return str(error)
+    place = f"{path}: " if path is not None else ""
+    return f"{place}writing failed ({error}) -> free space or correct the permissions; nothing was left behind"
+
+
+@contextlib.contextmanager
+def shared_directory(path: str | Path) -> Iterator[Path]:
+    """:func:`megatron_gft.atomic.atomic_directory` for all processes of the default group. Collective.
+
+    The first process makes the temporary folder and renames it after all have left the block without an error;
+    an error on one is raised on all, and nothing is left behind. The folder must be on a file system that all
+    see. Inside the block a process must not wait for another that may have failed.
+
+    Raises:
+        InputError: ``path`` exists, or a process failed (the message names the first one).
+    """
+    path = Path(path)
+    stack = contextlib.ExitStack()
+    problem, temporary = None, None
+    if process_rank_and_count()[0] == 0:
+        problem, temporary = _attempt(lambda: stack.enter_context(atomic_directory(path)))
+    _exchange(problem)
+    names = [temporary]
+    if dist.is_initialized():
+        dist.broadcast_object_list(names, src=0)
+    with stack:
+        try:
+            yield Path(names[0] or path)
+        except (InputError, OSError) as error:
+            problem = _describe(error, path)
+        _exchange(problem)
+        # Nothing can undo the rename, so it comes last and its own failure is told to all.
+        problem, _ = _attempt(stack.close)
+        _exchange(problem)
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[str | None, Any]:
+    try:
+        return None, action()
+    except (InputError, OSError) as error:
+        return _describe(error), None
