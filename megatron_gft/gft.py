@@ -68,7 +68,7 @@ def group_advantages(
     if mode == "mean_only":
         advantages = deviation
     elif mode == "rloo":
-        advantages = deviation * (size / (size - 1).clamp(min=1))[groups]
+        advantages = deviation * (size.double() / (size - 1).clamp(min=1))[groups]
     else:
         freedom = size - 1 if mode == "std" else size
         std = (_group_sum(deviation.square(), groups, size) / freedom.clamp(min=1)).sqrt()
