@@ -79,6 +79,9 @@ class FusedAdam(torch.optim.Optimizer):
 class _Stream:
     """CPU operations are synchronous: waiting and recording have nothing to do."""
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
     def wait_event(self, *_: Any) -> None:
         return None
 
@@ -173,7 +176,7 @@ def _redirect_torch_cuda(device: torch.device) -> None:
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[assignment]
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *_, **__: stream  # type: ignore
-    torch.cuda.Stream = lambda *_, **__: stream  # type: ignore[assignment,misc]
+    torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]  # a class: transformers annotates with it
     torch.cuda.stream = lambda s: stream  # type: ignore[assignment,misc]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
 
