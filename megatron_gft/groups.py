@@ -1,0 +1,265 @@
+"""Group files: one prompt with its responses, as text, one group a line (JSONL or parquet).
+
+    {"id": "...", "prompt": "text" | [{"role", "content"}, ...], "answer": "gold" | null,
+     "responses": [{"text", "source": "expert|teacher|self", "reward": 0.5 | null, "outcome": "correct|wrong|...",
+                    "finish_reason": "stop|length", "model", "tokenizer", "token_ids", "logprobs", "sampling"}],
+     "meta": {...}}
+
+``tokenizer`` is the fingerprint of the tokenizer that made ``token_ids`` (see :mod:`megatron_gft.tokenizer`); without
+it the ids are not trusted. Other fields of a group move into ``meta``, other fields of a response into ``extra``: a
+tool that reads and writes groups loses nothing. Plain rows ``{question, answer}`` (GSM8K) or ``{problem, solution}``
+are read as groups with one expert response; the gold answer is what follows ``####``, or the ``answer`` beside a
+``solution``.
+
+In a parquet file a prompt of messages is in the column ``messages``; ``meta``, ``sampling`` and ``extra`` are JSON
+text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from megatron_gft.atomic import atomic_file
+from megatron_gft.errors import InputError
+from megatron_gft.group_records import (
+    FINISH_REASONS,
+    RESPONSE_FIELDS,
+    SOURCE_CODES,
+    SOURCES,
+    GroupRecord,
+    ResponseRecord,
+    gold_answer,
+    parse_group,
+    parse_json_line,
+    record_from_json,
+    record_to_dict,
+    record_to_json,
+)
+from megatron_gft.problems import ProblemLog, raise_errors
+
+__all__ = [
+    "FINISH_REASONS",
+    "SOURCES",
+    "SOURCE_CODES",
+    "GroupRecord",
+    "RawChunk",
+    "ResponseRecord",
+    "expand_inputs",
+    "gold_answer",
+    "iter_group_file",
+    "parse_chunk",
+    "read_chunks",
+    "record_from_json",
+    "record_to_dict",
+    "record_to_json",
+    "write_group_file",
+]
+_PARQUET_BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RawChunk:
+    """Consecutive rows of a group file, not parsed yet; cheap to send to a worker process.
+
+    ``rows`` holds the lines of a JSONL file (bytes) or a pyarrow RecordBatch.
+    """
+
+    path: str
+    first_row: int  # 1-based line (JSONL) or row (parquet)
+    rows: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def expand_inputs(patterns: Sequence[str | Path]) -> list[str]:
+    """Files that the paths and globs name, each glob sorted.
+
+    Raises:
+        InputError: a path or glob names no file, or one file is named twice.
+    """
+    files: list[str] = []
+    for pattern in map(str, patterns):
+        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
+        if not found or not all(Path(name).is_file() for name in found):
+            raise InputError(f"{pattern}: no such group file -> check the path")
+        files.extend(found)
+    twice = sorted({name for name in files if files.count(name) > 1})
+    if twice:
+        raise InputError(f"{twice[0]}: input named twice -> name each file once")
+    return files
+
+
+def read_chunks(path: str | Path, rows_per_chunk: int = 256) -> Iterator[RawChunk]:
+    """Yield a group file (``.jsonl``, ``.json``, ``.jsonl.gz``, ``.parquet``) in chunks of rows.
+
+    Raises:
+        InputError: the file cannot be read or its format is unknown.
+    """
+    path = str(path)
+    try:
+        if path.endswith(".parquet"):
+            yield from _parquet_chunks(path, rows_per_chunk)
+        elif path.endswith((".jsonl", ".json", ".jsonl.gz")):
+            with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
+                first_row = 1
+                while rows := list(itertools.islice(file, rows_per_chunk)):
+                    yield RawChunk(path, first_row, rows)
+                    first_row += len(rows)
+        else:
+            raise InputError(f"{path}: unknown kind of group file -> use .jsonl, .jsonl.gz or .parquet")
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error}) -> check the file") from error
+
+
+def _parquet_chunks(path: str, rows_per_chunk: int) -> Iterator[RawChunk]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading parquet needs pyarrow -> pip install pyarrow") from error
+    try:
+        first_row = 1
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=rows_per_chunk):
+                yield RawChunk(path, first_row, batch)
+                first_row += len(batch)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a readable parquet file ({error}) -> check the file") from error
+
+
+def parse_chunk(chunk: RawChunk, problems: ProblemLog) -> Iterator[tuple[GroupRecord, str]]:
+    """Parse rows into groups; yield ``(record, "file:line")`` of the good ones, note the others in ``problems``."""
+    is_lines = isinstance(chunk.rows, list)
+    for offset in range(len(chunk.rows)):
+        place = f"{chunk.path}:{chunk.first_row + offset}"
+        if is_lines:
+            line = chunk.rows[offset]
+            if line.isspace():
+                continue
+            value = parse_json_line(line, place, problems)
+        else:
+            value = _parquet_row(chunk.rows, offset, place, problems)
+        if value is None:
+            continue
+        record = parse_group(value, place, problems)
+        if record is not None:
+            yield record, place
+
+
+def iter_group_file(path: str | Path) -> Iterator[tuple[GroupRecord, str]]:
+    """Yield ``(record, "file:line")`` of each group of a file, streaming.
+
+    Raises:
+        InputErrors: a row is not a group; the message lists the problems of that row.
+    """
+    problems = ProblemLog()
+    for chunk in read_chunks(path, _PARQUET_BATCH):
+        for item in parse_chunk(chunk, problems):
+            raise_errors(problems.take())
+            yield item
+        raise_errors(problems.take())
+
+
+def write_group_file(path: str | Path, records: Iterable[GroupRecord]) -> int:
+    """Write groups to ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` (whole or not at all); return how many.
+
+    Raises:
+        InputError: unknown suffix.
+    """
+    name, count = str(path), 0
+    if name.endswith(".parquet"):
+        return _write_parquet(path, records)
+    if not name.endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(f"{path}: unknown kind of group file -> use .jsonl, .jsonl.gz or .parquet")
+    with atomic_file(path) as temporary:
+        with _open_to_write(temporary, name.endswith(".gz")) as file:
+            for record in records:
+                file.write(record_to_json(record).encode("utf-8") + b"\n")
+                count += 1
+    return count
+
+
+@contextlib.contextmanager
+def _open_to_write(path: Path, compressed: bool) -> Iterator[IO[bytes]]:
+    with open(path, "wb") as file:
+        if compressed:  # no name and no time in the header: the same groups give the same bytes
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+                yield cast(IO[bytes], packed)
+        else:
+            yield file
+
+
+def _parquet_row(batch: Any, offset: int, place: str, problems: ProblemLog) -> Any:
+    try:
+        row = batch.slice(offset, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:
+        problems.found("invalid_utf8", place, None, str(error))
+        return None
+    messages = row.pop("messages", None)
+    if row.get("prompt") is None and messages is not None:
+        row["prompt"] = messages
+    try:
+        if isinstance(row.get("meta"), str):
+            row["meta"] = json.loads(row["meta"])
+        for response in row["responses"] if isinstance(row.get("responses"), list) else ():
+            if not isinstance(response, dict):
+                continue
+            if isinstance(response.get("sampling"), str):
+                response["sampling"] = json.loads(response["sampling"])
+            extra = response.pop("extra", None)
+            response.update(json.loads(extra) if isinstance(extra, str) else {})
+    except (ValueError, RecursionError) as error:
+        problems.found("invalid_json", place, None, f"in a column of JSON text: {error}")
+        return None
+    return row
+
+
+# --- parquet -----------------------------------------------------------------------------------------------------
+
+
+def _write_parquet(path: str | Path, records: Iterable[GroupRecord]) -> int:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    text = pyarrow.string()
+    response = [(name, text) for name in ("text", "source", "outcome", "finish_reason", "model", "tokenizer")]
+    response += [("reward", pyarrow.float64()), ("token_ids", pyarrow.list_(pyarrow.int32()))]
+    response += [("logprobs", pyarrow.list_(pyarrow.float64())), ("sampling", text), ("extra", text)]
+    message = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))
+    schema = pyarrow.schema(
+        [("id", text), ("prompt", text), ("messages", message), ("answer", text), ("meta", text)]
+        + [("responses", pyarrow.list_(pyarrow.struct(response)))]
+    )
+    count, stream = 0, iter(records)
+    with atomic_file(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        while batch := list(itertools.islice(stream, _PARQUET_BATCH)):
+            writer.write_table(pyarrow.Table.from_pylist([_parquet_value(r) for r in batch], schema=schema))
+            count += len(batch)
+    return count
+
+
+def _parquet_value(record: GroupRecord) -> dict[str, Any]:
+    is_text = isinstance(record.prompt, str)
+    responses = []
+    for response in record.responses:
+        value = {name: getattr(response, name) for name in RESPONSE_FIELDS}
+        value["sampling"] = None if response.sampling is None else json.dumps(response.sampling)
+        value["extra"] = json.dumps(response.extra) if response.extra else None
+        responses.append(value)
+    return {
+        "id": record.id,
+        "prompt": record.prompt if is_text else None,
+        "messages": None if is_text else record.prompt,
+        "answer": record.answer,
+        "responses": responses,
+        "meta": json.dumps(record.meta) if record.meta else None,
+    }

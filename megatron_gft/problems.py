@@ -1,0 +1,216 @@
+"""Kinds of bad input in group data, the policy of each, and the record of what was done.
+
+Nothing is silent: each problem that is found becomes one :class:`Problem` with place, id and reason. The policy of
+its kind says what happens to the data:
+
+    error   stop with a message that lists the problems of the same chunk
+    drop    leave out the group or the response (the kind says which)
+    fix     repair it (the kind says how)
+    keep    use it as it is, only counted
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from megatron_gft.errors import InputErrors
+
+ERROR, DROP, FIX, KEEP = "error", "drop", "fix", "keep"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of bad input."""
+
+    meaning: str
+    default: str
+    choices: tuple[str, ...]
+    drops: str = "group"  # what `drop` leaves out: "group" or "response"
+    fix: str = ""  # what `fix` does
+
+
+KINDS: dict[str, Kind] = {
+    "invalid_json": Kind("the line is not a JSON object", ERROR, (ERROR, DROP)),
+    "invalid_utf8": Kind(
+        "bytes or escapes that are not Unicode text", ERROR, (ERROR, DROP, FIX), fix="replace them by U+FFFD"
+    ),
+    "wrong_type": Kind("a field has another type or value than the format says", ERROR, (ERROR, DROP)),
+    "missing_field": Kind("a required field is absent", ERROR, (ERROR, DROP)),
+    "empty_prompt": Kind("the prompt has no text", ERROR, (ERROR, DROP)),
+    "empty_response": Kind("a response has no text", ERROR, (ERROR, DROP), "response"),
+    "no_responses": Kind("the group has no response", ERROR, (ERROR, DROP)),
+    "nonfinite_reward": Kind(
+        "reward is NaN, infinite or beyond float32", ERROR, (ERROR, DROP, FIX), "response", "set it to null"
+    ),
+    "unknown_source": Kind("source is none of expert, teacher, self", ERROR, (ERROR, DROP), "response"),
+    "duplicate_id": Kind("the id was seen before", ERROR, (ERROR, DROP, FIX), fix="append #2, #3, ... to the id"),
+    "duplicate_response": Kind("the same text twice in a group", KEEP, (ERROR, DROP, KEEP), "response"),
+    "truncated": Kind("finish_reason is length: the response has no EOS", KEEP, (ERROR, DROP, KEEP), "response"),
+    "no_expert": Kind("no response of the group is an expert's", KEEP, (ERROR, DROP, KEEP)),
+    "equal_rewards": Kind("all rewards are equal: the group has no advantage", KEEP, (ERROR, DROP, KEEP)),
+    "expert_wrong": Kind(
+        "the verifier judged an expert response wrong",
+        KEEP,
+        (ERROR, DROP, FIX, KEEP),
+        "response",
+        "set its reward to 1",
+    ),
+    "long_prompt": Kind("the prompt has more tokens than max_prompt_tokens", ERROR, (ERROR, DROP)),
+    "long_response": Kind(
+        "a response has more tokens than max_response_tokens",
+        ERROR,
+        (ERROR, DROP, FIX),
+        "response",
+        "cut it, without EOS",
+    ),
+    "special_tokens": Kind(
+        "the text spells a special token (EOS, a second BOS, a role marker, ...)",
+        ERROR,
+        (ERROR, DROP, FIX, KEEP),
+        "response",
+        "strip a final EOS, encode the rest as ordinary text (keep: encode as special tokens)",
+    ),
+    "template_failed": Kind("the chat template raised on this prompt", ERROR, (ERROR, DROP)),
+    "bad_token_ids": Kind(
+        "token_ids outside of the vocabulary, or with BOS or EOS inside",
+        ERROR,
+        (ERROR, DROP, FIX),
+        "response",
+        "tokenize the text instead, without log-probs",
+    ),
+    "bad_logprobs": Kind(
+        "logprobs do not match token_ids one to one, or are not finite and <= 0",
+        ERROR,
+        (ERROR, DROP, FIX),
+        "response",
+        "leave them out",
+    ),
+    "foreign_token_ids": Kind(
+        "token_ids of another or an unknown tokenizer: the text is tokenized, log-probs are left out",
+        KEEP,
+        (ERROR, DROP, KEEP),
+        "response",
+    ),
+}
+DEFAULT_POLICIES: dict[str, str] = {name: kind.default for name, kind in KINDS.items()}
+_ALIASES = {"truncate": FIX}  # `long_response=truncate` reads better than `fix`
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One finding: where, what, and what was done with it."""
+
+    kind: str
+    action: str
+    place: str
+    id: str | None
+    detail: str
+    response: int | None = None  # position in the group's list of responses
+
+    def __str__(self) -> str:
+        where = "" if self.id is None else f" id {self.id!r}"
+        which = "" if self.response is None else f" response {self.response}"
+        return f"{self.place}:{where}{which} {self.kind}: {self.detail}"
+
+
+class ProblemLog:
+    """Applies the policies and keeps every finding, in order.
+
+    Args:
+        policies: kind -> policy; kinds not named keep their default.
+    """
+
+    def __init__(self, policies: Mapping[str, str] | None = None):
+        self.policies = {**DEFAULT_POLICIES, **(policies or {})}
+        self.problems: list[Problem] = []
+
+    def found(self, kind: str, place: str, group_id: str | None, detail: str, response: int | None = None) -> str:
+        """Note one problem and return what to do with the data: ``error``, ``drop``, ``fix`` or ``keep``."""
+        action = self.policies[kind]
+        self.problems.append(Problem(kind, action, place, group_id, detail, response))
+        return action
+
+    def take(self) -> list[Problem]:
+        """Hand over the findings so far and forget them."""
+        taken, self.problems = self.problems, []
+        return taken
+
+
+@dataclass
+class ProblemCounts:
+    """Counts of findings by kind and action, and of what they removed."""
+
+    by_kind: Counter = field(default_factory=Counter)
+
+    def add(self, problems: Iterable[Problem]) -> None:
+        self.by_kind.update((p.kind, p.action) for p in problems)
+
+    def as_dict(self) -> dict[str, dict[str, int]]:
+        """``{kind: {action: count}}``, sorted."""
+        table: dict[str, dict[str, int]] = {}
+        for (kind, action), count in sorted(self.by_kind.items()):
+            table.setdefault(kind, {})[action] = count
+        return table
+
+
+def parse_policies(settings: Sequence[str]) -> dict[str, str]:
+    """``["long_response=truncate", "equal_rewards=drop"]`` -> policies of all kinds.
+
+    Raises:
+        InputErrors: unknown kind (names the nearest), or a policy that the kind does not have.
+    """
+    policies = dict(DEFAULT_POLICIES)
+    wrong = []
+    for setting in settings:
+        name, _, policy = setting.partition("=")
+        policy = _ALIASES.get(policy, policy)
+        if name not in KINDS:
+            near = difflib.get_close_matches(name, KINDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join(KINDS)}"
+            wrong.append(f"unknown kind of problem {name!r} -> {hint}")
+        elif policy not in KINDS[name].choices:
+            wrong.append(f"{name}={policy!r} -> set one of {', '.join(KINDS[name].choices)}")
+        else:
+            policies[name] = policy
+    if wrong:
+        raise InputErrors("bad policies", wrong)
+    return policies
+
+
+def raise_errors(problems: Iterable[Problem], limit: int = 20) -> None:
+    """Raise when a policy says ``error`` for one of the problems.
+
+    Raises:
+        InputErrors: the first ``limit`` such problems, with the way out.
+    """
+    errors = [p for p in problems if p.action == ERROR]
+    if not errors:
+        return
+    lines = [f"{p} -> correct it, or set {p.kind}={_ways_out(p.kind)}" for p in errors[:limit]]
+    if len(errors) > limit:
+        lines.append(f"... and {len(errors) - limit} more")
+    raise InputErrors("bad group data", lines)
+
+
+def _ways_out(kind: str) -> str:
+    return "|".join(choice for choice in KINDS[kind].choices if choice != ERROR)
+
+
+def report_lines(problems: Iterable[Problem]) -> str:
+    """JSON lines of everything that changed the data (``keep`` is only counted)."""
+    changed = (p for p in problems if p.action != KEEP)
+    return "".join(json.dumps(asdict(p), ensure_ascii=True) + "\n" for p in changed)
+
+
+def describe_kinds() -> str:
+    """Table of kinds, choices (default first) and meanings for ``--help``."""
+    rows = []
+    for name, kind in KINDS.items():
+        choices = "|".join([kind.default, *(c for c in kind.choices if c != kind.default)])
+        fix = f"; fix: {kind.fix}" if kind.fix else ""
+        rows.append(f"  {name:19} {choices:22} {kind.meaning} (drops the {kind.drops}{fix})")
+    return "\n".join(rows)

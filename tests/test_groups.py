@@ -1,0 +1,247 @@
+"""Group records and files: round trips, plain rows, policies, and that no line ever gives a traceback."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_gft.errors import InputError
+from megatron_gft.groups import (
+    GroupRecord,
+    ResponseRecord,
+    expand_inputs,
+    gold_answer,
+    iter_group_file,
+    parse_chunk,
+    read_chunks,
+    record_from_json,
+    record_to_json,
+    write_group_file,
+)
+from megatron_gft.problems import KINDS, ProblemCounts, ProblemLog, parse_policies, report_lines
+
+GROUP = {
+    "id": "g1",
+    "prompt": "What is 1+1?",
+    "answer": "2",
+    "responses": [
+        {"text": "It is 2.", "source": "expert", "reward": 1.0, "outcome": "correct", "finish_reason": "stop"},
+        {"text": "3", "source": "self", "reward": 0, "outcome": "wrong", "token_ids": [5, 6], "logprobs": [-0.5, -1]},
+    ],
+}
+
+
+def line(**changes) -> bytes:
+    return json.dumps({**GROUP, **changes}).encode() + b"\n"
+
+
+def response_line(**changes) -> bytes:
+    return line(responses=[GROUP["responses"][0], {**GROUP["responses"][1], **changes}])
+
+
+def parse(rows: bytes, tmp_path, **policies) -> tuple[list[GroupRecord], list]:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(rows)
+    log = ProblemLog(policies)
+    records = [record for chunk in read_chunks(path) for record, _ in parse_chunk(chunk, log)]
+    return records, log.problems
+
+
+texts = st.text(min_size=1).filter(str.strip)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.lists,
+    max_leaves=4,
+)
+responses = st.builds(
+    ResponseRecord,
+    text=texts,
+    source=st.sampled_from(["expert", "teacher", "self"]),
+    reward=st.none() | st.floats(-1e30, 1e30),
+    outcome=st.none() | st.sampled_from(["correct", "wrong"]),
+    finish_reason=st.sampled_from([None, "stop", "length"]),
+    model=st.none() | texts,
+    tokenizer=st.none() | texts,
+    token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), max_size=5),
+    logprobs=st.none() | st.lists(st.floats(-50, 0), max_size=5),
+    sampling=st.none() | st.dictionaries(texts, json_values, max_size=2),
+    extra=st.dictionaries(st.sampled_from(["seed_of_mine", "zzz"]), json_values, max_size=2),
+)
+prompts = texts | st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user"]), "content": texts}), min_size=1, max_size=3
+)
+records = st.builds(
+    GroupRecord,
+    id=texts,
+    prompt=prompts,
+    responses=st.lists(responses, min_size=1, max_size=4),
+    answer=st.none() | st.text(),
+    meta=st.dictionaries(texts, json_values, max_size=2),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(record=records)
+def test_record_survives_json(record):
+    assert record_from_json(record_to_json(record)) == record
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(groups=st.lists(records, max_size=4))
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_records_survive_files(tmp_path, suffix, groups):
+    path = tmp_path / f"groups{suffix}"
+    assert write_group_file(path, groups) == len(groups)
+    assert [record for record, _ in iter_group_file(path)] == groups
+
+
+def test_gzip_file_is_the_same_bytes_every_time(tmp_path):
+    record = record_from_json(line())
+    for name in ("a", "b"):
+        write_group_file(tmp_path / f"{name}.jsonl.gz", [record])
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+    assert json.loads(gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()))["id"] == "g1"
+
+
+def test_plain_rows_become_expert_groups(tmp_path):
+    row = {"question": "How many?", "answer": "6*7=<<6*7=42>>42\n#### 1,042"}
+    math_row = {"problem": "x?", "solution": "so \\boxed{7}", "answer": 7.0, "level": 3}
+    (first, second), _ = parse(json.dumps(row).encode() + b"\n\n" + json.dumps(math_row).encode(), tmp_path)
+    assert first.answer == "1042" and first.prompt == "How many?" and len(first.id) == 16
+    assert first.responses == [ResponseRecord(row["answer"], "expert", finish_reason="stop")]
+    assert second.answer == "7.0" and second.responses[0].text == "so \\boxed{7}" and second.meta == {"level": 3}
+
+
+def test_plain_rows_from_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "train.parquet"
+    rows = [{"question": f"q{i}", "answer": f"a\n#### {i}"} for i in range(3)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = list(iter_group_file(path))
+    assert [record.answer for record, _ in found] == ["0", "1", "2"]
+    assert [place for _, place in found] == [f"{path}:{n}" for n in (1, 2, 3)]
+
+
+def test_gold_answer():
+    assert gold_answer("no marker") is None
+    assert gold_answer("#### 1\nthen #### -2,000.5 ") == "-2000.5"
+
+
+def test_unknown_fields_are_kept_and_misspelt_ones_refused(tmp_path):
+    record = record_from_json(line(dataset="gsm8k"))
+    assert record.meta == {"dataset": "gsm8k"}
+    with pytest.raises(InputError, match=r"<text>: id 'g1' response 1 wrong_type: unknown field 'finish_resaon'"):
+        record_from_json(response_line(finish_resaon="length"))
+
+
+BAD_LINES = {
+    "invalid_json": [b"{nope\n", b"[1]\n", b"[" * 100_000 + b"\n", b'{"id": ' + b"9" * 5000 + b"}\n"],
+    "invalid_utf8": [b'{"id": "\xff"}\n', line(prompt="half \ud800 pair")],
+    "wrong_type": [
+        line(prompt=3),
+        line(prompt=["text"]),
+        line(responses="text"),
+        line(meta=[]),
+        line(id=True),
+        response_line(reward="1.0"),
+        response_line(reward=True),
+        response_line(finish_reason="abort"),
+        response_line(token_ids=["1"]),
+        response_line(logprobs=[None]),
+        line(responses=["text"]),
+    ],
+    "missing_field": [
+        line(id=None),
+        line(id=""),
+        line(prompt=None),
+        line(responses=None),
+        line(prompt=[{"role": "user"}]),
+        response_line(source=None),
+        response_line(text=None),
+    ],
+    "empty_prompt": [line(prompt=" \n"), line(prompt=[]), line(prompt=[{"role": "user", "content": ""}])],
+    "empty_response": [response_line(text="", token_ids=None)],
+    "no_responses": [line(responses=[])],
+    "nonfinite_reward": [response_line(reward=float(v)) for v in ("nan", "inf", "1e39")]
+    + [response_line(reward=10**50)],
+    "unknown_source": [response_line(source="student")],
+    "duplicate_response": [response_line(text="It is 2.")],
+    "truncated": [response_line(finish_reason="length")],
+    "no_expert": [line(responses=[GROUP["responses"][1]])],
+    "equal_rewards": [response_line(reward=1.0)],
+    "expert_wrong": [line(responses=[{"text": "x", "source": "expert", "outcome": "wrong", "reward": 0}])],
+}
+CASES = [(kind, row) for kind, rows in BAD_LINES.items() for row in rows]
+
+
+@pytest.mark.parametrize("kind,row", CASES)
+def test_each_bad_line_is_found_and_named(kind, row, tmp_path):
+    good = line(id="good")
+    (found, *_), problems = parse(good + row, tmp_path)
+    assert found.id == "good"
+    assert kind in {problem.kind for problem in problems}
+    assert all(problem.place == f"{tmp_path}/in.jsonl:2" for problem in problems)
+
+
+@pytest.mark.parametrize("kind,row,policy", [(k, r, p) for k, r in CASES for p in KINDS[k].choices])
+def test_policies_do_what_they_say(kind, row, policy, tmp_path):
+    others = {name: "keep" for name in KINDS if name != kind and "keep" in KINDS[name].choices}
+    found, problems = parse(row, tmp_path, **{**others, kind: policy})
+    assert [p.action for p in problems if p.kind == kind] == [policy]
+    if policy == "drop" and KINDS[kind].drops == "response" and len(json.loads(row)["responses"]) == 2:
+        assert [len(record.responses) for record in found] == [1]
+    elif policy in ("error", "drop"):
+        assert found == []
+    elif kind == "invalid_utf8":
+        assert found == [] or "\ufffd" in found[0].prompt
+    else:
+        assert len(found) == 1
+
+
+def test_fixes(tmp_path):
+    (record,), _ = parse(response_line(reward=float("nan")), tmp_path, nonfinite_reward="fix")
+    assert record.responses[1].reward is None
+    (record,), _ = parse(BAD_LINES["expert_wrong"][0], tmp_path, expert_wrong="fix")
+    assert record.responses[0].reward == 1.0
+
+
+def test_reading_a_bad_file_names_file_and_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(line() + b"\n" + line(prompt=None))
+    with pytest.raises(InputError, match=rf"{path}:3: id 'g1' missing_field: no 'prompt'"):
+        list(iter_group_file(path))
+    for name, content in (("t.parquet", b"PAR1 not parquet"), ("t.jsonl.gz", b"\x1f\x8b nonsense"), ("t.txt", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=name):
+            list(iter_group_file(tmp_path / name))
+
+
+def test_inputs_expand_and_missing_ones_are_named(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_bytes(line())
+    assert expand_inputs([tmp_path / "*.jsonl"]) == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+    with pytest.raises(InputError, match="nothing.jsonl"):
+        expand_inputs([tmp_path / "nothing.jsonl"])
+    with pytest.raises(InputError, match="named twice"):
+        expand_inputs([tmp_path / "a.jsonl", tmp_path / "*.jsonl"])
+
+
+def test_policies_are_parsed_and_nearest_name_is_given():
+    assert parse_policies(["long_response=truncate"])["long_response"] == "fix"
+    with pytest.raises(InputError, match="did you mean 'long_response'.*(?s:.*)empty_prompt='keep'"):
+        parse_policies(["long_respons=drop", "empty_prompt=keep"])
+
+
+def test_report_lists_what_changed_and_counts_everything(tmp_path):
+    _, problems = parse(response_line(reward=1.0) + b"nope\n", tmp_path, invalid_json="drop")
+    counts = ProblemCounts()
+    counts.add(problems)
+    assert counts.as_dict() == {"equal_rewards": {"keep": 1}, "invalid_json": {"drop": 1}}
+    (entry,) = map(json.loads, report_lines(problems).splitlines())
+    assert entry["kind"] == "invalid_json" and entry["place"].endswith("in.jsonl:2")
