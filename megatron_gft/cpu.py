@@ -85,7 +85,11 @@ class _Stream:
     def wait_event(self, *_: Any) -> None:
         return None
 
-    wait_stream = record_event = synchronize = wait_event
+    wait_stream = synchronize = wait_event
+
+    def record_event(self, *_: Any) -> _Stream:
+        """Something that can be synchronized, as an event can (MoE token dispatcher)."""
+        return self
 
     def __enter__(self) -> _Stream:
         return self
