@@ -1,0 +1,447 @@
+"""Vocab-parallel log-probabilities and the fused head against a dense softmax in float64, in one to four ranks."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from megatron_gft.gft import coefficient
+from megatron_gft.vocab_parallel import linear_gft_loss, vocab_parallel_logprobs
+
+TAU = 0.2
+
+
+@dataclass
+class Problem:
+    """Whole tensors; ranks take their rows of ``weight``. ``vocab`` real rows, the rest is padding."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    labels: torch.Tensor
+    token_weights: torch.Tensor
+    vocab: int
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        wide = torch.promote_types(dtype, torch.float32)
+        return replace(
+            self,
+            hidden=self.hidden.to(dtype),
+            weight=self.weight.to(dtype),
+            token_weights=self.token_weights.to(wide),
+        )
+
+    def rows(self, kept: torch.Tensor) -> "Problem":
+        """The rows where ``kept`` [T] is true."""
+        return replace(
+            self, hidden=self.hidden[kept], labels=self.labels[kept], token_weights=self.token_weights[kept]
+        )
+
+    def on(self, device: str) -> "Problem":
+        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "vocab"}
+        return replace(self, **tensors)
+
+
+def make_problem(rows: int = 37, hidden: int = 16, vocab: int = 101, padded: int = 104, seed: int = 0) -> Problem:
+    """Rows lean towards their labels, so that p falls on both sides of tau; weights span signs and decades."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(padded, hidden, dtype=torch.float64, generator=g)
+    labels = torch.randint(0, vocab, (rows,), generator=g)
+    labels[:2] = torch.tensor([0, vocab - 1])[:rows]
+    lean = torch.rand(rows, 1, dtype=torch.float64, generator=g)
+    states = torch.randn(rows, hidden, dtype=torch.float64, generator=g) * 0.5 + 0.6 * lean * weight[labels]
+    token_weights = torch.randn(rows, dtype=torch.float64, generator=g) * 10 ** torch.randint(
+        -2, 2, (rows,), generator=g
+    )
+    return Problem(states, weight, labels, token_weights, vocab)
+
+
+def dense(problem: Problem, kind: str = "rectified") -> dict[str, torch.Tensor]:
+    """The loss by a full softmax in float64, differentiated by autograd."""
+    hidden = problem.hidden.detach().double().requires_grad_()
+    weight = problem.weight.detach().double().requires_grad_()
+    table = torch.log_softmax(hidden @ weight[: problem.vocab].t(), dim=1)
+    logprobs = table.gather(1, problem.labels[:, None])[:, 0]
+    c = coefficient(logprobs, TAU, kind)
+    loss = -(problem.token_weights.double() * c * logprobs).sum()
+    loss.backward()
+    scale = (problem.token_weights * c * logprobs).abs().sum().item()
+    return {
+        "loss": loss.detach(),
+        "logprobs": logprobs.detach(),
+        "entropy": -(table.exp() * table).sum(1).detach(),
+        "hidden": hidden.grad,
+        "weight": weight.grad,
+        "scale": scale,
+    }
+
+
+def assert_both_branches(logprobs: torch.Tensor) -> None:
+    p = logprobs.exp()
+    assert (p > TAU).any() and (p < TAU).any() and ((p - TAU).abs() > 1e-4).all()
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm().clamp(min=1e-300)).item()
+
+
+def tp_group():
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def local_rows(problem: Problem) -> slice:
+    group = tp_group()
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    shard = len(problem.weight) // size
+    return slice(rank * shard, (rank + 1) * shard)
+
+
+def fused_on_rank(problem: Problem, options: dict) -> dict[str, torch.Tensor]:
+    """Loss, gradients and metrics of the fused head on this rank's rows of the matrix."""
+    hidden = problem.hidden.clone().requires_grad_()
+    weight = problem.weight[local_rows(problem)].clone().requires_grad_()
+    loss, logprobs, entropy = linear_gft_loss(
+        hidden,
+        weight,
+        problem.labels,
+        problem.token_weights,
+        tau=TAU,
+        tp_group=tp_group(),
+        vocab_size=problem.vocab,
+        **options,
+    )
+    loss.backward()
+    assert not logprobs.requires_grad
+    result = {"loss": loss.detach(), "logprobs": logprobs, "hidden": hidden.grad, "weight": weight.grad}
+    return result if entropy is None else result | {"entropy": entropy}
+
+
+def logprobs_on_rank(problem: Problem, kind: str) -> dict[str, torch.Tensor]:
+    """The same through logits and ``vocab_parallel_logprobs``; the hidden gradient is summed by hand."""
+    hidden = problem.hidden.clone().requires_grad_()
+    weight = problem.weight[local_rows(problem)].clone().requires_grad_()
+    logits = hidden @ weight.t()
+    kept = logits.detach().clone()
+    logprobs = vocab_parallel_logprobs(logits, problem.labels, tp_group(), vocab_size=problem.vocab)
+    loss = -(problem.token_weights * coefficient(logprobs, TAU, kind) * logprobs).sum()
+    loss.backward()
+    assert torch.equal(logits, kept)
+    if dist.is_initialized():
+        dist.all_reduce(hidden.grad)
+    return {"loss": loss.detach(), "logprobs": logprobs.detach(), "hidden": hidden.grad, "weight": weight.grad}
+
+
+def check(results: list[dict], want: dict, loss_tolerance: float, gradient_tolerance: float) -> None:
+    """Every rank agrees bit for bit on what is replicated; the shards together equal the dense gradient."""
+    for result in results[1:]:
+        for name in result.keys() - {"weight"}:
+            assert torch.equal(result[name], results[0][name]), f"{name} differs between ranks"
+    first = results[0]
+    assert abs(first["loss"].item() - want["loss"].item()) <= loss_tolerance * want["scale"]
+    assert error(first["hidden"], want["hidden"]) <= gradient_tolerance
+    assert error(torch.cat([r["weight"] for r in results]), want["weight"]) <= gradient_tolerance
+    if "entropy" in first:
+        assert error(first["entropy"], want["entropy"]) <= gradient_tolerance
+
+
+PRECISIONS = [
+    pytest.param(torch.float64, 1e-12, 1e-12, id="fp64"),
+    pytest.param(torch.float32, 1e-6, 5e-6, id="fp32"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "loss_tolerance", "gradient_tolerance"), PRECISIONS)
+@pytest.mark.parametrize("kind", ["rectified", "none", "probability"])
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 64])
+def test_fused_head_equals_dense_softmax(dtype, loss_tolerance, gradient_tolerance, kind, chunk_tokens):
+    problem = make_problem().to(dtype)
+    want = dense(problem, kind)
+    assert_both_branches(want["logprobs"])
+    options = {"coefficient": kind, "chunk_tokens": chunk_tokens, "compute_entropy": True}
+    got = fused_on_rank(problem, options)
+    assert got["logprobs"].dtype == got["entropy"].dtype == dtype
+    check([got], want, loss_tolerance, gradient_tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "loss_tolerance", "gradient_tolerance"), PRECISIONS)
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize(("vocab", "padded"), [(101, 104), (104, 104), (33, 104), (26, 52)])
+def test_fused_head_over_tensor_parallel_ranks(dtype, loss_tolerance, gradient_tolerance, world_size, vocab, padded):
+    """Odd vocabularies; at 33 of 104 rows, two of four ranks hold nothing but padding."""
+    problem = make_problem(vocab=vocab, padded=padded, seed=1).to(dtype)
+    want = dense(problem)
+    assert_both_branches(want["logprobs"])
+    results = run_ranks(world_size, fused_on_rank, problem, {"chunk_tokens": 10, "compute_entropy": True})
+    check(results, want, loss_tolerance, gradient_tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "loss_tolerance", "gradient_tolerance"), PRECISIONS)
+@pytest.mark.parametrize("kind", ["rectified", "none", "probability"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_logprobs_over_tensor_parallel_ranks(dtype, loss_tolerance, gradient_tolerance, kind, world_size):
+    problem = make_problem(seed=2).to(dtype)
+    if world_size == 1:
+        results = [logprobs_on_rank(problem, kind)]
+    else:
+        results = run_ranks(world_size, logprobs_on_rank, problem, kind)
+    want = dense(problem, kind)
+    assert_both_branches(want["logprobs"])
+    # float32 log-probs of wide logits: rounding of logits of magnitude ~10 dominates
+    atol = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(results[0]["logprobs"].double(), want["logprobs"], rtol=0, atol=atol)
+    check(results, want, loss_tolerance, gradient_tolerance)
+
+
+def test_logprobs_pass_gradcheck():
+    problem = make_problem(rows=5, vocab=6, padded=8)
+    logits = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: vocab_parallel_logprobs(z, problem.labels, vocab_size=6), (logits,))
+
+
+def test_padding_has_no_probability_and_no_gradient():
+    """Padding rows are zeros in a converted checkpoint; their logit 0 is not small beside real logits here."""
+    problem = make_problem(vocab=33, padded=104)
+    problem.weight[33:] = 0
+    masked = fused_on_rank(problem, {})
+    unmasked = fused_on_rank(replace(problem, vocab=104), {})
+    assert (masked["weight"][33:] == 0).all() and (unmasked["weight"][33:] != 0).any()
+    assert (masked["logprobs"] > unmasked["logprobs"]).all()
+
+
+def test_label_in_the_padding_is_not_a_silent_number():
+    logprobs = vocab_parallel_logprobs(torch.zeros(1, 8), torch.tensor([7]), vocab_size=6)
+    assert logprobs.item() == -torch.inf
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_no_rows(world_size):
+    """A pack without loss rows still takes part in forward and backward, with zero gradients."""
+    problem = make_problem(rows=0)
+    options = {"compute_entropy": True}
+    ranks = [fused_on_rank(problem, options)] if world_size == 1 else run_ranks(2, fused_on_rank, problem, options)
+    for result in ranks:
+        assert result["loss"] == 0 and result["logprobs"].shape == result["entropy"].shape == (0,)
+        assert result["hidden"].shape == (0, 16) and (result["weight"] == 0).all()
+
+
+def test_rows_of_weight_zero_change_nothing():
+    problem = make_problem()
+    problem.token_weights[::3] = 0
+    kept = problem.token_weights != 0
+    smaller = problem.rows(kept)
+    got, want = fused_on_rank(problem, {}), fused_on_rank(smaller, {})
+    assert (got["hidden"][~kept] == 0).all()
+    torch.testing.assert_close(got["hidden"][kept], want["hidden"], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(got["weight"], want["weight"], rtol=1e-11, atol=1e-13)
+    problem.token_weights[:] = 0
+    masked = fused_on_rank(problem, {})
+    assert masked["loss"] == 0 and (masked["hidden"] == 0).all() and (masked["weight"] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1e3, 1e30])
+def test_large_logits_do_not_overflow(size):
+    """The label at the top: p = 1. The label far below: ce = size, p = 0, so weight, loss and gradient are 0."""
+    hidden = torch.tensor([[size, 1.0], [size, 1.0]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    loss, logprobs, entropy = linear_gft_loss(
+        hidden, weight, torch.tensor([0, 1]), torch.ones(2), tau=TAU, compute_entropy=True
+    )
+    loss.backward()
+    assert loss == 0 and logprobs[0] == 0 and logprobs[1].item() == pytest.approx(1 - size)
+    assert (entropy == 0).all() and (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bf16_stays_near_float64(world_size):
+    """Tolerance: logits are rounded to bf16 (2^-9 of |logit| <= 8, so 1.6 % of p), p itself is float32.
+
+    The decision at tau is taken from the same p on all ranks; rows whose p is within that noise of tau are left
+    out, since either branch is right there.
+    """
+    problem = make_problem(rows=64, hidden=32, seed=3).to(torch.bfloat16)
+    problem.hidden /= 4
+    problem = problem.rows((dense(problem)["logprobs"].exp() / TAU - 1).abs() > 0.05)
+    want = dense(problem)
+    assert_both_branches(want["logprobs"])
+    options = {"chunk_tokens": 16, "compute_entropy": True}
+    results = [fused_on_rank(problem, options)] if world_size == 1 else run_ranks(2, fused_on_rank, problem, options)
+    assert results[0]["logprobs"].dtype == torch.float32 and results[0]["hidden"].dtype == torch.bfloat16
+    check(results, want, 5e-3, 1.5e-2)
+
+
+def metrics_on_rank(problem: Problem) -> list[torch.Tensor]:
+    weight = problem.weight[local_rows(problem)]
+    with torch.no_grad():
+        loss, logprobs, _ = linear_gft_loss(
+            problem.hidden, weight, problem.labels, problem.token_weights, tau=TAU, tp_group=tp_group()
+        )
+    return [loss, logprobs]
+
+
+def test_every_rank_sees_the_same_bits_at_tau():
+    """Float32 p differs in the last bits between layouts, never between the ranks of one."""
+    first, *others = run_ranks(4, metrics_on_rank, make_problem(vocab=104, seed=5).to(torch.float32))
+    for other in others:
+        assert torch.equal(first[0], other[0]) and torch.equal(first[1], other[1])
+
+
+class CountMatmuls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Rows of every matrix product under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.products.append(tuple(a.shape for a in args if isinstance(a, torch.Tensor)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["no_grad", "frozen"])
+def test_evaluation_runs_one_gemm_a_chunk_and_gives_the_same_numbers(how):
+    problem = make_problem()
+    want = fused_on_rank(problem, {"chunk_tokens": 16, "compute_entropy": True})
+    hidden = problem.hidden.clone().requires_grad_(how == "no_grad")
+    with CountMatmuls() as count, torch.set_grad_enabled(how == "frozen"):
+        loss, logprobs, entropy = linear_gft_loss(
+            hidden,
+            problem.weight,
+            problem.labels,
+            problem.token_weights,
+            tau=TAU,
+            vocab_size=problem.vocab,
+            chunk_tokens=16,
+            compute_entropy=True,
+        )
+    assert len(count.products) == 3 and not loss.requires_grad
+    assert torch.equal(loss, want["loss"])
+    assert torch.equal(logprobs, want["logprobs"]) and torch.equal(entropy, want["entropy"])
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_gradient_is_made_only_for_what_needs_it(frozen):
+    problem = make_problem()
+    inputs = {"hidden": problem.hidden, "weight": problem.weight}
+    free = ({"hidden", "weight"} - {frozen}).pop()
+    inputs[free] = inputs[free].clone().requires_grad_()
+    with CountMatmuls() as count:
+        linear_gft_loss(
+            **inputs, labels=problem.labels, token_weights=problem.token_weights, tau=TAU, vocab_size=101
+        )[0].backward()
+    assert len(count.products) == 2
+    assert error(inputs[free].grad, dense(problem)[free]) <= 1e-12
+
+
+def test_upstream_gradient_scales_both_gradients():
+    problem = make_problem()
+    hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+    loss, _, _ = linear_gft_loss(
+        hidden, weight, problem.labels, problem.token_weights, tau=TAU, vocab_size=101, loss_scale=64.0
+    )
+    (-2.5 * loss).backward()
+    want = dense(problem)
+    assert error(hidden.grad, -2.5 * want["hidden"]) <= 1e-12
+    assert error(weight.grad, -2.5 * want["weight"]) <= 1e-12
+
+
+def test_second_backward_is_refused():
+    problem = make_problem()
+    loss, _, _ = linear_gft_loss(
+        problem.hidden.clone().requires_grad_(), problem.weight, problem.labels, problem.token_weights, tau=TAU
+    )
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward ran twice"):
+        loss.backward()
+
+
+def into_main_grad(problem: Problem, dtype: torch.dtype, upstream: float, loss_scale: float, tied: bool):
+    hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+    weight.main_grad = torch.ones(weight.shape, dtype=dtype, device=weight.device)
+    weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, tied
+    loss, _, _ = linear_gft_loss(
+        hidden,
+        weight,
+        problem.labels,
+        problem.token_weights,
+        tau=TAU,
+        vocab_size=problem.vocab,
+        chunk_tokens=10,
+        accumulate_into_main_grad=True,
+        loss_scale=loss_scale,
+    )
+    (upstream * loss).backward()
+    return hidden, weight
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_weight_gradient_goes_into_main_grad(tied, loss_scale):
+    """Added to what is there; autograd gets a placeholder, zeros where the hook will add it (tied weights)."""
+    problem = make_problem()
+    want = dense(problem)
+    hidden, weight = into_main_grad(problem, torch.float64, loss_scale, loss_scale, tied)
+    assert error(weight.main_grad - 1, loss_scale * want["weight"]) <= 1e-12
+    assert error(hidden.grad, loss_scale * want["hidden"]) <= 1e-12
+    assert weight.grad_added_to_main_grad and weight.grad.shape == weight.shape
+    assert not tied or (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("padded", [104, 9000])
+def test_half_precision_weight_gradient_accumulates_in_float32(padded):
+    """9000 rows take more than one slice of the vocabulary."""
+    problem = make_problem(padded=padded).to(torch.bfloat16)
+    _, weight = into_main_grad(problem, torch.float32, 1.0, 1.0, tied=False)
+    separate = fused_on_rank(problem, {"chunk_tokens": 10})
+    assert error(weight.main_grad - 1, separate["weight"].double()) <= 4e-3  # one rounding to bf16
+    assert error(weight.main_grad - 1, dense(problem)["weight"]) <= 2.5e-2
+
+
+def test_wrong_upstream_gradient_with_main_grad_is_refused():
+    with pytest.raises(RuntimeError, match="upstream gradient is not loss_scale"):
+        into_main_grad(make_problem(), torch.float64, 2.0, 1.0, tied=False)
+
+
+def largest_storage(problem: Problem, chunk_tokens: int) -> int:
+    """Elements of the largest tensor made in forward and backward."""
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                sizes.append(out.untyped_storage().nbytes() // out.element_size())
+            return out
+
+    with Watch():
+        fused_on_rank(problem, {"chunk_tokens": chunk_tokens})
+    return max(sizes)
+
+
+def test_logits_of_all_rows_never_exist():
+    problem = make_problem(rows=200, hidden=4, vocab=500, padded=500)
+    assert largest_storage(problem, chunk_tokens=20) == 20 * 500
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "loss_tolerance", "gradient_tolerance"),
+    [*PRECISIONS, pytest.param(torch.bfloat16, 5e-3, 1.5e-2, id="bf16")],
+)
+@pytest.mark.parametrize("main_grad", [False, True])
+def test_fused_head_on_the_gpu(dtype, loss_tolerance, gradient_tolerance, main_grad):
+    """Covers what a CPU cannot: the GEMM that adds half-precision products to a float32 gradient."""
+    problem = make_problem(rows=300, hidden=64, vocab=1003, padded=1024, seed=7).to(dtype).on("cuda")
+    problem.hidden /= 4
+    noise = 0.05 if dtype == torch.bfloat16 else 1e-3
+    problem = problem.rows((dense(problem)["logprobs"].exp() / TAU - 1).abs() > noise)
+    want = dense(problem)
+    assert_both_branches(want["logprobs"])
+    if not main_grad:
+        check([fused_on_rank(problem, {"chunk_tokens": 64})], want, loss_tolerance, gradient_tolerance)
+        return
+    wide = torch.promote_types(dtype, torch.float32)
+    hidden, weight = into_main_grad(problem, wide, 1.0, 1.0, tied=True)
+    assert error(weight.main_grad - 1, want["weight"]) <= gradient_tolerance
+    assert error(hidden.grad, want["hidden"]) <= gradient_tolerance
