@@ -92,8 +92,8 @@ def live_parameters(
             expected = live.shard(mapping).shape
             if tuple(parameter.shape) != expected:
                 raise InputError(
-                    f"{parallel.coordinates}: Megatron parameter {name} is {tuple(parameter.shape)}, the Hugging Face "
-                    f"model makes it {expected} -> build the model from the same config.json"
+                    f"{parallel.coordinates}: Megatron parameter {name} is {tuple(parameter.shape)}, by the Hugging "
+                    f"Face model {expected} -> build the model from the same config.json"
                 )
             yield live
 
