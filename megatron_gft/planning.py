@@ -1,0 +1,439 @@
+"""What a step computes and where: order of groups, and packs of a step on every data-parallel rank.
+
+Pure functions of lengths, numpy only: every rank computes the same plan by itself, and `plan.py` can show it
+without a GPU. The order of groups does not depend on the layout at all; the packs do, the sums over them do not.
+
+A *pack* is one microbatch. In the ``packed`` form each response carries its prompt: P + R - 1 rows (the last
+response token is only ever a label). In the ``shared_prefix`` form the prompt of several responses is computed once:
+P + sum(R_k - 1) rows. A group may be cut into parts over packs; a part of one response is the same in both forms.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from megatron_gft.balancing import Balancer, Item, cost, rows
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.hf_config import ModelShape
+
+PackForm = Literal["packed", "shared_prefix"]
+Packing = Literal["packed", "shared_prefix", "auto"]
+
+# A plan this well balanced is taken at once; otherwise more packs per rank, and smaller parts, are tried.
+GOOD_BALANCE = 0.99
+# Numbers of packs per rank that are tried beyond the smallest feasible one.
+EXTRA_PACK_COUNTS = 1
+# A group that costs more than an average pack is cut beforehand only if its prompt is at most this share of it.
+MAX_PROMPT_SHARE = 0.25
+# ``auto`` shares a prompt only where that saves more than this: kernels are less efficient on prefix segments.
+AUTO_MIN_SAVING = 0.03
+
+
+@dataclass(frozen=True)
+class GroupLengths:
+    """Tokens of one group: ``prompt`` >= 1, and one length per response, end marker included.
+
+    A response of length 0 is not computed (dead group, source not selected); it keeps its index.
+    """
+
+    prompt: int
+    responses: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FlopModel:
+    """Floating-point operations of forward and backward (backward = 2x forward), without recomputation.
+
+    Attributes:
+        linear_per_token: all matrices of the trunk, per row.
+        attention_per_pair: scores and values of all layers, per visible (query, key) pair.
+        head_per_row: output layer, per row that carries loss.
+        window: tokens that a query sees, itself included; None = all before it.
+    """
+
+    linear_per_token: float
+    attention_per_pair: float
+    head_per_row: float
+    window: int | None = None
+
+    @classmethod
+    def from_shape(cls, shape: ModelShape) -> FlopModel:
+        """Count a decoder with grouped-query attention and gated MLPs, or ``moe_router_topk`` gated experts."""
+        heads = shape.num_attention_heads * shape.kv_channels
+        attention = shape.hidden_size * (2 * heads + 2 * shape.num_query_groups * shape.kv_channels)
+        mlp = 3 * shape.hidden_size * shape.ffn_hidden_size
+        if shape.num_moe_experts is not None:
+            width = (shape.moe_router_topk or 1) * (shape.moe_ffn_hidden_size or shape.ffn_hidden_size)
+            mlp = 3 * shape.hidden_size * width + shape.hidden_size * shape.num_moe_experts
+        return cls(
+            linear_per_token=6.0 * shape.num_layers * (attention + mlp),
+            attention_per_pair=12.0 * shape.num_layers * heads,
+            head_per_row=6.0 * shape.hidden_size * shape.vocab_size,
+            window=None if shape.window_size is None else shape.window_size[0] + 1,
+        )
+
+    def pairs(self, length: int, prefix: int = 0) -> int:
+        """Visible pairs of a causal segment of ``length`` queries that continues ``prefix`` rows."""
+        return self._triangle(prefix + length) - self._triangle(prefix)
+
+    def _triangle(self, length: int) -> int:
+        full = length if self.window is None else min(length, self.window)
+        return full * (full + 1) // 2 + (length - full) * full
+
+    def flops(self, tokens: int, pairs: int, loss_rows: int) -> float:
+        """Cost of ``tokens`` rows with ``pairs`` visible pairs, of which ``loss_rows`` reach the head."""
+        return self.linear_per_token * tokens + self.attention_per_pair * pairs + self.head_per_row * loss_rows
+
+
+# Relative costs of a 7B decoder (hidden 3584, 28 layers); only ratios matter to a plan.
+DEFAULT_FLOP_MODEL = FlopModel(linear_per_token=3.9e10, attention_per_pair=1.2e6, head_per_row=3.3e9)
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """One microbatch of one data-parallel rank.
+
+    Attributes:
+        form: ``shared_prefix`` when some item shares its prompt, which are the items of two responses or more;
+            in a ``packed`` pack each response of an item stands alone.
+        items: (group, (response, ...)), both as indices into the lengths that were planned. Empty: padding only.
+        tokens: rows, padding included.
+        flops: cost of these rows.
+        loss_rows: response tokens.
+    """
+
+    form: PackForm
+    items: tuple[tuple[int, tuple[int, ...]], ...]
+    tokens: int
+    flops: float
+    loss_rows: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The packs of one optimizer step.
+
+    Attributes:
+        packs: [dp_size][packs per rank]; all ranks work on packs[rank][i] at the same time.
+        tokens: rows of all packs, padding included; ``padding`` of them hold no token of the data.
+        flops: cost of all packs.
+        fill: tokens / (packs * max_tokens_per_pack).
+        balance: sum over i of the mean cost / sum over i of the maximal cost of microbatch i over the ranks:
+            the share of time in which a rank works when the ranks keep step.
+        worst_balance: the smallest mean / max of a microbatch.
+    """
+
+    packs: tuple[tuple[PackPlan, ...], ...]
+    tokens: int
+    padding: int
+    flops: float
+    fill: float
+    balance: float
+    worst_balance: float
+
+    @property
+    def packs_per_rank(self) -> int:
+        """Microbatches of the step."""
+        return len(self.packs[0])
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Everything that stays the same while arrangements of one step are tried."""
+
+    lengths: Sequence[GroupLengths]
+    flop_model: FlopModel
+    dp_size: int
+    capacity: int  # rows of a pack, a multiple of unit
+    unit: int  # a pack's rows are padded to a multiple of this
+    alignment: int
+    multiple: int  # of packs per rank
+    min_saving: float  # share of the cost of a group's responses below which their prompt is not shared; 1 = never
+
+    def aligned(self, length: int) -> int:
+        """Rows of a segment of ``length`` tokens."""
+        return -(-length // self.alignment) * self.alignment
+
+    @functools.cached_property
+    def prompts(self) -> list[tuple[int, float]]:
+        """Rows and cost of each group's prompt as a segment of its own."""
+        tokens = [self.aligned(lengths.prompt) for lengths in self.lengths]
+        return [(rows, self.flop_model.flops(rows, self.flop_model.pairs(rows), 0)) for rows in tokens]
+
+    @functools.cached_property
+    def tails(self) -> list[list[tuple[int, float]]]:
+        """[group][response] -> rows and cost that the response adds to a pack that holds its prompt."""
+        return [
+            [
+                (tokens := self.aligned(length - 1), self._cost(tokens, lengths.prompt, length))
+                if length
+                else (0, 0.0)
+                for length in lengths.responses
+            ]
+            for lengths in self.lengths
+        ]
+
+    def _cost(self, tokens: int, prefix: int, loss_rows: int) -> float:
+        return self.flop_model.flops(tokens, self.flop_model.pairs(tokens, prefix), loss_rows)
+
+    def item(self, group: int, responses: tuple[int, ...]) -> Item:
+        """One or several responses of a group, placed together; several share the prompt."""
+        lengths = self.lengths[group]
+        if len(responses) == 1:
+            length = lengths.responses[responses[0]]
+            tokens = self.aligned(lengths.prompt + length - 1)
+            return Item(group, responses, tokens, self._cost(tokens, 0, length), length)
+        tokens, flops = self.prompts[group]
+        loss_rows = 0
+        for k in responses:
+            tail_tokens, tail_flops = self.tails[group][k]
+            tokens += tail_tokens
+            flops += tail_flops
+            loss_rows += lengths.responses[k]
+        return Item(group, responses, tokens, flops, loss_rows)
+
+    def singles(self) -> list[Item]:
+        """Every response by itself.
+
+        Raises:
+            InputErrors: an empty prompt, or a response that does not fit a pack.
+        """
+        problems = []
+        items = []
+        for group, lengths in enumerate(self.lengths):
+            if lengths.prompt < 1:
+                problems.append(f"group {group} of the step: prompt has no token -> give it one")
+                continue
+            for k, length in enumerate(lengths.responses):
+                if length == 0:
+                    continue
+                items.append(item := self.item(group, (k,)))
+                if item.tokens > self.capacity:
+                    problems.append(
+                        f"group {group} of the step, response {k}: {lengths.prompt} prompt + {length} response "
+                        f"tokens make {item.tokens} rows, max_tokens_per_pack allows {self.capacity} -> raise "
+                        f"data.max_tokens_per_pack to {-(-item.tokens // self.unit) * self.unit} or drop it"
+                    )
+        if problems:
+            raise InputErrors("step plan", problems)
+        return items
+
+    @functools.cached_property
+    def balancer(self) -> Balancer:
+        """Bins with this planner's capacity and costs."""
+        return Balancer(self.capacity, self.item, self.tail_flops)
+
+    def tail_flops(self, group: int, response: int) -> float:
+        """Cost that a response adds to a pack that holds its prompt."""
+        return self.tails[group][response][1]
+
+    def parts(self, singles: Sequence[Item], part_flops: float) -> list[Item]:
+        """Groups as one item each where sharing saves, cut down to ``part_flops`` and to a pack's rows."""
+        by_group: dict[int, list[Item]] = {}
+        for single in singles:
+            by_group.setdefault(single.group, []).append(single)
+        parts = []
+        for group, members in by_group.items():
+            whole = self.item(group, tuple(member.responses[0] for member in members))
+            if len(members) == 1 or not self.saves(whole, members):
+                parts += members
+                continue
+            waiting = [whole]
+            while waiting:
+                item = waiting.pop()
+                dear = item.flops > part_flops and self.prompts[group][1] <= MAX_PROMPT_SHARE * item.flops
+                if len(item.responses) > 1 and (item.tokens > self.capacity or dear):
+                    waiting += self.balancer.halves(item)
+                else:
+                    parts.append(item)
+        return parts
+
+    def smallest_count(self, items: Sequence[Item]) -> int:
+        """Packs per rank if every pack could be full."""
+        smallest = max(1, math.ceil(rows(items) / (self.capacity * self.dp_size)))
+        return math.ceil(smallest / self.multiple) * self.multiple
+
+    def arrange(self, items: Sequence[Item]) -> list[PackPlan]:
+        """Pack plans, dearest first, in the number of packs per rank that keeps the ranks busiest."""
+        per_rank = self.smallest_count(items)
+        best: list[PackPlan] = []
+        found = 0
+        while found <= EXTRA_PACK_COUNTS:
+            bins = self.balancer.spread(items, per_rank, self.dp_size)
+            per_rank += self.multiple
+            if bins is None:
+                continue
+            found += 1
+            packs = [self.pack(items) for items in bins]
+            packs.sort(key=lambda pack: -pack.flops)
+            if not best or self.busy_time(packs) < self.busy_time(best):
+                best = packs
+            if self.balances(best)[0] >= GOOD_BALANCE or len(packs) >= 2 * len(items):
+                break
+        return best
+
+    def share_prompts(self, singles: Sequence[Item]) -> list[PackPlan]:
+        """Pack plans in which groups share their prompts where that saves."""
+        whole = self.parts(singles, math.inf)
+        average = cost(whole) / (self.smallest_count(whole) * self.dp_size)
+        return self.arrange(self.parts(singles, average))
+
+    def saves(self, together: Item, members: Sequence[Item]) -> bool:
+        """Whether sharing one prompt is worth it."""
+        return together.flops < (1 - self.min_saving) * sum(member.flops for member in members)
+
+    def rejoined(self, items: Sequence[Item]) -> list[Item]:
+        """Items of one pack, in order; parts of one group that met again share their prompt again."""
+        if self.min_saving >= 1:
+            return sorted(items)
+        by_group: dict[int, list[Item]] = {}
+        for item in sorted(items):
+            by_group.setdefault(item.group, []).append(item)
+        joined = []
+        for group, members in by_group.items():
+            together = self.item(group, tuple(sorted(k for member in members for k in member.responses)))
+            joined += [together] if len(members) > 1 and self.saves(together, members) else members
+        return joined
+
+    def pack(self, items: Sequence[Item]) -> PackPlan:
+        """The plan of one pack."""
+        items = self.rejoined(items)
+        tokens = sum(item.tokens for item in items)
+        padded = max(self.unit, -(-tokens // self.unit) * self.unit)
+        padding = self.flop_model.flops(padded - tokens, self.flop_model.pairs(padded - tokens), 0)
+        shared = any(len(item.responses) > 1 for item in items)
+        return PackPlan(
+            form="shared_prefix" if shared else "packed",
+            items=tuple((item.group, item.responses) for item in items),
+            tokens=padded,
+            flops=sum(item.flops for item in items) + padding,
+            loss_rows=sum(item.loss_rows for item in items),
+        )
+
+    def microbatches(self, packs: Sequence[PackPlan]) -> list[Sequence[PackPlan]]:
+        """Packs that run at the same time, one per rank."""
+        return [packs[i : i + self.dp_size] for i in range(0, len(packs), self.dp_size)]
+
+    def busy_time(self, packs: Sequence[PackPlan]) -> float:
+        """Cost of the slowest rank, summed over microbatches: what the step takes."""
+        return sum(max(pack.flops for pack in microbatch) for microbatch in self.microbatches(packs))
+
+    def balances(self, packs: Sequence[PackPlan]) -> tuple[float, float]:
+        """(balance, worst_balance) as in :class:`StepPlan`."""
+        most = [max(pack.flops for pack in microbatch) for microbatch in self.microbatches(packs)]
+        mean = [sum(pack.flops for pack in microbatch) / self.dp_size for microbatch in self.microbatches(packs)]
+        return sum(mean) / sum(most), min(a / b for a, b in zip(mean, most, strict=True))
+
+    def step_plan(self, packs: Sequence[PackPlan], max_tokens_per_pack: int) -> StepPlan:
+        """Deal the microbatches out to ranks, forth and back, so that rank totals even out too."""
+        rows = self.microbatches(packs)
+        dealt = [row if i % 2 == 0 else row[::-1] for i, row in enumerate(rows)]
+        tokens = sum(pack.tokens for pack in packs)
+        data = 0
+        for pack in packs:
+            for group, responses in pack.items:
+                lengths = [self.lengths[group].responses[k] for k in responses]
+                prompts = 1 if pack.form == "shared_prefix" else len(lengths)
+                data += prompts * self.lengths[group].prompt + sum(lengths) - len(lengths)
+        balance, worst = self.balances(packs)
+        return StepPlan(
+            packs=tuple(tuple(row[rank] for row in dealt) for rank in range(self.dp_size)),
+            tokens=tokens,
+            padding=tokens - data,
+            flops=sum(pack.flops for pack in packs),
+            fill=tokens / (len(packs) * max_tokens_per_pack),
+            balance=balance,
+            worst_balance=worst,
+        )
+
+
+def plan_step(
+    lengths: Sequence[GroupLengths],
+    dp_size: int,
+    max_tokens_per_pack: int,
+    *,
+    packing: Packing = "packed",
+    flop_model: FlopModel = DEFAULT_FLOP_MODEL,
+    packs_multiple_of: int = 1,
+    pad_multiple: int = 1,
+    alignment: int = 1,
+) -> StepPlan:
+    """Plan the packs of one optimizer step.
+
+    Invariants:
+        1. Every response of non-zero length is in exactly one pack, once.
+        2. Every rank has the same number of packs, at least one, a multiple of ``packs_multiple_of``; packs without
+           items (padding only) are explicit.
+        3. No pack has more than ``max_tokens_per_pack`` rows, padding included; rows are a multiple of
+           ``pad_multiple`` and of ``alignment``, rows of each segment a multiple of ``alignment``.
+        4. The plan depends on nothing but the arguments.
+        5. Ranks' costs are balanced per microbatch (``StepPlan.balance``), heavier microbatches come first.
+
+    Args:
+        lengths: of each group of the step, in step order.
+        dp_size: data-parallel ranks.
+        max_tokens_per_pack: rows of one microbatch, before context-parallel slicing.
+        packing: ``auto`` shares prompts where that is cheaper by ``flop_model``.
+        packs_multiple_of: of packs per rank (interleaved pipelines need a multiple of the pipeline size).
+        pad_multiple: rows of a pack are a multiple of this (tensor x context size with sequence parallelism, FP8).
+        alignment: rows of a segment are a multiple of this (2 * context-parallel size).
+
+    Raises:
+        InputErrors: responses that do not fit a pack, empty prompts.
+        InputError: ``max_tokens_per_pack`` is below the padding unit.
+    """
+    unit = math.lcm(pad_multiple, alignment)
+    capacity = max_tokens_per_pack // unit * unit
+    if capacity == 0:
+        raise InputError(
+            f"data.max_tokens_per_pack: {max_tokens_per_pack} is below {unit}, to a multiple of which packs are "
+            f"padded in this layout -> at least {unit}"
+        )
+    planner = _Planner(lengths, flop_model, dp_size, capacity, unit, alignment, packs_multiple_of, min_saving=1.0)
+    singles = planner.singles()
+    candidates = []
+    if packing != "packed":
+        sharing = replace(planner, min_saving=AUTO_MIN_SAVING if packing == "auto" else 0.0)
+        candidates.append(sharing.share_prompts(singles))
+    # No arrangement of the packed form beats its average; where sharing does, there is nothing to compare.
+    packed_time = cost(singles) / dp_size
+    if packing == "packed" or (packing == "auto" and packed_time < planner.busy_time(candidates[0])):
+        candidates.append(planner.arrange(singles))
+    return planner.step_plan(min(candidates, key=planner.busy_time), max_tokens_per_pack)
+
+
+# --- order of groups ----------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(num_groups: int, seed: int, epoch: int, fingerprint: str) -> np.ndarray:
+    """Order of the groups in an epoch: a permutation, int64 [num_groups], read-only.
+
+    A function of its arguments alone, the same on every layout and with every numpy: it sorts raw Philox numbers
+    (streams of bit generators are fixed by numpy's NEP 19, ``Generator.permutation`` is not).
+    """
+    text = json.dumps([num_groups, seed, epoch, fingerprint])
+    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+    order = np.argsort(np.random.Philox(key=key).random_raw(num_groups), kind="stable").astype(np.int64)
+    order.flags.writeable = False
+    return order
+
+
+def steps_per_epoch(num_groups: int, groups_per_step: int) -> int:
+    """Steps in which every group comes once; the last one may be smaller."""
+    return -(-num_groups // groups_per_step)
+
+
+def step_groups(step: int, *, num_groups: int, groups_per_step: int, seed: int, fingerprint: str) -> np.ndarray:
+    """Groups of the 0-based optimizer step ``step``, counted over epochs: int64 [1 <= n <= groups_per_step]."""
+    epoch, place = divmod(step, steps_per_epoch(num_groups, groups_per_step))
+    order = epoch_order(num_groups, seed, epoch, fingerprint)
+    return order[place * groups_per_step : (place + 1) * groups_per_step]
