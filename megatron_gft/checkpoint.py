@@ -28,9 +28,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
+    load_sharded_metadata,
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -38,9 +40,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_gft.atomic import atomic_file, fsync_path, sha256_file, write_json
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.hf_files import MODEL_FILES_FOLDER, write_model_files
+from megatron_gft.model import unwrap
 from megatron_gft.parallel import Parallel
 
 logger = logging.getLogger(__name__)
@@ -122,15 +127,15 @@ def read_state(path: Path) -> RunState:
 def model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
     """Sharded state of the model chunks under Megatron's keys: ``model``, or ``model0``, ``model1``..."""
     if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict()}
-    return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+        return {"model": unwrap(chunks[0]).sharded_state_dict()}
+    return {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
 
 
 def load_model_state(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
     """Put what :func:`model_state`'s keys loaded into the chunks."""
     keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     for chunk, key in zip(chunks, keys, strict=True):
-        chunk.load_state_dict(loaded[key], strict=False)
+        unwrap(chunk).load_state_dict(loaded[key], strict=False)
 
 
 class Checkpointer:
@@ -145,21 +150,19 @@ class Checkpointer:
         *,
         keep_last: int,
         background: bool,
-        attachments: dict[str, Path] | None = None,
+        model_files: Path,
     ):
         """
         Args:
             folder: ``RUN/checkpoints``.
-            attachments: files and folders copied into each checkpoint, by their name there (the Hugging Face
-                configuration and tokenizer, so that an export needs nothing else).
+            model_files: Hugging Face folder whose configuration and tokenizer go into each checkpoint, so that an
+                export needs nothing else.
         """
         self.folder, self.chunks, self.optimizer, self.parallel = folder, chunks, optimizer, parallel
         self.keep_last, self.background = keep_last, background
-        self.attachments = attachments or {}
+        self.model_files = model_files
         self.queue = AsyncCallsQueue()
         self.pending: tuple[RunState, Path] | None = None
-        self.last_saved_step = -1
-        self.failures = 0
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint of ``state``; returns once the weights are copied, unless ``background`` is off."""
@@ -167,8 +170,8 @@ class Checkpointer:
         partial = self.folder / f".step-{state.step:08d}"
         if self.parallel.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self._attach(partial)
+            (partial / MODEL_FILES_FOLDER).mkdir(parents=True)
+            write_model_files(self.model_files, partial / MODEL_FILES_FOLDER)
         dist.barrier()
         request = dist_checkpointing.save(
             self._sharded_state(),
@@ -186,36 +189,35 @@ class Checkpointer:
             request.execute_sync()
             self._commit()
 
-    def poll(self) -> None:
-        """Finish a background save whose writers are done; raises nothing, a failed save is made again."""
-        self._finalize(blocking=False)
+    def poll(self) -> bool:
+        """Finish a background save whose writers are done; True when it failed and has to be made again."""
+        return self._finalize(blocking=False)
 
-    def wait(self) -> None:
-        """Return when no save is outstanding."""
-        self._finalize(blocking=True)
+    def wait(self) -> bool:
+        """Return when no save is outstanding; True when it failed and has to be made again."""
+        return self._finalize(blocking=True)
 
-    def _finalize(self, *, blocking: bool) -> None:
+    def _finalize(self, *, blocking: bool) -> bool:
         if self.pending is None:
-            return
+            return False
         try:
-            done = self.queue.maybe_finalize_async_calls(blocking=blocking)
-        except CheckpointingException as error:
-            self._retry(error)
-            return
-        if done:
-            self._commit()
+            if self.queue.maybe_finalize_async_calls(blocking=blocking):
+                self._commit()
+        except CheckpointException as error:  # raised on all ranks when a writer failed on one
+            self._give_up(error)
+            return True
+        return False
 
-    def _retry(self, error: Exception) -> None:
-        """A background writer failed on some rank (the exception is the same on all): once more, in front."""
+    def _give_up(self, error: BaseException) -> None:
+        """Report a failed background save. From here on saves run in front, where an error ends the run."""
         assert self.pending is not None
         state, partial = self.pending
         self.pending = None
-        self.failures += 1
         self.queue = AsyncCallsQueue()
-        if self.parallel.rank == 0:
-            logger.error("checkpoint of step %d failed (%s); the next save writes in front", state.step, error)
-            shutil.rmtree(partial, ignore_errors=True)
         self.background = False
+        if self.parallel.rank == 0:
+            logger.error("checkpoint of step %d failed, trying again without the background: %s", state.step, error)
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _commit(self) -> None:
         assert self.pending is not None
@@ -234,15 +236,6 @@ class Checkpointer:
             for old in list_checkpoints(self.folder)[: -self.keep_last]:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
-        self.last_saved_step = state.step
-
-    def _attach(self, folder: Path) -> None:
-        for name, source in self.attachments.items():
-            if source.is_dir():
-                shutil.copytree(source, folder / name)
-            else:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, folder / name)
 
     def _sharded_state(self, *, loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
         state = model_state(self.chunks)
@@ -261,21 +254,65 @@ class Checkpointer:
         """
         if (path / FILES_FILE).is_file():
             verify_files(path, hashes=False)
-        state = self._sharded_state(loading=True, with_optimizer=with_optimizer)
-        strategy = FullyParallelLoadStrategyWrapper(
-            get_default_load_sharded_strategy(str(path)), self.parallel.dp_cp_group
-        )
-        try:
-            loaded = dist_checkpointing.load(state, str(path), strategy)
-        except CheckpointingException as error:
-            raise InputError(f"{path}: does not fit this model and optimizer: {error}") from error
+        loaded = _load(path, self._sharded_state(loading=True, with_optimizer=with_optimizer), self.parallel)
         load_model_state(self.chunks, loaded)
         if with_optimizer and self.optimizer is not None:
             with torch.no_grad():  # the loader of one of Megatron's formats writes into leaf views
                 self.optimizer.load_state_dict(loaded["optimizer"])
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
-        return read_state(path) if (path / STATE_FILE).is_file() else RunState()
+        return read_state(path)
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """``path`` itself when it is a checkpoint, else the newest one of the run folder that it is.
+
+    Raises:
+        InputError: neither.
+    """
+    if (path / "metadata.json").is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if (found := find_checkpoint(folder, "latest")) is not None:
+            return found
+    raise InputError(
+        f"checkpoint.init_from={path}: neither a Megatron checkpoint nor a run folder with one -> for Hugging Face "
+        f"weights write hf:{path}"
+    )
+
+
+def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) -> None:
+    """Weights only, from a checkpoint of any layout: a run's, a converted one, or one with another layer spec.
+
+    Raises:
+        InputError: the checkpoint does not hold what this model needs.
+    """
+    load_model_state(chunks, _load(path, model_state(chunks), parallel))
+
+
+def _load(path: Path, state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), parallel.dp_cp_group)
+    try:
+        return dist_checkpointing.load(_present(path, state), str(path), strategy)
+    except CheckpointingException as error:
+        raise InputError(f"{path}: does not fit this model and optimizer: {error}") from error
+
+
+def _present(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Without the ``_extra_state`` objects that the checkpoint lacks: Transformer Engine's layers have some that
+    the local ones do not."""
+    metadata = load_sharded_metadata(str(path))
+    have = {item.unique_key if isinstance(item, ShardedObject) else item.key for item in metadata.values()}
+
+    def keep(name: str, value: Any) -> bool:
+        return not (isinstance(value, ShardedObject) and "_extra_state" in name and value.unique_key not in have)
+
+    return {
+        part: {name: value for name, value in values.items() if keep(name, value)}
+        if part.startswith("model")
+        else values
+        for part, values in state.items()
+    }
 
 
 def _async_strategy(save: Any) -> dict[str, str]:

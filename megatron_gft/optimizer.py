@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -87,9 +89,7 @@ def build_optimizer(
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=use_gloo)
 
 
-def build_scheduler(
-    optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int
-) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
     """Megatron's schedule; its learning rate is a function of the number of finished steps alone."""
     decay_steps = config.decay_steps or total_steps
     return OptimizerParamScheduler(
@@ -128,3 +128,16 @@ def apply_gradients(optimizer: MegatronOptimizer, grad_norm: float, clip: float)
         if clip > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
+
+
+@contextlib.contextmanager
+def gathered_parameters(chunks: list[DistributedDataParallel]) -> Iterator[None]:
+    """Inside, every rank holds the updated weights, also where their all-gather overlaps the next forward."""
+    overlapped = [chunk for chunk in chunks if chunk.use_forward_hook]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()

@@ -1,0 +1,257 @@
+"""What a run reports: ``metrics.jsonl``, TensorBoard, Weights & Biases, one console line a step. Rank 0 only.
+
+A record is flat, ``{"step": 12, "loss": 0.31, "expert/positive/probability": 0.62, ...}``; means over no tokens are
+left out rather than written as NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from megatron_gft.atomic import atomic_file
+from megatron_gft.batch import StepBatch
+from megatron_gft.config import LoggingConfig
+from megatron_gft.errors import InputError
+from megatron_gft.objectives import ALL_SOURCES
+from megatron_gft.step import SIGNS, STATISTICS, LossReport
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, float | int]
+
+
+def loss_record(report: LossReport, *, with_entropy: bool, prefix: str = "") -> Record:
+    """Means over tokens: of all loss rows, and per source and sign of the advantage.
+
+    ``loss`` is the objective's own value; ``nll`` is mean -log p, ``probability`` mean p, ``rectified`` the share
+    of tokens with p <= tau, ``abs_advantage`` mean |A|.
+    """
+    record: Record = {f"{prefix}loss": report.loss}
+    names = [name for name in STATISTICS if name not in ("tokens", "loss") and (with_entropy or name != "entropy")]
+
+    def add(place: str, sums: dict[str, float]) -> None:
+        tokens = sums["tokens"]
+        record[f"{prefix}{place}tokens"] = int(tokens)
+        if not tokens:
+            return
+        for name in names:
+            record[f"{prefix}{place}{name}"] = sums[name] / tokens
+        if place and report.denominator:
+            record[f"{prefix}{place}loss"] = sums["loss"] / report.denominator
+
+    add("", dict(zip(STATISTICS, report.buckets.sum((0, 1)).tolist(), strict=True)))
+    for i, source in enumerate(ALL_SOURCES):
+        for j, sign in enumerate(SIGNS):
+            sums = dict(zip(STATISTICS, report.buckets[i, j].tolist(), strict=True))
+            if sums["tokens"]:
+                add(f"{source}/{sign}/", sums)
+    return record
+
+
+# Dense bf16 peak of one device in TFLOP/s, by the name that the driver reports (NVIDIA's data sheets).
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "B200": 2250.0}
+
+
+def device_peak_tflops() -> float | None:
+    """Peak of this machine's GPU, None when unknown or without one."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def step_record(
+    batch: StepBatch,
+    *,
+    world_size: int,
+    grad_norm: float,
+    lr: float,
+    seconds: dict[str, float],
+    peak_tflops: float | None,
+) -> Record:
+    """What a step cost: tokens, time split, packing, memory, and MFU where the device's peak is known.
+
+    ``tokens_per_second`` counts rows that went through the model (prompt and response, no padding).
+    """
+    record: Record = {
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "groups": len(batch.groups),
+        "dead_groups": batch.dead_groups,
+        "denominator": batch.denominator,
+        **{f"seconds/{name}": value for name, value in seconds.items()},
+    }
+    for code, source in enumerate(ALL_SOURCES):
+        lengths = batch.lengths[(batch.sources == code) & (batch.lengths > 0)]
+        if len(lengths):
+            record[f"{source}/response_tokens"] = float(lengths.mean())
+    plan, elapsed = batch.plan, seconds["step"]
+    tokens = plan.tokens - plan.padding if plan else 0
+    record["tokens_per_second"] = tokens / elapsed
+    record["tokens_per_second_per_device"] = tokens / elapsed / world_size
+    if plan:
+        record |= {"packs_per_rank": len(plan.packs[0]), "fill": plan.fill, "balance": plan.balance}
+        peak = peak_tflops or device_peak_tflops()
+        if peak:
+            record["mfu"] = plan.flops / elapsed / world_size / (peak * 1e12)
+    if torch.cuda.is_available():
+        record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return record
+
+
+class Sink(Protocol):
+    """Somewhere to write records to."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """``metrics.jsonl``; on resume, lines of steps that will be run again are dropped first."""
+
+    def __init__(self, path: Path, resume_step: int):
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            with atomic_file(path) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off when the process died
+
+
+class TensorBoard:
+    """TensorBoard events under ``RUN/tensorboard``."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # optional dependency
+
+        self.writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+    def write(self, record: Record) -> None:
+        for key, value in record.items():
+            if key != "step":
+                self.writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A Weights & Biases run, continued under the run folder's name."""
+
+    def __init__(self, project: str, run_folder: Path, config: dict[str, Any]):
+        try:
+            import wandb  # optional dependency
+        except ImportError:
+            raise InputError(
+                f"logging.wandb_project={project}: the package wandb is not installed -> pip install wandb"
+            ) from None
+        self.run = wandb.init(
+            project=project,
+            dir=str(run_folder),
+            name=run_folder.name,
+            id=run_folder.name,
+            config=config,
+            resume="allow",
+        )
+
+    def write(self, record: Record) -> None:
+        self.run.log({key: value for key, value in record.items() if key != "step"}, step=int(record["step"]))
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Reporter:
+    """Everything a person sees of a run. Make one on rank 0; other ranks stay silent."""
+
+    def __init__(
+        self, run_folder: Path, config: LoggingConfig, *, first_step: int, total_steps: int, resolved: dict[str, Any]
+    ):
+        self.config = config
+        self.total_steps = total_steps
+        self.sinks: list[Sink] = [JsonLines(run_folder / "metrics.jsonl", first_step)]
+        if config.tensorboard:
+            try:
+                self.sinks.append(TensorBoard(run_folder / "tensorboard", first_step))
+            except ImportError:
+                logger.warning("TensorBoard is not installed: no event files (pip install tensorboard)")
+        if config.wandb_project:
+            self.sinks.append(WeightsAndBiases(config.wandb_project, run_folder, resolved))
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc="train",
+            unit="step",
+            disable=not config.progress_bar or not sys.stderr.isatty(),
+            file=sys.stderr,
+        )
+        self.started, self.first_step = time.monotonic(), first_step
+
+    def step(self, record: Record) -> None:
+        """Write one step's record; every ``logging.every`` steps and on the last also a console line."""
+        step = int(record["step"])
+        for sink in self.sinks:
+            sink.write(record)
+        self.bar.update(1)
+        if step % self.config.every == 0 or step == self.total_steps:
+            self.say(self._line(record))
+
+    def validation(self, record: Record) -> None:
+        """Write a validation record and a line."""
+        for sink in self.sinks:
+            sink.write(record)
+        sources = [
+            f"{source} {record[key]:.4f}" for source in ALL_SOURCES if (key := f"valid/{source}/positive/nll") in record
+        ]
+        self.say(
+            f"valid {record['step']}/{self.total_steps} | loss {record['valid/loss']:.4f} | nll {', '.join(sources)}"
+        )
+
+    def say(self, text: str) -> None:
+        """A line on stderr that does not tear the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+    def _line(self, record: Record) -> str:
+        step = int(record["step"])
+        spent = time.monotonic() - self.started
+        rest = spent / max(step - self.first_step, 1) * (self.total_steps - step)
+        parts = [
+            f"step {step}/{self.total_steps}",
+            f"loss {record['loss']:.5f}",
+            f"grad norm {record['grad_norm']:.4f}",
+            f"lr {record['lr']:.3g}",
+            f"{record['tokens_per_second']:.0f} tokens/s",
+            f"rectified {100 * record.get('rectified', 0.0):.1f}%",
+            f"ETA {tqdm.format_interval(rest)}",
+        ]
+        if "mfu" in record:
+            parts.insert(5, f"MFU {100 * record['mfu']:.1f}%")
+        return " | ".join(parts)
+
+    def close(self) -> None:
+        self.bar.close()
+        for sink in self.sinks:
+            sink.close()
