@@ -230,31 +230,31 @@ class StepSource:
         """This rank's microbatches of a step, on its device; empty when nothing of the step trains."""
         if batch.plan is None:
             return []
-        cache: dict[int, Mapping[str, Any]] = {}
+        plans = batch.plan.packs[self.parallel.dp_rank]
+        needed = {group for plan in plans for group, _ in plan.items}
+        sizes = np.diff(batch.offsets)
+        groups = [
+            self._read(batch, group) if group in needed else {"responses": range(sizes[group])}
+            for group in range(len(batch.groups))
+        ]
         device = torch.cuda.current_device()
         packs = []
-        for plan in batch.plan.packs[self.parallel.dp_rank]:
-            for group, _ in plan.items:
-                if group not in cache:
-                    cache[group] = self._read(batch, group)
+        for plan in plans:
             pack = build_pack(
                 plan,
-                cache,
-                batch.weights.numpy(),
-                batch.advantages.numpy(),
-                batch.offsets,
-                pad_to=plan.tokens,
-                alignment=self.alignment,
-                cp_size=self.parallel.cp_size,
+                groups,
+                batch.weights,
+                batch.advantages,
+                pad_multiple=self.pad_multiple,
+                segment_multiple=self.alignment,
             )
-            packs.append(slice_for_context_parallel(pack, self.parallel.cp_rank).to(device))
+            packs.append(slice_for_context_parallel(pack, self.parallel.cp_size, self.parallel.cp_rank).to(device))
         return packs
 
     def _read(self, batch: StepBatch, group: int) -> Mapping[str, Any]:
         item = dict(self.groups[int(batch.groups[group])])
         lengths = batch.lengths[batch.offsets[group] : batch.offsets[group + 1]]
         item["responses"] = [tokens[:length] for tokens, length in zip(item["responses"], lengths, strict=True)]
-        item["name"] = batch.names[group]
         return item
 
 

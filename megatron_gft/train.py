@@ -25,8 +25,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_gft.train",
         description="Train a model on group shards with GFT, SFT or DFT on Megatron-Core.",
-        epilog="example: torchrun --nproc-per-node 8 -m megatron_gft.train --config examples/qwen2.5-7b-8gpu/config.yaml "
-        "optimizer.lr=2e-6 train.output=runs/second",
+        epilog="example: torchrun --nproc-per-node 8 -m megatron_gft.train --config FILE optimizer.lr=2e-6 "
+        "train.output=runs/second",
     )
     parser.add_argument(
         "--config", action="append", required=True, metavar="FILE", help="YAML file; later files win, key by key"

@@ -162,7 +162,7 @@ class Trainer:
                 {"step": step, "rank": self.parallel.rank, "pack": packs[index].to("cpu")},
                 folder / f"step-{step:08d}-rank-{self.parallel.rank}-pack-{index}.pt",
             )
-        mine = sorted({batch.names[group] for index in culprits for group in packs[index].group_indices})
+        mine = sorted({batch.names[group] for index in culprits for group in packs[index].groups})
         found: list[tuple[str, list[str]] | None] = [None] * self.parallel.world_size
         dist.all_gather_object(found, (self.parallel.coordinates, mine))
         places = [f"{rank}: groups {', '.join(names)}" for rank, names in filter(None, found) if names]
@@ -346,8 +346,8 @@ def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path
     if stored.data_fingerprint != now.data_fingerprint or stored.groups_per_step != now.groups_per_step:
         raise InputError(
             f"{path}: was trained on other data (shards, weights, split, seed or groups_per_step "
-            f"{stored.groups_per_step}, now {now.groups_per_step}) -> restore them, or set data.allow_changed_data=true "
-            "to go on from the same step number in the new order"
+            f"{stored.groups_per_step}, now {now.groups_per_step}) -> restore them, or set "
+            "data.allow_changed_data=true to go on from the same step number in the new order"
         )
 
 

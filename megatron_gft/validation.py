@@ -37,8 +37,8 @@ def _layout(config: Config, shape: ModelShape, world_size: int) -> list[str]:
     model_size = p.tp * p.pp * p.cp
     if world_size % model_size:
         problems.append(
-            f"parallel: tp({p.tp}) * pp({p.pp}) * cp({p.cp}) = {model_size} does not divide the world size {world_size} "
-            f"-> start a multiple of {model_size} processes, or change parallel.tp, parallel.pp, parallel.cp"
+            f"parallel: tp({p.tp}) * pp({p.pp}) * cp({p.cp}) = {model_size} does not divide the world size "
+            f"{world_size} -> start a multiple of {model_size} processes, or change parallel.tp, pp or cp"
         )
     etp = p.etp or p.tp
     expert_size = etp * p.ep * p.pp
