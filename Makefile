@@ -1,0 +1,49 @@
+# make test        the whole suite, on a machine with Python 3.11+ and git
+# make quickstart  the whole pipeline on a real 135M model: groups -> shards -> training -> Hugging Face export
+# make quickstart DATA=problems.parquet   the same on question/answer rows
+# make gpu-check   GPU tests and benchmarks with this machine's own Python; installs nothing
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: test lint soak quickstart gpu-check clean
+
+# torch first and by itself: its index decides whether the CPU or the CUDA build is taken, and Megatron-Core's
+# own requirement would take the newest.
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "error: Python 3.11 or newer is needed -> make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet $$(sed -n '/^torch==/p' requirements.txt)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(DEV_STAMP): $(STAMP) requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+soak: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m soak --timeout 7200
+
+quickstart: $(STAMP)
+	$(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA)) $(QUICKSTART_FLAGS)
+
+gpu-check:
+	$(PYTHON) tools/gpu_check.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
