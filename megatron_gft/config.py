@@ -116,7 +116,7 @@ class OptimizerConfig(Section):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate")
     min_lr: NonNegativeFloat = Field(0.0, description="end of the decay")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
-    warmup_steps: NonNegativeInt = Field(0, description="linear from 0 to lr")
+    warmup_steps: NonNegativeInt = Field(0, description="update k of them uses lr * k / warmup_steps")
     decay_steps: PositiveInt | None = Field(None, description="steps until min_lr; default: all steps of the run")
     weight_decay: NonNegativeFloat = Field(0.0, description="not applied to norms and biases")
     beta1: float = Field(0.9, ge=0, lt=1)

@@ -191,6 +191,7 @@ class Reporter:
     ):
         self.config = config
         self.total_steps = total_steps
+        run_folder.mkdir(parents=True, exist_ok=True)
         self.sinks: list[Sink] = [JsonLines(run_folder / "metrics.jsonl", first_step)]
         if config.tensorboard:
             try:

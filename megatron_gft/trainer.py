@@ -297,7 +297,7 @@ def build_trainer(
         stored = checkpointer.load(resume_from, with_optimizer=config.checkpoint.load_optimizer)
         _check_same_data(stored, state, config, resume_from)
         state = replace(stored, data_fingerprint=state.data_fingerprint, groups_per_step=state.groups_per_step)
-        scheduler.step(state.step)
+    scheduler.step(state.step + 1)  # update k uses the rate of step k: the first one is not wasted at rate 0
     objective = config.objective
     return Trainer(
         config=config,
