@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors import safe_open
 from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf_config import read_config
-from megatron_gft.safetensors_io import REOPEN_BYTES, ShardPlan, ShardWriter, tensor_bytes
+from megatron_gft.hf_mapping import HfMapping, Shard
+from megatron_gft.safetensors_io import REOPEN_BYTES, SafetensorsFolder, ShardPlan, ShardWriter, tensor_bytes
 
 CARRIED_PATTERNS = (
     "config.json",
@@ -34,6 +36,9 @@ CARRIED_PATTERNS = (
     "NOTICE*",
 )
 """What transformers, vLLM and a lawyer need beside the weights."""
+
+_IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
+"""Buffers that old checkpoints stored; transformers computes them."""
 
 MODEL_FILES_FOLDER = "hf"
 SOURCE_FILE = "hf_source.json"
@@ -57,6 +62,47 @@ def write_model_files(source: Path, target: Path, dtype: torch.dtype | None = No
     if dtype is not None and config.get(key) != (name := str(dtype).removeprefix("torch.")):
         config[key] = name
         (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_tensors(weights: SafetensorsFolder, mapping: HfMapping) -> None:
+    """Compare the tensors of a folder with those of the model.
+
+    Raises:
+        InputErrors: every missing tensor, wrong shape and extra tensor, by name.
+    """
+    problems = []
+    for name, shape in mapping.hf_shapes.items():
+        if name not in weights.tensors:
+            problems.append(f"tensor {name} is missing -> this is not the model of its config.json")
+        elif (found := weights.tensors[name]).shape != shape:
+            problems.append(f"tensor {name} in {found.file.name} is {list(found.shape)}, by config.json {list(shape)}")
+    for name in weights.tensors.keys() - mapping.hf_shapes.keys():
+        if _IGNORED_TENSORS.search(name) or _duplicates_embedding(weights, mapping, name):
+            continue
+        file = weights.tensors[name].file.name
+        problems.append(f"tensor {name} in {file} has no place in {mapping.shape.architecture} -> remove it")
+    if problems:
+        raise InputErrors(f"{weights.folder}: the weights do not fit config.json", sorted(problems))
+
+
+def _duplicates_embedding(weights: SafetensorsFolder, mapping: HfMapping, name: str) -> bool:
+    """Some tied checkpoints store the embedding a second time, as the output layer."""
+    embedding = mapping.entries["embedding.word_embeddings.weight"].sources[0]
+    if name != "lm_head.weight" or embedding not in weights.tensors:
+        return False
+    if weights.tensors[name].shape != weights.tensors[embedding].shape:
+        return False
+    pairs = zip(weights.read_chunks(name), weights.read_chunks(embedding), strict=True)
+    return all(torch.equal(one, other) for (_, one), (_, other) in pairs)
+
+
+def scatter_rows(outputs: Sequence[torch.Tensor], shard: Shard, rows: torch.Tensor, start: int) -> None:
+    """Copy ``rows``, which begin at row ``start`` of a Megatron shard, to their places in the Hugging Face tensors."""
+    for piece in shard.within(start, start + len(rows)):
+        target = outputs[piece.source][piece.start : piece.stop]
+        if shard.columns is not None:
+            target = target[:, shard.columns[0] : shard.columns[1]]
+        target.copy_(rows[piece.offset - start : piece.offset - start + piece.rows])
 
 
 def tensor_sha256(chunks: Iterable[torch.Tensor]) -> str:

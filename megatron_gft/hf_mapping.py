@@ -52,6 +52,14 @@ class Shard:
     pieces: tuple[Piece, ...]
     columns: tuple[int, int] | None = None
 
+    def within(self, start: int, stop: int) -> Iterator[Piece]:
+        """The parts of the pieces that lie in rows ``start:stop`` of the shard, in row order."""
+        for piece in self.pieces:
+            low, high = max(piece.offset, start), min(piece.offset + piece.rows, stop)
+            if low < high:
+                first = piece.start + low - piece.offset
+                yield Piece(piece.source, first, first + high - low, low)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -98,12 +106,10 @@ class HfMapping:
         }
 
     def _expand(self) -> Iterator[Entry]:
-        layer_rules = {}
-        for name, rule in FAMILIES[self.shape.model_type].rules.items():
-            if "{l}" in name:
-                layer_rules[name] = rule
-            elif not (name == "output_layer.weight" and self.shape.share_embeddings_and_output_weights):
-                yield self._entry(name, rule)
+        """In the order in which Hugging Face stores a model: embedding, layers, final norm, output layer."""
+        rules = FAMILIES[self.shape.model_type].rules
+        yield self._entry("embedding.word_embeddings.weight", rules["embedding.word_embeddings.weight"])
+        layer_rules = {name: rule for name, rule in rules.items() if "{l}" in name}
         for layer in range(self.shape.num_layers):
             for name, rule in layer_rules.items():
                 if "{e}" not in name:
@@ -111,6 +117,9 @@ class HfMapping:
                     continue
                 for expert in range(self.shape.num_moe_experts or 0):
                     yield self._entry(name, rule, layer, expert)
+        yield self._entry("decoder.final_layernorm.weight", rules["decoder.final_layernorm.weight"])
+        if not self.shape.share_embeddings_and_output_weights:
+            yield self._entry("output_layer.weight", rules["output_layer.weight"])
 
     def _entry(self, name: str, rule: Rule, *index: int) -> Entry:
         numbers = dict(zip("le", index, strict=False))

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError
 from megatron_gft.hf_config import ModelShape
-from megatron_gft.hf_files import ExportStream, write_model_files
+from megatron_gft.hf_files import ExportStream, check_tensors, scatter_rows, write_model_files
 from megatron_gft.hf_mapping import Entry, HfMapping, Shard
 from megatron_gft.parallel import Parallel
 from megatron_gft.safetensors_io import (
@@ -35,9 +35,6 @@ from megatron_gft.shared_folder import shared_directory
 
 GATHER_BYTES = 64 * 2**20
 """Per rank and piece, while exporting."""
-
-_IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
-"""Buffers that old checkpoints stored; transformers computes them."""
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
@@ -98,40 +95,6 @@ def live_parameters(
             yield live
 
 
-def check_tensors(weights: SafetensorsFolder, mapping: HfMapping) -> None:
-    """Compare the tensors of a folder with those of the model.
-
-    Raises:
-        InputErrors: every missing tensor, wrong shape and extra tensor, by name.
-    """
-    problems = []
-    for name, shape in mapping.hf_shapes.items():
-        if name not in weights.tensors:
-            problems.append(f"tensor {name} is missing -> this is not the model of its config.json")
-        elif (found := weights.tensors[name]).shape != shape:
-            problems.append(
-                f"tensor {name} in {found.file.name} is {list(found.shape)}, by config.json {list(shape)}"
-            )
-    for name in weights.tensors.keys() - mapping.hf_shapes.keys():
-        if _IGNORED_TENSORS.search(name) or _duplicates_embedding(weights, mapping, name):
-            continue
-        file = weights.tensors[name].file.name
-        problems.append(f"tensor {name} in {file} has no place in {mapping.shape.architecture} -> remove it")
-    if problems:
-        raise InputErrors(f"{weights.folder}: the weights do not fit config.json", sorted(problems))
-
-
-def _duplicates_embedding(weights: SafetensorsFolder, mapping: HfMapping, name: str) -> bool:
-    """Some tied checkpoints store the embedding a second time, as the output layer."""
-    embedding = mapping.entries["embedding.word_embeddings.weight"].sources[0]
-    if name != "lm_head.weight" or embedding not in weights.tensors:
-        return False
-    if weights.tensors[name].shape != weights.tensors[embedding].shape:
-        return False
-    pairs = zip(weights.read_chunks(name), weights.read_chunks(embedding), strict=True)
-    return all(torch.equal(one, other) for (_, one), (_, other) in pairs)
-
-
 @torch.no_grad()
 def load_hf_weights(
     model_chunks: Sequence[torch.nn.Module], shape: ModelShape, hf_dir: str | Path, parallel: Parallel
@@ -158,9 +121,8 @@ def fill_shard(target: torch.Tensor, shard: Shard, entry: Entry, weights: Safete
     """Copy a shard's pieces into ``target`` (any device and dtype) and zero its padding rows."""
     covered = 0
     for piece in shard.pieces:
-        for start, chunk in weights.read_chunks(
-            entry.sources[piece.source], (piece.start, piece.stop), shard.columns
-        ):
+        source, rows = entry.sources[piece.source], (piece.start, piece.stop)
+        for start, chunk in weights.read_chunks(source, rows, shard.columns):
             target[piece.offset + start : piece.offset + start + len(chunk)].copy_(chunk)
         covered = piece.offset + piece.rows
     target[covered:].zero_()
@@ -235,15 +197,3 @@ def gather_to_hf(item: LiveParameter, mapping: HfMapping, dtype: torch.dtype | N
             for shard, part in zip(shards, gathered, strict=False):
                 scatter_rows(outputs, shard, part.cpu(), start)
     return outputs
-
-
-def scatter_rows(outputs: Sequence[torch.Tensor], shard: Shard, rows: torch.Tensor, start: int) -> None:
-    """Copy ``rows``, which begin at row ``start`` of a shard, to their places in the Hugging Face tensors."""
-    for piece in shard.pieces:
-        low, high = max(piece.offset, start), min(piece.offset + piece.rows, start + len(rows))
-        if low >= high:
-            continue
-        target = outputs[piece.source][piece.start + low - piece.offset : piece.start + high - piece.offset]
-        if shard.columns is not None:
-            target = target[:, shard.columns[0] : shard.columns[1]]
-        target.copy_(rows[low - start : high - start])

@@ -80,9 +80,7 @@ class SafetensorsFolder:
         if not path.is_file():
             if (self.folder / SINGLE_NAME).is_file():
                 return None
-            raise InputError(
-                f"{self.folder}: neither {SINGLE_NAME} nor {INDEX_NAME} -> name a folder with safetensors"
-            )
+            raise InputError(f"{self.folder}: neither {SINGLE_NAME} nor {INDEX_NAME} -> name a folder with safetensors")
         try:
             return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:

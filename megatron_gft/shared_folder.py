@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from megatron_gft.atomic import atomic_directory
 from megatron_gft.errors import InputError
+
+Result = TypeVar("Result")
 
 
 def process_rank_and_count() -> tuple[int, int]:
@@ -20,13 +22,12 @@ def process_rank_and_count() -> tuple[int, int]:
 
 def _exchange(problem: str | None) -> None:
     """Raise on every process when one of them has a problem. Collective."""
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    for rank, found in enumerate(problems):
-        if found is not None:
-            raise InputError(found if len(problems) == 1 else f"rank {rank}: {found}")
+
+    def report() -> None:
+        if problem is not None:
+            raise InputError(problem)
+
+    gather_results(report)
 
 
 def _describe(error: BaseException, path: Path | None = None) -> str:
@@ -43,7 +44,7 @@ def shared_directory(path: str | Path) -> Iterator[Path]:
 
     The first process makes the temporary folder and renames it after all have left the block without an error;
     an error on one is raised on all, and nothing is left behind. The folder must be on a file system that all
-    see. Inside the block a process must not wait for another that may have failed.
+    see. Inside the block a process waits for others only in :func:`gather_results`.
 
     Raises:
         InputError: ``path`` exists, or a process failed (the message names the first one).
@@ -73,3 +74,20 @@ def _attempt(action: Callable[[], Any]) -> tuple[str | None, Any]:
         return None, action()
     except (InputError, OSError) as error:
         return _describe(error), None
+
+
+def gather_results(action: Callable[[], Result]) -> list[Result]:
+    """Run ``action`` on every process and return all results in rank order. Collective.
+
+    Raises:
+        InputError: on all processes, when it failed on one.
+    """
+    problem, result = _attempt(action)
+    outcomes = [(problem, result)]
+    if dist.is_initialized():
+        outcomes = [(None, None)] * dist.get_world_size()
+        dist.all_gather_object(outcomes, (problem, result))
+    for rank, (found, _) in enumerate(outcomes):
+        if found is not None:
+            raise InputError(found if len(outcomes) == 1 else f"rank {rank}: {found}")
+    return [result for _, result in outcomes]
