@@ -1,0 +1,155 @@
+"""Append-only record of finished work, so that a killed run continues with nothing lost and nothing done twice.
+
+One line is the checksum of a JSON value, a space, the value: ``{"key": ..., "value": ...}``; the first value is a
+header that says what the journal is for. A line goes to the file in one ``write``, so a killed process loses no
+line that it appended; ``fsync`` every so often bounds what a power cut can take. When a journal is opened, a torn
+last line is cut off and a line whose checksum is wrong is left out and counted: its work is simply done again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_gft.errors import InputError
+
+CHECKSUM_CHARS = 16
+SYNC_SECONDS = 1.0
+
+
+class Journal:
+    """A file of ``key -> value`` records; opening it reads what is there and takes the lock.
+
+    Args:
+        path: created when absent.
+        header: what this journal is for; kept in ``.header`` as found in an existing file.
+
+    Attributes:
+        header: the header in the file; the caller decides whether it fits.
+        damaged: lines left out because their checksum was wrong.
+        torn: bytes cut off at the end.
+
+    Raises:
+        InputError: another process has the journal open, or the file is not a journal.
+    """
+
+    def __init__(self, path: str | os.PathLike, header: Mapping[str, Any]):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise InputError(f"{path}: in use by another run -> wait for it, or choose another output") from None
+        self._offsets: dict[str, int] = {}
+        self.damaged = self.torn = 0
+        self._end = 0
+        self._synced_at = time.monotonic()
+        found = self._load()
+        if found is None:
+            self.header = dict(header)
+            self._write({"header": self.header})
+            self.sync()
+        else:
+            self.header = found
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._offsets
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, key: str) -> Any:
+        """Read a value back from the file (checksum verified again)."""
+        offset = self._offsets[key]
+        line = b""
+        while not line.endswith(b"\n"):
+            piece = os.pread(self._file, 1 << 16, offset + len(line))
+            newline = piece.find(b"\n")
+            line += piece if newline < 0 else piece[: newline + 1]
+            if not piece:
+                break
+        record = _decode(line)
+        if record is None or record.get("key") != key:
+            raise InputError(f"{self.path}: record at byte {offset} was damaged since it was read -> run again")
+        return record["value"]
+
+    def append(self, key: str, value: Any) -> None:
+        """Add a record; a key is written once only."""
+        if key in self._offsets:
+            raise ValueError(f"journal already holds {key!r}")
+        offset = self._write({"key": key, "value": value})
+        self._offsets[key] = offset
+        if time.monotonic() - self._synced_at > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Force what was appended to the disk."""
+        os.fsync(self._file)
+        self._synced_at = time.monotonic()
+
+    def close(self) -> None:
+        """Sync and release the lock."""
+        if self._file >= 0:
+            self.sync()
+            os.close(self._file)
+            self._file = -1
+
+    def _write(self, record: Mapping[str, Any]) -> int:
+        payload = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        line = _checksum(payload) + b" " + payload + b"\n"
+        offset = self._end
+        written = os.write(self._file, line)
+        if written != len(line):  # a full disk: leave no half line that the next append would be glued to
+            os.ftruncate(self._file, offset)
+            raise OSError(f"{self.path}: only {written} of {len(line)} bytes written; is the disk full?")
+        self._end += len(line)
+        return offset
+
+    def _load(self) -> dict[str, Any] | None:
+        """Index the records; cut off a torn end. The header, or ``None`` for a new file."""
+        header = None
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file):
+                if not line.endswith(b"\n"):
+                    self.torn = len(line)
+                    break
+                record = _decode(line)
+                if number == 0:
+                    if record is None or "header" not in record:
+                        os.close(self._file)
+                        raise InputError(f"{self.path}:1: not a journal of this program -> choose another output")
+                    header = record["header"]
+                elif record is None:
+                    self.damaged += 1
+                else:
+                    self._offsets.setdefault(record["key"], self._end)
+                self._end += len(line)
+        if self.torn:
+            os.ftruncate(self._file, self._end)
+        return header
+
+
+def _checksum(payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, digest_size=CHECKSUM_CHARS // 2).hexdigest().encode()
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """The JSON value of a line, or ``None`` when the checksum does not fit."""
+    checksum, payload = line[:CHECKSUM_CHARS], line[CHECKSUM_CHARS + 1 : -1]
+    if checksum != _checksum(payload) or line[CHECKSUM_CHARS : CHECKSUM_CHARS + 1] != b" ":
+        return None
+    return json.loads(payload.decode("utf-8", "surrogatepass"))

@@ -1,0 +1,84 @@
+"""What a sampling backend is asked and what it gives: requests, parameters, samples, and their seeds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. ``temperature`` 0 is greedy; ``top_p`` 1 and ``top_k`` 0 keep the whole distribution."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The parameters as recorded with each response."""
+        value: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
+        return value | ({"top_k": self.top_k} if self.top_k else {}) | ({"stop": list(self.stop)} if self.stop else {})
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One response to sample; ``key`` names it in the journal, ``seed`` is its own."""
+
+    key: str
+    prompt: Prompt
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response.
+
+    ``token_ids`` are the ids that were sampled (a final EOS included), or ``None`` when they are unknown or do not
+    spell ``text``; ``logprobs`` are the model's at temperature 1, one per id.
+    """
+
+    key: str
+    text: str
+    finish_reason: str  # "stop" or "length"
+    token_ids: list[int] | None = None
+    logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class SampleFailure:
+    """A request that was given up: what happened, in one line."""
+
+    key: str
+    reason: str
+
+
+Outcome = Sample | SampleFailure
+
+
+class Backend(Protocol):
+    """A source of samples.
+
+    ``generate`` takes the requests of a run in their order, ``is_done(key)`` among them telling which need no sample
+    any more, and yields the outcomes of the others in any order. A backend whose samples depend on what shares their
+    batch forms its batches from all requests, so that a continued run samples what an undisturbed one would have.
+    """
+
+    lineage: dict[str, Any]
+    tokenizer_fingerprint: str | None
+
+    def generate(
+        self, requests: Iterable[SampleRequest], params: SamplingParams, is_done: Callable[[str], bool]
+    ) -> Iterator[Outcome]: ...
+
+
+def sample_seed(seed: int, prompt_id: str, source: str, k: int) -> int:
+    """Seed of one sample in [0, 2^31): a function of the run's seed and of what the sample is, of nothing else."""
+    digest = hashlib.blake2b(f"{seed}\0{prompt_id}\0{source}\0{k}".encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & 0x7FFF_FFFF

@@ -1,0 +1,66 @@
+"""Measure the math verifier on solutions with known answers: what it refuses wrongly and accepts wrongly."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_gft.errors import InputError, command
+
+EPILOG = """example:
+  python tools/measure_verifier.py --input gsm8k/train.parquet gsm8k/test.parquet --solution-column answer
+  python tools/measure_verifier.py --input math.jsonl --solution-column solution --answer-column answer
+"""
+
+
+def read_rows(path: Path) -> list[dict]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", required=True, type=Path, help="JSONL or parquet files of one data set")
+    parser.add_argument(
+        "--solution-column", required=True, help="full solution; the gold follows #### without answers"
+    )
+    parser.add_argument("--answer-column", help="gold answer; default: what follows #### in the solution")
+    parser.add_argument("--limit", type=int, help="use only the first rows")
+    parser.add_argument("--time-limit", type=float, default=10.0, help="seconds per response (default %(default)s)")
+    parser.add_argument("--show", type=int, default=3, help="examples of errors per kind (default %(default)s)")
+    options = parser.parse_args(argv)
+
+    from megatron_gft.verifier_accuracy import Solution, measure
+
+    missing = [str(path) for path in options.input if not path.is_file()]
+    if missing:
+        raise InputError(f"no such file: {', '.join(missing)}")
+    rows = [row for path in options.input for row in read_rows(path)][: options.limit]
+    solutions = []
+    for row in rows:
+        text = row[options.solution_column]
+        gold = str(row[options.answer_column]) if options.answer_column else text.rsplit("####", 1)[-1].strip()
+        solutions.append(Solution(text, gold))
+    table = measure(solutions, {}, options.time_limit)
+    print(f"{'kind':<26}{'count':>8}{'accepted':>10}{'share':>10}{'per s':>10}")
+    for row in table:
+        rate = row.count / max(row.seconds, 1e-9)
+        print(f"{row.kind:<26}{row.count:>8}{row.accepted:>10}{row.share:>10.4%}{rate:>10.0f}")
+    wrong = [row for row in table if not row.kind.startswith("own gold")]
+    count, accepted = sum(row.count for row in wrong), sum(row.accepted for row in wrong)
+    print(f"{'all falsified':<26}{count:>8}{accepted:>10}{accepted / max(1, count):>10.4%}")
+    for row in table:
+        for gold, answer in row.examples[: options.show]:
+            print(f"{row.kind}: gold {gold!r}, judged {answer!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
