@@ -96,10 +96,13 @@ def exponentiate_rows_(
         block = logits[rows, : shard.valid]
         values = block.to(dtype)  # the block itself where it is float32 or wider
         torch.amax(values, dim=1, out=statistics[0, rows])
-        values.sub_(statistics[0, rows, None]).exp_()
+        shifted = values.sub_(statistics[0, rows, None])
+        if entropy:
+            shifted = shifted.clone()
+        torch.exp(shifted, out=values)
         torch.sum(values, dim=1, out=statistics[1, rows])
         if entropy:
-            statistics[3, rows] = -torch.special.entr(values).sum(1)
+            torch.sum(shifted.mul_(values), dim=1, out=statistics[3, rows])
         if values.dtype != block.dtype:
             block.copy_(values)
     return statistics
@@ -270,7 +273,7 @@ def _run_chunks(
         logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
         result = _combine(exponentiate_rows_(logits, y, head.shard, entropy=head.entropy), head.tp_group)
         logprobs[rows] = result.logprobs
-        if entropy is not None:
+        if entropy is not None and result.entropy is not None:
             entropy[rows] = result.entropy
         if gradients is None:
             continue
