@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,14 +74,11 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, index: VarlenIndex, scale:
     outputs = []
     # split, not slices: the gradient of a split is one concatenation, that of a slice a full-size buffer.
     pieces = zip(q.split(index.q_lengths), k.split(index.kv_lengths), v.split(index.kv_lengths), strict=True)
-    for q_j, k_j, v_j in pieces:
-        mask = bottom_right_mask(len(q_j), len(k_j), window, q.device)
+    for piece in pieces:
+        q_j, k_j, v_j = _heads_first(*piece)
+        mask = bottom_right_mask(q_j.shape[2], k_j.shape[2], window, q.device)
         out = F.scaled_dot_product_attention(
-            *(t.transpose(0, 1)[None] for t in (q_j, k_j, v_j)),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=True,
+            q_j, k_j, v_j, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
@@ -88,13 +86,13 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, index: VarlenIndex, scale:
 
 def bottom_right_mask(q_length: int, kv_length: int, window: int | None, device: torch.device) -> Tensor | None:
     """bool [q_length, kv_length], True = visible; the last query sees the last key. None = plain square causal."""
-    windowed = window is not None and window < kv_length
-    if q_length == kv_length and not windowed:
-        return None
+    if window is None or window >= kv_length:
+        if q_length == kv_length:
+            return None
+        window = kv_length
     position = torch.arange(kv_length - q_length, kv_length, device=device)[:, None]
     key = torch.arange(kv_length, device=device)
-    visible = key <= position
-    return visible & (key > position - window) if windowed else visible
+    return (key <= position) & (key > position - window)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -170,7 +168,7 @@ class RMSNorm(torch.nn.RMSNorm):
         if config.layernorm_zero_centered_gamma:
             raise InputError("layernorm_zero_centered_gamma: not supported without Transformer Engine -> False")
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class _PackAttention(MegatronModule):
@@ -193,9 +191,7 @@ class _PackAttention(MegatronModule):
         if dropout:
             problems.append(f"attention_dropout: {dropout} would differ between pack forms -> set 0")
         if attention_type != "self" or attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
-            problems.append(
-                f"{attention_type} attention with mask {attn_mask_type.name} -> causal self-attention only"
-            )
+            problems.append(f"{attention_type} attention with mask {attn_mask_type.name} -> causal self-attention only")
         if config.softmax_type != "vanilla":
             problems.append(f"softmax_type: {config.softmax_type!r} is not supported -> 'vanilla'")
         if config.apply_query_key_layer_scaling:
@@ -302,8 +298,8 @@ class TECoreAttention(_PackAttention):
     ``padding_causal_bottom_right``; TE's own context parallelism stays off.
     """
 
-    def __init__(self, config: TransformerConfig, *args, pg_collection: ProcessGroupCollection, **kwargs):
-        super().__init__(config, *args, pg_collection=pg_collection, **kwargs)
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
         if config.fp8_dot_product_attention:
             raise InputError("fp8_dot_product_attention: not supported for packs -> False")
         # Optional dependency: megatron's module imports without TE, its classes do not construct.
@@ -313,7 +309,7 @@ class TECoreAttention(_PackAttention):
         local.context_parallel_size = 1
         # In a tuple, so that it is no submodule: TE registers an (empty) extra state, and checkpoints must not
         # depend on the attention backend.
-        self._attention = (TEDotProductAttention(local, *args, pg_collection=pg_collection, **kwargs),)
+        self._attention = (TEDotProductAttention(local, *args, **kwargs),)
 
     def forward(
         self,

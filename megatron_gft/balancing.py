@@ -12,12 +12,17 @@ import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 # Bins this close to the mean are left alone.
-TOLERANCE = 0.003
-# How many of the cheapest bins are considered as partners of the dearest one.
-PARTNERS = 4
+TOLERANCE = 0.005
+# How many of the cheapest bins are tried as partners of the dearest one: at first, and with pairs of items.
+PARTNERS = (4, 16)
+# Pairs of items are tried where a bin holds no more than this.
+FEW_ITEMS = 8
+# An exchange must lower the dearest bin by this share.
+LEAST_GAIN = 1e-4
 # How many exchanges are looked at exactly, best estimate first, before a bin counts as done.
 ATTEMPTS = 4
 
@@ -41,14 +46,14 @@ Bin = list[Item]
 class _Exchange(NamedTuple):
     """``given`` leaves the dearer bin for the cheaper one, ``taken`` comes back; ``worst`` is the larger cost then.
 
-    ``tails`` is empty for a whole item, else the responses of ``given`` that go.
+    With ``tails``, only these responses of the one item ``given`` go.
     """
 
     worst: float
     partner: int
-    given: Item
-    taken: Item | None
-    tails: tuple[int, ...]
+    given: tuple[Item, ...]
+    taken: tuple[Item, ...]
+    tails: tuple[int, ...] = ()
 
 
 def cost(items: Sequence[Item]) -> float:
@@ -161,9 +166,11 @@ class Balancer:
         Greedy from each response on, dearest first; the nearest sum is taken.
         """
         tails = sorted(((self.tail_flops(item.group, k), k) for k in item.responses), reverse=True)
-        best, best_sum = (tails[-1][1],), tails[-1][0]
+        best: tuple[int, ...] = (tails[-1][1],)
+        best_sum = tails[-1][0]
         for start in range(len(tails) - 1):
-            moved, total = [], 0.0
+            moved: list[int] = []
+            total = 0.0
             for tail, k in tails[start:]:
                 if total + tail <= moved_flops and len(moved) < len(tails) - 1:
                     moved.append(k)
@@ -176,61 +183,90 @@ class Balancer:
         return best, best_sum
 
     def even_out(self, bins: list[Bin]) -> None:
-        """Move, swap and cut items between the dearest and the cheapest bins while that lowers the dearest."""
+        """Move, swap and cut items between the dearest bin and cheaper ones while that lowers the dearest."""
         costs = [cost(items) for items in bins]
         for _ in range(2 * len(bins)):
             high = max(range(len(bins)), key=costs.__getitem__)
             if costs[high] <= (1 + TOLERANCE) * sum(costs) / len(costs):
                 return
-            exchanges = []
-            for low in heapq.nsmallest(PARTNERS, range(len(bins)), key=costs.__getitem__):
-                exchanges += self.exchanges(bins[high], bins[low], low, costs[high], costs[low])
-            for exchange in sorted(exchanges, key=lambda exchange: exchange.worst)[:ATTEMPTS]:
-                new_high, new_low = self.apply(exchange, bins[high], bins[exchange.partner])
-                worst = max(cost(new_high), cost(new_low))
-                fits = rows(new_high) <= self.capacity and rows(new_low) <= self.capacity
-                if fits and worst < costs[high] * (1 - 1e-4):
-                    break
-            else:
+            partners = heapq.nsmallest(PARTNERS[1], range(len(bins)), key=costs.__getitem__)
+            if not (
+                self.improve(bins, costs, high, partners[: PARTNERS[0]], pairs=False)
+                or self.improve(bins, costs, high, partners, pairs=True)
+            ):
                 return
-            bins[high], bins[exchange.partner] = new_high, new_low
-            costs[high], costs[exchange.partner] = cost(new_high), cost(new_low)
 
-    def exchanges(self, high: Bin, low: Bin, partner: int, high_cost: float, low_cost: float) -> list[_Exchange]:
-        """What might lower the larger of two bins' costs."""
-        half = (high_cost - low_cost) / 2
-        found = []
-        low = sorted(low, key=lambda item: item.flops)
-        low_costs = [item.flops for item in low]
+    def improve(self, bins: list[Bin], costs: list[float], high: int, partners: Sequence[int], pairs: bool) -> bool:
+        """Make the exchange that lowers bin ``high`` and its partner most; False: there is none."""
+        exchanges: list[_Exchange] = []
+        for low in partners:
+            difference = costs[high] - costs[low]
+            swaps = _swaps(bins[high], bins[low], difference / 2, pairs)
+            exchanges += (
+                _Exchange(costs[high] - min(moved, difference - moved), low, given, taken)
+                for moved, given, taken in swaps
+            )
+            if not pairs:
+                exchanges += self.cuts(bins[high], bins[low], low, costs[high], difference)
+        for exchange in heapq.nsmallest(ATTEMPTS, exchanges):
+            if exchange.worst >= costs[high] * (1 - LEAST_GAIN):
+                return False
+            low = exchange.partner
+            changed = self.apply(exchange, bins[high], bins[low])
+            if max(map(rows, changed)) <= self.capacity and max(map(cost, changed)) < costs[high] * (1 - LEAST_GAIN):
+                bins[high], bins[low] = changed
+                costs[high], costs[low] = map(cost, changed)
+                return True
+        return False
+
+    def cuts(self, high: Bin, low: Bin, partner: int, high_cost: float, difference: float) -> list[_Exchange]:
+        """For each item of several responses, the part of it that had best go over to ``low``."""
         groups = {item.group for item in low}
-        for give in high:
-            place = bisect_left(low_costs, give.flops - half)
-            for take in [*low[max(0, place - 1) : place + 1], None]:
-                moved = give.flops - (take.flops if take else 0.0)
-                found.append(_Exchange(max(high_cost - moved, low_cost + moved), partner, give, take, ()))
-            if len(give.responses) > 1:
-                prompt = 0.0
-                if give.group not in groups:
-                    prompt = give.flops - sum(self.tail_flops(give.group, k) for k in give.responses)
-                if prompt < 2 * half:
-                    tails, moved = self.choose_tails(give, half - prompt / 2)
-                    worst = max(high_cost - moved, low_cost + prompt + moved)
-                    found.append(_Exchange(worst, partner, give, None, tails))
-        return [exchange for exchange in found if exchange.worst < high_cost]
+        found = []
+        for item in high:
+            if len(item.responses) > 1:
+                tails = sum(self.tail_flops(item.group, k) for k in item.responses)
+                prompt = 0.0 if item.group in groups else item.flops - tails
+                if prompt < difference:
+                    part, moved = self.choose_tails(item, (difference - prompt) / 2)
+                    worst = high_cost - min(moved, difference - moved - prompt)
+                    found.append(_Exchange(worst, partner, (item,), (), part))
+        return found
 
     def apply(self, exchange: _Exchange, high: Bin, low: Bin) -> tuple[Bin, Bin]:
         """The two bins after an exchange; a part that meets its group's prompt shares it."""
-        given, taken = exchange.given, exchange.taken
-        new_high = [item for item in high if item is not given]
-        new_low = [item for item in low if item is not taken]
-        moved = given
-        if exchange.tails:
-            keep, moved = self.cut(given, exchange.tails)
-            new_high.append(keep)
-            there = next((item for item in new_low if item.group == given.group), None)
-            if there is not None:
-                new_low.remove(there)
-                moved = self.make_item(given.group, tuple(sorted(moved.responses + there.responses)))
-        if taken is not None:
-            new_high.append(taken)
-        return new_high, [*new_low, moved]
+        new_high = [*(item for item in high if item not in exchange.given), *exchange.taken]
+        new_low = [item for item in low if item not in exchange.taken]
+        if not exchange.tails:
+            return new_high, [*new_low, *exchange.given]
+        (given,) = exchange.given
+        keep, moved = self.cut(given, exchange.tails)
+        there = next((item for item in new_low if item.group == given.group), None)
+        if there is not None:
+            new_low.remove(there)
+            moved = self.make_item(given.group, tuple(sorted(moved.responses + there.responses)))
+        return [*new_high, keep], [*new_low, moved]
+
+
+def _swaps(
+    high: Bin, low: Bin, moved_flops: float, pairs: bool
+) -> list[tuple[float, tuple[Item, ...], tuple[Item, ...]]]:
+    """(moved cost, given, taken) that move about ``moved_flops`` > 0 from ``high`` to ``low``.
+
+    Single items, or with ``pairs`` up to two for up to two, where the bins hold few.
+    """
+    takes: list[tuple[Item, ...]] = [(), *_subsets(low, pairs)]
+    takes.sort(key=cost)
+    costs = [cost(take) for take in takes]
+    swaps = []
+    for give in _subsets(high, pairs):
+        flops = cost(give)
+        place = bisect_left(costs, flops - moved_flops)
+        swaps += [(flops - costs[i], give, takes[i]) for i in range(max(0, place - 1), min(place + 1, len(takes)))]
+    return [swap for swap in swaps if 0 < swap[0] < 2 * moved_flops]
+
+
+def _subsets(items: Bin, pairs: bool) -> list[tuple[Item, ...]]:
+    """Single items, and pairs of them where ``pairs`` is set and there are few."""
+    singles: list[tuple[Item, ...]] = [(item,) for item in items]
+    return singles + list(combinations(items, 2)) if pairs and len(items) <= FEW_ITEMS else singles

@@ -29,6 +29,10 @@ class Block(NamedTuple):
     k_length: int
     causal: bool
 
+    def continues_with(self, other: Block) -> bool:
+        """``other`` has the next rows and the same keys."""
+        return other.q_start == self.q_start + self.q_length and other[2:] == self[2:]
+
 
 @dataclass(frozen=True)
 class VarlenIndex:
@@ -113,7 +117,9 @@ class PackLayout(PackedSeqParams):
         """
         key = ("blocks", cp_rank)
         if key not in self._cache:
-            causal, own, prefixes = [], [], []
+            causal: list[Block] = []
+            own: list[Block] = []
+            prefixes: list[Block] = []
             row = 0
             for q_length, own_start, own_length, prefix_start, prefix_length in self.entries(cp_rank):
                 before = own_length - q_length
@@ -121,12 +127,11 @@ class PackLayout(PackedSeqParams):
                 if before:
                     own.append(Block(row, q_length, own_start, before, False))
                 if prefix_length:
-                    last = prefixes[-1] if prefixes else None
-                    same = last and (last.k_start, last.k_length) == (prefix_start, prefix_length)
-                    if same and last.q_start + last.q_length == row:
-                        prefixes[-1] = last._replace(q_length=last.q_length + q_length)
-                    else:
-                        prefixes.append(Block(row, q_length, prefix_start, prefix_length, False))
+                    block = Block(row, q_length, prefix_start, prefix_length, False)
+                    if prefixes and prefixes[-1].continues_with(block):
+                        before_it = prefixes.pop()
+                        block = before_it._replace(q_length=before_it.q_length + q_length)
+                    prefixes.append(block)
                 row += q_length
             self._cache[key] = (*causal, *own, *prefixes)
         return self._cache[key]

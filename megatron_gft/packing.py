@@ -51,7 +51,7 @@ class Pack:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Pack:
         """The pack with its tensors on ``device``; the layout stays on the host and caches per device."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=non_blocking)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)

@@ -173,9 +173,7 @@ class _Planner:
         """[group][response] -> rows and cost that the response adds to a pack that holds its prompt."""
         return [
             [
-                (tokens := self.aligned(length - 1), self._cost(tokens, lengths.prompt, length))
-                if length
-                else (0, 0.0)
+                (tokens := self.aligned(length - 1), self._cost(tokens, lengths.prompt, length)) if length else (0, 0.0)
                 for length in lengths.responses
             ]
             for lengths in self.lengths
@@ -235,39 +233,42 @@ class _Planner:
         """Cost that a response adds to a pack that holds its prompt."""
         return self.tails[group][response][1]
 
-    def parts(self, singles: Sequence[Item], part_flops: float) -> list[Item]:
-        """Groups as one item each where sharing saves, cut down to ``part_flops`` and to a pack's rows."""
+    def whole_groups(self, singles: Sequence[Item]) -> list[Item]:
+        """Each group as one item where sharing its prompt saves, else its responses one by one."""
+        if self.min_saving >= 1:  # only a shortcut
+            return list(singles)
         by_group: dict[int, list[Item]] = {}
         for single in singles:
             by_group.setdefault(single.group, []).append(single)
-        parts = []
+        items = []
         for group, members in by_group.items():
             whole = self.item(group, tuple(member.responses[0] for member in members))
-            if len(members) == 1 or not self.saves(whole, members):
-                parts += members
-                continue
-            waiting = [whole]
-            while waiting:
-                item = waiting.pop()
-                dear = item.flops > part_flops and self.prompts[group][1] <= MAX_PROMPT_SHARE * item.flops
-                if len(item.responses) > 1 and (item.tokens > self.capacity or dear):
-                    waiting += self.balancer.halves(item)
-                else:
-                    parts.append(item)
+            items += [whole] if len(members) > 1 and self.saves(whole, members) else members
+        return items
+
+    def parts(self, items: Sequence[Item], average: float) -> list[Item]:
+        """Items cut down to a pack's rows, and to an average pack's cost where the prompt is a small part of it."""
+        parts = []
+        waiting = list(items)
+        while waiting:
+            item = waiting.pop()
+            dear = item.flops > average and self.prompts[item.group][1] <= MAX_PROMPT_SHARE * item.flops
+            if len(item.responses) > 1 and (item.tokens > self.capacity or dear):
+                waiting += self.balancer.halves(item)
+            else:
+                parts.append(item)
         return parts
 
-    def smallest_count(self, items: Sequence[Item]) -> int:
-        """Packs per rank if every pack could be full."""
-        smallest = max(1, math.ceil(rows(items) / (self.capacity * self.dp_size)))
-        return math.ceil(smallest / self.multiple) * self.multiple
-
-    def arrange(self, items: Sequence[Item]) -> list[PackPlan]:
+    def arrange(self, singles: Sequence[Item]) -> list[PackPlan]:
         """Pack plans, dearest first, in the number of packs per rank that keeps the ranks busiest."""
-        per_rank = self.smallest_count(items)
+        items = self.whole_groups(singles)
+        smallest = max(1, math.ceil(rows(items) / (self.capacity * self.dp_size)))
+        per_rank = math.ceil(smallest / self.multiple) * self.multiple
         best: list[PackPlan] = []
         found = 0
         while found <= EXTRA_PACK_COUNTS:
-            bins = self.balancer.spread(items, per_rank, self.dp_size)
+            parts = self.parts(items, cost(items) / (per_rank * self.dp_size))
+            bins = self.balancer.spread(parts, per_rank, self.dp_size)
             per_rank += self.multiple
             if bins is None:
                 continue
@@ -276,15 +277,9 @@ class _Planner:
             packs.sort(key=lambda pack: -pack.flops)
             if not best or self.busy_time(packs) < self.busy_time(best):
                 best = packs
-            if self.balances(best)[0] >= GOOD_BALANCE or len(packs) >= 2 * len(items):
+            if self.balances(best)[0] >= GOOD_BALANCE or len(packs) >= 2 * len(singles):
                 break
         return best
-
-    def share_prompts(self, singles: Sequence[Item]) -> list[PackPlan]:
-        """Pack plans in which groups share their prompts where that saves."""
-        whole = self.parts(singles, math.inf)
-        average = cost(whole) / (self.smallest_count(whole) * self.dp_size)
-        return self.arrange(self.parts(singles, average))
 
     def saves(self, together: Item, members: Sequence[Item]) -> bool:
         """Whether sharing one prompt is worth it."""
@@ -292,7 +287,7 @@ class _Planner:
 
     def rejoined(self, items: Sequence[Item]) -> list[Item]:
         """Items of one pack, in order; parts of one group that met again share their prompt again."""
-        if self.min_saving >= 1:
+        if self.min_saving >= 1:  # only a shortcut
             return sorted(items)
         by_group: dict[int, list[Item]] = {}
         for item in sorted(items):
@@ -402,7 +397,7 @@ def plan_step(
     candidates = []
     if packing != "packed":
         sharing = replace(planner, min_saving=AUTO_MIN_SAVING if packing == "auto" else 0.0)
-        candidates.append(sharing.share_prompts(singles))
+        candidates.append(sharing.arrange(singles))
     # No arrangement of the packed form beats its average; where sharing does, there is nothing to compare.
     packed_time = cost(singles) / dp_size
     if packing == "packed" or (packing == "auto" and packed_time < planner.busy_time(candidates[0])):
