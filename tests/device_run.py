@@ -1,0 +1,88 @@
+"""Train a tiny model for a few steps on whatever device this process sees; print losses and gradient norms as JSON.
+
+Run as a program by the GPU tests: with ``CUDA_VISIBLE_DEVICES=`` it is the CPU reference, without it the GPU run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_gft.batch import GroupFacts
+from megatron_gft.config import load_config
+from megatron_gft.hf_config import read_model_shape
+from megatron_gft.parallel import destroy_parallel, initialize_parallel
+from megatron_gft.runtime import set_up_logging, start_process_group
+from megatron_gft.trainer import build_trainer
+
+
+class MemoryGroups:
+    """Random groups in memory: ragged sizes and lengths, one expert each, some groups of equal rewards."""
+
+    def __init__(self, count: int, vocab_size: int, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.fingerprint = f"random-{count}-{vocab_size}-{seed}"
+        self.items = []
+        for _ in range(count):
+            size = int(rng.integers(2, 7))
+            self.items.append(
+                {
+                    "prompt": rng.integers(0, vocab_size, rng.integers(4, 60)),
+                    "responses": [rng.integers(0, vocab_size, rng.integers(1, 80)) for _ in range(size)],
+                    "sources": np.array([0] + [int(rng.integers(1, 3)) for _ in range(size - 1)], dtype=np.int8),
+                    "rewards": rng.integers(0, 2, size).astype(np.float32),
+                }
+            )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.items[index]
+
+    def group_facts(self, index: int) -> GroupFacts:
+        item = self.items[index]
+        lengths = np.array([len(tokens) for tokens in item["responses"]])
+        return GroupFacts(f"g{index}", len(item["prompt"]), lengths, item["sources"], item["rewards"])
+
+
+def run(model: str, output: str, overrides: list[str]) -> dict:
+    """Losses and gradient norms of each step of a run on :class:`MemoryGroups`."""
+    config = load_config(
+        [],
+        [
+            f"model.config={model}",
+            f"train.output={output}",
+            f"checkpoint.init_from=hf:{model}",
+            "data.groups_per_step=8",
+            "data.max_tokens_per_pack=512",
+            "optimizer.lr=1e-3",
+            "logging.progress_bar=false",
+            "logging.tensorboard=false",
+            *overrides,
+        ],
+    )
+    start_process_group(5)
+    set_up_logging(0)
+    shape = read_model_shape(model)
+    parallel = initialize_parallel()
+    trainer = build_trainer(config, shape, parallel, MemoryGroups(32, shape.vocab_size), None)
+    code = trainer.run()
+    trainer.close()
+    destroy_parallel()
+    records = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "code": code,
+        "device": device,
+        "loss": [record["loss"] for record in records],
+        "grad_norm": [record["grad_norm"] for record in records],
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(sys.argv[1], sys.argv[2], sys.argv[3:])))
