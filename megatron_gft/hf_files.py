@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf_config import read_config
 from megatron_gft.hf_mapping import HfMapping, Shard
 from megatron_gft.safetensors_io import REOPEN_BYTES, SafetensorsFolder, ShardPlan, ShardWriter, tensor_bytes
+from megatron_gft.tokenizer import tokenizer_fingerprint
 
 CARRIED_PATTERNS = (
     "config.json",
@@ -191,14 +193,21 @@ def compare_hashes(place: Path | str, expected: Mapping[str, str], found: Mappin
         raise InputErrors(f"{place}: verification failed -> check the disk and convert again", sorted(problems))
 
 
-def source_record(hf_dir: Path, hashes: Mapping[str, str], fingerprint: str | None, **extra: Any) -> dict[str, Any]:
-    """What a converted checkpoint remembers of its source: :data:`SOURCE_FILE`."""
+def source_record(hf_dir: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What a converted checkpoint remembers of its source: :data:`SOURCE_FILE`.
+
+    ``tokenizer_fingerprint`` is None for a folder without a tokenizer that this package reads.
+    """
+    try:
+        fingerprint = tokenizer_fingerprint(hf_dir)
+    except InputError:
+        fingerprint = None
     return {
         "format": 1,
+        "tool": f"megatron_gft {__version__}",
         "config_sha256": sha256_json(read_config(hf_dir)),
         "tokenizer_fingerprint": fingerprint,
         "tensors_sha256": dict(sorted(hashes.items())),
-        **extra,
     }
 
 

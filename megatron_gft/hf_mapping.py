@@ -21,9 +21,9 @@ _LIVE_TO_CANONICAL = (
     (re.compile(r"^(decoder\.layers\.\d+)\.input_layernorm\."), r"\1.self_attention.linear_qkv.layer_norm_"),
     (re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$"), r".experts.\2.weight\1"),
 )
-"""Local-spec names to the canonical ones (Transformer Engine's, apart from :data:`_MLP_NORM`)."""
+"""Local-spec names to the canonical ones (Transformer Engine's, apart from :data:`MLP_NORM_SUFFIXES`)."""
 
-_MLP_NORM = (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+MLP_NORM_SUFFIXES = (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
 """The norm before the MLP: fused into linear_fc1 by dense TE specs, a module of its own otherwise."""
 
 
@@ -144,7 +144,7 @@ class HfMapping:
             name = pattern.sub(canonical, name)
         if name == "output_layer.weight" and self.shape.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"
-        for one, other in (_MLP_NORM, _MLP_NORM[::-1]):
+        for one, other in (MLP_NORM_SUFFIXES, MLP_NORM_SUFFIXES[::-1]):
             if name not in self.entries and name.endswith(one):
                 name = name.removesuffix(one) + other
         if name not in self.entries:
@@ -153,6 +153,17 @@ class HfMapping:
                 f"hf_config.transformer_config_kwargs, or add the rule to megatron_gft/hf_families.py"
             )
         return self.entries[name]
+
+    def checkpoint_places(self, entry: Entry) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Keys that may hold an entry in a distributed checkpoint, with the index along the stacked axes there."""
+        keys = [entry.checkpoint_key]
+        for one, other in (MLP_NORM_SUFFIXES, MLP_NORM_SUFFIXES[::-1]):
+            if entry.checkpoint_key.endswith(one):
+                keys.append(entry.checkpoint_key.removesuffix(one) + other)
+        for key in keys:
+            yield key, entry.index
+            if entry.index:
+                yield key.replace(".layers.", f".layers.{entry.index[0]}."), entry.index[1:]
 
     def shard(self, entry: Entry, tp_rank: int = 0, tp_size: int = 1, vocab_rows: int | None = None) -> Shard:
         """Shard ``tp_rank`` of ``tp_size`` of a parameter.

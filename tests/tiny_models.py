@@ -87,7 +87,14 @@ def to_transformers4_style(config: dict) -> dict:
 
 
 def write_tiny_model(
-    folder: Path, name: str, *, style: str = "tf4", dtype: torch.dtype = torch.float32, **changes
+    folder: Path,
+    name: str,
+    *,
+    style: str = "tf4",
+    dtype: torch.dtype = torch.float32,
+    embedding_std: float = 1.0,
+    trunk_scale: float = 1.5,
+    **changes,
 ) -> Path:
     """Write model ``name`` of :data:`MODELS` with random weights, a tokenizer and several shards."""
     family, options = MODELS[name]
@@ -103,9 +110,10 @@ def write_tiny_model(
             elif key.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif "embed" in key:
-                parameter.copy_(noise)
+                parameter.copy_(noise * embedding_std)
             else:
-                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+                scale = 1.5 if "lm_head" in key else trunk_scale
+                parameter.copy_(noise * scale / parameter.shape[-1] ** 0.5)
     model.to(dtype).save_pretrained(folder, max_shard_size="300KB")
     write_tiny_tokenizer(folder)
     if style == "tf4":
@@ -132,9 +140,7 @@ def sample_tokens() -> torch.Tensor:
 @torch.no_grad()
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [b, s, v] of the real transformers class in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()(tokens).logits
 
 

@@ -1,0 +1,296 @@
+"""Megatron's ``torch_dist`` checkpoint format, written and read piece by piece without building a model.
+
+``megatron.core.dist_checkpointing.save`` wants every tensor in memory first. Here torch's own DCP writer, which is
+what Megatron writes through, gets a planner whose data are made one chunk at a time, just before they are written;
+a thread makes the next chunk meanwhile. ``dist_checkpointing.load`` takes the result at any layout.
+
+Needs torch only: no megatron import, no process group for one process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pickle
+import queue
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_gft.errors import InputError
+
+CHUNK_BYTES = 32 * 2**20
+"""Of one stored chunk. The writer keeps the last chunk of every key until its file is closed."""
+
+# megatron/core/dist_checkpointing/core.py CheckpointingConfig, strategies/common.py (0.16.1; 0.19.2 reads it too)
+_MEGATRON_CONFIG = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor to store: ``key``, its whole shape and dtype, and the part of it that ``index`` and rows select.
+
+    ``index`` fixes the leading (layer, expert) axes; ``rows`` counts along the next axis.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    index: tuple[int, ...]
+    rows: tuple[int, int]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return (*self.index, self.rows[0], *([0] * (len(self.shape) - len(self.index) - 1)))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        axis = len(self.index)
+        return (*([1] * axis), self.rows[1] - self.rows[0], *self.shape[axis + 1 :])
+
+
+def row_chunks(rows: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
+    """Cut ``rows`` into ranges of at most ``chunk_bytes`` (at least one row)."""
+    step = max(1, chunk_bytes // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def prefetch(values: Iterable[Value]) -> Iterator[Value]:
+    """Yield ``values``, making the next one in a thread while the caller works on the last; never two ahead."""
+    results: queue.SimpleQueue = queue.SimpleQueue()
+    permits = threading.Semaphore(1)
+    stopped = threading.Event()
+    end = object()
+
+    def produce() -> None:
+        iterator = iter(values)
+        while True:
+            permits.acquire()
+            if stopped.is_set():
+                return
+            try:
+                results.put((next(iterator, end), None))
+            except BaseException as error:  # handed to the consumer, who raises it
+                results.put((end, error))
+                return
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while True:
+            value, error = results.get()
+            if error is not None:
+                raise error
+            if value is end:
+                return
+            permits.release()
+            yield value
+    finally:
+        stopped.set()
+        permits.release()
+        thread.join()
+
+
+class _StreamPlanner(DefaultSavePlanner):
+    """Plans ``parts`` in order and takes their data, in the same order, from ``data``."""
+
+    def __init__(self, parts: Sequence[StoredTensor], data: Iterator[torch.Tensor]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.parts, self.data = parts, data
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for part in self.parts:
+            chunk = ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes))
+            properties = TensorProperties(dtype=part.dtype)
+            items.append(
+                WriteItem(
+                    index=MetadataIndex(part.key, chunk.offsets),
+                    type=WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(chunk, properties, torch.Size(part.shape)),
+                )
+            )
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
+        tensor = next(self.data)
+        assert write_item.tensor_data is not None
+        return tensor.view(write_item.tensor_data.chunk.sizes)
+
+
+def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable[torch.Tensor]) -> None:
+    """Write this process's parts of a checkpoint; collective over the default group if there is one.
+
+    Args:
+        folder: exists and is empty.
+        parts: what this process writes, in order; together the processes cover every tensor once.
+        data: a tensor for each part, of the size of its rows [rows, ...]; made in a thread, one ahead.
+
+    Raises:
+        OSError, InputError: from writing or from ``data``.
+    """
+    stream = prefetch(data)
+    # copy_ahead 0: no reordering of the parts by size; syncing is the caller's, who syncs the whole folder
+    writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0, sync_files=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "torch.distributed is uninitialized, assuming a single process"
+            planner = _StreamPlanner(parts, stream)
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, OSError | InputError):
+            raise cause from error
+        raise
+    finally:
+        stream.close()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save({}, folder / "common.pt")
+        (folder / "metadata.json").write_text(json.dumps(_MEGATRON_CONFIG))
+
+
+class TorchDistReader:
+    """Random access to the tensors of a ``torch_dist`` checkpoint.
+
+    Attributes:
+        tensors: key -> metadata with ``size`` and ``properties.dtype``.
+        objects: keys of everything else (``_extra_state`` objects).
+
+    Raises:
+        InputError: the folder is not such a checkpoint.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / ".metadata").is_file():
+            raise InputError(f"{folder}: no .metadata there -> name the folder of a torch_dist checkpoint (step-...)")
+        self._reader = _CachedReader(self.folder)
+        try:
+            metadata = self._reader.read_metadata()
+        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+            raise InputError(f"{folder}/.metadata: damaged ({error}) -> use another checkpoint") from error
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        self._stacked: dict[str, dict[int, TensorStorageMetadata]] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self.tensors[key] = entry
+        self.objects = metadata.state_dict_metadata.keys() - self.tensors.keys()
+
+    def read(self, key: str, index: tuple[int, ...], rows: tuple[int, int]) -> torch.Tensor:
+        """Rows of ``key[index]``, [rows, ...].
+
+        Raises:
+            InputError: a data file is missing or damaged.
+        """
+        entry = self.tensors[key]
+        part = StoredTensor(key, tuple(entry.size), entry.properties.dtype, index, rows)
+        target = torch.empty(part.sizes, dtype=part.dtype)
+        wanted = ChunkStorageMetadata(torch.Size(part.offsets), torch.Size(part.sizes))
+        items = create_read_items_for_chunk_list(key, self._near(key, index), [wanted])
+        covered = sum(prod(item.lengths) for item in items)
+        if covered != target.numel():
+            raise InputError(f"{self.folder}: {key}{list(index)} is stored only in part -> use another checkpoint")
+        try:
+            self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            file = self._reader.storage_data[items[0].storage_index].relative_path
+            raise InputError(f"{self.folder / file}: damaged or missing ({error}) -> use another checkpoint") from error
+        return target.view(part.sizes[len(index) :])
+
+    def _near(self, key: str, index: tuple[int, ...]) -> TensorStorageMetadata:
+        """The metadata of ``key`` with the chunks of one layer only: torch compares all of them on every read."""
+        entry = self.tensors[key]
+        if not index:
+            return entry
+        if key not in self._stacked:
+            layers: dict[int, TensorStorageMetadata] = {}
+            for chunk in entry.chunks:
+                for layer in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                    layers.setdefault(layer, dataclasses.replace(entry, chunks=[])).chunks.append(chunk)
+            self._stacked[key] = layers
+        return self._stacked[key].get(index[0], dataclasses.replace(entry, chunks=[]))
+
+    def chunk_rows(self, key: str, index: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+        """Row ranges that read ``key[index]`` in moderate pieces, along the stored chunks where they are small."""
+        entry = self.tensors[key]
+        shape = tuple(entry.size)[len(index) :]
+        yield from row_chunks(shape[0], prod(shape[1:]) * entry.properties.dtype.itemsize, _stored_bytes(entry))
+
+
+def _stored_bytes(entry: TensorStorageMetadata) -> int:
+    """Bytes of the largest stored chunk: reading less of it would read it several times over."""
+    largest = max(prod(chunk.sizes) for chunk in entry.chunks)
+    return max(CHUNK_BYTES, largest * entry.properties.dtype.itemsize)
+
+
+class _CachedReader(dcp.FileSystemReader):
+    """Unpickles the metadata once."""
+
+    @functools.cached_property
+    def _metadata(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+class _IntoTensor(LoadPlanner):
+    """Delivers the read items into one tensor."""
+
+    def __init__(self, target: torch.Tensor):
+        self.target = target
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("used with ready plans only")
+
+    create_local_plan: Callable[..., Any] = set_up_planner
+    create_global_plan: Callable[..., Any] = set_up_planner
+    finish_plan: Callable[..., Any] = set_up_planner
+    load_bytes: Callable[..., Any] = set_up_planner
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        view = self.target
+        for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            view = view.narrow(axis, offset, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        return None
