@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
-    load_sharded_metadata,
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -43,6 +42,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_gft.atomic import atomic_file, fsync_path, sha256_file, write_json
+from megatron_gft.checkpoint_compat import loadable_sharded_state_dict
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf_files import MODEL_FILES_FOLDER, write_model_files
 from megatron_gft.model import unwrap
@@ -52,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 # The only format that changes layout in every dimension; Megatron's default is not.
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+Files = dict[str, dict[str, Any]]
+"""Size and sha256 of each file of a checkpoint, by its name in the folder."""
 
 STATE_FILE, FILES_FILE, LATEST_FILE = "state.json", "files.json", "latest"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -70,6 +73,19 @@ class RunState:
     groups_per_step: int = 0
     consumed_groups: int = 0
     skipped_steps: int = 0
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; earlier ones are as they were."""
+
+
+@dataclass
+class _Pending:
+    """A checkpoint on its way: being written while ``hashes`` is None, then being hashed."""
+
+    state: RunState
+    folder: Path
+    hashes: concurrent.futures.Future[Files] | None = None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -162,17 +178,21 @@ class Checkpointer:
         self.keep_last, self.background = keep_last, background
         self.model_files = model_files
         self.queue = AsyncCallsQueue()
-        self.pending: tuple[RunState, Path] | None = None
+        self.pending: _Pending | None = None
+        self.hasher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash")
 
     def save(self, state: RunState) -> None:
-        """Write a checkpoint of ``state``; returns once the weights are copied, unless ``background`` is off."""
+        """Write a checkpoint of ``state``; returns once the weights are copied, unless ``background`` is off.
+
+        Raises:
+            SaveFailed: it could not be written (disk full, no permission); the previous one is untouched.
+        """
         self.wait()
         partial = self.folder / f".step-{state.step:08d}"
-        if self.parallel.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / MODEL_FILES_FOLDER).mkdir(parents=True)
-            write_model_files(self.model_files, partial / MODEL_FILES_FOLDER)
-        dist.barrier()
+        problem = [self._prepare(partial) if self.parallel.rank == 0 else None]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise SaveFailed(f"checkpoint of step {state.step}: {problem[0]}")
         request = dist_checkpointing.save(
             self._sharded_state(),
             str(partial),
@@ -182,12 +202,17 @@ class Checkpointer:
             **_async_strategy(dist_checkpointing.save),
         )
         assert request is not None
-        self.pending = (state, partial)
+        self.pending = _Pending(state, partial)
         if self.background:
             self.queue.schedule_async_request(request)
-        else:
+            return
+        try:
             request.execute_sync()
-            self._commit()
+        except CheckpointException as error:
+            self._discard()
+            raise SaveFailed(f"checkpoint of step {state.step} in {self.folder}: {_cause(error)}") from error
+        self.pending.hashes = self._start_hashing(partial)
+        self._commit()
 
     def poll(self) -> bool:
         """Finish a background save whose writers are done; True when it failed and has to be made again."""
@@ -198,35 +223,68 @@ class Checkpointer:
         return self._finalize(blocking=True)
 
     def _finalize(self, *, blocking: bool) -> bool:
-        if self.pending is None:
+        pending = self.pending
+        if pending is None:
             return False
-        try:
-            if self.queue.maybe_finalize_async_calls(blocking=blocking):
-                self._commit()
-        except CheckpointException as error:  # raised on all ranks when a writer failed on one
-            self._give_up(error)
-            return True
+        if pending.hashes is None:
+            try:
+                if not self.queue.maybe_finalize_async_calls(blocking=blocking):
+                    return False
+            except CheckpointException as error:  # raised on all ranks when a writer failed on one
+                self._give_up(error)
+                return True
+            pending.hashes = self._start_hashing(pending.folder)
+        if blocking or self._everywhere(pending.hashes.done()):
+            self._commit()
         return False
 
-    def _give_up(self, error: BaseException) -> None:
+    def _give_up(self, error: CheckpointException) -> None:
         """Report a failed background save. From here on saves run in front, where an error ends the run."""
         assert self.pending is not None
-        state, partial = self.pending
-        self.pending = None
+        if self.parallel.rank == 0:
+            step = self.pending.state.step
+            logger.error("checkpoint of step %d failed, once more in front: %s", step, _cause(error))
         self.queue = AsyncCallsQueue()
         self.background = False
+        self._discard()
+
+    def _discard(self) -> None:
+        assert self.pending is not None
         if self.parallel.rank == 0:
-            logger.error("checkpoint of step %d failed, trying again without the background: %s", state.step, error)
+            shutil.rmtree(self.pending.folder, ignore_errors=True)
+        self.pending = None
+
+    def _prepare(self, partial: Path) -> str | None:
+        """Make the hidden folder with the model's files; the problem in words when that cannot be done."""
+        try:
             shutil.rmtree(partial, ignore_errors=True)
+            (partial / MODEL_FILES_FOLDER).mkdir(parents=True)
+            write_model_files(self.model_files, partial / MODEL_FILES_FOLDER)
+        except OSError as error:
+            return f"cannot write {partial} ({error.strerror}) -> free space or correct the permissions"
+        return None
+
+    def _start_hashing(self, folder: Path) -> concurrent.futures.Future[Files]:
+        """Size and sha256 of this rank's share of the files, in a thread; all files are there and complete."""
+        dist.barrier()
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return self.hasher.submit(_describe_files, folder, files[self.parallel.rank :: self.parallel.world_size])
+
+    def _everywhere(self, done: bool) -> bool:
+        value = torch.tensor([int(done)], dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        return bool(value)
 
     def _commit(self) -> None:
-        assert self.pending is not None
-        state, partial = self.pending
-        self.pending = None
-        final = self.folder / f"step-{state.step:08d}"
+        pending, self.pending = self.pending, None
+        assert pending is not None and pending.hashes is not None
+        shares: list[Files] = [{}] * self.parallel.world_size
+        dist.all_gather_object(shares, pending.hashes.result())
         if self.parallel.rank == 0:
-            write_json(partial / STATE_FILE, asdict(state))
-            write_json(partial / FILES_FILE, _describe_files(partial))
+            partial, final = pending.folder, self.folder / f"step-{pending.state.step:08d}"
+            write_json(partial / STATE_FILE, asdict(pending.state))
+            files = {name: entry for share in shares for name, entry in share.items()}
+            write_json(partial / FILES_FILE, files | _describe_files(partial, [partial / STATE_FILE]))
             fsync_path(partial)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(partial, final)
@@ -293,26 +351,9 @@ def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) 
 def _load(path: Path, state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), parallel.dp_cp_group)
     try:
-        return dist_checkpointing.load(_present(path, state), str(path), strategy)
+        return dist_checkpointing.load(loadable_sharded_state_dict(state, path), str(path), strategy)
     except CheckpointingException as error:
         raise InputError(f"{path}: does not fit this model and optimizer: {error}") from error
-
-
-def _present(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Without the ``_extra_state`` objects that the checkpoint lacks: Transformer Engine's layers have some that
-    the local ones do not."""
-    metadata = load_sharded_metadata(str(path))
-    have = {item.unique_key if isinstance(item, ShardedObject) else item.key for item in metadata.values()}
-
-    def keep(name: str, value: Any) -> bool:
-        return not (isinstance(value, ShardedObject) and "_extra_state" in name and value.unique_key not in have)
-
-    return {
-        part: {name: value for name, value in values.items() if keep(name, value)}
-        if part.startswith("model")
-        else values
-        for part, values in state.items()
-    }
 
 
 def _async_strategy(save: Any) -> dict[str, str]:
@@ -320,12 +361,16 @@ def _async_strategy(save: Any) -> dict[str, str]:
     return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
 
 
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file, hashed by a few threads (hashing releases the interpreter lock)."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        hashes = list(pool.map(sha256_file, files))
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(files, hashes, strict=True)
-    }
+def _describe_files(folder: Path, files: Sequence[Path]) -> Files:
+    """Size and sha256 of ``files``, flushed to the disk, by their names within ``folder``."""
+    described = {}
+    for path in files:
+        fsync_path(path)
+        described[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return described
+
+
+def _cause(error: CheckpointException) -> str:
+    """The first failure of some rank in one line; torch wraps one per rank."""
+    rank, (failure, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {failure}"

@@ -20,6 +20,7 @@ from megatron_gft.batch import Groups, StepBatch, StepSource
 from megatron_gft.checkpoint import (
     Checkpointer,
     RunState,
+    SaveFailed,
     find_checkpoint,
     list_checkpoints,
     load_weights,
@@ -376,7 +377,7 @@ def train(config: Config, shape: ModelShape) -> int:
     logger.info("%s on %d x %s", describe(trainer), parallel.world_size, device)
     try:
         code = trainer.run()
-    except TrainingStopped as error:
+    except (TrainingStopped, SaveFailed) as error:
         if parallel.rank == 0:
             logger.error("%s", error)
         code = EXIT_FAILED

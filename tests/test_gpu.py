@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tiny_models import write_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -92,7 +91,8 @@ def test_fp8_is_near_bf16(model, reference, tmp_path, recipe):
 
 @pytest.mark.parametrize("recompute", ["core_attention", "full"])
 def test_recompute_changes_nothing(model, reference, tmp_path, recompute):
-    result = train(model, tmp_path / "run", "model.precision=fp32", "model.backend=local", f"model.recompute={recompute}")
+    options = ("model.precision=fp32", "model.backend=local", f"model.recompute={recompute}")
+    result = train(model, tmp_path / "run", *options)
     assert relative(result["loss"], reference["loss"]) < 1e-4
 
 
