@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_gft.errors import InputError
-from megatron_gft.sampling import Outcome, Prompt, Sample, SampleFailure, SampleRequest, SamplingParams
+from megatron_gft.sampling import Outcome, Sample, SampleFailure, SampleRequest, SamplingParams, with_own_eos
+from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
 FATAL_STATUS = frozenset({401, 403, 404})
@@ -79,29 +80,24 @@ class OpenAIBackend:
 
     Args:
         options: the server.
-        render: for ``api: completions``, turns a prompt into token ids or text.
-        tokenizer_fingerprint: of the model's tokenizer, where known; without it sampled ids are not kept.
+        tokenizer: the model's; renders prompts for ``api: completions`` and vouches for sampled ids, which are not
+            kept without it.
 
     Raises:
         InputError: a bad url, or ``api_key_env`` names a variable that is not set.
     """
 
-    def __init__(
-        self,
-        options: ServerOptions,
-        render: Callable[[Prompt], str | list[int]] | None = None,
-        tokenizer_fingerprint: str | None = None,
-    ):
+    def __init__(self, options: ServerOptions, tokenizer: Tokenizer | None = None):
         parts = urllib.parse.urlsplit(options.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"url {options.url!r} is not http(s)://host[:port]/v1 -> correct it")
-        if options.api == "completions" and render is None:
+        if options.api == "completions" and tokenizer is None:
             raise InputError("api: completions needs the model's tokenizer -> set tokenizer=DIR, or api=chat")
-        self._options, self._url, self._render = options, parts, render
+        self._options, self._url, self._tokenizer = options, parts, tokenizer
         self._headers = {"Content-Type": "application/json", **_authorization(options.api_key_env)}
         self._limiter = RateLimiter(options.requests_per_second)
         self._random = random.Random()
-        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.tokenizer_fingerprint = None if tokenizer is None else tokenizer.fingerprint
         self.lineage = {"backend": "openai", "model": options.model, "api": options.api}
 
     def generate(
@@ -160,7 +156,10 @@ class OpenAIBackend:
         self, connection: _Connection, request: SampleRequest, params: SamplingParams, stop: threading.Event
     ) -> Outcome:
         """One request with its retries."""
-        body = json.dumps(self._body(request, params)).encode()
+        try:
+            body = json.dumps(self._body(request, params)).encode()
+        except ChatTemplateError as error:
+            return SampleFailure(request.key, f"chat template: {error}")
         path = f"{self._url.path.rstrip('/')}/{'chat/completions' if self._options.api == 'chat' else 'completions'}"
         reason = ""
         for attempt in range(self._options.attempts):
@@ -191,8 +190,8 @@ class OpenAIBackend:
             if params.logprobs:
                 body["logprobs"] = True
         else:
-            assert self._render is not None
-            body["prompt"] = self._render(request.prompt)
+            assert self._tokenizer is not None
+            body["prompt"] = self._tokenizer.encode(self._tokenizer.render_prompt(request.prompt))
             if params.logprobs:
                 body["logprobs"] = 1
         if self._options.token_ids:
@@ -213,10 +212,13 @@ class OpenAIBackend:
             raise _Transient(f"reply with content {text!r}")
         if finish not in ("stop", "length"):
             raise _Transient(f"reply with finish_reason {finish!r}")
-        if isinstance(choice.get("stop_reason"), str) or self.tokenizer_fingerprint is None:
+        if isinstance(choice.get("stop_reason"), str) or self._tokenizer is None:
             ids = None  # cut at a stop string: the ids spell more than the text
         if ids is None or (logprobs is not None and len(logprobs) != len(ids)):
             logprobs = None
+        if ids is not None and self._tokenizer is not None:
+            end = self._tokenizer.special_ids if finish == "stop" else frozenset()
+            ids, logprobs = with_own_eos(ids, logprobs, end, self._tokenizer.eos_id)
         return Sample(key, text, finish, ids, logprobs)
 
 
@@ -300,6 +302,7 @@ class _Connection:
         content = b"".join(pieces)
         if response.length:  # the server promised more
             raise http.client.IncompleteRead(content, response.length)
+        response.close()  # read1 leaves that to us; an open response blocks the next request
         if response.will_close:
             self.close()
         return response.status, response.headers, content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 Prompt = str | list[dict[str, Any]]
@@ -78,7 +79,34 @@ class Backend(Protocol):
     ) -> Iterator[Outcome]: ...
 
 
+def with_own_eos(
+    ids: list[int], logprobs: list[float] | None, end_ids: frozenset[int], eos_id: int
+) -> tuple[list[int], list[float] | None]:
+    """Drop a final end token that is not ``eos_id``: training appends that one."""
+    if ids and ids[-1] in end_ids and ids[-1] != eos_id:
+        return ids[:-1], None if logprobs is None else logprobs[:-1]
+    return ids, logprobs
+
+
 def sample_seed(seed: int, prompt_id: str, source: str, k: int) -> int:
     """Seed of one sample in [0, 2^31): a function of the run's seed and of what the sample is, of nothing else."""
     digest = hashlib.blake2b(f"{seed}\0{prompt_id}\0{source}\0{k}".encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little") & 0x7FFF_FFFF
+
+
+def model_fingerprint(path: str | Path) -> str:
+    """Identity of a model folder for lineage: sha256 of its config and of size, first and last MiB of each weight file.
+
+    Cheap at any size, and different for two checkpoints of one run.
+    """
+    folder, digest, edge = Path(path), hashlib.sha256(), 1 << 20
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with open(file, "rb") as stream:
+            digest.update(stream.read(edge))
+            stream.seek(max(0, size - edge))
+            digest.update(stream.read(edge))
+    return digest.hexdigest()
