@@ -1,0 +1,126 @@
+"""Groups as tokens: the batch form that goes from tokenizing to a shard. Numpy only, cheap to send to a process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+PROMPT_MODE = -1  # mode of the prompt's sequence; a response has its source's code
+UNKNOWN_OUTCOME = -1
+
+
+@dataclass
+class EncodedGroups:
+    """G groups of S sequences (a prompt, then its responses), T tokens, M = S - G responses.
+
+    Attributes:
+        tokens: int32 [T].
+        sequence_lengths: int32 [S]; sum T.
+        sequence_modes: int8 [S]: source code of a response, ``PROMPT_MODE`` of a prompt.
+        group_sizes: int32 [G]: sequences of each group.
+        rewards: float32 [M], NaN without reward.
+        outcomes: what the verifier said, M names or None.
+        logprobs: float32 [response tokens], NaN where unknown; None when none is known.
+        metas: UTF-8 JSON of each group: ``{"id", "answer", "models"}``.
+    """
+
+    tokens: np.ndarray
+    sequence_lengths: np.ndarray
+    sequence_modes: np.ndarray
+    group_sizes: np.ndarray
+    rewards: np.ndarray
+    outcomes: list[str | None]
+    logprobs: np.ndarray | None
+    metas: list[bytes]
+
+    def __len__(self) -> int:
+        return len(self.group_sizes)
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of all responses."""
+        return int(self.sequence_lengths[self.sequence_modes != PROMPT_MODE].sum())
+
+    def select(self, keep: np.ndarray) -> EncodedGroups:
+        """The groups where ``keep`` (bool [G]) is true."""
+        of_sequence = np.repeat(keep, self.group_sizes)
+        is_response = self.sequence_modes != PROMPT_MODE
+        of_response = of_sequence[is_response]
+        of_response_token = np.repeat(of_response, self.sequence_lengths[is_response])
+        return EncodedGroups(
+            self.tokens[np.repeat(of_sequence, self.sequence_lengths)],
+            self.sequence_lengths[of_sequence],
+            self.sequence_modes[of_sequence],
+            self.group_sizes[keep],
+            self.rewards[of_response],
+            [name for name, kept in zip(self.outcomes, of_response, strict=True) if kept],
+            None if self.logprobs is None else self.logprobs[of_response_token],
+            [meta for meta, kept in zip(self.metas, keep, strict=True) if kept],
+        )
+
+
+@dataclass
+class GroupEncoder:
+    """Collects groups, then hands them over as :class:`EncodedGroups`."""
+
+    _tokens: list[int] = field(default_factory=list)
+    _lengths: list[int] = field(default_factory=list)
+    _modes: list[int] = field(default_factory=list)
+    _sizes: list[int] = field(default_factory=list)
+    _rewards: list[float] = field(default_factory=list)
+    _outcomes: list[str | None] = field(default_factory=list)
+    _logprobs: list[float] = field(default_factory=list)
+    _has_logprobs: bool = False
+    _metas: list[bytes] = field(default_factory=list)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        responses: Sequence[Sequence[int]],
+        sources: Sequence[int],
+        rewards: Sequence[float | None],
+        *,
+        group_id: str,
+        answer: str | None = None,
+        outcomes: Sequence[str | None] | None = None,
+        models: Sequence[str | None] | None = None,
+        logprobs: Sequence[Sequence[float] | None] | None = None,
+    ) -> None:
+        """Add one group of K responses; ``logprobs[k]`` has at most one float per token, the rest is unknown (EOS)."""
+        self._tokens.extend(prompt)
+        self._lengths.append(len(prompt))
+        self._modes.append(PROMPT_MODE)
+        for k, response in enumerate(responses):
+            self._tokens.extend(response)
+            self._lengths.append(len(response))
+            known = None if logprobs is None else logprobs[k]
+            self._has_logprobs |= known is not None
+            self._logprobs.extend(known or ())
+            self._logprobs.extend([np.nan] * (len(response) - len(known or ())))
+        self._modes.extend(sources)
+        self._sizes.append(1 + len(responses))
+        self._rewards.extend(np.nan if reward is None else reward for reward in rewards)
+        self._outcomes.extend(outcomes or [None] * len(responses))
+        meta: dict[str, Any] = {"id": group_id, "answer": answer}
+        if models is not None and any(model is not None for model in models):
+            meta["models"] = list(models)
+        self._metas.append(json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode())
+
+    def take(self) -> EncodedGroups:
+        """The groups so far; the encoder is empty afterwards."""
+        groups = EncodedGroups(
+            np.array(self._tokens, dtype=np.int32),
+            np.array(self._lengths, dtype=np.int32),
+            np.array(self._modes, dtype=np.int8),
+            np.array(self._sizes, dtype=np.int32),
+            np.array(self._rewards, dtype=np.float32),
+            self._outcomes,
+            np.array(self._logprobs, dtype=np.float32) if self._has_logprobs else None,
+            self._metas,
+        )
+        self.__init__()  # type: ignore[misc]
+        return groups

@@ -1,0 +1,261 @@
+"""The manifest ``PREFIX.json`` of a group shard: what the shard holds, and the sha256 of every file of it.
+
+A shard is what its manifest says: a reader opens no file that the manifest does not list with this size, and nothing
+exists before the manifest does (it is written last). Its text is canonical and ends with its own hash, so any changed
+byte of it is found when it is read. Nothing here needs torch or megatron.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import pydantic
+
+from megatron_gft.atomic import atomic_file, sha256_file, sha256_json
+from megatron_gft.errors import InputError, InputErrors
+
+FORMAT: Final = "megatron_gft.group_shard"
+FORMAT_VERSION: Final = 1
+
+
+class _Part(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Part):
+    """Size and content of one file beside the manifest."""
+
+    bytes: int
+    sha256: str
+
+
+class Counts(_Part):
+    """What the shard holds; lengths in tokens, EOS included."""
+
+    groups: int
+    responses: int
+    prompt_tokens: int
+    response_tokens: int
+    truncated: int  # responses that do not end with EOS
+    by_source: dict[str, int]
+    max_prompt_tokens: int
+    max_response_tokens: int
+    max_sequence_tokens: int  # prompt + response
+    max_responses: int
+    max_token_id: int
+
+
+class TokenizerStamp(_Part):
+    """Which tokenizer and chat template made the tokens."""
+
+    fingerprint: str
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+    chat_template: str  # sha256, or "none"
+
+
+class RewardStats(_Part):
+    """Mean and count by source, None without rewards; a group has zero variance when all its rewards are equal."""
+
+    rewarded: int
+    missing: int
+    mean: dict[str, float | None]
+    minimum: float | None
+    maximum: float | None
+    zero_variance_groups: int
+
+
+class RewardSidecar(_Part):
+    """One judgement of all responses: rewards float32 [responses] and, when known, outcomes int8 [responses]."""
+
+    rewards: str  # file name
+    outcomes: str | None  # file name
+    outcome_names: list[str]  # of the codes in `outcomes`; -1 = unknown
+    verifier: dict[str, Any]
+    stats: RewardStats
+
+
+class ShardSet(_Part):
+    """Shards that one run of preprocessing made together."""
+
+    id: str
+    index: int
+    count: int
+
+
+class ShardManifest(_Part):
+    """Contents of ``PREFIX.json``."""
+
+    format: Literal["megatron_gft.group_shard"]
+    format_version: Literal[1]
+    tool_version: str
+    files: dict[str, FileEntry]
+    counts: Counts
+    tokenizer: TokenizerStamp
+    judgements: list[RewardSidecar]  # the last one is in force
+    logprobs: str | None  # file name
+    provenance: dict[str, Any]
+    shard_set: ShardSet | None
+
+    @property
+    def rewards(self) -> RewardSidecar:
+        """The judgement in force."""
+        return self.judgements[-1]
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.json")
+
+
+def manifest_text(manifest: ShardManifest) -> str:
+    """Canonical text, its hash last."""
+    value = manifest.model_dump(mode="json")
+    return json.dumps({**value, "sha256": sha256_json(value)}, indent=1, ensure_ascii=True) + "\n"
+
+
+def write_manifest(prefix: str | Path, manifest: ShardManifest) -> None:
+    """Write or replace ``PREFIX.json``, atomically."""
+    with atomic_file(manifest_path(prefix)) as temporary:
+        temporary.write_text(manifest_text(manifest), encoding="ascii")
+
+
+def read_manifest(prefix: str | Path) -> ShardManifest:
+    """Read and check ``PREFIX.json``.
+
+    Raises:
+        InputError: it is missing, not a manifest, of another version, or was changed after it was written.
+    """
+    path = manifest_path(prefix)
+    try:
+        text = path.read_text(encoding="ascii")
+        value = json.loads(text)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{prefix}: no such group shard ({path} is missing) -> make it with tools/preprocess_groups.py"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a shard manifest ({error}) -> preprocess again") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise InputError(f"{path}: not the manifest of a group shard -> give the prefix of one")
+    if value.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {value.get('format_version')!r}, this program reads {FORMAT_VERSION} "
+            "-> preprocess again, or use the version that wrote it"
+        )
+    value.pop("sha256", None)
+    try:
+        manifest = ShardManifest.model_validate(value)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path}: damaged manifest ({error}) -> preprocess again") from error
+    if manifest_text(manifest) != text or not manifest.judgements:
+        raise InputError(f"{path}: the manifest does not match its own hash -> preprocess again, do not edit it")
+    return manifest
+
+
+def file_entry(path: Path) -> FileEntry:
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+def check_sizes(prefix: str | Path, manifest: ShardManifest) -> None:
+    """Compare the size of every file with the manifest: cheap, finds missing and truncated files.
+
+    Raises:
+        InputErrors: names each file that differs.
+    """
+    problems = []
+    for name, entry in manifest.files.items():
+        path = Path(prefix).with_name(name)
+        try:
+            size = path.stat().st_size
+        except OSError:
+            problems.append(f"{path}: missing")
+            continue
+        if size != entry.bytes:
+            problems.append(f"{path}: {size} bytes, the manifest says {entry.bytes}")
+    if problems:
+        raise InputErrors(f"{prefix}: damaged shard -> copy it again or preprocess again", problems)
+
+
+def verify_shard(prefix: str | Path) -> ShardManifest:
+    """Read every byte of a shard and compare with the manifest.
+
+    Raises:
+        InputErrors: names each file that is missing or differs.
+    """
+    manifest = read_manifest(prefix)
+    check_sizes(prefix, manifest)
+    problems = [
+        f"{path}: content differs from the manifest"
+        for path, entry in ((Path(prefix).with_name(name), entry) for name, entry in manifest.files.items())
+        if sha256_file(path) != entry.sha256
+    ]
+    if problems:
+        raise InputErrors(f"{prefix}: damaged shard -> copy it again or preprocess again", problems)
+    return manifest
+
+
+def content_fingerprint(manifest: ShardManifest) -> str:
+    """Hex sha256 of what training reads: tokens, index, rewards in force, log-probs. Names and provenance are out."""
+    names = {"rewards": manifest.rewards.rewards, "logprobs": manifest.logprobs}
+    hashes = {role: manifest.files[name].sha256 for role, name in names.items() if name}
+    for name, entry in manifest.files.items():
+        if name.endswith((".bin", ".idx")) and not name.endswith((".meta.bin", ".meta.idx")):
+            hashes[name[-3:]] = entry.sha256
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
+
+def expand_shards(patterns: Sequence[str | Path] | str | Path) -> list[str]:
+    """Prefixes of the shards that prefixes and globs name; a glob matches manifests and gives them sorted.
+
+    Raises:
+        InputError: a pattern names no shard, or one shard is named twice.
+    """
+    prefixes: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
+        name = str(pattern).removesuffix(".json")
+        found = [name]
+        if glob.has_magic(name) and not manifest_path(name).exists():
+            found = sorted(path.removesuffix(".json") for path in glob.glob(f"{name}.json") if is_manifest(path))
+            if not found:
+                raise InputError(f"{pattern}: no group shard matches -> check the path")
+        prefixes.extend(found)
+    twice = sorted({name for name in prefixes if prefixes.count(name) > 1})
+    if twice:
+        raise InputError(f"{twice[0]}: shard named twice -> name each shard once")
+    return prefixes
+
+
+def is_manifest(path: str | Path) -> bool:
+    """Whether a file begins as a shard manifest does."""
+    try:
+        with open(path, "rb") as file:
+            return FORMAT.encode() in file.read(100)
+    except OSError:
+        return False
+
+
+def check_sets(shards: Iterable[tuple[str, ShardManifest]]) -> None:
+    """Shards of one preprocessing run come together or not at all: a missing one must not pass in silence.
+
+    Raises:
+        InputErrors: names each incomplete set.
+    """
+    seen: dict[str, tuple[str, int, set[int]]] = {}
+    for prefix, manifest in shards:
+        part = manifest.shard_set
+        if part is not None:
+            seen.setdefault(part.id, (prefix, part.count, set()))[2].add(part.index)
+    problems = [
+        f"{prefix}: {len(indices)} of its {count} shards are given, missing number "
+        f"{', '.join(str(i) for i in sorted(set(range(count)) - indices))}"
+        for prefix, count, indices in seen.values()
+        if len(indices) < count
+    ]
+    if problems:
+        raise InputErrors("incomplete sets of shards -> name them all, e.g. PREFIX*", problems)

@@ -1,0 +1,229 @@
+"""Group shards: what goes in comes out, bulk arrays agree, any damage is found, nothing partial is readable."""
+
+from __future__ import annotations
+
+import pickle
+import re
+
+import numpy as np
+import pytest
+from group_shards import STAMP, write_shard
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_gft.encoded_groups import GroupEncoder
+from megatron_gft.errors import InputError
+from megatron_gft.groups import SOURCES
+from megatron_gft.shard_manifest import ShardSet
+from megatron_gft.shards import (
+    GroupShard,
+    GroupShardWriter,
+    add_rewards_sidecar,
+    check_sets,
+    expand_shards,
+    verify_shard,
+)
+
+
+def nan_equal(array: np.ndarray, expected: list) -> bool:
+    return np.array_equal(array, np.array(expected, dtype=np.float32), equal_nan=True)
+
+
+def test_groups_come_back(tmp_path):
+    content = write_shard(tmp_path / "a")
+    shard = GroupShard(tmp_path / "a")
+    assert len(shard) == len(content)
+    for i, expected in enumerate(content):
+        group = shard[i]
+        assert group.prompt.dtype == np.int32 and group.prompt.tolist() == expected["prompt"]
+        assert [r.tolist() for r in group.responses] == expected["responses"]
+        assert [SOURCES[code] for code in group.sources] == expected["sources"]
+        assert nan_equal(group.rewards, [np.nan if r is None else r for r in expected["rewards"]])
+        for logprobs, response, known in zip(group.logprobs, expected["responses"], expected["logprobs"], strict=True):
+            known = known or []
+            assert nan_equal(logprobs, known + [np.nan] * (len(response) - len(known)))
+        assert shard.lengths(i) == (len(expected["prompt"]), [len(r) for r in expected["responses"]])
+        assert shard.meta(i)["id"] == expected["group_id"] and shard.meta(i)["answer"] == expected["answer"]
+        assert shard.outcomes(i) == expected["outcomes"]
+    with pytest.raises(IndexError):
+        shard[len(shard)]
+
+
+def test_bulk_arrays_agree_with_single_groups(tmp_path):
+    write_shard(tmp_path / "a")
+    shard = GroupShard(tmp_path / "a")
+    for i in range(len(shard)):
+        group = shard[i]
+        span = slice(shard.response_offsets[i], shard.response_offsets[i + 1])
+        assert shard.prompt_lengths[i] == len(group.prompt)
+        assert shard.response_lengths[span].tolist() == [len(r) for r in group.responses]
+        assert shard.sources[span].tolist() == group.sources.tolist()
+        assert np.array_equal(shard.rewards[span], group.rewards, equal_nan=True)
+        assert shard.response_counts[i] == len(group.responses)
+
+
+def test_it_is_a_plain_megatron_indexed_dataset(tmp_path):
+    content = write_shard(tmp_path / "a")
+    data = IndexedDataset(str(tmp_path / "a"), multimodal=True)
+    first, end = data.document_indices[3], data.document_indices[4]
+    sequences, modes = data[int(first) : int(end)]
+    assert [s.tolist() for s in sequences] == [content[3]["prompt"], *content[3]["responses"]]
+    assert modes.tolist() == [-1, *(SOURCES.index(s) for s in content[3]["sources"])]
+
+
+def test_manifest_counts(tmp_path):
+    content = write_shard(tmp_path / "a", provenance={"models": ["m"]})
+    manifest = verify_shard(tmp_path / "a")
+    counts = manifest.counts
+    responses = [r for group in content for r in group["responses"]]
+    rewards = [r for group in content for r in group["rewards"]]
+    assert counts.groups == 20 and counts.responses == len(responses)
+    assert counts.response_tokens == sum(map(len, responses)) and counts.max_response_tokens == max(map(len, responses))
+    assert counts.max_sequence_tokens == max(len(g["prompt"]) + max(map(len, g["responses"])) for g in content)
+    assert counts.by_source == {s: sum(g["sources"].count(s) for g in content) for s in SOURCES}
+    assert counts.truncated == 0 and counts.max_token_id == max(
+        max(g["prompt"] + r) for g in content for r in g["responses"]
+    )
+    stats = manifest.rewards.stats
+    assert stats.missing == rewards.count(None) and stats.rewarded == len(rewards) - rewards.count(None)
+    assert stats.zero_variance_groups == sum(
+        len(g["rewards"]) > 1 and None not in g["rewards"] and len(set(g["rewards"])) == 1 for g in content
+    )
+    expert = [
+        r for g in content for r, s in zip(g["rewards"], g["sources"], strict=True) if s == "expert" and r is not None
+    ]
+    assert stats.mean["expert"] == pytest.approx(np.mean(expert))
+    assert manifest.provenance == {"models": ["m"]}
+
+
+def test_same_groups_give_the_same_bytes(tmp_path):
+    for name in ("x/a", "y/a"):
+        write_shard(tmp_path / name)
+    files = sorted(p.name for p in (tmp_path / "x").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "y").iterdir()) and len(files) == 8
+    assert all((tmp_path / "x" / n).read_bytes() == (tmp_path / "y" / n).read_bytes() for n in files)
+
+
+def test_shard_without_logprobs_and_logprobs_that_begin_late(tmp_path):
+    content = write_shard(tmp_path / "a", logprobs=False)
+    assert GroupShard(tmp_path / "a")[0].logprobs is None
+    with GroupShardWriter(tmp_path / "b", STAMP) as writer:
+        writer.add_group(**content[0])
+        writer.add_group(**{**content[1], "logprobs": [[-0.5] for _ in content[1]["responses"]]})
+    first, second = (GroupShard(tmp_path / "b")[i] for i in range(2))
+    assert all(np.isnan(values).all() for values in first.logprobs)
+    assert all(values[0] == np.float32(-0.5) for values in second.logprobs)
+
+
+def test_any_changed_or_missing_byte_is_found(tmp_path):
+    write_shard(tmp_path / "a", groups=4)
+    rng = np.random.default_rng(1)
+    for path in sorted(tmp_path.iterdir()):
+        content = path.read_bytes()
+        for position in {0, len(content) - 1, *rng.integers(0, len(content), 20).tolist()}:
+            changed = bytearray(content)
+            changed[position] ^= 1 << int(rng.integers(8))
+            path.write_bytes(changed)
+            with pytest.raises(InputError):
+                verify_shard(tmp_path / "a")
+        for broken in (content[:-1], content + b"\n", b""):
+            path.write_bytes(broken)
+            with pytest.raises(InputError):
+                GroupShard(tmp_path / "a")
+        path.unlink()
+        with pytest.raises(InputError, match=re.escape(path.name)):
+            GroupShard(tmp_path / "a")
+        path.write_bytes(content)
+    verify_shard(tmp_path / "a")
+
+
+def test_interrupted_writing_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), GroupShardWriter(tmp_path / "a", STAMP) as writer:
+        writer.add_group([3], [[4, 2]], ["self"], [1.0], group_id="x")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="no group to write"), GroupShardWriter(tmp_path / "a", STAMP):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="no such group shard"):
+        GroupShard(tmp_path / "a")
+
+
+def test_existing_shard_is_not_overwritten(tmp_path):
+    write_shard(tmp_path / "a")
+    with pytest.raises(InputError, match="exists already"):
+        GroupShardWriter(tmp_path / "a", STAMP)
+
+
+def test_groups_without_tokens_or_responses_are_our_bug(tmp_path):
+    for prompt, responses in (([], [[2]]), ([3], [[]]), ([3], [])):
+        with pytest.raises(ValueError, match="needs a"), GroupShardWriter(tmp_path / "a", STAMP) as writer:
+            writer.add_group(prompt, responses, ["self"] * len(responses), [None] * len(responses), group_id="x")
+
+
+def test_new_judgement_is_a_new_sidecar_and_the_old_one_stays(tmp_path):
+    write_shard(tmp_path / "a")
+    before = GroupShard(tmp_path / "a")
+    files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".json"}
+    rewards = np.arange(before.manifest.counts.responses, dtype=np.float32)
+    rewards[3] = np.nan
+    outcomes = ["correct"] * len(rewards)
+    add_rewards_sidecar(tmp_path / "a", rewards, outcomes=outcomes, verifier={"name": "exact"})
+    after = GroupShard(tmp_path / "a")
+    verify_shard(tmp_path / "a")
+    assert np.array_equal(after.rewards, rewards, equal_nan=True) and set(after.outcomes(0)) == {"correct"}
+    assert after.manifest.rewards.verifier == {"name": "exact"} and len(after.manifest.judgements) == 2
+    assert after.manifest.rewards.stats.missing == 1
+    assert after.fingerprint != before.fingerprint
+    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
+    old = before.manifest.rewards
+    add_rewards_sidecar(
+        tmp_path / "a", before.rewards, outcomes=sum(map(before.outcomes, range(20)), []), verifier=old.verifier
+    )
+    again = GroupShard(tmp_path / "a")
+    assert again.manifest.rewards == old and again.fingerprint == before.fingerprint
+    assert len(again.manifest.judgements) == 2
+
+
+def test_bad_judgements_are_refused(tmp_path):
+    write_shard(tmp_path / "a")
+    count = GroupShard(tmp_path / "a").manifest.counts.responses
+    with pytest.raises(InputError, match="one per response"):
+        add_rewards_sidecar(tmp_path / "a", np.zeros(count + 1), verifier={})
+    with pytest.raises(InputError, match="infinite reward at response 0"):
+        add_rewards_sidecar(tmp_path / "a", np.full(count, np.inf), verifier={})
+
+
+def test_globs_and_incomplete_sets(tmp_path):
+    names = ["train", "train-00001", "train-00002"]
+    for index, name in enumerate(names):
+        write_shard(tmp_path / name, groups=2, seed=index, shard_set=ShardSet(id="s", index=index, count=3))
+    (tmp_path / "train-other.json").write_text("{}")
+    prefixes = expand_shards(tmp_path / "train*")
+    assert prefixes == [str(tmp_path / name) for name in names]
+    check_sets((p, GroupShard(p).manifest) for p in prefixes)
+    with pytest.raises(InputError, match="2 of its 3 shards are given, missing number 1"):
+        check_sets((p, GroupShard(p).manifest) for p in (prefixes[0], prefixes[2]))
+    with pytest.raises(InputError, match="no group shard matches"):
+        expand_shards(tmp_path / "valid*")
+    with pytest.raises(InputError, match="named twice"):
+        expand_shards([tmp_path / "train", tmp_path / "train*"])
+
+
+def test_shard_survives_pickling(tmp_path):
+    content = write_shard(tmp_path / "a")
+    shard = pickle.loads(pickle.dumps(GroupShard(tmp_path / "a")))
+    assert shard[5].prompt.tolist() == content[5]["prompt"]
+    assert len(pickle.dumps(shard)) < 1000
+
+
+def test_select_keeps_whole_groups():
+    encoder = GroupEncoder()
+    for i in range(3):
+        encoder.add([9, i], [[i, 2], [i, i, 2]], [0, 2], [None, i], group_id=f"g{i}", logprobs=[None, [-1.0 * i, -2]])
+    groups = encoder.take()
+    chosen = groups.select(np.array([True, False, True]))
+    assert chosen.tokens.tolist() == [9, 0, 0, 2, 0, 0, 2, 9, 2, 2, 2, 2, 2, 2]
+    assert chosen.group_sizes.tolist() == [3, 3] and nan_equal(chosen.rewards, [np.nan, 0, np.nan, 2])
+    assert nan_equal(chosen.logprobs, [np.nan] * 2 + [0, -2, np.nan] + [np.nan] * 2 + [-2, -2, np.nan])
+    assert [b'"g0"' in chosen.metas[0], b'"g2"' in chosen.metas[1]] == [True, True]
+    assert len(encoder.take()) == 0
