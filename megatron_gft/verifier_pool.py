@@ -3,6 +3,7 @@
 Time limits inside a verifier cannot be trusted (signals need the main thread and do not interrupt C code), so the
 limit is enforced from outside: a worker that gives no verdict in time is killed and replaced, its response gets the
 outcome ``timeout``, and the other responses it held go to another worker. A worker that dies gives ``error``.
+The verdict must not depend on how busy the machine is: a worker that wants to compute but gets no CPU has longer.
 
 Workers start from a fork server that has imported the verifier's library once, so that replacing one takes
 milliseconds. This module stays light, because every worker imports it.
@@ -23,13 +24,16 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+import psutil
+
 from megatron_gft.errors import InputError
 from megatron_gft.verifiers import Case, Verdict, Verifier, build_verifier
 
 CASES_PER_MESSAGE = 64
 WINDOW_PER_WORKER = 32 * CASES_PER_MESSAGE  # verdicts kept back while an earlier one is awaited
 START_LIMIT_SECONDS = 120.0
-ORPHAN_GRACE_SECONDS = 5  # a worker whose parent died in the middle of a hang ends itself after limit + grace
+STARVED_FACTOR = 10  # at most so many time limits of wall time for a worker that others keep off the CPU
+GRACE_SECONDS = 5  # for a process to end; a worker whose parent died in the middle of a hang ends itself, too
 
 
 class VerifierPool:
@@ -38,7 +42,8 @@ class VerifierPool:
     Args:
         name, options: as for :func:`megatron_gft.verifiers.build_verifier`.
         workers: processes.
-        time_limit: wall seconds that one case may take.
+        time_limit: seconds that one case may take: of wall time, but a worker that is starved of CPU may use as much
+            CPU time within ``STARVED_FACTOR`` times the limit.
         memory_limit_gib: address space of one worker; beyond it a case gets the outcome ``error``.
 
     Raises:
@@ -75,8 +80,8 @@ class VerifierPool:
         for worker in self._workers:
             worker.kill()
 
-    def judge(self, cases: Iterable[Case]) -> Iterator[Verdict]:
-        """One verdict per case, in the order of the cases; reads only a bounded window ahead."""
+    def judge(self, cases: Iterable[Case | Verdict]) -> Iterator[Verdict]:
+        """One verdict per item, in order; a :class:`Verdict` among them is passed through. Reads a bounded window."""
         fresh = enumerate(cases)
         backlog: deque[tuple[int, Case]] = deque()
         verdicts: dict[int, Verdict] = {}
@@ -87,18 +92,18 @@ class VerifierPool:
                 if worker.idle:
                     in_flight = len(backlog) + len(verdicts) + sum(len(other.pending) for other in self._workers)
                     room = min(CASES_PER_MESSAGE - len(backlog), window - in_flight)
-                    backlog.extend(itertools.islice(fresh, max(0, room)))
+                    _refill(backlog, verdicts, fresh, room)
                     worker.send([backlog.popleft() for _ in range(min(CASES_PER_MESSAGE, len(backlog)))])
-            busy = [worker for worker in self._workers if worker.pending or worker.starting]
-            if not backlog and not any(worker.pending for worker in busy):
-                first = list(itertools.islice(fresh, 1))
-                if not first:
-                    return
-                backlog.extend(first)
-            self._collect(busy, backlog, verdicts, crashed)
-            while next_out in verdicts:
-                yield verdicts.pop(next_out)
-                next_out += 1
+            if next_out in verdicts:
+                while next_out in verdicts:
+                    yield verdicts.pop(next_out)
+                    next_out += 1
+                continue
+            if backlog or any(worker.pending for worker in self._workers):
+                busy = [worker for worker in self._workers if not worker.idle]
+                self._collect(busy, backlog, verdicts, crashed)
+            elif not _refill(backlog, verdicts, fresh, 1):
+                return
 
     def _collect(
         self,
@@ -116,7 +121,7 @@ class VerifierPool:
                 if not worker.closed:
                     continue
                 death = worker.cause_of_death()
-            elif time.monotonic() >= worker.deadline and not worker.connection.poll():
+            elif time.monotonic() >= worker.deadline and not worker.connection.poll() and not worker.extend():
                 death = Verdict("timeout", 0.0, f"no verdict within {self._time_limit:g} s")
             else:
                 continue
@@ -135,6 +140,23 @@ class VerifierPool:
             backlog.extend(worker.pending)
 
 
+def _refill(
+    backlog: deque[tuple[int, Case]],
+    verdicts: dict[int, Verdict],
+    fresh: Iterator[tuple[int, Case | Verdict]],
+    count: int,
+) -> int:
+    """Take up to ``count`` items: cases wait in the backlog, verdicts are done. How many there were."""
+    taken = 0
+    for index, item in itertools.islice(fresh, max(0, count)):
+        taken += 1
+        if isinstance(item, Verdict):
+            verdicts[index] = item
+        else:
+            backlog.append((index, item))
+    return taken
+
+
 class _Worker:
     """The parent's side of one process: the cases it holds, oldest first, and the time by which it must answer."""
 
@@ -148,7 +170,8 @@ class _Worker:
         self._time_limit = time_limit
         self.pending: deque[tuple[int, Case]] = deque()
         self.starting, self.closed = True, False
-        self.deadline = time.monotonic() + START_LIMIT_SECONDS
+        self._began, self._cpu_before = time.monotonic(), 0.0  # of the case at hand
+        self.deadline = self._began + START_LIMIT_SECONDS
 
     @property
     def idle(self) -> bool:
@@ -158,7 +181,7 @@ class _Worker:
         """Hand over cases. Only to an idle worker: it is reading, so that this cannot block for long."""
         if batch:
             self.pending.extend(batch)
-            self.deadline = time.monotonic() + self._time_limit
+            self._restart_clock()
             with contextlib.suppress(OSError):  # a worker that died shows up as a closed connection
                 self.connection.send([case for _, case in batch])
 
@@ -166,8 +189,8 @@ class _Worker:
         """All verdicts that have arrived; the deadline moves with each."""
         try:
             while self.connection.poll():
-                message = self.connection.recv()
-                self.deadline = time.monotonic() + self._time_limit
+                message, self._cpu_before = self.connection.recv()
+                self._restart_clock()
                 if isinstance(message, Verdict):
                     yield self.pending.popleft()[0], message
                 elif message is None:
@@ -177,12 +200,30 @@ class _Worker:
         except (EOFError, OSError):
             self.closed = True
 
+    def _restart_clock(self) -> None:
+        self._began = time.monotonic()
+        self.deadline = self._began + self._time_limit
+
+    def extend(self) -> bool:
+        """Grant more wall time to a worker that is past its deadline without having had its CPU time."""
+        wall = time.monotonic() - self._began
+        if self.starting or wall >= STARVED_FACTOR * self._time_limit:
+            return False
+        try:
+            process = psutil.Process(self._process.pid)
+            cpu, status = process.cpu_times(), process.status()
+        except psutil.Error:
+            return False
+        left = self._time_limit - (cpu.user + cpu.system - self._cpu_before)
+        if status != psutil.STATUS_RUNNING or left <= 0:
+            return False
+        self.deadline = time.monotonic() + left
+        return True
+
     def cause_of_death(self) -> Verdict:
         """What to say of the case at hand when the process is gone."""
-        self._process.join(timeout=ORPHAN_GRACE_SECONDS)
+        self._process.join(timeout=GRACE_SECONDS)
         code = self._process.exitcode
-        if code == -signal.SIGALRM:
-            return Verdict("timeout", 0.0, "worker ended itself")
         return Verdict("error", 0.0, f"worker died with exit code {code}")
 
     def kill(self) -> None:
@@ -194,7 +235,10 @@ class _Worker:
 def _serve(
     connection: Connection, name: str, options: dict[str, str], memory_limit_gib: float, time_limit: float
 ) -> None:
-    """A worker's life: build the verifier, say so with ``None`` (or why not, with a string), then judge until EOF."""
+    """A worker's life: build the verifier, say so with ``None`` (or why not, with a string), then judge until EOF.
+
+    Every message is a pair with the CPU seconds used so far.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit = int(memory_limit_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -204,19 +248,19 @@ def _serve(
         if warm_up is not None:
             warm_up()
     except InputError as error:
-        connection.send(str(error))
+        connection.send((str(error), time.process_time()))
         return
-    connection.send(None)
+    connection.send((None, time.process_time()))
     while True:
         try:
             cases = connection.recv()
         except EOFError:
             return
         for case in cases:
-            signal.alarm(math.ceil(time_limit) + ORPHAN_GRACE_SECONDS)
+            signal.alarm(math.ceil(STARVED_FACTOR * time_limit) + GRACE_SECONDS)
             verdict = judge_one(verifier, case)
             signal.alarm(0)
-            connection.send(verdict)
+            connection.send((verdict, time.process_time()))
 
 
 def judge_one(verifier: Verifier, case: Case) -> Verdict:
