@@ -22,6 +22,7 @@ from megatron_gft.model import LossOutput
 from megatron_gft.objectives import ALL_SOURCES
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
+from megatron_gft.timing import ForwardTimer
 
 SIGNS = ("positive", "negative")
 STATISTICS = ("tokens", "loss", "nll", "probability", "rectified", "abs_advantage", "entropy")
@@ -74,6 +75,7 @@ class StepRunner:
         self.parallel = parallel
         self.tau, self.kind = tau, kind
         self.loss_sums: list[torch.Tensor] = []
+        self.timer = ForwardTimer()
 
     def forward_backward(self, packs: Sequence[Pack], denominator: int, *, forward_only: bool = False) -> LossReport:
         """Forward (and backward) of this rank's packs; gradients are left divided by ``denominator``.
@@ -114,7 +116,8 @@ class StepRunner:
 
     def _forward_step(self, iterator: Iterator[tuple[int, Pack]], chunk: torch.nn.Module, *, denominator: int):
         index, pack = next(iterator)
-        output = chunk(pack)
+        with self.timer.measure():
+            output = chunk(pack)
         if not isinstance(output, LossOutput):
             return output, None
         first = index == 0 and self.parallel.dp_rank == 0 and self.parallel.cp_rank == 0

@@ -46,6 +46,7 @@ from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel, destroy_parallel, initialize_parallel, seed_everything
 from megatron_gft.runtime import StopRequest, Watchdog, set_up_logging, start_process_group
 from megatron_gft.step import LossReport, StepRunner
+from megatron_gft.timing import RankTimes, gather_times, traced
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class StepOutcome:
     lr: float
     updated: bool
     seconds: dict[str, float]
+    times: RankTimes
 
 
 @dataclass
@@ -88,6 +90,8 @@ class Trainer:
     total_steps: int
     stop: StopRequest
     watchdog: Watchdog
+    save_seconds: float = 0.0
+    slow_steps: int = 0
     recent_norms: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
 
     def run(self) -> int:
@@ -98,7 +102,8 @@ class Trainer:
                 started = time.perf_counter()
                 batch = self.source.batch(self.state.step)
                 packs = self.source.packs(batch)
-                outcome = self.step(batch, packs, time.perf_counter() - started)
+                with traced(self.config.profile, self.state.step + 1, self.parallel.rank, self.output / "traces"):
+                    outcome = self.step(batch, packs, time.perf_counter() - started)
                 self.state = self._advance(batch, outcome)
                 self._report(batch, outcome, time.perf_counter() - started)
             if settings.validate_every and self.state.step % settings.validate_every == 0:
@@ -110,6 +115,11 @@ class Trainer:
                 return StopRequest.CODES[signal]
         self._say(f"finished {self.total_steps} steps; run folder {settings.output}")
         return 0
+
+    @property
+    def output(self) -> Path:
+        """The run folder."""
+        return Path(self.config.train.output)
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +148,8 @@ class Trainer:
             self.recent_norms.append(grad_norm)
         seconds = {"data": data_seconds, "forward_backward": middle - started}
         seconds["optimizer"] = time.perf_counter() - middle
-        return StepOutcome(report, grad_norm, learning_rate(self.optimizer), updated, seconds)
+        times = gather_times(self.runner.timer.take(), seconds["forward_backward"], self.parallel)
+        return StepOutcome(report, grad_norm, learning_rate(self.optimizer), updated, seconds, times)
 
     def _problem(self, report: LossReport, grad_norm: float) -> str | None:
         if not math.isfinite(report.loss):
@@ -156,7 +167,7 @@ class Trainer:
         """Keep the evidence of a step that was not finite, then stop or skip."""
         step = self.state.step + 1
         culprits = self.runner.nonfinite_packs()
-        folder = Path(self.config.train.output) / "nonfinite"
+        folder = self.output / "nonfinite"
         for index in culprits:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(
@@ -196,7 +207,17 @@ class Trainer:
             seconds=outcome.seconds | {"step": step_seconds},
             peak_tflops=self.config.logging.peak_tflops,
         )
-        record["skipped_steps"] = self.state.skipped_steps
+        record |= {
+            "skipped_steps": self.state.skipped_steps,
+            "seconds/save": self.save_seconds,
+            "slowest_rank": outcome.times.slowest_rank,
+            "slowest_rank_factor": outcome.times.slowest_factor,
+            **{f"idle_share/stage_{i}": share for i, share in enumerate(outcome.times.idle_share_by_stage)},
+        }
+        if self.state.step % self.config.logging.every == 0 and (hint := outcome.times.hint):
+            self.slow_steps += 1
+            if self.slow_steps in (3, 30, 300):  # not a hiccup any more, and not a line a step
+                self.reporter.say(hint)
         self.reporter.step(record)
 
     def validate(self) -> None:
@@ -225,6 +246,11 @@ class Trainer:
             self.reporter.validation({"step": self.state.step} | record)
 
     def _save(self, *, last: bool) -> None:
+        started = time.perf_counter()
+        self._save_if_due(last=last)
+        self.save_seconds = time.perf_counter() - started
+
+    def _save_if_due(self, *, last: bool) -> None:
         settings, step = self.config.checkpoint, self.state.step
         due = settings.save_every is not None and step % settings.save_every == 0
         export = settings.export_hf == "last" and step == self.total_steps
@@ -243,7 +269,7 @@ class Trainer:
                     self.checkpointer.save(self.state)
 
     def _export(self) -> None:
-        folder = Path(self.config.train.output) / "export" / f"step-{self.state.step:08d}"
+        folder = self.output / "export" / f"step-{self.state.step:08d}"
         if not folder.exists():
             files = config_path(self.config.model.config).parent
             export_hf_weights(self.chunks, self.shape, self.parallel, folder, model_files=files)

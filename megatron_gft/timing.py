@@ -1,0 +1,115 @@
+"""Where the time of a step goes on each rank: forward compute per rank, the slowest one, idle share, traces."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_gft.config import ProfileConfig
+from megatron_gft.parallel import Parallel
+
+# Forward is a third of forward and backward (backward computes two products for each of forward's).
+FORWARD_SHARE = 1 / 3
+# A rank this much slower than the median of its pipeline stage is worth a word.
+STRAGGLER_FACTOR = 1.1
+
+
+@dataclass
+class ForwardTimer:
+    """Sums the time of this rank's forward passes of a step, waits for other stages left out.
+
+    On a GPU by events, which are read once at the end of the step and cost no synchronisation.
+    """
+
+    spans: list[tuple[torch.cuda.Event, torch.cuda.Event] | float] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[None]:
+        """Add one forward pass."""
+        if torch.cuda.is_available():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self.spans.append((begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self.spans.append(time.perf_counter() - started)
+
+    def take(self) -> float:
+        """Seconds since the last call; waits for the device."""
+        total = 0.0
+        for span in self.spans:
+            if isinstance(span, tuple):
+                span[1].synchronize()
+                total += span[0].elapsed_time(span[1]) / 1000
+            else:
+                total += span
+        self.spans = []
+        return total
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """Forward seconds of every rank in one interval, and what follows from them; see :func:`gather_times`."""
+
+    slowest_rank: int
+    slowest_factor: float
+    idle_share_by_stage: tuple[float, ...]
+
+    @property
+    def hint(self) -> str | None:
+        """A sentence when one rank holds up the others."""
+        if self.slowest_factor < STRAGGLER_FACTOR:
+            return None
+        return (
+            f"straggler: rank {self.slowest_rank} takes {self.slowest_factor:.2f} times the median forward time of its "
+            "pipeline stage"
+        )
+
+
+def gather_times(forward_seconds: float, step_seconds: float, parallel: Parallel) -> RankTimes:
+    """Compare forward times of all ranks; collective.
+
+    A rank is compared with the ranks of its own pipeline stage, which run the same layers. The idle share of a
+    stage is an estimate, ``1 - 3 * forward / (forward and backward)`` of its median rank: the pipeline bubble, and
+    waiting for others.
+    """
+    mine = torch.tensor([parallel.pp_rank, forward_seconds, step_seconds], device=torch.cuda.current_device())
+    rows = [torch.empty_like(mine) for _ in range(parallel.world_size)]
+    dist.all_gather(rows, mine)
+    table = [row.tolist() for row in rows]
+    median = {
+        stage: statistics.median(row[1] for row in table if int(row[0]) == stage) for stage in range(parallel.pp_size)
+    }
+    factors = [row[1] / median[int(row[0])] if median[int(row[0])] else 1.0 for row in table]
+    slowest = max(range(len(factors)), key=factors.__getitem__)
+    wall = max(max(row[2] for row in table), 1e-9)
+    idle = tuple(max(0.0, 1 - median[stage] / FORWARD_SHARE / wall) for stage in range(parallel.pp_size))
+    return RankTimes(slowest, factors[slowest], idle)
+
+
+@contextlib.contextmanager
+def traced(config: ProfileConfig, step: int, rank: int, folder: Path) -> Iterator[None]:
+    """Write a torch profiler trace of this step on this rank when the configuration asks for it.
+
+    ``folder/step-N-rank-R.json`` opens in Perfetto or chrome://tracing.
+    """
+    if step not in config.steps or rank not in config.ranks:
+        yield
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+        yield
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"step-{step:08d}-rank-{rank}.json"))
