@@ -178,7 +178,7 @@ class _MegatronSide:
         model.decoder.final_layernorm, final_norm = None, model.decoder.final_layernorm
         embedding = "embedding.word_embeddings.weight"
         hidden = torch.cat([self.read(embedding, (token, token + 1)) for token in tokens.tolist()])[:, None]
-        pack = _plain_pack(tokens)
+        pack = plain_pack(tokens)
         for layer in range(self.shape.num_layers):
             for name, parameter in model.decoder.layers[0].named_parameters():
                 parameter.copy_(self.read(f"decoder.layers.{layer}.{name}"))
@@ -188,7 +188,7 @@ class _MegatronSide:
         return final_norm(hidden)[:, 0]
 
 
-def _plain_pack(tokens: torch.Tensor) -> Pack:
+def plain_pack(tokens: torch.Tensor) -> Pack:
     """One sequence without loss rows."""
     length = len(tokens)
     none = torch.empty(0, dtype=torch.int64)

@@ -94,6 +94,7 @@ def write_tiny_model(
     dtype: torch.dtype = torch.float32,
     embedding_std: float = 1.0,
     trunk_scale: float = 1.5,
+    head_scale: float = 1.5,
     **changes,
 ) -> Path:
     """Write model ``name`` of :data:`MODELS` with random weights, a tokenizer and several shards."""
@@ -112,7 +113,7 @@ def write_tiny_model(
             elif "embed" in key:
                 parameter.copy_(noise * embedding_std)
             else:
-                scale = 1.5 if "lm_head" in key else trunk_scale
+                scale = head_scale if "lm_head" in key else trunk_scale
                 parameter.copy_(noise * scale / parameter.shape[-1] ** 0.5)
     model.to(dtype).save_pretrained(folder, max_shard_size="300KB")
     write_tiny_tokenizer(folder)

@@ -1,0 +1,293 @@
+"""Hugging Face weights in live Megatron models: same logits, same bytes back, at every layout and layer spec."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+from safetensors.torch import load_file
+from te_shaped import te_layer_spec
+from tiny_models import MODELS, MOE_MODELS, build_gpt, compare_logits, local_layer_spec
+
+from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_gft.errors import InputError
+from megatron_gft.hf_config import model_shape_from_config, read_model_shape
+from megatron_gft.hf_files import scatter_rows
+from megatron_gft.hf_mapping import HfMapping
+from megatron_gft.hf_verify import plain_pack
+from megatron_gft.hf_weights import export_hf_weights, load_hf_weights
+from megatron_gft.model import build_model
+from megatron_gft.parallel import initialize_parallel, seed_everything
+from megatron_gft.safetensors_io import SafetensorsFolder, ShardWriter
+
+SHARD_BYTES = 300_000
+SPECS = {"local": local_layer_spec, "te": te_layer_spec}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a tiny model, written once a session: ``tiny(name, style)``."""
+
+    @functools.cache
+    def folder(name: str, style: str = "tf4") -> Path:
+        return tiny_models.write_tiny_model(tmp_path_factory.mktemp("hf") / name, name, style=style)
+
+    return folder
+
+
+def world_size(layout: dict) -> int:
+    """Ranks of a layout without data parallel; experts share the tensor-parallel ranks."""
+    return max(layout.get("tp", 1), layout.get("ep", 1)) * layout.get("pp", 1)
+
+
+def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """Names, shapes, dtypes and bits."""
+    left, right = hf_tensors(one), hf_tensors(other)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
+
+
+def load_run_export(folder, output, layout, spec):
+    """On every rank: load, logits of the sample tokens, export; returns how far the logits are from transformers'."""
+    parallel = initialize_parallel(**layout)
+    shape = read_model_shape(folder)
+    chunks = build_gpt(shape, parallel, SPECS[spec])
+    load_hf_weights(chunks, shape, folder, parallel)
+    logits = tiny_models.megatron_logits(chunks, tiny_models.sample_tokens(), parallel)
+    export_hf_weights(chunks, shape, parallel, output, model_files=folder, max_shard_bytes=SHARD_BYTES)
+    return None if logits is None else compare_logits(logits, tiny_models.reference_logits(folder))
+
+
+def check_layout(folder: Path, output: Path, layout: dict, spec: str = "local") -> None:
+    tiny_models.reference_logits(folder)  # in the parent, so that the ranks share it
+    results = run_ranks(world_size(layout), load_run_export, folder, output, layout, spec)
+    compared = [result for result in results if result is not None]
+    assert compared
+    for relative, same_top in compared:
+        assert relative < 1e-4 and same_top == 1.0
+    assert_same_tensors(folder, output)
+
+
+LAYOUTS = [{"tp": 1}, {"tp": 2}, {"pp": 2}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_same_logits_and_same_bytes_back(tiny, tmp_path, name, layout):
+    """The odd vocabulary is padded at each layout; config.json comes in both styles."""
+    style = "tf5" if layout == {"pp": 2} else "tf4"
+    check_layout(tiny(name, style), tmp_path / "out", layout)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("llama3", {"tp": 2, "pp": 2}),
+        ("qwen2", {"pp": 2, "vpp": 2}),  # tied: the last stage holds a copy of the embedding
+        ("qwen3_moe", {"tp": 2, "pp": 2}),
+        ("qwen3_moe", {"ep": 2}),
+        ("mixtral", {"ep": 2}),
+        ("qwen3_moe", {"tp": 2, "ep": 2, "etp": 1}),
+        ("mixtral", {"tp": 2, "etp": 2}),
+    ],
+    ids=str,
+)
+def test_mixed_layouts(tiny, tmp_path, name, layout):
+    check_layout(tiny(name), tmp_path / "out", layout)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", MOE_MODELS)
+def test_tensor_pipeline_and_expert_parallel_together(tiny, tmp_path, name):
+    check_layout(tiny(name), tmp_path / "out", {"tp": 2, "pp": 2, "ep": 2, "etp": 1})
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe"])
+def test_transformer_engine_names(tiny, tmp_path, name, layout):
+    check_layout(tiny(name), tmp_path / "out", layout, spec="te")
+
+
+def gft_model_logits(folder, output, layout):
+    """As :func:`load_run_export` with the training model, one pack."""
+    parallel = initialize_parallel(**layout)
+    seed_everything(0, parallel)
+    shape = read_model_shape(folder)
+    sizes = ParallelConfig(tp=layout["tp"])
+    config = ModelConfig(config=str(folder), precision="fp32", backend="local")
+    _, chunks = build_model(shape, config, ObjectiveConfig(), sizes, parallel)
+    load_hf_weights(chunks, shape, folder, parallel)
+    with torch.no_grad():
+        local = chunks[0].eval().logits(plain_pack(tiny_models.sample_tokens()[0]))
+    parts = [torch.empty_like(local) for _ in range(parallel.tp_size)]
+    torch.distributed.all_gather(parts, local.contiguous(), group=parallel.tp_group)
+    export_hf_weights(chunks, shape, parallel, output, model_files=folder)
+    return compare_logits(torch.cat(parts, dim=-1), tiny_models.reference_logits(folder)[0])
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+def test_fewer_kv_groups_than_tensor_parallel_ranks(tiny, tmp_path, name):
+    """TP 4 with 2 KV groups: a shard is half a group; Megatron gathers before it splits."""
+    folder = tiny(name)
+    tiny_models.reference_logits(folder)
+    for relative, same_top in run_ranks(4, gft_model_logits, folder, tmp_path / "out", {"tp": 4}):
+        assert relative < 1e-4 and same_top == 1.0
+    assert_same_tensors(folder, tmp_path / "out")
+
+
+def test_transformers_loads_the_export(tiny, tmp_path):
+    folder, output = tiny("qwen2"), tmp_path / "out"
+    check_layout(folder, output, {"tp": 2})
+    tokens = tiny_models.sample_tokens()
+    assert torch.equal(tiny_models.hf_logits(output, tokens), tiny_models.reference_logits(folder))
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (output / name).read_bytes() == (folder / name).read_bytes()
+    assert len(list(output.glob("model-*.safetensors"))) > 2
+
+
+def half_round_trip(folder, output, dtype):
+    parallel = initialize_parallel()
+    seed_everything(0, parallel)
+    shape = read_model_shape(folder)
+    config = ModelConfig(config=str(folder), precision="bf16", backend="local")
+    _, chunks = build_model(shape, config, ObjectiveConfig(), ParallelConfig(), parallel)
+    load_hf_weights(chunks, shape, folder, parallel)
+    export_hf_weights(chunks, shape, parallel, output, model_files=folder, dtype=dtype)
+    return {type(chunk).__name__ for chunk in chunks}
+
+
+def test_bfloat16_through_wrappers_and_dtype_on_export(tmp_path):
+    folder = tiny_models.write_tiny_model(tmp_path / "hf", "llama3", dtype=torch.bfloat16)
+    assert run_ranks(1, half_round_trip, folder, tmp_path / "kept", None) == [{"HalfModule"}]
+    assert_same_tensors(folder, tmp_path / "kept")
+    run_ranks(1, half_round_trip, folder, tmp_path / "wide", torch.float32)
+    source = hf_tensors(folder)
+    for name, tensor in hf_tensors(tmp_path / "wide").items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, source[name].float())
+    assert '"float32"' in (tmp_path / "wide" / "config.json").read_text()
+
+
+def bytes_read_by_a_rank(folder, layout):
+    parallel = initialize_parallel(**layout)
+    shape = read_model_shape(folder)
+    chunks = build_gpt(shape, parallel)
+    seen = 0
+    read = SafetensorsFolder.read
+
+    def counting(self, *args):
+        nonlocal seen
+        tensor = read(self, *args)
+        seen += tensor.nbytes
+        return tensor
+
+    SafetensorsFolder.read = counting
+    load_hf_weights(chunks, shape, folder, parallel)
+    held = sum(p.nbytes for p in chunks[0].parameters())
+    return seen, held
+
+
+def test_a_rank_reads_only_what_it_holds(tiny):
+    folder = tiny("llama3")
+    for seen, held in run_ranks(4, bytes_read_by_a_rank, folder, {"tp": 2, "pp": 2}):
+        assert 0.9 * held < seen <= held
+
+
+def export_with_a_flipped_bit(folder, output):
+    parallel = initialize_parallel()
+    shape = read_model_shape(folder)
+    chunks = build_gpt(shape, parallel)
+    load_hf_weights(chunks, shape, folder, parallel)
+    write = ShardWriter.write
+
+    def flip(self, name, tensor):
+        if name == "model.layers.2.mlp.up_proj.weight":
+            tensor = tensor.clone()
+            tensor.view(torch.int32)[3, 5] ^= 1
+        write(self, name, tensor)
+
+    ShardWriter.write = flip
+    with pytest.raises(InputError, match=r"model\.layers\.2\.mlp\.up_proj\.weight read back differs"):
+        export_hf_weights(chunks, shape, parallel, output, model_files=folder)
+    return sorted(path.name for path in output.parent.iterdir())
+
+
+def test_an_export_that_reads_back_different_fails_and_leaves_nothing(tiny, tmp_path):
+    assert run_ranks(1, export_with_a_flipped_bit, tiny("llama3"), tmp_path / "out") == [[]]
+
+
+def export_on_a_full_disk(folder, output, failing_rank):
+    parallel = initialize_parallel(tp=2, pp=2)
+    shape = read_model_shape(folder)
+    chunks = build_gpt(shape, parallel)
+    if parallel.rank == failing_rank:
+
+        def full(self, name, tensor):
+            raise OSError(28, "No space left on device")
+
+        ShardWriter.write = full
+    with pytest.raises(InputError, match="No space left"):
+        export_hf_weights(chunks, shape, parallel, output, model_files=folder)
+    return sorted(path.name for path in output.parent.iterdir())
+
+
+@pytest.mark.parametrize("failing_rank", [0, 2])
+def test_a_full_disk_on_one_rank_ends_the_export_on_all(tiny, tmp_path, failing_rank):
+    assert run_ranks(4, export_on_a_full_disk, tiny("llama3"), tmp_path / "out", failing_rank)[0] == []
+
+
+def load_with_another_shape(folder):
+    parallel = initialize_parallel()
+    shape = dataclasses.replace(read_model_shape(folder), ffn_hidden_size=128)
+    chunks = build_gpt(shape, parallel)
+    with pytest.raises(InputError, match=r"linear_fc1\.weight is \(256, 64\), by the Hugging Face model \(352, 64\)"):
+        load_hf_weights(chunks, read_model_shape(folder), folder, parallel)
+
+
+def test_a_model_of_another_shape_is_refused(tiny):
+    run_ranks(1, load_with_another_shape, tiny("llama3"))
+
+
+@settings(deadline=None)
+@given(
+    heads_per_group=st.integers(1, 4),
+    groups=st.integers(1, 8),
+    head=st.integers(1, 4),
+    tp=st.integers(1, 8),
+    length=st.integers(1, 40),
+)
+def test_qkv_shards_are_the_rows_of_the_interleaved_matrix(heads_per_group, groups, head, tp, length):
+    """For any sizes and any range of rows, also where a shard is a part of a KV group."""
+    tp = tp if groups * (heads_per_group + 2) * head % tp == 0 else 1
+    config = dict(MODELS["llama3"][1], model_type="llama")
+    shape = dataclasses.replace(
+        model_shape_from_config(config, "test"),
+        num_attention_heads=groups * heads_per_group,
+        num_query_groups=groups,
+        kv_channels=head,
+        num_layers=1,
+    )
+    mapping = HfMapping(shape)
+    entry = mapping.entry("decoder.layers.0.self_attention.linear_qkv.weight")
+    sources = [torch.arange(size[0]) + 1000 * i for i, size in enumerate(entry.source_shapes)]
+    blocks = [source.view(groups, -1) for source in sources]
+    interleaved = torch.cat(blocks, dim=1).flatten()
+    found = [torch.full_like(source, -1) for source in sources]
+    for rank in range(tp):
+        shard = mapping.shard(entry, rank, tp)
+        local = torch.cat([sources[p.source][p.start : p.stop] for p in shard.pieces])
+        assert torch.equal(local, interleaved.view(tp, -1)[rank])
+        for begin in range(0, len(local), length):
+            scatter_rows(found, shard, local[begin : begin + length], begin)
+    assert all(torch.equal(one, other) for one, other in zip(found, sources, strict=True))
