@@ -1,0 +1,235 @@
+"""Datasets over shards: blends, splits, length limits, fingerprints, and the traps of Megatron's builder."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from group_shards import STAMP, write_shard
+from ranks import run_ranks
+
+from megatron_gft.dataset import LengthLimits, build_group_datasets
+from megatron_gft.errors import InputError
+from megatron_gft.shard_manifest import ShardSet
+from megatron_gft.shards import GroupShard, GroupShardWriter, add_rewards_sidecar
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for seed, name in enumerate(("math", "math-00001", "code")):
+        write_shard(tmp_path / name, groups=(20, 10, 15)[seed], seed=seed)
+    return tmp_path
+
+
+def prompts(split) -> list[list[int]]:
+    return [split[i]["prompt"].tolist() for i in range(len(split))]
+
+
+def shard_prompts(*prefixes) -> list[list[int]]:
+    return [shard[i].prompt.tolist() for shard in map(GroupShard, prefixes) for i in range(len(shard))]
+
+
+def check_table(split) -> None:
+    """Bulk access agrees with single groups, for any selection."""
+    for chosen in (np.arange(len(split)), np.random.default_rng(0).integers(0, len(split), 30)):
+        table = split.table(chosen)
+        for row, i in enumerate(chosen.tolist()):
+            item = split[i]
+            span = slice(table.offsets[row], table.offsets[row + 1])
+            assert table.prompt_lengths[row] == len(item["prompt"])
+            assert table.response_lengths[span].tolist() == [len(r) for r in item["responses"]]
+            assert table.sources[span].tolist() == item["sources"].tolist()
+            assert np.array_equal(table.rewards[span], item["rewards"], equal_nan=True)
+            assert split.group_lengths(i) == (len(item["prompt"]), [len(r) for r in item["responses"]])
+
+
+def test_without_weights_every_group_comes_once_in_order(shards):
+    data = build_group_datasets([str(shards / "math*"), str(shards / "code")])
+    assert data.valid is None and data.test is None
+    assert prompts(data.train) == shard_prompts(shards / "math", shards / "math-00001", shards / "code")
+    check_table(data.train)
+    assert data.train.table().offsets[-1] == sum(len(data.train[i]["responses"]) for i in range(45))
+    item = data.train[25]
+    assert item["index"] == 25 and "math-00001 group 5 (id 'g-5-é')" in data.train.describe(25)
+    assert len(item["logprobs"]) == len(item["responses"])
+
+
+def test_splits_are_disjoint_and_complete(shards):
+    data = build_group_datasets([str(shards / "math*")], split="80,10,10")
+    parts = [prompts(split) for split in data]
+    assert [len(part) for part in parts] == [24, 3, 3]
+    assert sum(parts, []) == shard_prompts(shards / "math", shards / "math-00001")
+    assert len({split.fingerprint for split in data}) == 3
+    check_table(data.valid)
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [1, 9]])
+def test_weights_give_shares_of_the_blend(shards, weights):
+    data = build_group_datasets([str(shards / "math*"), str(shards / "code")], weights=weights, split="80,20,0", seed=5)
+    assert len(data.train) == pytest.approx(24 + 12, abs=1)
+    source = np.array([data.train[i]["dataset_id"] for i in range(len(data.train))])
+    assert source.mean() == pytest.approx(weights[1] / sum(weights), abs=1.5 / len(source))
+    math, code = shard_prompts(shards / "math", shards / "math-00001")[:24], shard_prompts(shards / "code")[:12]
+    for which, allowed in ((0, math), (1, code)):
+        drawn = [data.train[int(i)]["prompt"].tolist() for i in np.flatnonzero(source == which)]
+        counts = [drawn.count(prompt) for prompt in allowed]
+        assert sum(counts) == len(drawn) and max(counts) - min(counts) <= 1  # whole passes before a repeat
+    check_table(data.train)
+    check_table(data.valid)
+    assert "code group" in data.train.describe(int(np.flatnonzero(source == 1)[0]))
+
+
+def test_one_weighted_entry_is_that_entry(shards):
+    data = build_group_datasets([str(shards / "code")], weights=[3.0])
+    assert prompts(data.train) == shard_prompts(shards / "code")
+
+
+def test_separate_validation_shards(shards):
+    data = build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")])
+    assert len(data.train) == 30 and prompts(data.valid) == shard_prompts(shards / "code") and data.test is None
+    check_table(data.valid)
+    with pytest.raises(InputError, match="beside data.valid"):
+        build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")], split="90,10,0")
+
+
+def test_fingerprint_is_of_content_not_of_paths(shards, tmp_path_factory):
+    def fingerprint(*args, **kwargs):
+        return build_group_datasets(*args, **kwargs).train.fingerprint
+
+    first = fingerprint([str(shards / "code")])
+    other = tmp_path_factory.mktemp("other")
+    write_shard(other / "renamed", groups=15, seed=2)
+    assert fingerprint([str(other / "renamed")]) == first
+    different = {
+        first,
+        fingerprint([str(shards / "code")], seed=1),
+        fingerprint([str(shards / "code")], split="90,10,0"),
+        fingerprint([str(shards / "code")], limits=LengthLimits(max_response_tokens=50)),
+        fingerprint([str(shards / "code"), str(shards / "math")]),
+        fingerprint([str(shards / "code"), str(shards / "math")], weights=[1, 1]),
+        fingerprint([str(shards / "code"), str(shards / "math")], weights=[1, 2]),
+    }
+    assert len(different) == 7
+    add_rewards_sidecar(shards / "code", np.zeros(GroupShard(shards / "code").manifest.counts.responses), verifier={})
+    assert fingerprint([str(shards / "code")]) not in different
+
+
+@pytest.mark.parametrize("policy", ["drop", "truncate"])
+@pytest.mark.parametrize("limit", [{"max_response_tokens": 5}, {"max_sequence_tokens": 9}, {"max_prompt_tokens": 4}])
+def test_limits_drop_or_truncate_what_exceeds(shards, policy, limit):
+    limits = LengthLimits(**limit, policy=policy)
+    names = [str(shards / "math*")]
+    if policy == "truncate" and "max_prompt_tokens" in limit:
+        with pytest.raises(InputError, match="raise the limit, or drop"):
+            build_group_datasets(names, limits=limits)
+        return
+    expected, changed = [], 0
+    for shard in map(GroupShard, (shards / "math", shards / "math-00001")):
+        for group in (shard[i] for i in range(len(shard))):
+            prompt = len(group.prompt)
+            room = min(limits.max_response_tokens or 99, (limits.max_sequence_tokens or 99) - prompt)
+            if prompt > (limits.max_prompt_tokens or 99):
+                continue
+            responses = [r.tolist() for r in group.responses]
+            changed += sum(len(r) > room for r in responses)
+            responses = [r[:room] for r in responses if policy == "truncate" or len(r) <= room]
+            if responses:
+                expected.append((group.prompt.tolist(), responses))
+    train = build_group_datasets(names, limits=limits).train
+    found = [(train[i]["prompt"].tolist(), [r.tolist() for r in train[i]["responses"]]) for i in range(len(train))]
+    assert found == expected
+    assert all(
+        len(a) == len(b)
+        for i in range(len(train))
+        for a, b in zip(train[i]["logprobs"], train[i]["responses"], strict=True)
+    )
+    check_table(train)
+    if policy == "truncate":
+        assert train.limited.truncated_responses == changed > 0
+    else:
+        assert train.limited.dropped_groups == 30 - len(train)
+
+
+def test_over_long_responses_are_an_error_that_names_shard_and_group(shards):
+    with pytest.raises(InputError, match=r"code: group \d+ \(id 'g-\d+-é'\) has a prompt of \d+ and responses of"):
+        build_group_datasets([str(shards / "code")], limits=LengthLimits(max_response_tokens=3))
+    long_enough = LengthLimits(max_prompt_tokens=6, max_response_tokens=9, max_sequence_tokens=15)
+    assert len(build_group_datasets([str(shards / "code")], limits=long_enough).train) == 15
+
+
+def test_what_does_not_fit_is_refused(shards):
+    code = [str(shards / "code")]
+    other = STAMP.model_copy(update={"fingerprint": "0" * 64})
+    write_shard(shards / "foreign", stamp=other)
+    write_shard(shards / "set", shard_set=ShardSet(id="s", index=0, count=2))
+    cases = [
+        (dict(train=[]), "no shards"),
+        (dict(train=[str(shards / "absent")]), "no such group shard"),
+        (dict(train=[str(shards / "absent*")]), "no group shard matches"),
+        (dict(train=code, tokenizer_fingerprint="1" * 64), "do not fit the model.*(?s:.*)made with tokenizer ffff"),
+        (dict(train=code, vocab_size=50), r"has token id \d+, the model has 50 ids"),
+        (dict(train=code + [str(shards / "foreign")]), "different tokenizers"),
+        (dict(train=code, valid=[str(shards / "foreign")]), "different tokenizers"),
+        (dict(train=[str(shards / "set")]), "1 of its 2 shards are given"),
+        (dict(train=code, split="98,2,0"), "leaves splits empty"),
+        (dict(train=code, split="0,1,0"), "train > 0"),
+        (dict(train=code, split="a,b"), "train > 0"),
+        (dict(train=code, split="1,1,1,1"), "train > 0"),
+        (dict(train=code + [str(shards / "math")], weights=[1]), "one positive weight each"),
+        (dict(train=code + [str(shards / "math")], weights=[1, 0]), "one positive weight each"),
+        (dict(train=code + code), "named by two entries"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(InputError, match=message):
+            build_group_datasets(**arguments)
+    assert build_group_datasets(code, tokenizer_fingerprint=STAMP.fingerprint, vocab_size=100).train is not None
+
+
+def test_truncated_shard_is_refused(shards):
+    path = shards / "code.bin"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match=r"code.bin: \d+ bytes, the manifest says \d+"):
+        build_group_datasets([str(shards / "code")])
+
+
+def test_data_loader_workers_read_the_same(shards):
+    train = build_group_datasets([str(shards / "math*"), str(shards / "code")], weights=[1, 1]).train
+    assert prompts(pickle.loads(pickle.dumps(train))) == prompts(train)
+    loader = torch.utils.data.DataLoader(train, batch_size=None, num_workers=1, collate_fn=lambda item: item)
+    assert [item["prompt"].tolist() for item in loader] == prompts(train)
+
+
+def _build_on_rank(folder, cache):
+    names = [f"{folder}/a", f"{folder}/b"]
+    train = build_group_datasets(names, weights=[1, 2], cache=cache).train
+    return train.fingerprint, prompts(train)
+
+
+def test_regenerated_shards_never_meet_a_stale_cache(tmp_path):
+    cache = tmp_path / "cache"
+    results = []
+    for seed, groups in ((0, 30), (1, 12)):
+        for name in ("a", "b"):
+            for path in tmp_path.glob(f"{name}.*"):
+                path.unlink()
+            write_shard(tmp_path / name, groups=groups, seed=seed + 10 * (name == "b"))
+        per_rank = run_ranks(2, _build_on_rank, str(tmp_path), str(cache))
+        assert per_rank[0] == per_rank[1]
+        assert (
+            build_group_datasets([f"{tmp_path}/a", f"{tmp_path}/b"], weights=[1, 2]).train.fingerprint == per_rank[0][0]
+        )
+        results.append(per_rank[0])
+    assert results[0][0] != results[1][0] and len(results[1][1]) == 24
+    assert all(prompt in shard_prompts(tmp_path / "a", tmp_path / "b") for prompt in results[1][1])
+    assert list(cache.iterdir())
+
+
+def test_a_shard_with_one_group(tmp_path):
+    with GroupShardWriter(tmp_path / "one", STAMP) as writer:
+        writer.add_group([3], [[2]], ["expert"], [None], group_id="x")
+    train = build_group_datasets([str(tmp_path / "one")]).train
+    assert len(train) == 1 and np.isnan(train[0]["rewards"][0])
+    with pytest.raises(IndexError):
+        train[1]
