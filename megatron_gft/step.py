@@ -92,15 +92,17 @@ class StepRunner:
         self.loss_sums = []
         if packs:
             data = [self._numbered(packs) for _ in self.chunks]
-            reports = get_forward_backward_func()(
-                forward_step_func=partial(self._forward_step, denominator=denominator),
-                data_iterator=data if len(data) > 1 else data[0],
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=len(packs),
-                seq_length=max(pack.tokens.numel() for pack in packs),
-                micro_batch_size=1,
-                forward_only=forward_only,
-            )
+            # Megatron's schedules leave this to the caller, and the head makes its gradients in forward.
+            with torch.set_grad_enabled(not forward_only):
+                reports = get_forward_backward_func()(
+                    forward_step_func=partial(self._forward_step, denominator=denominator),
+                    data_iterator=data if len(data) > 1 else data[0],
+                    model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                    num_microbatches=len(packs),
+                    seq_length=max(pack.tokens.numel() for pack in packs),
+                    micro_batch_size=1,
+                    forward_only=forward_only,
+                )
             for report in reports:
                 total += report["buckets"]
         self._reduce(total)
