@@ -7,21 +7,26 @@ for every layout; only then are the tokens of this rank's packs read. Responses 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from megatron_gft.config import Config
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.dataset import GroupSplit, LengthLimits, build_group_datasets
+from megatron_gft.errors import InputError
 from megatron_gft.gft import group_advantages, response_weights
-from megatron_gft.hf_config import ModelShape
+from megatron_gft.group_source import GroupTable
+from megatron_gft.hf_config import ModelShape, config_path
 from megatron_gft.objectives import ALL_SOURCES
 from megatron_gft.packing import Pack, build_pack, slice_for_context_parallel
 from megatron_gft.parallel import Parallel
 from megatron_gft.planning import FlopModel, GroupLengths, StepPlan, plan_step, step_groups, steps_per_epoch
+from megatron_gft.tokenizer import has_tokenizer, tokenizer_fingerprint
 
 
 class Groups(Protocol):
@@ -34,18 +39,9 @@ class Groups(Protocol):
 
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
-    def group_facts(self, index: int) -> GroupFacts: ...
+    def table(self, indices: np.ndarray) -> GroupTable: ...
 
-
-@dataclass(frozen=True)
-class GroupFacts:
-    """One group without its tokens: lengths in tokens (EOS included), source codes, rewards (NaN: not scored)."""
-
-    name: str
-    prompt: int
-    responses: np.ndarray
-    sources: np.ndarray
-    rewards: np.ndarray
+    def describe(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,6 @@ class StepBatch:
     """
 
     groups: np.ndarray
-    names: tuple[str, ...]
     offsets: np.ndarray
     lengths: np.ndarray
     sources: np.ndarray
@@ -73,13 +68,53 @@ class StepBatch:
         return int(self.lengths.sum())
 
 
+def row_multiples(config: Config) -> tuple[int, int]:
+    """Of what the rows of a segment, and those of a pack, are multiples in this layout.
+
+    Context parallelism deals out chunks of each segment in pairs; sequence parallelism cuts a rank's rows evenly;
+    FP8 matrix products take rows by 16.
+    """
+    p = config.parallel
+    alignment = 2 * p.cp if p.cp > 1 else 1
+    rows_per_rank = math.lcm(p.tp if p.sequence_parallel else 1, 16 if config.model.fp8 else 1)
+    return alignment, p.cp * rows_per_rank
+
+
+def open_groups(config: Config, shape: ModelShape) -> tuple[GroupSplit, GroupSplit | None]:
+    """Training and validation data of a configuration, checked against the model. Collective.
+
+    Raises:
+        InputError: missing or damaged shards, another tokenizer than the model's, responses that do not fit a pack.
+    """
+    data = config.data
+    unit = math.lcm(*row_multiples(config))
+    tokenizer = Path(config.model.tokenizer or config_path(config.model.config).parent)
+    check = not data.allow_tokenizer_mismatch and (config.model.tokenizer is not None or has_tokenizer(tokenizer))
+    splits = build_group_datasets(
+        data.train,
+        weights=data.train_weights,
+        valid=data.valid,
+        split=data.split,
+        seed=config.train.seed,
+        cache=data.cache,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if check else None,
+        vocab_size=shape.vocab_size,
+        limits=LengthLimits(
+            max_response_tokens=data.max_response_tokens,
+            # a prompt and its response take one row less than their tokens: the last one is only a label
+            max_sequence_tokens=data.max_tokens_per_pack // unit * unit + 1,
+            policy=data.overlong,
+        ),
+    )
+    return splits.train, splits.valid
+
+
 class StepSource:
     """Makes the steps of a run over one data set.
 
     Args:
         groups: the data set.
-        whole_groups: groups per step.
-        validation: expert-style evaluation of every response: advantage 1, nothing skipped.
+        validation: every response with advantage 1 in the data set's own order, nothing left out.
     """
 
     def __init__(
@@ -95,12 +130,7 @@ class StepSource:
         self.validation = validation
         self.flop_model = FlopModel.from_shape(shape)
         self.source_codes = [ALL_SOURCES.index(source) for source in config.objective.sources or ALL_SOURCES]
-        self.alignment = 2 * parallel.cp_size if parallel.cp_size > 1 else 1
-        self.pad_multiple = parallel.cp_size * (parallel.tp_size if config.parallel.sequence_parallel else 1)
-        if config.model.fp8:
-            self.pad_multiple = int(np.lcm(self.pad_multiple, 16 * parallel.cp_size))  # FP8 GEMMs take rows by 16
-        self.limit = config.data.max_tokens_per_pack // self.pad_multiple * self.pad_multiple
-        self.overlong = {"dropped": 0, "truncated": 0}
+        self.alignment, self.pad_multiple = row_multiples(config)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -124,42 +154,41 @@ class StepSource:
         """Weigh and plan one step.
 
         Raises:
-            InputErrors: responses that are too long, with ``data.overlong=error``.
             InputError: a reward is missing where the advantage needs one.
         """
         indices = self.indices(step)
-        facts = [self.groups.group_facts(int(index)) for index in indices]
-        lengths = self._usable_lengths(facts)
-        sizes = [len(fact.responses) for fact in facts]
-        offsets = np.concatenate([[0], np.cumsum(sizes)])
-        sources = np.concatenate([fact.sources for fact in facts])
-        rewards = np.concatenate([fact.rewards for fact in facts]).astype(np.float64)
-        group_ids = np.repeat(np.arange(len(facts)), sizes)
-        used = lengths > 0
-        weights, advantages, denominator = self._weigh(rewards[used], lengths[used], group_ids[used])
+        table = self.groups.table(indices)
+        sizes = np.diff(table.offsets)
+        group_ids = np.repeat(np.arange(len(indices)), sizes)
+        used = np.ones(len(group_ids), bool) if self.validation else np.isin(table.sources, self.source_codes)
+        lengths = table.response_lengths.astype(np.int64)
+        try:
+            weights, advantages, denominator = self._weigh(table.rewards[used], lengths[used], group_ids[used])
+        except InputError as error:
+            names = [self.groups.describe(int(indices[g])) for g in np.unique(group_ids[np.isnan(table.rewards)])]
+            raise InputError(f"{error} (groups of step {step + 1}: {', '.join(names[:5])})") from None
         full_weights, full_advantages = torch.zeros(len(used)).double(), torch.zeros(len(used)).double()
         mask = torch.from_numpy(used)
         full_weights[mask], full_advantages[mask] = weights, advantages
         trained = np.where(full_advantages.numpy() != 0, lengths, 0)
-        live = np.add.reduceat(trained > 0, offsets[:-1]) > 0
+        live = np.add.reduceat(trained > 0, table.offsets[:-1]) > 0
         return StepBatch(
             groups=indices,
-            names=tuple(fact.name for fact in facts),
-            offsets=offsets,
+            offsets=table.offsets,
             lengths=trained,
-            sources=sources,
+            sources=table.sources,
             weights=full_weights,
             advantages=full_advantages,
             denominator=denominator,
             dead_groups=int((~live).sum()),
-            plan=self._plan(facts, trained, offsets) if trained.any() else None,
+            plan=self._plan(table, trained) if trained.any() else None,
         )
 
     def _weigh(self, rewards: np.ndarray, lengths: np.ndarray, group_ids: np.ndarray):
         objective = self.config.objective
         ids, counts = torch.from_numpy(group_ids), torch.from_numpy(lengths)
         advantages = group_advantages(
-            torch.from_numpy(rewards),
+            torch.from_numpy(rewards).double(),
             ids,
             mode="none" if self.validation else objective.advantage or "std",
             eps=objective.advantage_eps,
@@ -173,47 +202,11 @@ class StepSource:
         )
         return weights, advantages, denominator
 
-    def _usable_lengths(self, facts: list[GroupFacts]) -> np.ndarray:
-        """Trained tokens per response, flat: 0 where the source is not selected or the response is dropped."""
-        kept, problems = [], []
-        for fact in facts:
-            room = self._room(fact.prompt)
-            lengths = np.where(np.isin(fact.sources, self.source_codes), fact.responses, 0).astype(np.int64)
-            if self.validation:
-                lengths = fact.responses.astype(np.int64)
-            too_long = lengths > room
-            if too_long.any():
-                if self.config.data.overlong == "error":
-                    problems += [
-                        f"group {fact.name}: response {k} has {lengths[k]} tokens after a prompt of {fact.prompt}, "
-                        f"at most {max(room, 0)} fit"
-                        for k in np.flatnonzero(too_long)
-                    ]
-                elif self.config.data.overlong == "truncate" and room > 0:
-                    lengths[too_long] = room
-                    self.overlong["truncated"] += int(too_long.sum())
-                else:
-                    lengths[too_long] = 0
-                    self.overlong["dropped"] += int(too_long.sum())
-            kept.append(lengths)
-        if problems:
-            raise InputErrors(
-                f"data.max_tokens_per_pack={self.config.data.max_tokens_per_pack}: responses that do not fit -> raise "
-                "it (or data.max_response_tokens), or set data.overlong to drop or truncate",
-                problems,
-            )
-        return np.concatenate(kept)
-
-    def _room(self, prompt: int) -> int:
-        """Longest response after a prompt of this length: prompt + response - 1 rows fit one pack."""
-        room = self.limit // self.alignment * self.alignment - prompt + 1
-        limit = self.config.data.max_response_tokens
-        return room if limit is None else min(room, limit)
-
-    def _plan(self, facts: list[GroupFacts], lengths: np.ndarray, offsets: np.ndarray) -> StepPlan:
+    def _plan(self, table: GroupTable, lengths: np.ndarray) -> StepPlan:
+        ends = table.offsets[1:]
         groups = [
-            GroupLengths(fact.prompt, tuple(lengths[offsets[g] : offsets[g + 1]].tolist()))
-            for g, fact in enumerate(facts)
+            GroupLengths(int(prompt), tuple(lengths[start:end].tolist()))
+            for prompt, start, end in zip(table.prompt_lengths, table.offsets[:-1], ends, strict=True)
         ]
         return plan_step(
             groups,
@@ -256,10 +249,3 @@ class StepSource:
         lengths = batch.lengths[batch.offsets[group] : batch.offsets[group + 1]]
         item["responses"] = [tokens[:length] for tokens, length in zip(item["responses"], lengths, strict=True)]
         return item
-
-
-def check_not_empty(groups: Groups | None, key: str) -> Groups:
-    """The data set, or an error that names the key that should have given groups."""
-    if groups is None or len(groups) == 0:
-        raise InputError(f"{key}: no group to train on -> name shards with tools/preprocess_groups.py's output prefix")
-    return groups

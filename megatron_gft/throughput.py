@@ -6,15 +6,16 @@ training. Seconds and MFU are estimates, as good as the efficiency they start fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from megatron_gft.atomic import sha256_json
-from megatron_gft.batch import GroupFacts, Groups, StepSource
+from megatron_gft.batch import Groups, StepSource
 from megatron_gft.config import Config
+from megatron_gft.group_source import GroupTable
 from megatron_gft.hf_config import ModelShape
 from megatron_gft.memory import StaticMemory
 from megatron_gft.objectives import ALL_SOURCES
@@ -70,8 +71,15 @@ class AssumedGroups:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         raise TypeError("assumed groups have lengths and no tokens")
 
-    def group_facts(self, index: int) -> GroupFacts:
-        """Lengths, sources (the first responses are the expert's) and rewards of one group."""
+    def describe(self, index: int) -> str:
+        """Name of a group."""
+        return f"assumed group {index}"
+
+    def table(self, indices: Sequence[int] | np.ndarray) -> GroupTable:
+        """Lengths, sources (the first responses are the expert's) and rewards."""
+        return GroupTable.of_groups([self._group(int(index)) for index in indices])
+
+    def _group(self, index: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         w = self.workload
         random = np.random.Generator(np.random.Philox(key=index))
         means = np.array([w.prompt_tokens] + [w.response_tokens] * w.responses)
@@ -81,13 +89,7 @@ class AssumedGroups:
         rewards[: w.expert_responses] = 1.0
         sources = np.full(w.responses, ALL_SOURCES.index("self"), dtype=np.int8)
         sources[: w.expert_responses] = ALL_SOURCES.index("expert")
-        return GroupFacts(
-            name=str(index),
-            prompt=prompt,
-            responses=np.minimum(lengths[1:], self.longest - prompt).astype(np.int64),
-            sources=sources,
-            rewards=rewards,
-        )
+        return prompt, np.minimum(lengths[1:], self.longest - prompt).astype(np.int64), sources, rewards
 
 
 @dataclass(frozen=True)

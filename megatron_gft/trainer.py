@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_gft.batch import Groups, StepBatch, StepSource
+from megatron_gft.batch import Groups, StepBatch, StepSource, open_groups
 from megatron_gft.checkpoint import (
     Checkpointer,
     RunState,
@@ -27,7 +27,6 @@ from megatron_gft.checkpoint import (
     newest_checkpoint,
 )
 from megatron_gft.config import Config
-from megatron_gft.dataset import open_groups
 from megatron_gft.errors import InputError
 from megatron_gft.hf_config import ModelShape, config_path
 from megatron_gft.hf_weights import export_hf_weights, load_hf_weights
@@ -142,7 +141,7 @@ class Trainer:
         problem = self._problem(report, grad_norm)
         updated = problem is None and batch.denominator > 0
         if problem is not None:
-            self._refuse(problem, batch, packs)
+            self._refuse(problem, report, batch, packs)
         elif updated:
             apply_gradients(self.optimizer, grad_norm, self.config.optimizer.clip_grad)
             self.recent_norms.append(grad_norm)
@@ -163,10 +162,17 @@ class Trainer:
                 return f"the gradient norm {grad_norm:.4g} is over {factor:g} times its running median {median:.4g}"
         return None
 
-    def _refuse(self, problem: str, batch: StepBatch, packs: list[Pack]) -> None:
+    def _suspects(self, report: LossReport, packs: int) -> list[int]:
+        """This rank's microbatches to keep: those whose loss is not finite, or all when only the gradient is not.
+        One tensor rank of the last stage speaks for its replica."""
+        if not self.parallel.is_last_stage or self.parallel.tp_rank:
+            return []
+        return list(range(packs)) if math.isfinite(report.loss) else self.runner.nonfinite_packs()
+
+    def _refuse(self, problem: str, report: LossReport, batch: StepBatch, packs: list[Pack]) -> None:
         """Keep the evidence of a step that was not finite, then stop or skip."""
         step = self.state.step + 1
-        culprits = self.runner.nonfinite_packs()
+        culprits = self._suspects(report, len(packs))
         folder = self.output / "nonfinite"
         for index in culprits:
             folder.mkdir(parents=True, exist_ok=True)
@@ -174,11 +180,12 @@ class Trainer:
                 {"step": step, "rank": self.parallel.rank, "pack": packs[index].to("cpu")},
                 folder / f"step-{step:08d}-rank-{self.parallel.rank}-pack-{index}.pt",
             )
-        mine = sorted({batch.names[group] for index in culprits for group in packs[index].groups})
+        places = sorted({group for index in culprits for group in packs[index].groups})
+        mine = [self.source.groups.describe(int(batch.groups[place])) for place in places]
         found: list[tuple[str, list[str]] | None] = [None] * self.parallel.world_size
         dist.all_gather_object(found, (self.parallel.coordinates, mine))
-        places = [f"{rank}: groups {', '.join(names)}" for rank, names in filter(None, found) if names]
-        text = f"step {step}: {problem}" + (f"; {'; '.join(places)}; saved in {folder}" if places else "")
+        found_on = [f"{rank}: groups {', '.join(names)}" for rank, names in filter(None, found) if names]
+        text = f"step {step}: {problem}" + (f"; {'; '.join(found_on)}; saved in {folder}" if found_on else "")
         if self.config.train.nonfinite == "stop":
             raise TrainingStopped(text + " -> set train.nonfinite=skip to leave such steps out")
         if self.state.skipped_steps >= self.config.train.max_skipped_steps:
@@ -398,7 +405,10 @@ def train(config: Config, shape: ModelShape) -> int:
     )
     if parallel.rank == 0:
         config.write(Path(config.train.output) / "config.yaml")
-    train_groups, valid_groups = open_groups(config)
+    train_groups, valid_groups = open_groups(config, shape)
+    for split in filter(None, (train_groups, valid_groups)):
+        if any(asdict(split.limited).values()):
+            logger.info("%s data: %s (data.overlong=%s)", split.name, split.limited, config.data.overlong)
     trainer = build_trainer(config, shape, parallel, train_groups, valid_groups)
     logger.info("%s on %d x %s", describe(trainer), parallel.world_size, device)
     try:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from megatron_gft.batch import GroupFacts
 from megatron_gft.config import load_config
+from megatron_gft.group_source import GroupTable
 from megatron_gft.hf_config import read_model_shape
 from megatron_gft.parallel import destroy_parallel, initialize_parallel
 from megatron_gft.runtime import set_up_logging, start_process_group
@@ -44,10 +45,17 @@ class MemoryGroups:
     def __getitem__(self, index: int) -> dict:
         return self.items[index]
 
-    def group_facts(self, index: int) -> GroupFacts:
-        item = self.items[index]
-        lengths = np.array([len(tokens) for tokens in item["responses"]])
-        return GroupFacts(f"g{index}", len(item["prompt"]), lengths, item["sources"], item["rewards"])
+    def table(self, indices) -> GroupTable:
+        items = [self.items[index] for index in indices]
+        return GroupTable.of_groups(
+            [
+                (len(item["prompt"]), [len(tokens) for tokens in item["responses"]], item["sources"], item["rewards"])
+                for item in items
+            ]
+        )
+
+    def describe(self, index: int) -> str:
+        return f"g{index}"
 
 
 def run(model: str, output: str, overrides: list[str]) -> dict:
@@ -66,11 +74,15 @@ def run(model: str, output: str, overrides: list[str]) -> dict:
             *overrides,
         ],
     )
-    start_process_group(5)
-    set_up_logging(0)
+    if not dist.is_initialized():
+        start_process_group(5)
+    set_up_logging(dist.get_rank())
     shape = read_model_shape(model)
-    parallel = initialize_parallel()
-    trainer = build_trainer(config, shape, parallel, MemoryGroups(32, shape.vocab_size), None)
+    p = config.parallel
+    parallel = initialize_parallel(tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp)
+    trainer = build_trainer(
+        config, shape, parallel, MemoryGroups(32, shape.vocab_size), MemoryGroups(8, shape.vocab_size, 1)
+    )
     code = trainer.run()
     trainer.close()
     destroy_parallel()

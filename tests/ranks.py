@@ -48,35 +48,63 @@ def _child(rank: int, world_size: int, folder: Path, fn: Callable, args: tuple, 
         os._exit(code)
 
 
-def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = 120) -> list[Any]:
-    """Fork ``world_size`` gloo ranks, run ``fn(*args)`` in each, return their results in rank order.
+class RankGroup:
+    """``world_size`` forked gloo ranks running ``fn(*args)``."""
 
-    Results must pickle. The first rank that fails ends the others and its traceback is raised here.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        running = {}
+    def __init__(self, folder: Path, world_size: int, fn: Callable, *args: Any, timeout: float = 120):
+        self.folder, self.world_size, self.timeout = folder, world_size, timeout
+        self.deadline = time.monotonic() + timeout
+        self.running: dict[int, int] = {}
         sys.stdout.flush()
         sys.stderr.flush()
         for rank in range(world_size):
             pid = os.fork()
             if pid == 0:
                 _child(rank, world_size, folder, fn, args, timeout)
-            running[pid] = rank
-        failed, deadline = None, time.monotonic() + timeout
-        while running and failed is None and time.monotonic() < deadline:
-            for pid in list(running):
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    rank = running.pop(pid)
-                    failed = rank if status else failed
-            time.sleep(0.003)
-        timed_out = bool(running) and failed is None
-        for pid in running:
+            self.running[pid] = rank
+
+    def poll(self) -> int | None:
+        """Collect ranks that ended; the first one that failed, or None."""
+        for pid in list(self.running):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                rank = self.running.pop(pid)
+                if status:
+                    return rank
+        return None
+
+    def send(self, number: signal.Signals, rank: int) -> None:
+        """Send a signal to one rank, if it still runs."""
+        for pid, running in self.running.items():
+            if running == rank:
+                os.kill(pid, number)
+
+    def end(self) -> None:
+        """Kill what is left, as torchrun's agent does after a failure."""
+        for pid in self.running:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+        self.running = {}
+
+    def wait(self) -> list[Any]:
+        """Results in rank order; the first failure ends the others and its traceback is raised."""
+        failed = None
+        while self.running and failed is None and time.monotonic() < self.deadline:
+            failed = self.poll()
+            time.sleep(0.003)
+        timed_out = bool(self.running) and failed is None
+        self.end()
         if failed is not None or timed_out:
-            errors = [path.read_text() for path in sorted(folder.glob("error*"))]
-            heading = f"timed out after {timeout} s" if timed_out else f"rank {failed} of {world_size} failed"
+            errors = [path.read_text() for path in sorted(self.folder.glob("error*"))]
+            heading = f"timed out after {self.timeout} s" if timed_out else f"rank {failed} failed"
             raise RuntimeError("\n".join([heading, *errors])[-8000:])
-        return [pickle.loads((folder / f"result{rank}").read_bytes()) for rank in range(world_size)]
+        return [pickle.loads((self.folder / f"result{rank}").read_bytes()) for rank in range(self.world_size)]
+
+
+def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = 120) -> list[Any]:
+    """Fork ``world_size`` gloo ranks, run ``fn(*args)`` in each, return their results in rank order.
+
+    Results must pickle. The first rank that fails ends the others and its traceback is raised here.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        return RankGroup(Path(name), world_size, fn, *args, timeout=timeout).wait()
