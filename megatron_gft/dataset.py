@@ -236,7 +236,8 @@ def build_group_datasets(
     sources = {_ALL if weights is None else f"entry {n}": GroupSource(e, limits) for n, e in enumerate(entries)}
     merged_valid = [shard for entry in valid_entries for shard in entry]
     prints = [[shard.fingerprint for shard in entry] for entry in [*entries, merged_valid]]
-    content = [prints, weights and list(weights), split, seed, asdict(limits)]
+    limited = any(any(asdict(source.limited).values()) for source in sources.values())
+    content = [prints, weights and list(weights), split, seed, asdict(limits) if limited else None]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     config = _config(sources, weights, split, seed, cache, fingerprint)
     sizes = _split_sizes(config, sources, split)

@@ -62,6 +62,18 @@ class GroupTable:
     sources: np.ndarray
     rewards: np.ndarray
 
+    @classmethod
+    def of_groups(cls, groups: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> GroupTable:
+        """Of groups given one by one: (prompt length, response lengths, sources, rewards)."""
+        prompts, lengths, sources, rewards = zip(*groups, strict=True)
+        return cls(
+            np.array(prompts, np.int32),
+            np.concatenate([[0], np.cumsum([len(of_group) for of_group in lengths])]),
+            np.concatenate(lengths).astype(np.int32),
+            np.concatenate(sources).astype(np.int8),
+            np.concatenate(rewards).astype(np.float32),
+        )
+
 
 class _LimitedShard:
     """One shard under limits: its bulk arrays, and its groups by new index."""

@@ -316,6 +316,13 @@ def tokenizer_fingerprint(path: str | Path) -> str:
     return load_tokenizer(path, NO_TEMPLATE).fingerprint
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether there are tokenizer files at ``path`` (a folder, or a SentencePiece model)."""
+    path = Path(path)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return (path.suffix == ".model" and path.is_file()) or any((path / name).is_file() for name in names)
+
+
 def vocabulary_fingerprint(vocab: dict[str, int], eos_id: int, bos_id: int | None) -> str:
     """Hex sha256 of (id, token) pairs in id order, then EOS and BOS."""
     pairs = sorted((id_, token) for token, id_ in vocab.items())
