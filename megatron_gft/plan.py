@@ -12,6 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_gft.batch import open_groups
 from megatron_gft.config import Config
 from megatron_gft.hf_config import ModelShape, parameter_count
 from megatron_gft.layout_search import Suggestion, suggest_layout
@@ -187,9 +188,7 @@ def _stages(config: Config, shape: ModelShape, world_size: int, packs: int | Non
 def _steps(config: Config, shape: ModelShape, world_size: int, workload: Workload) -> StepStatistics | None:
     with simulated_rank(config, 0, world_size) as parallel:
         if config.data.train:
-            from megatron_gft.dataset import open_groups
-
-            groups, _ = open_groups(config)
+            groups, _ = open_groups(config, shape)
             return describe_steps(groups, config, shape, parallel, assumed=False)
         longest = config.data.max_tokens_per_pack // 2
         longest = min(longest, config.data.max_response_tokens or longest)
