@@ -16,12 +16,8 @@ from megatron_gft.hf_config import ModelShape, read_model_shape
 from megatron_gft.validation import check
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
-    """Configuration and model shape of a command line, checked against each other and the world size.
-
-    Raises:
-        InputError: whatever is wrong, all of it at once.
-    """
+def read_command_line(argv: Sequence[str] | None = None) -> Config:
+    """The configuration that a command line names, not yet checked against a model or a world size."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_gft.train",
         description="Train a model on group shards with GFT, SFT or DFT on Megatron-Core.",
@@ -33,7 +29,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")
     options = parser.parse_args(argv)
-    config = load_config(options.config, options.overrides)
+    return load_config(options.config, options.overrides)
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
+    """Configuration and model shape of a command line, checked against each other and the world size.
+
+    Raises:
+        InputError: whatever is wrong, all of it at once.
+    """
+    config = read_command_line(argv)
     shape = read_model_shape(config.model.config)
     check(config, shape, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     return config, shape
