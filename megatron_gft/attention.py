@@ -171,8 +171,14 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-class _PackAttention(MegatronModule):
-    """What both core attentions share: the constructor that Megatron's layer specs call, and its checks."""
+class CoreAttention(MegatronModule):
+    """Core attention on torch alone, CPU or GPU; see the module docstring for which kernel runs when.
+
+    The constructor is the one that Megatron's layer specs call.
+
+    Raises:
+        InputErrors: the configuration asks for what this attention does not do.
+    """
 
     def __init__(
         self,
@@ -235,10 +241,6 @@ class _PackAttention(MegatronModule):
         both = gather_from_sequence_parallel_region(torch.cat((key, value), 1), group=self.cp_group)
         return tuple(both.chunk(2, 1))
 
-
-class CoreAttention(_PackAttention):
-    """Core attention on torch alone, CPU or GPU; see the module docstring for which kernel runs when."""
-
     def forward(
         self,
         query: Tensor,
@@ -291,11 +293,13 @@ class CoreAttention(_PackAttention):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-class TECoreAttention(_PackAttention):
+class TECoreAttention(CoreAttention):
     """Core attention on Transformer Engine's kernels, through Megatron's wrapper (which knows TE's versions).
 
     Shared prefixes and context parallelism come to TE as gathered keys and values with unequal lengths and mask
-    ``padding_causal_bottom_right``; TE's own context parallelism stays off.
+    ``padding_causal_bottom_right``; TE's own context parallelism stays off. A sliding window over unequal lengths
+    goes to torch's flash attention instead: TE's FusedAttention aligns windows to the top left (table "Sliding
+    window attention" in TE's dot_product_attention/utils.py), which would be silently wrong.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
@@ -322,13 +326,17 @@ class TECoreAttention(_PackAttention):
         packed_seq_params: PackLayout | None = None,
     ) -> Tensor:
         """As :meth:`CoreAttention.forward`; a plain batch goes to TE as it is."""
+        if attention_bias is not None:
+            raise ValueError("attention_bias is not supported")
         (attention,) = self._attention
         if packed_seq_params is None:
             return attention(query, key, value, attention_mask, attn_mask_type or AttnMaskType.causal)
         layout = packed_seq_params
+        index = layout.varlen(self.cp_rank, query.device)
+        if index.kv_index is not None and self.window is not None:
+            return super().forward(query, key, value, None, packed_seq_params=layout)
         self._check(layout, query)
         k, v = self._gather(key.squeeze(1), value.squeeze(1))
-        index = layout.varlen(self.cp_rank, query.device)
         mask_type = "padding_causal"
         if index.kv_index is not None:
             k, v = k.index_select(0, index.kv_index), v.index_select(0, index.kv_index)

@@ -13,7 +13,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import run_ranks
 
-from megatron_gft.attention import CoreAttention, PackLayout, RMSNorm, flash_attention, masked_attention
+from megatron_gft.attention import (
+    CoreAttention,
+    PackLayout,
+    RMSNorm,
+    TECoreAttention,
+    flash_attention,
+    masked_attention,
+)
 from megatron_gft.errors import InputError
 from megatron_gft.pack_layout import zigzag_indices
 
@@ -41,11 +48,10 @@ def make_config(channels=CHANNELS, **fields) -> TransformerConfig:
     return TransformerConfig(**defaults | fields)
 
 
-def make_module(cp_group=None, **fields) -> CoreAttention:
+def make_module(cp_group=None, kind=CoreAttention, **fields) -> CoreAttention:
     fields.setdefault("context_parallel_size", cp_group.size() if cp_group else 1)
-    return CoreAttention(
-        make_config(**fields), 1, AttnMaskType.causal, "self", pg_collection=SimpleNamespace(cp=cp_group)
-    )
+    groups = SimpleNamespace(cp=cp_group, tp=None)
+    return kind(make_config(**fields), 1, AttnMaskType.causal, "self", pg_collection=groups)
 
 
 def make_layout(segments, cp_size=1) -> PackLayout:
@@ -158,14 +164,14 @@ def test_zigzag_shards_partition_the_pack(segments, cp_size):
     assert sum(pairs) == sum(n * prefix + n * (n + 1) // 2 for _, n, _, prefix in segments)
 
 
-def _attend_on_rank(segments, fields, cp_size):
+def _attend_on_rank(segments, fields, cp_size, kind=CoreAttention):
     """Output and gradients of this rank, gathered in pack order; inputs are the same on every rank."""
     torch.manual_seed(0)
     layout = make_layout(segments, cp_size)
     inputs, upstream = make_inputs(layout.tokens, 2)
     rows = zigzag_indices(layout.segments, cp_size, dist.get_rank())
     local = [t.detach()[rows].requires_grad_() for t in inputs]
-    module = make_module(dist.group.WORLD, num_query_groups=2, **fields)
+    module = make_module(dist.group.WORLD, kind, num_query_groups=2, **fields)
     out = module(*local, None, packed_seq_params=layout)
     order = layout.ungather_index(upstream.device)
     parts = value_and_gradients(out, local, upstream[rows])
@@ -278,6 +284,46 @@ def test_rms_norm_marks_its_weight_for_sequence_parallel_sums():
     torch.testing.assert_close(norm.double()(x), expected)
 
 
+class StandInForTE(torch.nn.Module):
+    """What Megatron's wrapper of TE is called with, computed entry by entry from the lengths alone."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, **options):
+        super().__init__()
+        assert config.context_parallel_size == 1 and (layer_number, attention_type) == (1, "self")
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type, *, packed_seq_params):
+        p = packed_seq_params
+        assert p.qkv_format == "thd" and attention_mask is None
+        lengths = [cu.diff().tolist() for cu in (p.cu_seqlens_q, p.cu_seqlens_kv)]
+        assert (p.max_seqlen_q, p.max_seqlen_kv) == tuple(map(max, lengths))
+        assert {cu.dtype for cu in (p.cu_seqlens_q, p.cu_seqlens_kv)} == {torch.int32}
+        names = {True: "padding_causal", False: "padding_causal_bottom_right"}
+        assert attn_mask_type.name == names[lengths[0] == lengths[1]]
+        outputs = []
+        pieces = zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True)
+        for q, k, v in pieces:
+            rows = torch.cat((q.new_zeros(len(k) - len(q), *q.shape[1:]), q))
+            inputs = (t[:, None] for t in (rows, k, v))
+            outputs.append(dense_attention(*inputs, [(0, len(k), 0, 0)])[len(k) - len(q) :])
+        return torch.cat(outputs).flatten(1)
+
+
+def _attend_with_stand_in(segments, cp_size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron.core.extensions.transformer_engine.TEDotProductAttention", StandInForTE)
+        return _attend_on_rank(segments, {}, cp_size, TECoreAttention)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+@pytest.mark.parametrize("name", CP_LAYOUTS)
+def test_transformer_engine_gets_lengths_that_mean_the_layout(name, cp_size):
+    segments = CP_LAYOUTS[name]
+    inputs, upstream = make_inputs(sum(s[1] for s in segments), 2)
+    expected = value_and_gradients(dense_attention(*inputs, segments), inputs, upstream)
+    for result in run_ranks(cp_size, _attend_with_stand_in, segments, cp_size):
+        assert_equal(result, expected, 1e-13)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 1, 5, 9])
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -309,8 +355,6 @@ def test_module_equals_reference_on_gpu(dtype, window):
 
 def _transformer_engine_on_gpu(name, window):
     """Runs in a rank of its own: Megatron's wrapper wants process groups."""
-    from megatron_gft.attention import TECoreAttention
-
     segments = LAYOUTS[name]
     inputs, upstream = make_inputs(sum(s[1] for s in segments), 2, channels=GPU_CHANNELS)
     expected = value_and_gradients(dense_attention(*inputs, segments, window), inputs, upstream)
