@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_gft.attention import RMSNorm
@@ -242,3 +243,20 @@ def compare_logits(ours: torch.Tensor, reference: torch.Tensor) -> tuple[float, 
     ours = ours[..., : reference.shape[-1]]
     difference = (ours - reference).abs().max() / reference.abs().max()
     return difference.item(), (ours.argmax(-1) == reference.argmax(-1)).float().mean().item()
+
+
+def world_size(layout: dict) -> int:
+    """Ranks of a layout without data parallel; experts share the tensor-parallel ranks."""
+    return max(layout.get("tp", 1), layout.get("ep", 1)) * layout.get("pp", 1)
+
+
+def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """Names, shapes, dtypes and bits."""
+    left, right = hf_tensors(one), hf_tensors(other)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name

@@ -1,0 +1,294 @@
+"""Runs the trainer's own steps at one parallel layout and brings back what must not depend on the layout.
+
+A :class:`Case` is a model, a world size and configuration overrides. :func:`run_case` forks its ranks, trains a few
+steps with ``trainer.build_trainer`` and merges the ranks' results; gradients come back under Hugging Face names and
+shapes, gathered over tensor, pipeline and expert parallel ranks, so any two cases compare tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from tiny_models import write_tiny_model
+
+from megatron_gft.config import Config, load_config
+from megatron_gft.group_source import GroupTable
+from megatron_gft.hf_config import read_model_shape
+from megatron_gft.hf_mapping import HfMapping
+from megatron_gft.hf_weights import gather_to_hf, live_parameters
+from megatron_gft.model import unwrap
+from megatron_gft.parallel import initialize_parallel
+from megatron_gft.step import StepRunner
+from megatron_gft.trainer import Trainer, build_trainer
+from megatron_gft.validation import check
+
+VOCAB_SIZE = 67  # odd: padded differently by every tensor-parallel size
+GROUPS_PER_STEP, STEPS = 6, 5
+
+_SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    # Positions matter within a few tokens; logits and activations of order 1, so that rounding stays near 1e-7.
+    "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+    "head_scale": 0.8,
+    "trunk_scale": 0.4,
+}
+# Name here -> name in tiny_models.MODELS and what differs. Together: tied and untied, biases, norms of queries and
+# keys, sliding window, experts of both kinds.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("qwen2", {**_SMALL, "embedding_std": 0.15}),
+    "untied": ("qwen3", {**_SMALL, "head_dim": 8}),
+    "window": ("mistral", {**_SMALL, "head_dim": 8, "sliding_window": 8}),
+    "deep": ("llama_tied_linear", {**_SMALL, "tie_word_embeddings": False, "num_hidden_layers": 8}),
+    "qwen3_moe": ("qwen3_moe", {**_SMALL, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 24}),
+    "mixtral": ("mixtral", {**_SMALL, "head_dim": 8, "num_local_experts": 4}),
+}
+
+# Between two probabilities of the reference run, so that no rounding moves a token over it (asserted).
+TAU = {"tied": 0.0504, "untied": 0.0453, "window": 0.0493, "deep": 0.0495, "qwen3_moe": 0.025, "mixtral": 0.0493}
+
+
+class TinyGroups:
+    """Random groups that hold the awkward cases: one response, one token, equal rewards, a long prompt.
+
+    Args:
+        dead: indices whose rewards are all equal.
+    """
+
+    fingerprint = "tiny"
+
+    def __init__(self, count: int = GROUPS_PER_STEP * STEPS, *, dead: range | tuple[int, ...] = (3, 11), seed: int = 0):
+        rng = np.random.default_rng(seed)
+        self.items = []
+        for index in range(count):
+            size = 1 if index % 10 == 5 else int(rng.integers(2, 6))
+            prompt = int(rng.integers(30, 40)) if index % 7 == 2 else int(rng.integers(1, 12))
+            lengths = rng.integers(1, 14, size)
+            rewards = rng.integers(0, 2, size).astype(float)
+            if size > 1:
+                rewards[0] = 1 - rewards[1]
+            if index in dead:
+                rewards[:] = 1.0 if size > 1 else 0.0
+            self.items.append(
+                {
+                    "prompt": rng.integers(0, VOCAB_SIZE, prompt),
+                    "responses": [rng.integers(0, VOCAB_SIZE, length) for length in lengths],
+                    "sources": np.array([0, 1, 2, 2, 2][:size]),
+                    "rewards": rewards,
+                }
+            )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index]
+
+    def table(self, indices) -> GroupTable:
+        items = [self.items[index] for index in indices]
+        return GroupTable.of_groups(
+            [
+                (len(item["prompt"]), [len(tokens) for tokens in item["responses"]], item["sources"], item["rewards"])
+                for item in items
+            ]
+        )
+
+    def describe(self, index: int) -> str:
+        return f"g{index}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. ``sabotage`` breaks the code in the forked ranks, after the trainer is built."""
+
+    world_size: int = 1
+    overrides: tuple[str, ...] = ()
+    model: str = "tied"
+    steps: int = STEPS
+    groups: TinyGroups = field(default_factory=TinyGroups)
+    sabotage: Callable[[Trainer], None] | None = None
+
+
+@dataclass
+class Run:
+    """What came back: lists are per step, gradients those of step 1 by head ("unfused", "fused") and name.
+
+    ``scales`` are sum|w c ce| / D, the size of what the loss sums over; ``probabilities`` p of every loss token;
+    both only of runs on one rank.
+    """
+
+    losses: list[float]
+    grad_norms: list[float]
+    updated: list[bool]
+    denominators: list[int]
+    rectified: list[int]
+    scales: list[float]
+    probabilities: list[np.ndarray]
+    gradients: dict[str, dict[str, np.ndarray]]
+
+
+@functools.cache
+def model_folder(root: Path, model: str) -> Path:
+    """The tiny model's Hugging Face folder, written once a session."""
+    name, changes = MODELS[model]
+    return write_tiny_model(root / model, name, **changes)
+
+
+def make_config(folder: Path, case: Case, output: Path) -> Config:
+    """The case's configuration: fp32, one big pack, no sharing, unless it says otherwise."""
+    return load_config(
+        [],
+        [
+            f"model.config={folder}",
+            "model.precision=fp32",
+            "model.make_vocab_size_divisible_by=8",
+            f"checkpoint.init_from=hf:{folder}",
+            f"data.groups_per_step={GROUPS_PER_STEP}",
+            "data.packing=packed",
+            "data.max_tokens_per_pack=2048",
+            f"objective.tau={TAU[case.model]}",
+            "optimizer.lr=1e-4",
+            "logging.tensorboard=false",
+            "logging.progress_bar=false",
+            f"train.output={output}",
+            *case.overrides,
+        ],
+    )
+
+
+class RecordingRunner(StepRunner):
+    """Keeps p and w of every loss token, and the gradients of the first step under both heads."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer.chunks, trainer.parallel, tau=trainer.runner.tau, kind=trainer.runner.kind)
+        self.trainer = trainer
+        self.tokens: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.gradients: dict[str, dict[str, np.ndarray]] = {}
+
+    def forward_backward(self, packs, denominator, *, forward_only=False):
+        if not self.gradients:
+            self.gradients["unfused"] = {}
+            self._set_head(fused=False)
+            super().forward_backward(packs, denominator)
+            self.gradients["unfused"] = hf_gradients(self.trainer)
+            for chunk in self.trainer.chunks:
+                chunk.zero_grad_buffer()
+            self._set_head(fused=self.trainer.config.objective.fused_head)
+        self.tokens = []
+        report = super().forward_backward(packs, denominator, forward_only=forward_only)
+        if "fused" not in self.gradients and self.trainer.config.objective.fused_head:
+            self.gradients["fused"] = hf_gradients(self.trainer)
+        return report
+
+    def _set_head(self, *, fused: bool) -> None:
+        for chunk in self.chunks:
+            model = unwrap(chunk)
+            model.head = dataclasses.replace(model.head, fused=fused)
+
+    def _loss(self, pack, output, count, loss_sum):
+        self.tokens.append((pack.token_weights, output.logprobs))
+        return super()._loss(pack, output, count, loss_sum)
+
+
+def hf_gradients(trainer: Trainer) -> dict[str, np.ndarray]:
+    """Gradients that this rank holds the first replica of, by Hugging Face name; collective."""
+    gather_sharded_gradients(trainer)
+    mapping = HfMapping(trainer.shape)
+    found = {}
+    for item in live_parameters(trainer.chunks, mapping, trainer.parallel):
+        gradient = torch.nn.Parameter(item.parameter.main_grad.detach().clone(), requires_grad=False)
+        tensors = gather_to_hf(dataclasses.replace(item, parameter=gradient), mapping, None)
+        if tensors is None or item.is_replica:
+            continue
+        for name, tensor in zip(item.entry.sources, tensors, strict=True):
+            found[f"{name} (last stage's copy)" if item.is_copy else name] = tensor.numpy()
+    return found
+
+
+def gather_sharded_gradients(trainer: Trainer) -> None:
+    """With the distributed optimizer a rank has reduced its part of each buffer only; fetch the other parts."""
+    if not trainer.config.optimizer.distributed:
+        return
+    for chunk in trainer.chunks:
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            size = group.intra_distributed_optimizer_instance_size
+            rank = group.intra_distributed_optimizer_instance_rank
+            for bucket in group.buckets:
+                mine = bucket.grad_data.view(size, -1)[rank].clone()
+                dist.all_gather_into_tensor(
+                    bucket.grad_data, mine, group=group.intra_distributed_optimizer_instance_group
+                )
+
+
+def _train(folder: Path, output: Path, case: Case) -> Run:
+    config = make_config(folder, case, output)
+    shape = read_model_shape(folder)
+    check(config, shape, case.world_size, training=False)
+    p = config.parallel
+    parallel = initialize_parallel(tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp)
+    trainer = build_trainer(config, shape, parallel, case.groups, None)
+    runner = trainer.runner = RecordingRunner(trainer)
+    if case.sabotage is not None:
+        case.sabotage(trainer)
+    run = Run([], [], [], [], [], [], [], runner.gradients)
+    for step in range(case.steps):
+        batch = trainer.source.batch(step)
+        outcome = trainer.step(batch, trainer.source.packs(batch), 0.0)
+        run.losses.append(outcome.report.loss)
+        run.grad_norms.append(outcome.grad_norm)
+        run.updated.append(outcome.updated)
+        run.denominators.append(batch.denominator)
+        run.rectified.append(int(outcome.report.buckets[..., 4].sum()))
+        logprobs = torch.cat([logprobs for _, logprobs in runner.tokens] or [torch.empty(0)]).double()
+        weights = torch.cat([weights for weights, _ in runner.tokens] or [torch.empty(0)]).double()
+        p = logprobs.exp()
+        c = torch.where(p > config.objective.tau, 1.0, p) if runner.kind == "rectified" else torch.ones_like(p)
+        run.scales.append(float((weights.abs() * c * -logprobs).sum()) / max(batch.denominator, 1))
+        run.probabilities.append(p.numpy())
+    trainer.close()
+    return run
+
+
+def run_case(root: Path, case: Case, timeout: float = 120) -> Run:
+    """Train the case; asserts that all ranks report the same losses, gradient norms and decisions."""
+    folder = model_folder(root, case.model)
+    runs = run_ranks(case.world_size, _train, folder, root / "output", case, timeout=timeout)
+    first = runs[0]
+    for run in runs[1:]:
+        assert run.losses == first.losses and run.updated == first.updated
+        assert run.rectified == first.rectified and run.denominators == first.denominators
+        np.testing.assert_allclose(run.grad_norms, first.grad_norms, rtol=1e-6)
+    merged: dict[str, dict[str, np.ndarray]] = {}
+    for run in runs:
+        for head, tensors in run.gradients.items():
+            known = merged.setdefault(head, {})
+            assert not known.keys() & tensors.keys(), "two ranks hold the first replica of a tensor"
+            known.update(tensors)
+    first.gradients = merged
+    return first
+
+
+def gradient_errors(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
+    """||g - g'|| / ||g'|| per tensor; tensors below 1e-6 of the global norm are left out."""
+    total = float(np.sqrt(sum(np.square(np.asarray(g, dtype=np.float64)).sum() for g in reference.values())))
+    errors = {}
+    for name, value in found.items():
+        source = name.removesuffix(" (last stage's copy)")
+        expected = np.asarray(reference[source], dtype=np.float64)
+        norm = np.linalg.norm(expected)
+        if norm >= 1e-6 * total:
+            errors[name] = float(np.linalg.norm(np.asarray(value, dtype=np.float64) - expected) / norm)
+    return errors
