@@ -1,0 +1,266 @@
+"""The killable pool, scoring of group files (restart included) and of shards."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from tiny_tokenizers import byte_level_folder
+
+from megatron_gft.errors import InputError
+from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
+from megatron_gft.scoring import ScoringOptions, score_group_file, score_shard
+from megatron_gft.shards import GroupShard, GroupShardWriter, tokenizer_stamp, verify_shard
+from megatron_gft.tokenizer import load_tokenizer
+from megatron_gft.verifier_pool import VerifierPool
+from megatron_gft.verifiers import Case, Verdict
+from tools import score_groups
+
+NASTY = """
+import os, time
+CALLS = os.path.join(os.path.dirname(__file__), "calls")
+
+def judge(case, log=""):
+    said = case.response
+    if log:
+        with open(CALLS, "a") as file:
+            file.write(said + "\\n")
+    if said == "compute for ever":
+        while True:
+            pass
+    if said == "sleep for ever":
+        time.sleep(1000)
+    if said == "exit":
+        os._exit(3)
+    if said == "system exit":
+        raise SystemExit(1)
+    if said == "memory":
+        return len(bytearray(1 << 40)) > 0
+    if said == "raise":
+        raise ValueError("no")
+    if said == "nan":
+        return float("nan")
+    return said == case.answer
+"""
+
+
+@pytest.fixture
+def nasty(tmp_path, monkeypatch):
+    """Folder of a module ``nasty_rewards`` that the workers can import."""
+    (tmp_path / "nasty_rewards.py").write_text(NASTY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_a_hang_or_crash_costs_one_verdict_and_no_order(nasty):
+    expected = {
+        "compute for ever": "timeout",
+        "sleep for ever": "timeout",
+        "exit": "error",
+        "system exit": "error",
+        "memory": "error",
+        "raise": "error",
+        "nan": "error",
+        "yes": "correct",
+        "no": "wrong",
+    }
+    said = [*expected, *["yes", "no"] * 200, *expected]
+    with VerifierPool("nasty_rewards:judge", workers=2, time_limit=0.5, memory_limit_gib=4) as pool:
+        began = time.monotonic()
+        verdicts = list(pool.judge(Case(text, "yes") for text in said))
+        assert time.monotonic() - began < 60
+    assert [verdict.outcome for verdict in verdicts] == [expected[text] for text in said]
+    assert [verdict.reward for verdict in verdicts] == [float(text == "yes") for text in said]
+    assert pool.replaced == 8  # four that never end, and each of two that exit is tried twice
+    assert verdicts[2].detail == "worker died with exit code 3" and verdicts[5].detail == "ValueError: no"
+
+
+def test_math_verify_itself_may_hang():
+    cases = [Case(r"\boxed{10^{10^{10}}}", "3"), Case(r"\boxed{2^{1/2}}", r"\sqrt{2}")]
+    with VerifierPool("math", workers=1, time_limit=2) as pool:
+        assert [verdict.outcome for verdict in pool.judge(cases)] == ["timeout", "correct"]
+
+
+def test_verdicts_among_the_cases_pass_through_and_reading_is_bounded():
+    read = 0
+
+    def items():
+        nonlocal read
+        for i in range(20_000):
+            read += 1
+            yield Verdict("error", 0.0, str(i)) if i % 3 == 0 else Case(f"#### {i}", f"{i}")
+
+    with VerifierPool("math", workers=2) as pool:
+        furthest = 0
+        for index, verdict in enumerate(pool.judge(items())):
+            furthest = max(furthest, read - index)
+            assert verdict.outcome == ("error" if index % 3 == 0 else "correct")
+            assert index % 3 or verdict.detail == str(index)
+    assert index == 19_999 and furthest <= 2 * 32 * 64 + 65
+
+
+def test_the_pool_says_at_once_what_is_wrong():
+    with pytest.raises(InputError, match="did you mean math"):
+        VerifierPool("maths")
+    with pytest.raises(InputError, match="workers=0"):
+        VerifierPool("math", workers=0)
+
+
+def groups(count=6):
+    """Groups with one right expert and two self responses, one right and one wrong."""
+    return [
+        GroupRecord(
+            f"g{i}",
+            f"What is {i} + {i}?",
+            [
+                ResponseRecord(f"#### {2 * i}", "expert", finish_reason="stop", extra={"note": i}),
+                ResponseRecord(f"I say {2 * i}", "self", finish_reason="stop", model="m", sampling={"seed": i}),
+                ResponseRecord(f"I say {2 * i + 1}", "self", finish_reason="length"),
+            ],
+            f"{2 * i}",
+            {"level": i},
+        )
+        for i in range(count)
+    ]
+
+
+def write(path, records):
+    write_group_file(path, records)
+    return str(path)
+
+
+def test_scores_are_added_and_nothing_else_changes(tmp_path):
+    source = write(tmp_path / "in.jsonl", groups())
+    summary = score_group_file([source], tmp_path / "out.parquet", ScoringOptions(workers=2), progress=False)
+    scored = [record for record, _ in iter_group_file(tmp_path / "out.parquet")]
+    assert [[r.reward for r in record.responses] for record in scored] == [[1.0, 1.0, 0.0]] * 6
+    assert [[r.outcome for r in record.responses] for record in scored] == [["correct", "correct", "wrong"]] * 6
+    for record in scored:
+        for response in record.responses:
+            response.reward = response.outcome = None
+    assert scored == groups()
+    assert summary.outcomes["self"] == {"correct": 6, "wrong": 6} and summary.responses == 18
+    assert "0.5000" in summary.table()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]
+
+
+def test_rewards_by_outcome_and_groups_without_answer(tmp_path):
+    records = groups(2)
+    records[1].answer = None
+    source = write(tmp_path / "in.jsonl", records)
+    with pytest.raises(InputError, match=r"in.jsonl:2: group 'g1' has no gold answer"):
+        score_group_file([source], tmp_path / "out.jsonl", ScoringOptions(), progress=False)
+    assert not (tmp_path / "out.jsonl").exists()
+    options = ScoringOptions(rewards={"wrong": -1.0, "correct": 2.0}, missing_answer="null")
+    (tmp_path / "out.jsonl.journal").unlink()
+    summary = score_group_file([source], tmp_path / "out.jsonl", options, progress=False)
+    first, second = (record for record, _ in iter_group_file(tmp_path / "out.jsonl"))
+    assert [r.reward for r in first.responses] == [2.0, 2.0, -1.0]
+    assert [(r.reward, r.outcome) for r in second.responses] == [(None, None)] * 3
+    assert summary.without_answer == 1
+    with pytest.raises(InputError, match="unknown outcome 'rong'"):
+        ScoringOptions(rewards={"rong": 1.0})
+
+
+def test_a_broken_run_continues_without_judging_twice(nasty, tmp_path):
+    source = write(tmp_path / "in.jsonl", groups(1000))
+    options = ScoringOptions(verifier="nasty_rewards:judge", verifier_options={"log": "1"}, missing_answer="null")
+    lines = (tmp_path / "in.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "in.jsonl").write_text("".join([*lines[:900], "{not JSON\n", *lines[900:]]))
+    with pytest.raises(InputError, match="in.jsonl:901"):
+        score_group_file([source], tmp_path / "out.jsonl", options, progress=False)
+    assert not (tmp_path / "out.jsonl").exists()
+    judged = (nasty / "calls").read_text().count("\n")
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    summary = score_group_file([source], tmp_path / "out.jsonl", options, progress=False)
+    again = (nasty / "calls").read_text().count("\n") - judged
+    assert summary.responses == 3000 and 3000 <= judged + again
+    assert again <= 3000 - (judged - 3 - 64), "what the first run had judged is judged once"
+    undisturbed = tmp_path / "undisturbed.jsonl"
+    score_group_file([source], undisturbed, options, progress=False)
+    assert undisturbed.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_another_verifier_does_not_continue_the_journal(tmp_path):
+    source = write(tmp_path / "in.jsonl", [*groups(2), GroupRecord("x", "?", [ResponseRecord("a", "self")])])
+    with pytest.raises(InputError, match="no gold answer"):
+        score_group_file([source], tmp_path / "out.jsonl", ScoringOptions(), progress=False)
+    with pytest.raises(InputError, match="another verifier"):
+        score_group_file([source], tmp_path / "out.jsonl", ScoringOptions(verifier="exact"), progress=False)
+    with pytest.raises(InputError, match="is an input too"):
+        score_group_file([source], source, ScoringOptions(), progress=False)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """A shard of ``groups()`` made with a tiny tokenizer, its prefix and the tokenizer's folder."""
+    folder = byte_level_folder(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(folder)
+    with GroupShardWriter(tmp_path / "shard", tokenizer_stamp(tokenizer)) as writer:
+        for record in groups():
+            ends = [[] if r.finish_reason == "length" else [tokenizer.eos_id] for r in record.responses]
+            encoded = [tokenizer.encode_response(r.text) + end for r, end in zip(record.responses, ends, strict=True)]
+            prompt = tokenizer.encode(tokenizer.render_prompt(record.prompt))
+            sources = [r.source for r in record.responses]
+            writer.add_group(
+                prompt=prompt,
+                responses=encoded,
+                sources=sources,
+                rewards=[None] * 3,
+                group_id=record.id,
+                answer=record.answer,
+            )
+    return tmp_path / "shard", folder
+
+
+def test_a_shard_is_judged_from_its_tokens_and_only_a_sidecar_is_added(shard):
+    prefix, folder = shard
+    before = {path.name: path.read_bytes() for path in prefix.parent.glob("shard.*") if path.suffix != ".json"}
+    summary = score_shard(prefix, folder, ScoringOptions(workers=2), progress=False)
+    assert summary.outcomes["self"] == {"correct": 6, "wrong": 6}
+    opened = GroupShard(prefix)
+    assert [opened[i].rewards.tolist() for i in range(6)] == [[1.0, 1.0, 0.0]] * 6
+    assert opened.outcomes(3) == ["correct", "correct", "wrong"]
+    assert opened.manifest.rewards.verifier["name"] == "math"
+    assert {path.name for path in prefix.parent.glob("shard.*")} - {*before, "shard.json"} != set()
+    assert all((prefix.parent / name).read_bytes() == content for name, content in before.items())
+    verify_shard(prefix)
+
+
+def test_gold_answers_of_a_shard_may_come_from_group_files(shard, tmp_path):
+    prefix, folder = shard
+    corrected = groups()
+    corrected[2].answer = "5"
+    source = write(tmp_path / "corrected.jsonl", corrected)
+    score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
+    assert GroupShard(prefix)[2].rewards.tolist() == [0.0, 0.0, 1.0]
+    source = write(tmp_path / "fewer.jsonl", corrected[:4])
+    with pytest.raises(InputError, match="'g4' and 1 more are in none"):
+        score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
+
+
+def test_a_shard_of_another_tokenizer_is_refused(shard, tmp_path):
+    prefix, _ = shard
+    other = byte_level_folder(tmp_path / "other", vocab_size=380)
+    with pytest.raises(InputError, match="another tokenizer"):
+        score_shard(prefix, other, ScoringOptions(), progress=False)
+    assert np.isnan(GroupShard(prefix).rewards).all()
+
+
+def test_the_tool(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", groups(3))
+    target = str(tmp_path / "out.jsonl")
+    arguments = ["--input", source, "--output", target, "--workers", "1", "--quiet", "--reward", "wrong=-0.5"]
+    assert score_groups.main(arguments) == 0
+    assert "3 groups, 9 responses" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["responses"][2]["reward"] == -0.5
+    for wrong, message in (
+        (["--input", source], "--input needs --output"),
+        (["--input", source, "--output", target, "--shard", "x"], "give either"),
+        ([*arguments, "--reward", "wrong=x"], "--reward"),
+        ([*arguments, "--option", "percnt=off"], "no option 'percnt'"),
+        ([*arguments, "--option", "percent"], "not of the form"),
+        (["--input", str(tmp_path / "none.jsonl"), "--output", target], "no such group file"),
+    ):
+        assert score_groups.main(wrong) == 2
+        assert message in capsys.readouterr().err
