@@ -1,0 +1,21 @@
+''':'
+# GFT on one GPU, one machine or CPUs; Qwen2.5-Math-1.5B on one H100 where CONFIG is not set. Valid as bash and as the Python script that torchrun runs:
+#   bash launch/gft_local.sh [key=value ...]
+#   torchrun [torchrun's flags] launch/gft_local.sh [key=value ...]
+#   sbatch launch/slurm.sbatch launch/gft_local.sh [key=value ...]
+# From the environment: NNODES, GPUS_PER_NODE, MASTER_ADDR, MASTER_PORT, NODE_RANK, MAX_RESTARTS, LOG_DIR, PYTHON,
+# CONFIG (files joined by ':', later ones win). Overlays: --config FILE. Start from the root of the repository.
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+exec "${PYTHON:-python3}" "$0" "$@"
+: <<'# the end'
+'''
+if __name__ == "__main__":
+    import pathlib
+    import sys
+
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+    from megatron_gft.launch import main
+
+    sys.exit(main(__file__, recipe="examples/qwen2.5-math-1.5b/gpus-1.yaml", gpus=1))
+# the end
