@@ -155,7 +155,7 @@ def hf_to_megatron(
         check_free_space(output, total_bytes(entries, dtypes))
     with shared_directory(output) as folder:
         results = gather_results(
-            lambda: _write_megatron(folder, mapping, mine, weights, dtypes, verify != "off", progress)
+            lambda: _write_megatron(folder, mapping, mine, weights, dtypes, verify != "off", progress), output
         )
         if rank == 0:
             if verify == "logits":
@@ -326,7 +326,7 @@ def megatron_to_hf(
             compare_hashes(checkpoint, mine, stream.hashes)
 
     with shared_directory(output) as folder:
-        gather_results(write)
+        gather_results(write, output)
         if rank == 0:
             write_index(folder, [plan for run in plans for plan in run])
             write_model_files(model_files, folder, dtypes[entries[0].sources[0]])

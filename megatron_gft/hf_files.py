@@ -6,19 +6,18 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf_config import read_config
 from megatron_gft.hf_mapping import HfMapping, Shard
-from megatron_gft.safetensors_io import REOPEN_BYTES, SafetensorsFolder, ShardPlan, ShardWriter, tensor_bytes
+from megatron_gft.safetensors_io import SafetensorsFolder, ShardPlan, ShardWriter, tensor_bytes
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 CARRIED_PATTERNS = (
@@ -115,15 +114,12 @@ def tensor_sha256(chunks: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def file_hashes(path: Path) -> Iterator[tuple[str, str]]:
-    """(tensor name, sha256) of every tensor in a safetensors file."""
-    with safe_open(path, "pt") as file:
-        for name in file.keys():
-            piece = file.get_slice(name)
-            shape = piece.get_shape()
-            first = piece[:1]
-            step = max(1, REOPEN_BYTES // max(1, first.nbytes))
-            yield name, tensor_sha256(piece[row : row + step] for row in range(0, shape[0], step))
+def file_hashes(folder: Path, files: Sequence[str]) -> dict[str, str]:
+    """sha256 of every tensor in these safetensors files."""
+    weights = SafetensorsFolder(folder, files)
+    hashes = {name: tensor_sha256(rows for _, rows in weights.read_chunks(name)) for name in weights.tensors}
+    weights.close()
+    return hashes
 
 
 class ExportStream:
@@ -176,8 +172,7 @@ class ExportStream:
             raise self._failure
         if not verify:
             return
-        found = dict(item for plan in self.plans for item in file_hashes(self.folder / plan.file))
-        compare_hashes(self.folder, self.hashes, found)
+        compare_hashes(self.folder, self.hashes, file_hashes(self.folder, [plan.file for plan in self.plans]))
 
 
 def compare_hashes(place: Path | str, expected: Mapping[str, str], found: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -21,7 +21,7 @@ from megatron_gft.errors import InputError, InputErrors
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-REOPEN_BYTES = 256 * 2**20
+REOPEN_BYTES = 64 * 2**20
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 TensorLayout = tuple[tuple[int, ...], torch.dtype]
@@ -56,16 +56,18 @@ class SafetensorsFolder:
             tensor in two shards. All of them at once, by name.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, files: Sequence[str] | None = None):
+        """``files``: read just these, whether an index names them or not."""
         self.folder = Path(folder)
-        index = self._read_index()
+        index = self._read_index() if files is None else None
         self.tensors: dict[str, TensorInfo] = {}
         self.unreadable: set[str] = set()
         self._open_path: Path | None = None
         self._file: safe_open | None = None
         self._read_bytes = 0
         problems: list[str] = []
-        files = [SINGLE_NAME] if index is None else sorted(set(index.values()))
+        if files is None:
+            files = [SINGLE_NAME] if index is None else sorted(set(index.values()))
         for name in files:
             self._read_header(self.folder / name, index, problems)
         for name, file in (index or {}).items():

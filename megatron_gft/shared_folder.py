@@ -53,7 +53,7 @@ def shared_directory(path: str | Path) -> Iterator[Path]:
     stack = contextlib.ExitStack()
     problem, temporary = None, None
     if process_rank_and_count()[0] == 0:
-        problem, temporary = _attempt(lambda: stack.enter_context(atomic_directory(path)))
+        problem, temporary = _attempt(lambda: stack.enter_context(atomic_directory(path)), path)
     _exchange(problem)
     names = [temporary]
     if dist.is_initialized():
@@ -65,29 +65,33 @@ def shared_directory(path: str | Path) -> Iterator[Path]:
             problem = _describe(error, path)
         _exchange(problem)
         # Nothing can undo the rename, so it comes last and its own failure is told to all.
-        problem, _ = _attempt(stack.close)
+        problem, _ = _attempt(stack.close, path)
         _exchange(problem)
 
 
-def _attempt(action: Callable[[], Any]) -> tuple[str | None, Any]:
+def _attempt(action: Callable[[], Any], output: Path | None = None) -> tuple[str | None, Any]:
     try:
         return None, action()
     except (InputError, OSError) as error:
-        return _describe(error), None
+        return _describe(error, output), None
 
 
-def gather_results(action: Callable[[], Result]) -> list[Result]:
+def gather_results(action: Callable[[], Result], output: Path | None = None) -> list[Result]:
     """Run ``action`` on every process and return all results in rank order. Collective.
+
+    Args:
+        output: what it writes, for the message about a failed write.
 
     Raises:
         InputError: on all processes, when it failed on one.
     """
-    problem, result = _attempt(action)
+    problem, result = _attempt(action, output)
     outcomes = [(problem, result)]
     if dist.is_initialized():
         outcomes = [(None, None)] * dist.get_world_size()
         dist.all_gather_object(outcomes, (problem, result))
-    for rank, (found, _) in enumerate(outcomes):
-        if found is not None:
-            raise InputError(found if len(outcomes) == 1 else f"rank {rank}: {found}")
+    problems = {rank: found for rank, (found, _) in enumerate(outcomes) if found is not None}
+    if problems:
+        lines = [found if len(outcomes) == 1 else f"rank {rank}: {found}" for rank, found in problems.items()]
+        raise InputError("\n".join(lines))
     return [result for _, result in outcomes]

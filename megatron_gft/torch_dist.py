@@ -9,9 +9,11 @@ Needs torch only: no megatron import, no process group for one process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import queue
 import threading
@@ -27,6 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -47,7 +50,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_gft.errors import InputError
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 16 * 2**20
 """Of one stored chunk. The writer keeps the last chunk of every key until its file is closed."""
 
 # megatron/core/dist_checkpointing/core.py CheckpointingConfig, strategies/common.py (0.16.1; 0.19.2 reads it too)
@@ -155,6 +158,35 @@ class _StreamPlanner(DefaultSavePlanner):
         return tensor.view(write_item.tensor_data.chunk.sizes)
 
 
+class _RecordingFileSystem(FileSystem):
+    """Remembers the first system error of a write: torch's archive writer replaces it by one of its own."""
+
+    def __init__(self) -> None:
+        self.failure: OSError | None = None
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            yield _RecordingStream(stream, self)
+
+
+class _RecordingStream:
+    """A binary file that reports failed writes to its file system."""
+
+    def __init__(self, stream: Any, file_system: _RecordingFileSystem):
+        self._stream, self._file_system = stream, file_system
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self._file_system.failure = self._file_system.failure or error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable[torch.Tensor]) -> None:
     """Write this process's parts of a checkpoint; collective over the default group if there is one.
 
@@ -169,6 +201,7 @@ def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable
     stream = prefetch(data)
     # copy_ahead 0: no reordering of the parts by size; syncing is the caller's, who syncs the whole folder
     writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0, sync_files=False)
+    writer.fs = file_system = _RecordingFileSystem()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "torch.distributed is uninitialized, assuming a single process"
@@ -176,9 +209,10 @@ def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
+        cause = file_system.failure or cause
         if isinstance(cause, OSError | InputError):
             raise cause from error
-        raise
+        raise InputError(f"process {rank} could not write its part ({cause})") from error
     finally:
         stream.close()
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -1,9 +1,10 @@
 """Shared fixtures. Importing ``ranks`` first sets one thread per process before any torch operation."""
 
+import functools
 import os
+from pathlib import Path
 
 import pytest
-
 import ranks  # noqa: F401
 import torch
 
@@ -18,3 +19,15 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(no_gpu)
         if "soak" in item.keywords and not soak:
             item.add_marker(not_asked)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a tiny random Hugging Face model, written once a session: ``tiny(name, style="tf4")``."""
+    from tiny_models import write_tiny_model  # imports transformers, which most tests do without
+
+    @functools.cache
+    def folder(name: str, style: str = "tf4") -> Path:
+        return write_tiny_model(tmp_path_factory.mktemp("hf") / name, name, style=style)
+
+    return folder

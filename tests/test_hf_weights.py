@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from safetensors.torch import load_file
 from te_shaped import te_layer_spec
-from tiny_models import MODELS, MOE_MODELS, build_gpt, compare_logits, local_layer_spec
+from tiny_models import (
+    MODELS,
+    MOE_MODELS,
+    assert_same_tensors,
+    build_gpt,
+    compare_logits,
+    hf_tensors,
+    local_layer_spec,
+    world_size,
+)
 
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.errors import InputError
@@ -29,34 +36,6 @@ from megatron_gft.safetensors_io import SafetensorsFolder, ShardWriter
 
 SHARD_BYTES = 300_000
 SPECS = {"local": local_layer_spec, "te": te_layer_spec}
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Folder of a tiny model, written once a session: ``tiny(name, style)``."""
-
-    @functools.cache
-    def folder(name: str, style: str = "tf4") -> Path:
-        return tiny_models.write_tiny_model(tmp_path_factory.mktemp("hf") / name, name, style=style)
-
-    return folder
-
-
-def world_size(layout: dict) -> int:
-    """Ranks of a layout without data parallel; experts share the tensor-parallel ranks."""
-    return max(layout.get("tp", 1), layout.get("ep", 1)) * layout.get("pp", 1)
-
-
-def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def assert_same_tensors(one: Path, other: Path) -> None:
-    """Names, shapes, dtypes and bits."""
-    left, right = hf_tensors(one), hf_tensors(other)
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
 
 
 def load_run_export(folder, output, layout, spec):

@@ -1,0 +1,554 @@
+"""Offline conversion: exact both ways, loadable by Megatron at any layout, safe, small in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from te_shaped import te_layer_spec
+from tiny_models import (
+    MODELS,
+    MOE_MODELS,
+    assert_same_tensors,
+    build_gpt,
+    hf_tensors,
+    local_layer_spec,
+    world_size,
+    write_tiny_model,
+)
+
+from megatron_gft import hf_verify, safetensors_io, torch_dist
+from megatron_gft.bench_convert import write_synthetic_model
+from megatron_gft.checkpoint_compat import loadable_sharded_state_dict
+from megatron_gft.errors import InputError
+from megatron_gft.hf_config import read_model_shape
+from megatron_gft.hf_convert import hf_to_megatron, megatron_to_hf
+from megatron_gft.hf_files import read_source_record
+from megatron_gft.hf_verify import verify_logits
+from megatron_gft.hf_weights import load_hf_weights
+from megatron_gft.parallel import initialize_parallel
+from megatron_gft.tokenizer import tokenizer_fingerprint
+from megatron_gft.torch_dist import TorchDistReader, prefetch
+
+SHARD_BYTES = 300_000
+SPECS = {"local": local_layer_spec, "te": te_layer_spec}
+
+
+def stock_local_spec(config):
+    """As Megatron has it, with the wrong key for the MoE norm left in."""
+    layer = local_layer_spec(config)
+    assert "pre_mlp_layernorm." in layer.submodules.sharded_state_dict_keys_map
+    return layer
+
+
+def without_wrong_key(config):
+    layer = local_layer_spec(config)
+    if config.num_moe_experts:
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    return layer
+
+
+SPECS |= {"stock": stock_local_spec, "fixed": without_wrong_key}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_exact(tiny, tmp_path, name):
+    folder = tiny(name)
+    hf_to_megatron(folder, tmp_path / "ckpt")
+    megatron_to_hf(tmp_path / "ckpt", tmp_path / "back", max_shard_bytes=SHARD_BYTES)
+    assert_same_tensors(folder, tmp_path / "back")
+    for file in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "back" / file).read_bytes() == (folder / file).read_bytes()
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(hf_tensors(folder))
+    assert max(file.stat().st_size for file in (tmp_path / "back").glob("*.safetensors")) < 1.1 * SHARD_BYTES
+
+
+def test_the_source_is_recorded(tiny, tmp_path):
+    folder = tiny("llama3")
+    hf_to_megatron(folder, tmp_path / "ckpt")
+    record = read_source_record(tmp_path / "ckpt")
+    assert set(record["tensors_sha256"]) == set(hf_tensors(folder))
+    assert record["tokenizer_fingerprint"] == tokenizer_fingerprint(folder)
+    assert record["tokenizer_fingerprint"] == tokenizer_fingerprint(tmp_path / "ckpt" / "hf")
+
+
+def test_dtype_can_change(tiny, tmp_path):
+    folder = tiny("llama3")
+    hf_to_megatron(folder, tmp_path / "ckpt", dtype=torch.bfloat16)
+    megatron_to_hf(tmp_path / "ckpt", tmp_path / "half")
+    megatron_to_hf(tmp_path / "ckpt", tmp_path / "wide", dtype=torch.float32)
+    source = hf_tensors(folder)
+    for name, tensor in hf_tensors(tmp_path / "half").items():
+        assert torch.equal(tensor, source[name].bfloat16())
+    for name, tensor in hf_tensors(tmp_path / "wide").items():
+        assert torch.equal(tensor, source[name].bfloat16().float())
+    dtypes = [json.loads((tmp_path / d / "config.json").read_text())["torch_dtype"] for d in ("half", "wide")]
+    assert dtypes == ["bfloat16", "float32"]
+
+
+def convert_there_and_back(folder, checkpoint, back):
+    hf_to_megatron(folder, checkpoint)
+    megatron_to_hf(checkpoint, back, max_shard_bytes=SHARD_BYTES)
+    return sorted(path.name for path in checkpoint.glob("*.distcp"))
+
+
+def test_processes_share_the_work(tiny, tmp_path):
+    folder = tiny("qwen3_moe")
+    files = run_ranks(3, convert_there_and_back, folder, tmp_path / "ckpt", tmp_path / "back")
+    assert files[0] == ["__0_0.distcp", "__1_0.distcp", "__2_0.distcp"]
+    sizes = [(tmp_path / "ckpt" / name).stat().st_size for name in files[0]]
+    assert max(sizes) < 1.5 * min(sizes)
+    assert_same_tensors(folder, tmp_path / "back")
+
+
+# --- with Megatron's own checkpoints --------------------------------------------------------------------------------
+
+
+def model_state(chunks, **kwargs):
+    keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    return {key: chunk.sharded_state_dict(**kwargs) for key, chunk in zip(keys, chunks, strict=True)}
+
+
+def load_checkpoint(chunks, checkpoint):
+    loaded = dist_checkpointing.load(loadable_sharded_state_dict(model_state(chunks), checkpoint), str(checkpoint))
+    for key, chunk in zip(model_state(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[key], strict=False)
+
+
+def poison(chunks):
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.fill_(float("nan"))
+
+
+def load_and_save(folder, checkpoint, saved, layout, spec, metadata):
+    """Load a converted checkpoint into a live model; is it what direct loading gives? Then save it Megatron's way."""
+    parallel = initialize_parallel(**layout)
+    shape = read_model_shape(folder)
+    chunks, direct = (build_gpt(shape, parallel, SPECS[spec]) for _ in range(2))
+    poison(chunks)
+    load_checkpoint(chunks, checkpoint)
+    load_hf_weights(direct, shape, folder, parallel)
+    same = all(
+        torch.equal(one, other)
+        for chunk, twin in zip(chunks, direct, strict=True)
+        for one, other in zip(chunk.parameters(), twin.parameters(), strict=True)
+    )
+    if parallel.rank == 0:
+        saved.mkdir()
+    dist.barrier()
+    dist_checkpointing.save(model_state(chunks, metadata=metadata), str(saved))
+    return same
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "spec", "metadata"),
+    [
+        ("llama3", {"tp": 2}, "local", None),
+        ("qwen2", {"pp": 2, "vpp": 2}, "local", None),
+        ("qwen3", {"tp": 2, "pp": 2}, "te", None),
+        ("mistral", {"pp": 2}, "local", {"non_homogeneous_layers": True}),
+        ("qwen3_moe", {"ep": 2}, "fixed", None),
+        ("qwen3_moe", {"tp": 2}, "te", None),
+        ("mixtral", {"pp": 2}, "stock", None),
+        ("mixtral", {"ep": 2, "tp": 2, "etp": 1}, "fixed", {"non_homogeneous_layers": True}),
+    ],
+    ids=str,
+)
+def test_megatron_loads_a_conversion_and_its_own_saves_convert(tiny, tmp_path, name, layout, spec, metadata):
+    """Equal to reading the Hugging Face folder directly, bit for bit; then back from Megatron's own save."""
+    folder = tiny(name)
+    hf_to_megatron(folder, tmp_path / "ckpt")
+    saved = tmp_path / "saved"
+    arguments = (folder, tmp_path / "ckpt", saved, layout, spec, metadata)
+    assert all(run_ranks(world_size(layout), load_and_save, *arguments))
+    with pytest.raises(InputError, match=r"no config.json.*--hf"):
+        megatron_to_hf(saved, tmp_path / "back")
+    megatron_to_hf(saved, tmp_path / "back", hf_dir=folder)
+    assert_same_tensors(folder, tmp_path / "back")
+
+
+def save_from_hf(folder, saved, layout, spec):
+    parallel = initialize_parallel(**layout)
+    shape = read_model_shape(folder)
+    chunks = build_gpt(shape, parallel, SPECS[spec])
+    load_hf_weights(chunks, shape, folder, parallel)
+    if parallel.rank == 0:
+        saved.mkdir()
+    dist.barrier()
+    dist_checkpointing.save(model_state(chunks), str(saved))
+
+
+def load_other_spec(folder, saved, layout, spec):
+    parallel = initialize_parallel(**layout)
+    shape = read_model_shape(folder)
+    chunks, direct = (build_gpt(shape, parallel, SPECS[spec]) for _ in range(2))
+    poison(chunks)
+    load_checkpoint(chunks, saved)
+    load_hf_weights(direct, shape, folder, parallel)
+    pairs = zip(chunks[0].parameters(), direct[0].parameters(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(("spec", "other"), [("te", "fixed"), ("fixed", "te"), ("stock", "te"), ("te", "stock")])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_checkpoints_load_across_layer_specs(tiny, tmp_path, name, spec, other):
+    """Transformer Engine's names to local ones and back, saved at TP 2, loaded at PP 2."""
+    folder, saved = tiny(name), tmp_path / "saved"
+    run_ranks(2, save_from_hf, folder, saved, {"tp": 2}, spec)
+    assert run_ranks(2, load_other_spec, folder, saved, {"pp": 2}, other) == [True, True]
+
+
+def load_without_a_weight(folder, saved):
+    parallel = initialize_parallel()
+    chunks = build_gpt(read_model_shape(folder), parallel)
+    state = model_state(chunks)
+    state["model"]["decoder.final_layernorm.weight"].key = "decoder.renamed.weight"
+    with pytest.raises(BaseException, match=r"decoder\.renamed\.weight"):  # torch's CheckpointException is no Exception
+        dist_checkpointing.load(loadable_sharded_state_dict(state, saved), str(saved))
+
+
+def test_absent_weights_still_fail(tiny, tmp_path):
+    """Only extra states are dropped from what is asked for."""
+    folder = tiny("llama3")
+    hf_to_megatron(folder, tmp_path / "ckpt")
+    run_ranks(1, load_without_a_weight, folder, tmp_path / "ckpt")
+
+
+# --- safety ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tiny, tmp_path):
+    """A copy of a model folder, to be damaged."""
+    return Path(shutil.copytree(tiny("llama3"), tmp_path / "broken"))
+
+
+def shards(folder):
+    return sorted(folder.glob("*.safetensors"))
+
+
+def rewrite(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def drop_shard(folder):
+    shards(folder)[1].unlink()
+    return rf"shard {shards(folder)[0].name[:6]}.* is missing"
+
+
+def truncate_shard(folder):
+    file = shards(folder)[1]
+    os.truncate(file, file.stat().st_size - 100)
+    return f"{file.name} is damaged or truncated"
+
+
+def cut_header(folder):
+    file = shards(folder)[0]
+    os.truncate(file, 4)
+    return f"{file.name} is damaged or truncated"
+
+
+def index_absent_tensor(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.ghost.weight"] = shards(folder)[0].name
+    path.write_text(json.dumps(index))
+    return "names tensor model.ghost.weight"
+
+
+def wrong_shape(folder):
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith("up_proj.weight"))
+        tensors[name] = tensors[name][:-1].clone()
+
+    file = next(file for file in shards(folder) if any(name.endswith("up_proj.weight") for name in load_file(file)))
+    rewrite(file, change)
+    return r"up_proj\.weight in model-.* is \[175, 64\], by config\.json \[176, 64\]"
+
+
+def extra_tensor(folder):
+    rewrite(shards(folder)[0], lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.extra.weight"] = shards(folder)[0].name
+    path.write_text(json.dumps(index))
+    return r"model\.extra\.weight in model-.* has no place in LlamaForCausalLM"
+
+
+def missing_tensor(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    file = folder / index["weight_map"].pop("model.norm.weight")
+    path.write_text(json.dumps(index))
+    rewrite(file, lambda tensors: tensors.pop("model.norm.weight"))
+    return r"model\.norm\.weight is missing"
+
+
+def mixed_dtypes(folder):
+    def change(tensors):
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name].half()
+
+    rewrite(next(f for f in shards(folder) if "model.layers.1.mlp.up_proj.weight" in load_file(f)), change)
+    return r"linear_fc1\.weight: its tensors are torch\.float16, torch\.float32 -> .*--dtype"
+
+
+def no_weights(folder):
+    for file in [*shards(folder), folder / "model.safetensors.index.json"]:
+        file.unlink()
+    return r"neither model\.safetensors nor model\.safetensors\.index\.json"
+
+
+def integer_tensor(folder):
+    rewrite(shards(folder)[0], lambda tensors: tensors.update({next(iter(tensors)): torch.ones(3).long()}))
+    return "has dtype I64"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        drop_shard,
+        truncate_shard,
+        cut_header,
+        index_absent_tensor,
+        wrong_shape,
+        extra_tensor,
+        missing_tensor,
+        mixed_dtypes,
+        no_weights,
+        integer_tensor,
+    ],
+)
+def test_damaged_sources_are_named_and_leave_nothing(broken, tmp_path, damage):
+    message = damage(broken)
+    with pytest.raises(InputError, match=message):
+        hf_to_megatron(broken, tmp_path / "ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_an_existing_output_is_never_touched(tiny, tmp_path):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "mine").write_text("keep")
+    with pytest.raises(InputError, match="exists already"):
+        hf_to_megatron(tiny("llama3"), tmp_path / "ckpt")
+    assert (tmp_path / "ckpt" / "mine").read_text() == "keep"
+
+
+def test_a_duplicate_of_a_tied_embedding_is_accepted_only_if_equal(tmp_path):
+    folder = write_tiny_model(tmp_path / "hf", "llama_tied_linear", tie_word_embeddings=True)
+    index_path = folder / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    first = folder / index["weight_map"]["model.embed_tokens.weight"]
+    index["weight_map"]["lm_head.weight"] = first.name
+    index_path.write_text(json.dumps(index))
+    rewrite(first, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    hf_to_megatron(folder, tmp_path / "equal")
+    rewrite(first, lambda t: t["lm_head.weight"].mul_(2))
+    with pytest.raises(InputError, match=r"lm_head\.weight in .* has no place"):
+        hf_to_megatron(folder, tmp_path / "different")
+
+
+def convert_with_a_file_limit(folder, output, limit):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    with pytest.raises(InputError, match=rf"{output}: writing failed .*File too large"):
+        if (folder / ".metadata").is_file():
+            megatron_to_hf(folder, output)
+        else:
+            hf_to_megatron(folder, output)
+    return sorted(path.name for path in output.parent.iterdir())
+
+
+def test_a_write_error_ends_in_one_message_and_nothing_left(tiny, tmp_path):
+    """A file size limit stands in for a full disk: the write fails halfway."""
+    folder = tiny("llama3")
+    hf_to_megatron(folder, tmp_path / "ckpt")
+    for source in (folder, tmp_path / "ckpt"):
+        left = run_ranks(1, convert_with_a_file_limit, source, tmp_path / "out" / "x", 400_000)
+        assert left == [[]]
+
+
+def test_a_disk_too_small_is_noticed_before_writing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))
+    with pytest.raises(InputError, match=r"needs 0\.00 GB, the disk has 0\.00 GB free"):
+        hf_to_megatron(tiny("llama3"), tmp_path / "ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bits_that_change_on_the_way_fail_the_conversion(tiny, tmp_path, monkeypatch):
+    """In both directions: written data that read back differently, and a checkpoint that was altered later."""
+    folder = tiny("llama3")
+    hf_to_megatron(folder, tmp_path / "ckpt")
+
+    write_data = torch_dist._StreamPlanner.resolve_data
+
+    def flip(self, item):
+        tensor = write_data(self, item)
+        if item.index.fqn == "decoder.layers.self_attention.linear_proj.weight" and item.index.offset[0] == 2:
+            tensor.view(torch.int32)[0, 0, 0] ^= 1
+        return tensor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_dist._StreamPlanner, "resolve_data", flip)
+        with pytest.raises(InputError, match=r"model\.layers\.2\.self_attn\.o_proj\.weight read back differs"):
+            hf_to_megatron(folder, tmp_path / "other")
+        hf_to_megatron(folder, tmp_path / "unverified", verify="off")
+    assert not (tmp_path / "other").exists()
+    shutil.copy(tmp_path / "ckpt" / "hf_source.json", tmp_path / "unverified")
+    with pytest.raises(InputError, match=r"o_proj\.weight read back differs"):
+        megatron_to_hf(tmp_path / "unverified", tmp_path / "back")
+    write = safetensors_io.ShardWriter.write
+
+    def flip_shard(self, name, tensor):
+        write(self, name, tensor + 1 if name == "model.norm.weight" else tensor)
+
+    monkeypatch.setattr(safetensors_io.ShardWriter, "write", flip_shard)
+    with pytest.raises(InputError, match=r"model\.norm\.weight read back differs"):
+        megatron_to_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_damaged_checkpoints_are_named(tiny, tmp_path):
+    folder, checkpoint = tiny("llama3"), tmp_path / "ckpt"
+    hf_to_megatron(folder, checkpoint)
+    data = checkpoint / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"__0_0\.distcp: damaged or missing"):
+        megatron_to_hf(checkpoint, tmp_path / "back")
+    data.unlink()
+    with pytest.raises(InputError, match=r"__0_0\.distcp: damaged or missing"):
+        megatron_to_hf(checkpoint, tmp_path / "back")
+    (checkpoint / ".metadata").write_bytes(b"\x80")
+    with pytest.raises(InputError, match=r"\.metadata: damaged"):
+        megatron_to_hf(checkpoint, tmp_path / "back")
+    with pytest.raises(InputError, match=r"no \.metadata there"):
+        TorchDistReader(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path):
+    hf_to_megatron(tiny("llama3"), tmp_path / "ckpt")
+    with pytest.raises(InputError, match=r"decoder\.layers\.self_attention\.q_layernorm\.weight is missing"):
+        megatron_to_hf(tmp_path / "ckpt", tmp_path / "back", hf_dir=tiny("qwen3"))
+    hf_to_megatron(tiny("qwen3"), tmp_path / "qwen3")
+    with pytest.raises(InputError, match=r"q_layernorm\.weight has no place in LlamaForCausalLM"):
+        megatron_to_hf(tmp_path / "qwen3", tmp_path / "back", hf_dir=tiny("llama3"))
+
+
+# --- logits ---------------------------------------------------------------------------------------------------------
+
+
+def verify_apart(hf, checkpoint):
+    dist.destroy_process_group()
+    return verify_logits(hf, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "mistral", *MOE_MODELS])
+def test_logits_check_passes_layer_by_layer(tiny, tmp_path, name):
+    hf_to_megatron(tiny(name), tmp_path / "ckpt")
+    report = run_ranks(1, verify_apart, tiny(name), tmp_path / "ckpt")[0]
+    assert report.positions == 256 and report.same_top_token == 1.0 and 0 < report.relative < 1e-4
+
+
+def verify_with_a_lost_option(hf, checkpoint, option):
+    dist.destroy_process_group()
+    right = hf_verify.read_model_shape
+    hf_verify.read_model_shape = lambda folder: dataclasses.replace(right(folder), **option)
+    with pytest.raises(InputError, match="compute different logits"):
+        verify_logits(hf, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("llama3", {"rope_scaling_factor": None}),
+        ("qwen2", {"rotary_base": 10000.0}),
+        ("mistral", {"window_size": None}),
+        ("qwen3_moe", {"moe_router_pre_softmax": True}),
+    ],
+)
+def test_logits_check_sees_what_hashes_cannot(tiny, tmp_path, name, option):
+    """The mistakes of other converters: equal weights, and an option of config.json lost on the way."""
+    hf_to_megatron(tiny(name), tmp_path / "ckpt")
+    run_ranks(1, verify_with_a_lost_option, tiny(name), tmp_path / "ckpt", option)
+
+
+# --- streaming ------------------------------------------------------------------------------------------------------
+
+
+def test_prefetch_keeps_order_and_is_never_two_ahead():
+    made = []
+
+    def produce():
+        for number in range(20):
+            made.append(number)
+            yield number
+
+    for number in prefetch(produce()):
+        time.sleep(0.001)
+        assert len(made) <= number + 2
+    assert made == list(range(20))
+
+
+def test_prefetch_raises_in_the_consumer_and_stops_when_left():
+    def fail():
+        yield 1
+        raise InputError("broken")
+
+    stream = prefetch(fail())
+    assert next(stream) == 1
+    with pytest.raises(InputError, match="broken"):
+        next(stream)
+    endless = prefetch(itertools.count())
+    assert list(itertools.islice(endless, 3)) == [0, 1, 2]
+    endless.close()
+
+
+MEASURE = """
+import json, sys
+import torch, transformers
+from megatron_gft.bench_convert import PeakMemory
+from megatron_gft.hf_convert import hf_to_megatron, megatron_to_hf
+convert = {"hf_to_megatron": hf_to_megatron, "megatron_to_hf": megatron_to_hf}[sys.argv[1]]
+with PeakMemory() as memory:
+    convert(sys.argv[2], sys.argv[3])
+print(json.dumps(memory.peak))
+"""
+
+
+def peak_memory(direction, source, output):
+    """Resident memory above that after the imports, in a process of its own."""
+    command = [sys.executable, "-c", MEASURE, direction, str(source), str(output)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """Largest tensor 25 MB, model 0.45 GB: in both directions the peak is far below the model's size."""
+    folder = write_synthetic_model(tmp_path / "hf", total_bytes=450 * 10**6)
+    largest = max(info.num_bytes for info in safetensors_io.SafetensorsFolder(folder).tensors.values())
+    assert sum(file.stat().st_size for file in shards(folder)) > 4e8 and largest < 3e7
+    bound = 3 * largest + 200 * 2**20  # the goal allows 1 GiB
+    assert peak_memory("hf_to_megatron", folder, tmp_path / "ckpt") < bound
+    assert peak_memory("megatron_to_hf", tmp_path / "ckpt", tmp_path / "back") < bound
