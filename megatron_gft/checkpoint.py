@@ -115,23 +115,26 @@ def find_checkpoint(folder: Path, which: str) -> Path | None:
     return path
 
 
-def verify_files(path: Path, *, hashes: bool) -> None:
-    """Compare a checkpoint with its list of files: presence and size, and with ``hashes`` every sha256.
-
-    Raises:
-        InputErrors: naming each missing or changed file.
-    """
-    expected = json.loads((path / FILES_FILE).read_text())
+def find_damage(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+    """Compare part ``part`` of ``parts`` of a checkpoint's files with their recorded size and sha256."""
+    expected: Files = json.loads((path / FILES_FILE).read_text())
     problems = []
-    for name, entry in expected.items():
-        file = path / name
+    for name in sorted(expected)[part::parts]:
+        file, entry = path / name, expected[name]
         if not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != entry["bytes"]:
             problems.append(f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written")
-        elif hashes and sha256_file(file) != entry["sha256"]:
+        elif sha256_file(file) != entry["sha256"]:
             problems.append(f"{name}: the content differs from what was written")
-    if problems:
+    return problems
+
+
+def _verify(path: Path, parallel: Parallel) -> None:
+    """Every rank reads its share of the files; all raise when one finds damage."""
+    found: list[list[str]] = [[]] * parallel.world_size
+    dist.all_gather_object(found, find_damage(path, part=parallel.rank, parts=parallel.world_size))
+    if problems := [problem for share in found for problem in share]:
         raise InputErrors(f"{path}: damaged -> set checkpoint.resume=previous, or restore these files", problems)
 
 
@@ -209,8 +212,9 @@ class Checkpointer:
         try:
             request.execute_sync()
         except CheckpointException as error:
+            cause = self._cause(error)
             self._discard()
-            raise SaveFailed(f"checkpoint of step {state.step} in {self.folder}: {_cause(error)}") from error
+            raise SaveFailed(f"checkpoint of step {state.step} could not be written: {cause}") from error
         self.pending.hashes = self._start_hashing(partial)
         self._commit()
 
@@ -241,12 +245,22 @@ class Checkpointer:
     def _give_up(self, error: CheckpointException) -> None:
         """Report a failed background save. From here on saves run in front, where an error ends the run."""
         assert self.pending is not None
+        cause = self._cause(error)
         if self.parallel.rank == 0:
-            step = self.pending.state.step
-            logger.error("checkpoint of step %d failed, once more in front: %s", step, _cause(error))
+            logger.error("checkpoint of step %d failed, once more in front: %s", self.pending.state.step, cause)
         self.queue = AsyncCallsQueue()
         self.background = False
         self._discard()
+
+    def _cause(self, error: CheckpointException) -> str:
+        """The first failure in one line, the same on all ranks; only the coordinating rank knows it."""
+        text = [""]
+        if error.failures:
+            rank, (failure, _) = next(iter(error.failures.items()))
+            free = shutil.disk_usage(self.folder).free / 2**30
+            text = [f"rank {rank}: {failure} -> check space ({free:.1f} GiB free) and permissions of {self.folder}"]
+        dist.broadcast_object_list(text, src=0)
+        return text[0]
 
     def _discard(self) -> None:
         assert self.pending is not None
@@ -307,11 +321,10 @@ class Checkpointer:
         """Restore weights (and optimizer) from a complete checkpoint written at any layout.
 
         Raises:
-            InputErrors: a file is missing or has another size than was written.
+            InputErrors: a file is missing or differs from what was written.
             InputError: the checkpoint does not hold what this model needs.
         """
-        if (path / FILES_FILE).is_file():
-            verify_files(path, hashes=False)
+        _verify(path, self.parallel)
         loaded = _load(path, self._sharded_state(loading=True, with_optimizer=with_optimizer), self.parallel)
         load_model_state(self.chunks, loaded)
         if with_optimizer and self.optimizer is not None:
@@ -368,9 +381,3 @@ def _describe_files(folder: Path, files: Sequence[Path]) -> Files:
         fsync_path(path)
         described[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     return described
-
-
-def _cause(error: CheckpointException) -> str:
-    """The first failure of some rank in one line; torch wraps one per rank."""
-    rank, (failure, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {failure}"

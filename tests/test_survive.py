@@ -1,0 +1,165 @@
+"""Real processes killed, hung and starved: what is on the disk stays good, and the run ends up where it would have."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import device_run
+import pytest
+from ranks import RankGroup, run_ranks
+from test_trainer import losses
+from tiny_models import write_tiny_model
+
+from megatron_gft.checkpoint import find_checkpoint, find_damage, list_checkpoints
+
+OPTIONS = ["model.precision=fp32", "objective.coefficient=none"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "hf", "llama_tied_linear", num_hidden_layers=2))
+
+
+def exported_weights(output: Path) -> dict[str, str]:
+    """sha256 of each weight file of the newest export."""
+    newest = sorted((output / "export").iterdir())[-1]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(newest.glob("*.safetensors"))}
+
+
+def run_under_fire(
+    model: str, output: Path, world_size: int, options: list[str], kills: int, seed: int, delay: tuple[float, float]
+) -> int:
+    """Start the run again and again, killing one random rank (SIGKILL) after a random time, ``kills`` times; then let
+    it finish. Returns the number of kills that hit a running process."""
+    rng = random.Random(seed)
+    hit = 0
+    for attempt in range(10 * kills):
+        folder = output.parent / f"attempt-{attempt}"
+        folder.mkdir()
+        group = RankGroup(folder, world_size, device_run.run, model, str(output), options, timeout=300)
+        if hit == kills:
+            assert [result["code"] for result in group.wait()] == [0] * world_size
+            return hit
+        until = time.monotonic() + rng.uniform(*delay)
+        while time.monotonic() < until and group.running and group.poll() is None:
+            time.sleep(0.005)
+        if not group.running:
+            return hit  # finished before its time: the caller's counts are too low for this machine
+        group.send(signal.SIGKILL, rng.choice(sorted(group.running.values())))
+        hit += 1
+        group.end()
+        for complete in list_checkpoints(output / "checkpoints"):
+            assert find_damage(complete) == []
+    raise AssertionError("the run never finished")
+
+
+@pytest.mark.parametrize(
+    ("kills", "epochs"), [(3, 2), pytest.param(50, 60, marks=[pytest.mark.soak, pytest.mark.timeout(7200)])]
+)
+def test_killed_ranks_do_not_change_the_weights(model, tmp_path, kills, epochs):
+    """DP, TP and PP on four processes: bit-equal to an undisturbed run, and every named checkpoint is whole."""
+    options = [*OPTIONS, "parallel.tp=2", "checkpoint.save_every=2", f"train.epochs={epochs}"]
+    options += ["checkpoint.export_hf=last", "optimizer.lr=1e-4"]
+    run_ranks(4, device_run.run, model, str(tmp_path / "whole"), options, timeout=600)
+    (tmp_path / "fire").mkdir()
+    hit = run_under_fire(model, tmp_path / "fire" / "run", 4, options, kills, seed=kills, delay=(0.6, 4.0))
+    assert hit == kills
+    assert exported_weights(tmp_path / "fire" / "run") == exported_weights(tmp_path / "whole")
+    assert losses(tmp_path / "fire" / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_killed_ranks_with_pipeline_stages(model, tmp_path):
+    options = [*OPTIONS, "parallel.pp=2", "checkpoint.save_every=1", "train.epochs=10", "checkpoint.export_hf=last"]
+    run_ranks(4, device_run.run, model, str(tmp_path / "whole"), options, timeout=600)
+    (tmp_path / "fire").mkdir()
+    assert run_under_fire(model, tmp_path / "fire" / "run", 4, options, 10, seed=1, delay=(0.6, 4.0)) == 10
+    assert exported_weights(tmp_path / "fire" / "run") == exported_weights(tmp_path / "whole")
+
+
+def _limited(model: str, output: str, options: list[str], limit_bytes: int) -> dict:
+    """A run that cannot write files above a size: what a full disk does, without filling one."""
+    from megatron_gft.checkpoint import SaveFailed
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+    try:
+        return device_run.run(model, output, options)
+    except SaveFailed as error:
+        return {"failed": str(error)}
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(model, tmp_path, background, capfd):
+    output = tmp_path / "run"
+    options = [*OPTIONS, f"checkpoint.async_save={background}"]
+    run_ranks(2, device_run.run, model, str(output), [*options, "train.max_steps=1"])
+    good = find_checkpoint(output / "checkpoints", "latest")
+    results = run_ranks(2, _limited, model, str(output), options, 100_000)
+    for result in results:
+        assert "checkpoint of step 4 could not be written: rank " in result["failed"]
+        assert "GiB free" in result["failed"] and str(output) in result["failed"]
+    assert ("once more in front" in capfd.readouterr().err) == (background == "true")
+    assert find_checkpoint(output / "checkpoints", "latest") == good
+    assert find_damage(good) == []
+    assert not list((output / "checkpoints").glob(".step-*"))
+    assert run_ranks(2, device_run.run, model, str(output), options)[0]["code"] == 0
+
+
+def _hang_at(model: str, output: str, options: list[str], step: int) -> dict:
+    """A run whose last rank stops working at a step, without dying."""
+    from megatron_gft.trainer import Trainer
+
+    original = Trainer.step
+
+    def hanging(self, batch, packs, seconds):
+        if self.state.step + 1 == step and self.parallel.rank == 1:
+            time.sleep(600)
+        return original(self, batch, packs, seconds)
+
+    Trainer.step = hanging
+    return device_run.run(model, output, options)
+
+
+def test_a_hung_rank_ends_the_job_and_says_where(model, tmp_path, capfd):
+    options = [*OPTIONS, "train.watchdog_minutes=0.05"]
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="failed"):
+        run_ranks(2, _hang_at, model, str(tmp_path / "run"), options, 3)
+    assert time.monotonic() - started < 60
+    error = capfd.readouterr().err
+    assert "no progress for" in error and "training step 3" in error and "(tp 0, pp 0, cp 0, dp " in error
+    assert "hanging" in error, "the stack of the rank that hangs"
+
+
+def test_a_killed_checkpoint_writer_is_noticed(model, tmp_path, capfd):
+    """The background writer is a process of its own; its death costs a retry, not the checkpoint."""
+    output = tmp_path / "run"
+    results = run_ranks(1, _kill_first_writer, model, str(output), [*OPTIONS, "checkpoint.save_every=1"])
+    assert results[0]["code"] == 0
+    assert "once more in front" in capfd.readouterr().err
+    assert find_checkpoint(output / "checkpoints", "latest").name == "step-00000004"
+
+
+def _kill_first_writer(model: str, output: str, options: list[str]) -> dict:
+    from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+
+    original, killed = TemporalAsyncCaller.schedule_async_call, []
+
+    def schedule(self, request):
+        original(self, request)
+        if self.process is not None and not killed:
+            killed.append(self.process.pid)
+            os.kill(self.process.pid, signal.SIGKILL)
+
+    TemporalAsyncCaller.schedule_async_call = schedule
+    result = device_run.run(model, output, options)
+    assert killed
+    return result

@@ -1,0 +1,238 @@
+"""The run as a user sees it: exact resume, stops on request, refused steps, bad checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import device_run
+import pytest
+import torch
+from ranks import RankGroup, run_ranks
+from tiny_models import write_tiny_model
+
+from megatron_gft.checkpoint import find_checkpoint, list_checkpoints
+from megatron_gft.runtime import EXIT_REQUEUE
+
+VOCAB = 503
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "hf", "llama_tied_linear", num_hidden_layers=2))
+
+
+def train(model: str, output: Path, *overrides: str, world_size: int = 1, timeout: float = 120) -> list[dict]:
+    """Four float32 steps of ``device_run`` on forked ranks; the results of all ranks."""
+    options = ["model.precision=fp32", "objective.coefficient=none", *overrides]
+    return run_ranks(world_size, device_run.run, model, str(output), options, timeout=timeout)
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Training loss by step."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> Path:
+    """An undisturbed run on one rank."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    train(model, output)
+    assert len(losses(output)) == 4
+    return output
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_resume_in_the_same_layout_is_bit_for_bit(model, whole, tmp_path, background):
+    output = tmp_path / "run"
+    option = f"checkpoint.async_save={background}"
+    train(model, output, "train.max_steps=2", option)
+    train(model, output, option)
+    assert losses(output) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((2, ("parallel.tp=2",)), (2, ("parallel.pp=2",))),
+        ((2, ()), (1, ())),
+        ((2, ("parallel.pp=2",)), (4, ("parallel.tp=2", "parallel.sequence_parallel=true"))),
+        ((1, ()), (2, ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"))),
+    ],
+)
+def test_resume_in_another_layout_is_within_rounding(model, whole, tmp_path, first, second):
+    output = tmp_path / "run"
+    train(model, output, "train.max_steps=2", *first[1], world_size=first[0])
+    train(model, output, *second[1], world_size=second[0])
+    expected = losses(whole)
+    scale = max(map(abs, expected.values()))
+    assert all(abs(loss - expected[step]) < 1e-5 * scale for step, loss in losses(output).items())
+    assert set(losses(output)) == set(expected)
+
+
+def test_bf16_resume_is_bit_for_bit(model, tmp_path):
+    train(model, tmp_path / "whole", "model.precision=bf16", world_size=2)
+    train(model, tmp_path / "run", "model.precision=bf16", "train.max_steps=3", world_size=2)
+    train(model, tmp_path / "run", "model.precision=bf16", world_size=2)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_checkpoints_are_kept_and_pruned(model, tmp_path):
+    output = tmp_path / "run"
+    train(model, output, "checkpoint.save_every=1", "checkpoint.keep_last=2")
+    folder = output / "checkpoints"
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000003", "step-00000004"]
+    assert find_checkpoint(folder, "latest").name == "step-00000004"
+    assert find_checkpoint(folder, "previous").name == "step-00000003"
+    assert not list(folder.glob(".step-*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, EXIT_REQUEUE)])
+def test_signal_to_one_rank_saves_and_leaves(model, whole, tmp_path, number, code):
+    """One rank gets the signal, all finish the step, save and leave with its code; the run goes on afterwards."""
+    output = tmp_path / "run"
+    options = ["model.precision=fp32", "objective.coefficient=none", "train.epochs=50"]
+    group = RankGroup(tmp_path, 2, device_run.run, model, str(output), options)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    group.send(number, rank=1)
+    results = group.wait()
+    assert [result["code"] for result in results] == [code, code]
+    saved = find_checkpoint(output / "checkpoints", "latest")
+    assert int(saved.name.removeprefix("step-")) == max(losses(output)) < 200
+    for step, loss in list(losses(output).items())[:4]:
+        assert loss == pytest.approx(losses(whole)[step], rel=1e-5)
+
+
+def test_changed_data_is_refused_and_can_be_allowed(model, tmp_path):
+    output = tmp_path / "run"
+    train(model, output, "train.max_steps=2")
+    with pytest.raises(RuntimeError, match="data.allow_changed_data"):
+        train(model, output, "data.groups_per_step=4")
+    train(model, output, "data.groups_per_step=4", "data.allow_changed_data=true", "train.max_steps=3")
+    assert max(losses(output)) == 3
+
+
+def test_resume_never_does_not_overwrite(model, tmp_path):
+    train(model, tmp_path / "run", "train.max_steps=1")
+    with pytest.raises(RuntimeError, match="would overwrite them"):
+        train(model, tmp_path / "run", "checkpoint.resume=never")
+
+
+def test_weights_only_start_from_a_run(model, whole, tmp_path):
+    """``init_from`` a run: its last weights, a fresh optimizer, step 1."""
+    output = tmp_path / "run"
+    train(model, output, f"checkpoint.init_from={whole}", "train.max_steps=1")
+    assert set(losses(output)) == {1}
+    assert losses(output)[1] != losses(whole)[1]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip"])
+def test_damaged_checkpoint_is_named_and_the_previous_one_usable(model, whole, tmp_path, damage):
+    output = tmp_path / "run"
+    train(model, output, "checkpoint.save_every=1", "train.max_steps=3")
+    newest = find_checkpoint(output / "checkpoints", "latest")
+    victim = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    if damage == "remove":
+        victim.unlink()
+    elif damage == "flip":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    else:
+        victim.write_bytes(victim.read_bytes()[:-100])
+    with pytest.raises(RuntimeError, match=f"(?s)damaged.*{victim.name}"):
+        train(model, output)
+    train(model, output, "checkpoint.resume=previous")
+    assert losses(output) == losses(whole)
+
+
+def test_half_written_checkpoint_is_never_latest(model, whole, tmp_path):
+    """What a kill in the middle of a save leaves behind: a hidden folder, and maybe a named one without its list."""
+    output = tmp_path / "run"
+    train(model, output, "train.max_steps=2")
+    folder = output / "checkpoints"
+    good = find_checkpoint(folder, "latest")
+    shutil.copytree(good, folder / ".step-00000003")
+    shutil.copytree(good, folder / "step-00000003")
+    (folder / "step-00000003" / "files.json").unlink()
+    assert find_checkpoint(folder, "latest") == good
+    train(model, output)
+    assert losses(output) == losses(whole)
+
+
+def _run_with_poison(model: str, output: str, options: list[str], step: int) -> dict:
+    """``device_run.run`` with a weight set to NaN before a step, on the last rank only."""
+    from megatron_gft.trainer import Trainer, TrainingStopped
+
+    original = Trainer.step
+
+    def poisoned(self, batch, packs, seconds):
+        if self.state.step + 1 == step and self.parallel.rank == self.parallel.world_size - 1:
+            next(self.chunks[0].parameters()).data.view(-1)[0] = float("nan")
+        return original(self, batch, packs, seconds)
+
+    Trainer.step = poisoned
+    try:
+        return device_run.run(model, output, options)
+    except TrainingStopped as error:
+        return {"stopped": str(error)}
+
+
+@pytest.mark.parametrize("layout", [(), ("parallel.pp=2",)])
+def test_nonfinite_step_stops_with_rank_and_groups_and_keeps_the_microbatch(model, tmp_path, layout):
+    output = tmp_path / "run"
+    options = ["model.precision=fp32", *layout]
+    results = run_ranks(2, _run_with_poison, model, str(output), options, 2)
+    for result in results:
+        assert "step 2: the loss is nan" in result["stopped"] and "rank 1" in result["stopped"]
+        assert "groups g" in result["stopped"]
+    kept = list((output / "nonfinite").glob("step-00000002-rank-1-pack-*.pt"))
+    assert kept
+    pack = torch.load(kept[0], weights_only=False)["pack"]
+    assert pack.tokens.numel() > 0 and set(losses(output)) == {1}
+
+
+def test_nonfinite_steps_are_skipped_up_to_a_limit(model, tmp_path):
+    output = tmp_path / "run"
+    options = ["model.precision=fp32", "train.nonfinite=skip", "train.max_skipped_steps=2", "train.epochs=2"]
+    result = run_ranks(1, _run_with_poison, model, str(output), options, 2)[0]
+    assert "max_skipped_steps=2 reached" in result["stopped"]
+    assert set(losses(output)) == {1, 2, 3}
+
+
+def test_export_during_the_run_loads_in_transformers(model, tmp_path):
+    import transformers
+
+    output = tmp_path / "run"
+    train(model, output, "checkpoint.export_hf=2", world_size=2)
+    exports = sorted(path.name for path in (output / "export").iterdir())
+    assert exports == ["step-00000002", "step-00000004"]
+    before = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
+    after = transformers.AutoModelForCausalLM.from_pretrained(output / "export" / "step-00000004").state_dict()
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_profile_writes_a_trace(model, tmp_path):
+    train(model, tmp_path / "run", "profile.steps=[2]", "profile.ranks=[1]", "train.max_steps=2", world_size=2)
+    traces = list((tmp_path / "run" / "traces").iterdir())
+    assert [trace.name for trace in traces] == ["step-00000002-rank-1.json"]
+    assert json.loads(traces[0].read_text())["traceEvents"]
+
+
+def test_metrics_cover_sources_signs_and_time(model, whole):
+    record = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+    for key in ("grad_norm", "lr", "tokens_per_second", "rectified", "entropy", "probability", "fill", "balance"):
+        assert key in record
+    for part in ("data", "forward_backward", "optimizer", "save", "step"):
+        assert record[f"seconds/{part}"] >= 0
+    assert {"expert/positive/nll", "self/negative/rectified", "teacher/response_tokens"} <= set(record)
+    shares = [record[f"{s}/{sign}/tokens"] for s in ("expert", "teacher", "self") for sign in ("positive", "negative")]
+    assert sum(shares) == record["tokens"]
