@@ -22,6 +22,8 @@ import glob
 import gzip
 import itertools
 import json
+import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,18 +65,21 @@ __all__ = [
     "write_group_file",
 ]
 _PARQUET_BATCH = 1024
+_PARTS_PER_READ = 16  # of many parts, chunks get smaller instead of reads larger
 
 
 @dataclass(frozen=True, slots=True)
 class RawChunk:
-    """Consecutive rows of a group file, not parsed yet; cheap to send to a worker process.
+    """Rows of a group file, not parsed yet; cheap to send to a worker process.
 
-    ``rows`` holds the lines of a JSONL file (bytes) or a pyarrow RecordBatch.
+    ``rows`` holds lines of a JSONL file (bytes) or a pyarrow RecordBatch.
     """
 
     path: str
     first_row: int  # 1-based line (JSONL) or row (parquet)
     rows: Any
+    step: int = 1  # rows from one to the next
+    read_fraction: float = 1.0  # of the file, after this chunk
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,40 +103,61 @@ def expand_inputs(patterns: Sequence[str | Path]) -> list[str]:
     return files
 
 
-def read_chunks(path: str | Path, rows_per_chunk: int = 256) -> Iterator[RawChunk]:
+def read_chunks(path: str | Path, rows_per_chunk: int = 256, *, part: int = 0, parts: int = 1) -> Iterator[RawChunk]:
     """Yield a group file (``.jsonl``, ``.json``, ``.jsonl.gz``, ``.parquet``) in chunks of rows.
+
+    Args:
+        path: of the file.
+        rows_per_chunk: at most so many rows in a chunk.
+        part, parts: give only every ``parts``-th row, beginning with row ``part`` (from 0).
 
     Raises:
         InputError: the file cannot be read or its format is unknown.
     """
     path = str(path)
+    read_rows = rows_per_chunk * min(parts, _PARTS_PER_READ)
     try:
         if path.endswith(".parquet"):
-            yield from _parquet_chunks(path, rows_per_chunk)
+            batches = _parquet_batches(path, read_rows)
         elif path.endswith((".jsonl", ".json", ".jsonl.gz")):
-            with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-                first_row = 1
-                while rows := list(itertools.islice(file, rows_per_chunk)):
-                    yield RawChunk(path, first_row, rows)
-                    first_row += len(rows)
+            batches = _line_batches(path, read_rows)
         else:
             raise InputError(f"{path}: unknown kind of group file -> use .jsonl, .jsonl.gz or .parquet")
-    except (OSError, EOFError) as error:
+        first_row = 1
+        for rows, fraction in batches:
+            start = (part - (first_row - 1)) % parts
+            if start < len(rows):
+                mine = rows if parts == 1 else _every(rows, start, parts)
+                yield RawChunk(path, first_row + start, mine, parts, fraction)
+            first_row += len(rows)
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}) -> check the file") from error
 
 
-def _parquet_chunks(path: str, rows_per_chunk: int) -> Iterator[RawChunk]:
+def _every(rows: Any, start: int, step: int) -> Any:
+    return rows[start::step] if isinstance(rows, list) else rows.take(list(range(start, len(rows), step)))
+
+
+def _line_batches(path: str, rows: int) -> Iterator[tuple[list[bytes], float]]:
+    size = max(os.path.getsize(path), 1)
+    with open(path, "rb") as stored:
+        lines = gzip.GzipFile(fileobj=stored) if path.endswith(".gz") else stored
+        while batch := list(itertools.islice(lines, rows)):
+            yield batch, stored.tell() / size
+
+
+def _parquet_batches(path: str, rows: int) -> Iterator[tuple[Any, float]]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise InputError(f"{path}: reading parquet needs pyarrow -> pip install pyarrow") from error
     try:
-        first_row = 1
+        read = 0
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=rows_per_chunk):
-                yield RawChunk(path, first_row, batch)
-                first_row += len(batch)
+            for batch in file.iter_batches(batch_size=rows):
+                read += len(batch)
+                yield batch, read / file.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable parquet file ({error}) -> check the file") from error
 
@@ -140,7 +166,7 @@ def parse_chunk(chunk: RawChunk, problems: ProblemLog) -> Iterator[tuple[GroupRe
     """Parse rows into groups; yield ``(record, "file:line")`` of the good ones, note the others in ``problems``."""
     is_lines = isinstance(chunk.rows, list)
     for offset in range(len(chunk.rows)):
-        place = f"{chunk.path}:{chunk.first_row + offset}"
+        place = f"{chunk.path}:{chunk.first_row + offset * chunk.step}"
         if is_lines:
             line = chunk.rows[offset]
             if line.isspace():
