@@ -1,0 +1,171 @@
+"""Batched sampling against ``model.generate`` and unbatched twins; teacher-forced log-probs against fp64."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_language_model import language_model_folder
+
+from megatron_gft.decoding import LocalModel, pick_tokens, token_logprobs
+from megatron_gft.errors import InputError
+from megatron_gft.local_backends import TransformersBackend
+from megatron_gft.sampling import SampleFailure, SampleRequest, SamplingParams, model_fingerprint, sample_seed
+
+PROMPTS = ["1 plus 7?", "Question 12: what is 12 plus 84? Let us think.", "a", "Let us think step by step about 9."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return language_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def local(folder):
+    return LocalModel(folder, device="cpu")
+
+
+def test_greedy_batches_equal_generate_of_single_prompts(local):
+    prompts = [local.prompt_ids(text) for text in PROMPTS]
+    batch = local.sample(prompts, [0] * 4, SamplingParams(temperature=0, max_tokens=40))
+    for prompt, decoded in zip(prompts, batch, strict=True):
+        expected = local.model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
+        assert decoded.ids == expected[0, len(prompt) :].tolist()
+        assert decoded.finish_reason == ("stop" if decoded.ids[-1] in local.eos_ids else "length")
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_its_batch(local):
+    prompts = [local.prompt_ids(text) for text in PROMPTS for _ in range(5)]
+    seeds = list(range(20))
+    params = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=30, logprobs=True)
+    batch = local.sample(prompts, seeds, params)
+    assert {decoded.finish_reason for decoded in batch} == {"stop", "length"}
+    assert len({tuple(decoded.ids) for decoded in batch}) > 15
+    for index in (0, 7, 13, 19):
+        (alone,) = local.sample([prompts[index]], [seeds[index]], params)
+        assert alone.ids == batch[index].ids
+        np.testing.assert_allclose(alone.logprobs, batch[index].logprobs, atol=1e-4)
+
+
+def test_sampling_logprobs_are_those_of_teacher_forcing_in_fp64(local):
+    prompts = [local.prompt_ids(text) for text in PROMPTS * 3]
+    batch = local.sample(prompts, list(range(12)), SamplingParams(temperature=0.7, max_tokens=25, logprobs=True))
+    pairs = [(prompt, decoded.ids) for prompt, decoded in zip(prompts, batch, strict=True)]
+    forced = local.response_logprobs([*pairs, (prompts[0], [])])
+    assert forced.pop() == []
+    twin = local.model.double()
+    try:
+        for (prompt, response), decoded, values in zip(pairs, batch, forced, strict=True):
+            logits = twin(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)].tolist()
+            np.testing.assert_allclose(values, expected, atol=2e-5)
+            np.testing.assert_allclose(decoded.logprobs, expected, atol=2e-5)
+    finally:
+        local.model.float()
+
+
+def test_long_and_short_answers_are_cut_into_batches_within_limits(local, monkeypatch):
+    monkeypatch.setattr("megatron_gft.decoding.MAX_BATCH_TOKENS", 60)
+    rng = np.random.default_rng(0)
+    pairs = [(rng.integers(3, 90, rng.integers(1, 30)).tolist(), rng.integers(3, 90, n).tolist()) for n in range(1, 25)]
+    seen = []
+    values = local.response_logprobs(pairs, seen.append)
+    assert sum(seen) == 24 and len(seen) > 4 and [len(v) for v in values] == list(range(1, 25))
+    (alone,) = local.response_logprobs([pairs[10]])
+    np.testing.assert_allclose(alone, values[10], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(0.5), SamplingParams(1.3, 0.8), SamplingParams(1.0, 1.0, 3)]
+)
+def test_tokens_are_picked_with_their_probability(params):
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(1)) * 2
+    count = 40_000
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    picked = pick_tokens(logits.expand(count, -1), uniforms, params)
+    share = torch.bincount(picked, minlength=12) / count
+    expected = (logits[0].double() / params.temperature).softmax(-1)
+    order = expected.argsort(descending=True)
+    keep = torch.ones(12, dtype=torch.bool)
+    if params.top_p < 1:
+        reached = expected[order].cumsum(0) - expected[order] >= params.top_p
+        keep[order[reached]] = False
+    if params.top_k:
+        keep[order[params.top_k :]] = False
+    expected = torch.where(keep, expected, 0) / expected[keep].sum()
+    torch.testing.assert_close(share.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_uniforms_at_the_edges_pick_tokens_that_can_be_picked():
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert pick_tokens(logits, edges, SamplingParams()).tolist() == [1, 2]
+    assert pick_tokens(logits, edges, SamplingParams(top_p=0.5)).tolist() == [1, 1]
+
+
+def test_token_logprobs():
+    logits = torch.randn(5, 7)
+    tokens = torch.arange(5)
+    torch.testing.assert_close(token_logprobs(logits, tokens), logits.log_softmax(-1)[tokens, tokens])
+
+
+def requests_for(texts, k=4):
+    return [
+        SampleRequest(f"{i}/{j}", text, sample_seed(0, text, "self", j))
+        for i, text in enumerate(texts)
+        for j in range(k)
+    ]
+
+
+def test_the_backend_gives_every_request_its_sample_with_ids_that_spell_the_text(local):
+    backend = TransformersBackend(local, batch_size=6)
+    params = SamplingParams(max_tokens=30, logprobs=True)
+    samples = {s.key: s for s in backend.generate(requests_for(PROMPTS), params, lambda key: False)}
+    assert samples.keys() == {r.key for r in requests_for(PROMPTS)}
+    for request in requests_for(PROMPTS):
+        sample = samples[request.key]
+        assert (sample.finish_reason == "stop") == (sample.token_ids[-1] == local.tokenizer.eos_id)
+        assert len(sample.logprobs) == len(sample.token_ids) <= 30
+        assert local.response_text(local.prompt_ids(request.prompt), sample.token_ids) == sample.text
+        assert "<|im_end|>" not in sample.text
+
+
+def test_a_continued_run_samples_what_an_undisturbed_one_would_have(local):
+    backend = TransformersBackend(local, batch_size=5)
+    params = SamplingParams(max_tokens=12, logprobs=True)
+    whole = {s.key: s for s in backend.generate(requests_for(PROMPTS), params, lambda key: False)}
+    done = {"0/1", "1/0", "1/1", "1/2", "1/3", "3/2"}
+    rest = {s.key: s for s in backend.generate(requests_for(PROMPTS), params, done.__contains__)}
+    assert rest.keys() == whole.keys() - done
+    assert all(rest[key] == whole[key] for key in rest)  # bit for bit, log-probs too
+
+
+def test_stop_texts_end_a_response_and_leave_no_ids_that_spell_more(local):
+    free = next(
+        iter(
+            TransformersBackend(local).generate(
+                requests_for(PROMPTS[:1], 1), SamplingParams(max_tokens=30), lambda key: False
+            )
+        )
+    )
+    stop = free.text[6:9]
+    params = SamplingParams(max_tokens=30, stop=("never said \u2603", stop))
+    (cut,) = TransformersBackend(local).generate(requests_for(PROMPTS[:1], 1), params, lambda key: False)
+    assert cut.text == free.text[: free.text.find(stop)]
+    assert (cut.finish_reason, cut.token_ids, cut.logprobs) == ("stop", None, None)
+
+
+def test_prompts_that_do_not_fit_are_failures_not_crashes(local):
+    backend = TransformersBackend(local)
+    requests = [SampleRequest("long", "word " * 600, 1), SampleRequest("fits", "word", 1)]
+    outcomes = {o.key: o for o in backend.generate(requests, SamplingParams(max_tokens=5), lambda key: False)}
+    assert isinstance(outcomes["long"], SampleFailure) and "leaves no room" in outcomes["long"].reason
+    assert len(outcomes["fits"].token_ids) <= 5
+
+
+def test_what_is_no_model_is_refused(tmp_path, folder):
+    with pytest.raises(InputError, match="no such tokenizer|tokenizer"):
+        LocalModel(tmp_path / "none")
+    other = language_model_folder(tmp_path / "other", seed=1)
+    assert model_fingerprint(other) != model_fingerprint(folder)
+    (other / "config.json").unlink()
+    with pytest.raises(InputError, match="no config.json|tokenizer"):
+        LocalModel(other)
