@@ -90,9 +90,7 @@ class GFTOutputLayer(ColumnParallelLinear):
         (``allreduce_dgrad``, as Megatron decided in the constructor), on N rows instead of s.
         """
         if self.sequence_parallel:
-            input_ = gather_from_sequence_parallel_region(
-                input_, tensor_parallel_output_grad=True, group=self.tp_group
-            )
+            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         return _SelectRows.apply(input_[:, 0], loss_rows)
 
     def _fused_loss(

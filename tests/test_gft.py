@@ -187,9 +187,7 @@ def test_whole_loss_and_gradient_equal_the_paper(objective, dtype, tolerance, no
     logits = (2 * torch.randn(len(response), vocab, dtype=torch.float64)).to(dtype).requires_grad_()
     labels = torch.randint(0, vocab, (len(response),))
 
-    weights, d = gft.response_weights(
-        gft.group_advantages(rewards, ids, mode=mode), lengths, ids, normalize=normalize
-    )
+    weights, d = gft.response_weights(gft.group_advantages(rewards, ids, mode=mode), lengths, ids, normalize=normalize)
     logprobs = torch.log_softmax(logits, dim=1)[torch.arange(len(labels)), labels]
     loss = gft.token_losses(logprobs, weights[response], objective=objective, tau=tau).sum() / d
     loss.backward()

@@ -34,9 +34,7 @@ class Problem:
 
     def rows(self, kept: torch.Tensor) -> "Problem":
         """The rows where ``kept`` [T] is true."""
-        return replace(
-            self, hidden=self.hidden[kept], labels=self.labels[kept], token_weights=self.token_weights[kept]
-        )
+        return replace(self, hidden=self.hidden[kept], labels=self.labels[kept], token_weights=self.token_weights[kept])
 
     def on(self, device: str) -> "Problem":
         tensors = {name: value.to(device) for name, value in vars(self).items() if name != "vocab"}
@@ -327,9 +325,9 @@ def test_gradient_is_made_only_for_what_needs_it(frozen):
     free = ({"hidden", "weight"} - {frozen}).pop()
     inputs[free] = inputs[free].clone().requires_grad_()
     with CountMatmuls() as count:
-        linear_gft_loss(
-            **inputs, labels=problem.labels, token_weights=problem.token_weights, tau=TAU, vocab_size=101
-        )[0].backward()
+        linear_gft_loss(**inputs, labels=problem.labels, token_weights=problem.token_weights, tau=TAU, vocab_size=101)[
+            0
+        ].backward()
     assert len(count.products) == 2
     assert error(inputs[free].grad, dense(problem)[free]) <= 1e-12
 
