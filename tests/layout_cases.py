@@ -117,7 +117,7 @@ class Case:
     world_size: int = 1
     overrides: tuple[str, ...] = ()
     model: str = "tied"
-    steps: int = STEPS
+    steps: tuple[int, ...] = tuple(range(STEPS))
     groups: TinyGroups = field(default_factory=TinyGroups)
     sabotage: Callable[[Trainer], None] | None = None
 
@@ -179,7 +179,7 @@ class RecordingRunner(StepRunner):
         self.gradients: dict[str, dict[str, np.ndarray]] = {}
 
     def forward_backward(self, packs, denominator, *, forward_only=False):
-        if not self.gradients:
+        if packs and not self.gradients:
             self.gradients["unfused"] = {}
             self._set_head(fused=False)
             super().forward_backward(packs, denominator)
@@ -189,7 +189,7 @@ class RecordingRunner(StepRunner):
             self._set_head(fused=self.trainer.config.objective.fused_head)
         self.tokens = []
         report = super().forward_backward(packs, denominator, forward_only=forward_only)
-        if "fused" not in self.gradients and self.trainer.config.objective.fused_head:
+        if packs and "fused" not in self.gradients and self.trainer.config.objective.fused_head:
             self.gradients["fused"] = hf_gradients(self.trainer)
         return report
 
@@ -244,7 +244,7 @@ def _train(folder: Path, output: Path, case: Case) -> Run:
     if case.sabotage is not None:
         case.sabotage(trainer)
     run = Run([], [], [], [], [], [], [], runner.gradients)
-    for step in range(case.steps):
+    for step in case.steps:
         batch = trainer.source.batch(step)
         outcome = trainer.step(batch, trainer.source.packs(batch), 0.0)
         run.losses.append(outcome.report.loss)

@@ -51,8 +51,10 @@ def weighted_responses(groups: list[dict], objective) -> tuple[list[tuple[dict, 
     names = ("expert", "teacher", "self")
     for group in groups:
         chosen = [k for k, source in enumerate(group["sources"]) if names[source] in objective.sources]
+        if not chosen:
+            continue
         values = advantages([group["rewards"][k] for k in chosen], objective.advantage, objective.advantage_eps)
-        if not chosen or (objective.zero_variance == "skip" and not any(values)):
+        if objective.zero_variance == "skip" and not any(values):
             continue
         counted_groups += 1
         for k, value in zip(chosen, values, strict=True):

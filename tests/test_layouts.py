@@ -267,6 +267,6 @@ def test_batched_transfers_break_the_interleaved_schedule(root, reference):
 
 
 def test_the_fused_head_refuses_a_loss_that_is_divided_before_backward(root):
-    case = Case(overrides=(SMALL,), sabotage=mean_over_each_pack, steps=1)
+    case = Case(overrides=(SMALL,), sabotage=mean_over_each_pack, steps=(0,))
     with pytest.raises(RuntimeError, match="upstream gradient is not loss_scale"):
         run_case(root, case)
