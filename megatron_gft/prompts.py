@@ -22,6 +22,7 @@ from megatron_gft.problems import ProblemLog, raise_errors
 from megatron_gft.sampling import Prompt
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
+_SPLITS = ("train", "test", "valid", "dev")  # names of data files in a dataset folder begin with their split
 _ROWS_PER_CHUNK = 512
 
 
@@ -91,11 +92,12 @@ def prompt_files(path: str | Path, split: str = "train") -> list[str]:
     if (folder / "state.json").is_file():
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return [str(folder / part["filename"]) for part in state["_data_files"]]
-    for pattern in (f"{split}*", f"data/{split}*", "*", "data/*"):
-        for suffix in (".parquet", ".jsonl", ".arrow"):
-            found = sorted(glob.glob(str(folder / (pattern + suffix))))
-            if found:
-                return found
+    for suffix in (".parquet", ".jsonl", ".arrow"):
+        files = sorted(glob.glob(str(folder / f"*{suffix}")) + glob.glob(str(folder / "data" / f"*{suffix}")))
+        of_splits = [file for file in files if Path(file).name.startswith(_SPLITS)]
+        found = [file for file in of_splits if Path(file).name.startswith(split)] if of_splits else files
+        if found:
+            return found
     raise InputError(f"{path}: no parquet, jsonl or arrow files of the split {split!r} in this folder -> set --split")
 
 
