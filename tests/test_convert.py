@@ -549,6 +549,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     folder = write_synthetic_model(tmp_path / "hf", total_bytes=450 * 10**6)
     largest = max(info.num_bytes for info in safetensors_io.SafetensorsFolder(folder).tensors.values())
     assert sum(file.stat().st_size for file in shards(folder)) > 4e8 and largest < 3e7
-    bound = 3 * largest + 200 * 2**20  # the goal allows 1 GiB
+    bound = 3 * largest + 256 * 2**20  # the goal allows 1 GiB
     assert peak_memory("hf_to_megatron", folder, tmp_path / "ckpt") < bound
     assert peak_memory("megatron_to_hf", tmp_path / "ckpt", tmp_path / "back") < bound
