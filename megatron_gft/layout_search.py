@@ -64,7 +64,9 @@ def _candidates(config: Config, shape: ModelShape, world_size: int) -> Iterator[
     tps = [n for n in sizes if n <= MAX_TENSOR_PARALLEL]
     pps = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0 and world_size % n == 0]
     eps = [n for n in sizes if shape.num_moe_experts and shape.num_moe_experts % n == 0] or [1]
-    packs = [n for n in (d.max_tokens_per_pack >> i for i in range(3)) if n == d.max_tokens_per_pack or n >= SMALLEST_PACK]
+    packs = [
+        n for n in (d.max_tokens_per_pack >> i for i in range(3)) if n == d.max_tokens_per_pack or n >= SMALLEST_PACK
+    ]
     for tp, pp, ep, pack, recompute in itertools.product(tps, pps, eps, packs, {m.recompute, "full"}):
         keeps_vpp = p.vpp is not None and pp > 1 and shape.num_layers % (pp * p.vpp) == 0
         candidate = config.model_copy(
@@ -95,7 +97,7 @@ def _candidates(config: Config, shape: ModelShape, world_size: int) -> Iterator[
 def _approximate_peak(config: Config, shape: ModelShape, world_size: int) -> float:
     """Bytes of the first or last stage from parameter counts alone, some percent off."""
     p = config.parallel
-    expert = 0
+    expert = 0.0
     if shape.num_moe_experts:
         per_layer = 3 * shape.hidden_size * (shape.moe_ffn_hidden_size or 0) * shape.num_moe_experts
         expert = shape.num_layers * per_layer

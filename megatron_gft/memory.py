@@ -115,9 +115,7 @@ def simulated_rank(config: Config, rank: int, world_size: int) -> Iterator[Paral
     p = config.parallel
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        yield initialize_parallel(
-            tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp, create_gloo_groups=False
-        )
+        yield initialize_parallel(tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp, create_gloo_groups=False)
     finally:
         destroy_parallel()
 

@@ -14,8 +14,8 @@ def format_plan(plan: Plan) -> str:
         layout += f", ep {p.ep}, etp {p.etp or p.tp}"
     device = plan.device
     lines = [
-        f"{plan.shape.architecture}, {parameter_count(plan.shape) / 1e9:.2f} billion parameters, on {plan.world_size} x "
-        f"{device.name}: {layout}, recompute {plan.config.model.recompute}, "
+        f"{plan.shape.architecture}, {parameter_count(plan.shape) / 1e9:.2f} billion parameters, on "
+        f"{plan.world_size} x {device.name}: {layout}, recompute {plan.config.model.recompute}, "
         f"packs of {plan.config.data.max_tokens_per_pack} tokens",
         "",
         "memory per rank in GiB (weights, gradients and optimizer exact, the rest estimated)",
@@ -32,15 +32,15 @@ def format_plan(plan: Plan) -> str:
 
 
 def _memory_table(plan: Plan) -> list[str]:
-    heading = ("stage", "parameters", "weights", "gradients", "optimizer", "activations", "working", "fp8", "total")
+    heading = ["stage", "parameters", "weights", "gradients", "optimizer", "activations", "working", "fp8", "total"]
     rows = [heading]
     for stage in plan.stages:
         exact, estimate = stage.exact, stage.estimate
-        parts = (exact.weights, exact.gradients, exact.optimizer, estimate.saved, estimate.working)
-        parts += (estimate.fp8_copies, stage.total)
-        row = (str(stage.stage), f"{exact.parameters:,}", *(f"{part / GIB:.2f}" for part in parts))
+        parts = [exact.weights, exact.gradients, exact.optimizer, estimate.saved, estimate.working]
+        parts += [estimate.fp8_copies, stage.total]
+        row = [str(stage.stage), f"{exact.parameters:,}", *(f"{part / GIB:.2f}" for part in parts)]
         if len(rows) > 1 and rows[-1][1:] == row[1:]:
-            rows[-1] = (f"{rows[-1][0].split('-')[0]}-{stage.stage}", *row[1:])
+            rows[-1] = [f"{rows[-1][0].split('-')[0]}-{stage.stage}", *row[1:]]
         else:
             rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(heading))]
@@ -55,15 +55,15 @@ def _steps(plan: Plan) -> list[str]:
     hidden = "hidden behind the backward pass" if not time.gradient_sync_seconds else "not overlapped"
     return [
         f"steps ({origin}; {steps.sampled_steps} of {steps.steps_per_epoch} planned)",
-        f"  {steps.groups:,} groups, {steps.steps_per_epoch:,} steps per epoch, {steps.packs_per_rank:.1f} packs per rank "
-        f"and step",
-        f"  {steps.tokens:,.0f} tokens per step ({steps.loss_tokens:,.0f} with loss, {steps.padding_share:.1%} padding), "
-        f"{steps.flops / 1e15:,.2f} PFLOP",
+        f"  {steps.groups:,} groups, {steps.steps_per_epoch:,} steps per epoch, {steps.packs_per_rank:.1f} packs per "
+        "rank and step",
+        f"  {steps.tokens:,.0f} tokens per step ({steps.loss_tokens:,.0f} with loss, {steps.padding_share:.1%} "
+        f"padding), {steps.flops / 1e15:,.2f} PFLOP",
         f"  fill {steps.fill:.1%}, balance {steps.balance:.1%}, {steps.dead_groups:.1f} groups per step without signal",
         "time (estimate)",
         f"  {time.seconds:.2f} s per step = {time.compute_seconds:.2f} s at {time.efficiency:.0%} of "
-        f"{plan.device.peak_tflops:g} TFLOP/s + bubble {time.bubble:.1%} + {time.gradient_sync_seconds:.2f} s gradients "
-        f"({hidden})",
+        f"{plan.device.peak_tflops:g} TFLOP/s + bubble {time.bubble:.1%} + {time.gradient_sync_seconds:.2f} s "
+        f"gradients ({hidden})",
         f"  MFU {time.mfu:.1%}, {time.tokens_per_second_per_device:,.0f} tokens/s per device, "
         f"{time.epoch_hours:.2f} h per epoch",
         "",

@@ -38,8 +38,8 @@ NVLINK_BANDWIDTH, NETWORK_BANDWIDTH = 300e9, 40e9
 GPUS_PER_NODE = 8
 # Full recomputation runs the forward pass twice: 4 instead of 3 units of work.
 RECOMPUTE_FACTOR = 4 / 3
-# Steps that are planned to describe an epoch.
-SAMPLED_STEPS = 4
+# Steps that are planned to describe an epoch; fewer where that would take long.
+SAMPLED_STEPS, SAMPLED_GROUPS = 4, 4096
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def describe_steps(
         InputErrors: responses that do not fit, with ``data.overlong=error``.
     """
     source = StepSource(groups, config, shape, parallel)
-    count = min(SAMPLED_STEPS, source.steps_per_epoch)
+    count = max(1, min(SAMPLED_STEPS, SAMPLED_GROUPS // config.data.groups_per_step, source.steps_per_epoch))
     batches = [source.batch(i * source.steps_per_epoch // count) for i in range(count)]
     live = [batch for batch in batches if batch.plan is not None]
     if not live:

@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python tools/plan.py --config examples/llama3.1-70b/gpus-64.yaml --world-size 64 parallel.tp=8",
+        epilog="example: python tools/plan.py --config examples/llama3.1-70b/gpus-64.yaml --world-size 64",
     )
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML; later files win")
     parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes of the job")
@@ -34,7 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     device.add_argument("--gpu-memory-gib", type=float, default=79.1, help="usable memory (default: H100 80 GB, 79.1)")
     device.add_argument("--reserve-gib", type=float, default=5.0, help="CUDA context, NCCL, fragmentation (default 5)")
     device.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak (default: H100, 989)")
-    device.add_argument("--efficiency", type=float, help="share of it reached while computing (default: published runs)")
+    device.add_argument(
+        "--efficiency", type=float, help="share of it reached while computing (default: published runs)"
+    )
     assumed = parser.add_argument_group("assumed groups, used where data.train is empty")
     assumed.add_argument("--groups", type=int, default=10_000)
     assumed.add_argument("--responses", type=int, default=8, help="of a group; the first is the expert's")
