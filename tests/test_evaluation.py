@@ -1,0 +1,156 @@
+"""Evaluation: statistics against enumeration and known values, the whole on a tiny model."""
+
+import itertools
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+from tiny_language_model import language_model_folder
+
+from megatron_gft.decoding import LocalModel
+from megatron_gft.errors import InputError
+from megatron_gft.evaluation import (
+    EvaluationOptions,
+    evaluate,
+    mean_interval,
+    pass_at_k,
+    pass_at_k_summary,
+    ratio_interval,
+    reference_texts,
+    result_table,
+    wilson_interval,
+)
+from megatron_gft.prompts import PromptColumns, iter_prompts
+from megatron_gft.sampling import SamplingParams
+from megatron_gft.scoring import ScoringOptions
+from megatron_gft.verifiers import Verdict
+from tools import evaluate as tool
+
+SCORING = ScoringOptions(verifier="letters_rewards:judge")
+
+
+def test_wilson_interval_of_known_cases():
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson_interval(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    low, high = wilson_interval(29, 29)
+    assert high == 1.0 and low == pytest.approx(1 - wilson_interval(0, 29)[1])
+
+
+@pytest.mark.parametrize("samples, correct, k", [(5, 2, 1), (5, 2, 3), (6, 0, 4), (6, 6, 2), (7, 3, 7), (4, 1, 4)])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(samples, correct, k):
+    outcomes = [True] * correct + [False] * (samples - correct)
+    draws = list(itertools.combinations(outcomes, k))
+    assert pass_at_k(samples, correct, k) == pytest.approx(sum(any(draw) for draw in draws) / len(draws))
+
+
+def test_pass_at_k_over_problems():
+    summary = pass_at_k_summary(4, [4, 0, 2, 1], 2)
+    values = [1.0, 0.0, 5 / 6, 1 / 2]
+    assert summary["value"] == pytest.approx(statistics.mean(values))
+    half = 1.959964 * statistics.stdev(values) / 2
+    assert summary["interval"] == pytest.approx((summary["value"] - half, 1.0), abs=1e-6)
+    assert pass_at_k_summary(4, [3], 1)["interval"] is None
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        lengths = rng.integers(1, 40, 60)
+        sums = [-rng.gamma(2.0, 0.5, n).sum() for n in lengths]  # mean per token: -1
+        _, (low, high) = ratio_interval(sums, lengths.tolist())
+        covered += low <= -1.0 <= high
+    assert 0.92 <= covered / 1000 <= 0.97
+    assert mean_interval([1.0, 2.0, 3.0])[0] == 2.0 and mean_interval([2.0])[1] is None
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return LocalModel(language_model_folder(tmp_path_factory.mktemp("model")), device="cpu")
+
+
+@pytest.fixture
+def problems(tmp_path, monkeypatch):
+    """Five problems; the verifier finds a response right when the gold letter is in it."""
+    (tmp_path / "letters_rewards.py").write_text("def judge(case):\n    return case.answer in case.response\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = [
+        {"question": f"What is {i}?", "answer": letter, "solution": f"It is {letter * i}."}
+        for i, letter in enumerate("eaist")
+    ]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_whole_on_a_tiny_model(model, problems):
+    options = EvaluationOptions(samples=6, pass_at=(1, 3, 6), max_tokens=12, batch_size=4, scoring=SCORING)
+    result = evaluate(model, [problems], options, progress=False)
+    assert json.loads(json.dumps(result)) and result["num_problems"] == 5
+    rows = list(iter_prompts(problems, PromptColumns()))
+    greedy = result["greedy"]
+    assert greedy["num_responses"] == 5 and greedy["accuracy"] == greedy["correct"] / 5
+    prompt = model.prompt_ids(rows[0].prompt)
+    (decoded,) = model.sample([prompt], [0], SamplingParams(0.0, max_tokens=12))
+    assert greedy["examples"][0]["text"] == model.response_text(prompt, decoded.ids)
+    values = [result["pass_at_k"][k]["value"] for k in ("1", "3", "6")]
+    assert values == sorted(values) and values[0] == pytest.approx(result["sampled"]["outcomes"].get("correct", 0) / 30)
+    reference = result["reference"]
+    pairs = [
+        (model.prompt_ids(row.prompt), [*model.tokenizer.encode_response(text), model.tokenizer.eos_id])
+        for row in rows
+        for text in reference_texts(row, None)
+    ]
+    sums = [math.fsum(model.response_logprobs([pair])[0]) for pair in pairs]
+    assert reference["logprob_per_answer"] == pytest.approx(statistics.mean(sums), rel=1e-5)
+    assert reference["logprob_per_token"] == pytest.approx(sum(sums) / sum(len(ids) for _, ids in pairs), rel=1e-5)
+    table = result_table(result)
+    assert "greedy accuracy" in table and "pass@3" in table and "reference log-prob/token" in table
+    assert evaluate(model, [problems], options, progress=False) == result  # seeded
+
+
+def test_verdicts_are_counted_by_outcome(model, problems, monkeypatch):
+    said = itertools.cycle([Verdict("correct", 1.0), Verdict("timeout", 0.0), Verdict("wrong", 0.0)])
+
+    class Pool:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def judge(self, cases):
+            return (next(said) for _ in cases)
+
+    monkeypatch.setattr(ScoringOptions, "pool", lambda self: Pool())
+    options = EvaluationOptions(max_tokens=3, reference_logprobs=False, scoring=SCORING)
+    greedy = evaluate(model, [problems], options, progress=False)["greedy"]
+    assert greedy["outcomes"] == {"correct": 2, "timeout": 2, "wrong": 1} and greedy["accuracy"] == 0.4
+
+
+def test_what_cannot_be_measured_is_said_before_the_model_works(problems, tmp_path):
+    for changes, message in (
+        ({"samples": 2, "pass_at": (3,)}, r"pass@\[3\] with 2 samples"),
+        ({"samples": 2, "temperature": 0.0}, "samples at temperature 0"),
+        ({"greedy": False, "reference_logprobs": False}, "nothing to measure"),
+    ):
+        with pytest.raises(InputError, match=message):
+            EvaluationOptions(**changes)
+    (tmp_path / "open.jsonl").write_text('{"prompt": "why?"}\n')
+    with pytest.raises(InputError, match=r"open.jsonl:1"):
+        evaluate("no such model", [tmp_path / "open.jsonl"], progress=False)
+
+
+def test_the_tool(model, problems, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    arguments = ["--model", model.path, "--problems", str(problems), "--quiet", "--max-tokens", "5", "--device", "cpu"]
+    arguments += ["--verifier", "letters_rewards:judge", "--workers", "1"]
+    assert tool.main([*arguments, "--output", str(output)]) == 0
+    assert "greedy accuracy" in capsys.readouterr().out
+    assert json.loads(output.read_text())["greedy"]["num_responses"] == 5
+    assert tool.main([*arguments, "--option", "x"]) == 2
+    assert tool.main([*arguments[2:], "--model", str(tmp_path / "none")]) == 2
+    assert "none" in capsys.readouterr().err
