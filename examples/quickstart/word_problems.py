@@ -1,0 +1,191 @@
+"""Arithmetic word problems with checkable answers: one or two steps, a worked solution ending in ``#### n``.
+
+    python examples/quickstart/word_problems.py --output problems --train 40 --held-out 100 --seed 1
+
+writes ``problems/train.jsonl`` and ``problems/held_out.jsonl`` with ``question`` and ``answer`` on each line, the form
+of GSM8K. No held-out problem shares template and numbers with a training problem, so that changing a name does not
+make a training problem a held-out one. The same seed gives the same files everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import operator
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_gft.atomic import atomic_directory
+from megatron_gft.errors import InputError, command
+
+NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas", "Lena", "Max")
+THINGS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps", "stickers", "stones")
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
+}
+
+Step = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A kind of problem. ``ranges`` are inclusive; a step names its numbers, or ``r`` for the last result."""
+
+    name: str
+    question: str
+    ranges: dict[str, tuple[int, int]]
+    steps: tuple[Step, ...]
+
+
+TEMPLATES = (
+    Template(
+        "find",
+        "{A} has {a} {things} and finds {b} more. How many {things} does {A} have now?",
+        {"a": (2, 12), "b": (2, 9)},
+        (("a", "+", "b"),),
+    ),
+    Template(
+        "lose",
+        "{A} has {a} {things} and loses {b} of them. How many {things} are left?",
+        {"a": (4, 15), "b": (2, 9)},
+        (("a", "-", "b"),),
+    ),
+    Template(
+        "each",
+        "{A} buys {a} {things} for {b} dollars each. How many dollars does {A} pay?",
+        {"a": (2, 9), "b": (2, 9)},
+        (("a", "*", "b"),),
+    ),
+    Template(
+        "together",
+        "{A} has {a} {things} and {B} has {b} {things}. How many {things} do they have together?",
+        {"a": (2, 12), "b": (2, 12)},
+        (("a", "+", "b"),),
+    ),
+    Template(
+        "share",
+        "{A} shares {a} {things} equally among {b} children. How many {things} does each child get?",
+        {"a": (4, 40), "b": (2, 8)},
+        (("a", "/", "b"),),
+    ),
+    Template(
+        "older",
+        "{A} is {a} years old. {B} is {b} years older. How old is {B}?",
+        {"a": (3, 12), "b": (2, 9)},
+        (("a", "+", "b"),),
+    ),
+    Template(
+        "bags",
+        "{A} has {a} bags with {b} {things} in each bag. How many {things} does {A} have?",
+        {"a": (2, 9), "b": (2, 9)},
+        (("a", "*", "b"),),
+    ),
+    Template(
+        "more than",
+        "{A} has {a} {things} and {B} has {b} {things}. How many more {things} does {A} have than {B}?",
+        {"a": (5, 16), "b": (2, 9)},
+        (("a", "-", "b"),),
+    ),
+    Template(
+        "give away",
+        "{A} has {a} {things} and finds {b} more. Then {A} gives {c} {things} to {B}. How many {things} does {A} have?",
+        {"a": (2, 9), "b": (2, 9), "c": (2, 9)},
+        (("a", "+", "b"), ("r", "-", "c")),
+    ),
+    Template(
+        "bus",
+        "There are {a} people on a bus. At a stop {b} people get off and {c} people get on. "
+        "How many people are on the bus now?",
+        {"a": (5, 15), "b": (2, 9), "c": (2, 9)},
+        (("a", "-", "b"), ("r", "+", "c")),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """One problem; ``key`` is its template and numbers, the identity used to keep the held-out set apart."""
+
+    key: tuple[str, tuple[int, ...]]
+    question: str
+    solution: str
+
+
+def solve(template: Template, numbers: dict[str, int]) -> list[tuple[str, int]] | None:
+    """Each step as ("7 + 5 = 12", 12); None when a result is not a positive whole number below 100."""
+    known, lines = dict(numbers), []
+    for left, sign, right in template.steps:
+        x, y = known[left], known[right]
+        result = OPERATIONS[sign](x, y)
+        if not 0 < result < 100 or (sign == "/" and result * y != x):
+            return None
+        lines.append((f"{x} {sign} {y} = {result}", result))
+        known["r"] = result
+    return lines
+
+
+def generate(seed: int) -> Iterator[WordProblem]:
+    """An endless stream of problems; templates take turns, no two problems share template and numbers."""
+    rng = random.Random(seed)
+    seen = set()
+    while True:
+        for template in TEMPLATES:
+            problem = _draw(template, rng)
+            if problem.key not in seen:
+                seen.add(problem.key)
+                yield problem
+
+
+def _draw(template: Template, rng: random.Random) -> WordProblem:
+    lines = None
+    while lines is None:
+        numbers = {name: rng.randint(*limits) for name, limits in template.ranges.items()}
+        lines = solve(template, numbers)
+    first, second = rng.sample(NAMES, 2)
+    question = template.question.format(A=first, B=second, things=rng.choice(THINGS), **numbers)
+    work = f"{lines[0][0]}." if len(lines) == 1 else f"First, {lines[0][0]}. Then {lines[1][0]}."
+    solution = f"{work}\n#### {lines[-1][1]}"
+    return WordProblem((template.name, tuple(numbers.values())), question, solution)
+
+
+def problem_sets(train: int, held_out: int, seed: int) -> tuple[list[WordProblem], list[WordProblem]]:
+    """``train`` and ``held_out`` problems, disjoint. The held-out set does not depend on the size of the other.
+
+    Raises:
+        InputError: more problems than the templates give without repetition in reasonable time.
+    """
+    if min(train, held_out) < 1 or train + held_out > 2000:
+        raise InputError(f"--train {train} --held-out {held_out}: each must be at least 1, together at most 2000")
+    stream = generate(seed)
+    held = [next(stream) for _ in range(held_out)]
+    return [next(stream) for _ in range(train)], held
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--train", type=int, default=40, help="training problems (default %(default)s)")
+    parser.add_argument("--held-out", type=int, default=100, help="held-out problems (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
+    options = parser.parse_args(argv)
+    sets = problem_sets(options.train, options.held_out, options.seed)
+    with atomic_directory(options.output) as folder:
+        for name, problems in zip(("train", "held_out"), sets, strict=True):
+            write_rows(folder / f"{name}.jsonl", [{"question": p.question, "answer": p.solution} for p in problems])
+    print(f"{options.output}: {options.train} training and {options.held_out} held-out problems")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
