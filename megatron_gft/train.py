@@ -8,12 +8,17 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from megatron_gft.config import Config, load_config
-from megatron_gft.errors import command
+from megatron_gft.errors import InputError, command
 from megatron_gft.hf_config import ModelShape, read_model_shape
 from megatron_gft.validation import check
+
+# The same bad input stops every rank. Ranks other than a machine's first wait so long with their message, by when
+# torchrun has ended them because of the first one's exit code; what only they saw is still said.
+QUIET_SECONDS = 3.0
 
 
 def read_command_line(argv: Sequence[str] | None = None) -> Config:
@@ -47,10 +52,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; the exit code is 0, 2 for bad input, or that of the stop that was asked for."""
-    config, shape = parse(argv)
-    from megatron_gft.trainer import train  # torch and Megatron: seconds, and only for a sound configuration
+    try:
+        config, shape = parse(argv)
+        from megatron_gft.trainer import train  # torch and Megatron: seconds, and only for a sound configuration
 
-    return train(config, shape)
+        return train(config, shape)
+    except InputError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            raise
+        time.sleep(QUIET_SECONDS)
+        raise InputError(f"rank {os.environ['RANK']}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -397,6 +397,7 @@ def _reporter(config: Config, run_folder: Path, state: RunState, total_steps: in
 
 def train(config: Config, shape: ModelShape) -> int:
     """Run the whole job on this process; returns its exit code."""
+    data = None if config.data.cache else open_groups(config, shape)  # Megatron's cache needs the process group
     device = start_process_group(config.parallel.collective_timeout_minutes)
     set_up_logging(dist.get_rank())
     p = config.parallel
@@ -405,7 +406,7 @@ def train(config: Config, shape: ModelShape) -> int:
     )
     if parallel.rank == 0:
         config.write(Path(config.train.output) / "config.yaml")
-    train_groups, valid_groups = open_groups(config, shape)
+    train_groups, valid_groups = data or open_groups(config, shape)
     for split in filter(None, (train_groups, valid_groups)):
         if any(asdict(split.limited).values()):
             logger.info("%s data: %s (data.overlong=%s)", split.name, split.limited, config.data.overlong)

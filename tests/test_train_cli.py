@@ -1,0 +1,186 @@
+"""``python -m megatron_gft.train`` as a user types it: real processes, real shards, one clear error for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from tiny_models import write_tiny_model, write_tiny_tokenizer
+
+from megatron_gft.shards import GroupShardWriter, TokenizerStamp
+from megatron_gft.tokenizer import load_tokenizer
+
+VOCAB = 503
+
+
+def write_shard(prefix: Path, folder: Path, groups: int = 12, scored: bool = True) -> Path:
+    """A shard of random groups, one expert and some self-sampled responses each."""
+    rng = np.random.default_rng(groups)
+    tokenizer = load_tokenizer(folder)
+    stamp = TokenizerStamp(
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        bos_id=tokenizer.bos_id,
+        chat_template=tokenizer.chat_template_fingerprint,
+    )
+    with GroupShardWriter(prefix, stamp) as writer:
+        for index in range(groups):
+            size = int(rng.integers(2, 5))
+            writer.add_group(
+                prompt=rng.integers(0, 250, rng.integers(3, 20)).tolist(),
+                responses=[rng.integers(0, 250, rng.integers(1, 30)).tolist() for _ in range(size)],
+                sources=["expert"] + ["self"] * (size - 1),
+                rewards=[float(k % 2) if scored else None for k in range(size)],
+                group_id=f"group-{index}",
+            )
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    model = write_tiny_model(folder / "model", "llama_tied_linear", num_hidden_layers=2)
+    write_shard(folder / "train", model)
+    config = {
+        "model": {"config": str(model), "precision": "fp32"},
+        "data": {
+            "train": [str(folder / "train")],
+            "groups_per_step": 4,
+            "max_tokens_per_pack": 128,
+            "split": "80,20,0",
+        },
+        "optimizer": {"lr": 1e-3},
+        "objective": {"coefficient": "none"},
+        "checkpoint": {"init_from": f"hf:{model}"},
+        "train": {"validate_every": 2},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def command(workspace: Path, *arguments: str, processes: int = 0) -> subprocess.CompletedProcess:
+    """Run the trainer alone (0) or under torchrun."""
+    launcher = [sys.executable, "-m"]
+    if processes:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    line = [*launcher, "megatron_gft.train", "--config", str(workspace / "config.yaml"), *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def read_losses(output: Path) -> list[float]:
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def test_one_config_runs_alone_and_at_tp2_pp2(workspace, tmp_path):
+    alone = command(workspace, f"train.output={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    lines = [line for line in alone.stderr.splitlines() if line.startswith("step ")]
+    assert len(lines) == 3 and all(
+        word in lines[0] for word in ("loss", "grad norm", "lr", "tokens/s", "rectified", "ETA")
+    )
+    many = command(workspace, f"train.output={tmp_path / 'many'}", "parallel.tp=2", "parallel.pp=2", processes=4)
+    assert many.returncode == 0, many.stderr[-3000:]
+    # losses are differences of sums of this size, and Adam amplifies rounding over the steps
+    scale = max(abs(loss) for loss in read_losses(tmp_path / "alone"))
+    assert read_losses(tmp_path / "many") == pytest.approx(read_losses(tmp_path / "alone"), abs=1e-5 * scale)
+    assert many.stderr.count("step 1/3") == 1, "only rank 0 writes"
+    resolved = yaml.safe_load((tmp_path / "many" / "config.yaml").read_text())
+    assert resolved["parallel"]["tp"] == 2 and resolved["objective"]["advantage"] == "std"
+    assert list((tmp_path / "alone" / "tensorboard").iterdir())
+    validations = [line for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines() if "valid/" in line]
+    assert validations and "valid/expert/positive/nll" in validations[0]
+
+
+def refused(workspace: Path, *arguments: str, processes: int = 0) -> str:
+    """The message of a run that must end with exit code 2 and no traceback."""
+    done = command(workspace, *arguments, processes=processes)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.returncode == 2, done.stderr[-3000:]
+    message = done.stderr[done.stderr.index("error: ") :]
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["optimizer.lrr=1"], "did you mean optimizer.lr?"),
+        (["parallel.tp=3"], "attention heads do not divide by TP 3"),
+        (["data.train=[nowhere]"], "nowhere"),
+        (["model.config=nowhere"], "nowhere"),
+        (["data.max_tokens_per_pack=16"], "over-long"),
+        (["checkpoint.init_from=hf:nowhere"], "nowhere"),
+        (["checkpoint.init_from=nowhere"], "hf:nowhere"),
+        (["train.epochs=0", "optimizer.min_lr=1"], "train.epochs"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(workspace, tmp_path, arguments, expected):
+    assert expected in refused(workspace, f"train.output={tmp_path / 'run'}", *arguments)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_world_size_that_does_not_fit_is_said_once(workspace, tmp_path):
+    done = command(workspace, f"train.output={tmp_path / 'run'}", "parallel.tp=2", processes=3)
+    assert done.returncode != 0
+    assert done.stderr.count("does not divide the world size 3") == 1
+
+
+def test_shard_of_another_tokenizer(workspace, tmp_path):
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    write_tiny_tokenizer(other)
+    settings = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = settings["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(settings))
+    write_shard(tmp_path / "other", other)
+    arguments = (f"train.output={tmp_path / 'run'}", f"data.train=[{tmp_path / 'other'}]")
+    assert "made with tokenizer" in refused(workspace, *arguments)
+    allowed = command(workspace, *arguments, "data.allow_tokenizer_mismatch=true", "train.max_steps=1")
+    assert allowed.returncode == 0, allowed.stderr[-3000:]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_shard(workspace, tmp_path, damage):
+    prefix = write_shard(tmp_path / "bad", workspace / "model")
+    data = Path(f"{prefix}.bin")
+    if damage == "missing":
+        data.unlink()
+    else:
+        data.write_bytes(data.read_bytes()[:-4])
+    assert "bad.bin" in refused(workspace, f"train.output={tmp_path / 'run'}", f"data.train=[{prefix}]")
+
+
+def test_rewards_that_are_missing_name_group_and_tool(workspace, tmp_path):
+    prefix = write_shard(tmp_path / "unscored", workspace / "model", scored=False)
+    message = refused(workspace, f"train.output={tmp_path / 'run'}", f"data.train=[{prefix}]")
+    assert "tools/score_groups.py" in message and "group-" in message
+    done = command(
+        workspace,
+        f"train.output={tmp_path / 'sft'}",
+        f"data.train=[{prefix}]",
+        "objective.name=sft",
+        "train.max_steps=1",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_overlong_responses_are_dropped_or_truncated_and_counted(workspace, tmp_path):
+    for policy, word in (("drop", "dropped_responses="), ("truncate", "truncated_responses=")):
+        done = command(
+            workspace,
+            f"train.output={tmp_path / policy}",
+            f"data.overlong={policy}",
+            "data.max_response_tokens=8",
+            "train.max_steps=1",
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert word in done.stderr and f"{word}0" not in done.stderr
