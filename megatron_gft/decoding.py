@@ -62,7 +62,8 @@ class LocalModel:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer: Tokenizer = load_tokenizer(path, chat_template)
         chosen = DTYPES[dtype] if dtype else torch.float32 if self.device.type == "cpu" else "auto"
-        self.model = _load_model(path, chosen).to(self.device).eval()
+        self.model = _load_model(path, chosen).eval()
+        self.model.to(self.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         self.eos_ids = frozenset(_eos_ids(self.model)) | {self.tokenizer.eos_id}
         config = self.model.config.get_text_config()
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 31)

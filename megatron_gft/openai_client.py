@@ -281,9 +281,12 @@ class _Connection:
     def _exchange(self, path: str, body: bytes, deadline: float) -> tuple[int, http.client.HTTPMessage, bytes]:
         """Send and read everything before ``deadline``, however slowly the bytes trickle in."""
         if self._http is None:
-            kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-            extra = {"context": ssl.create_default_context()} if self._url.scheme == "https" else {}
-            self._http = kind(self._url.hostname or "", self._url.port, timeout=self._timeout, **extra)
+            host, port = self._url.hostname or "", self._url.port
+            if self._url.scheme == "https":
+                context = ssl.create_default_context()
+                self._http = http.client.HTTPSConnection(host, port, timeout=self._timeout, context=context)
+            else:
+                self._http = http.client.HTTPConnection(host, port, timeout=self._timeout)
             self._http.connect()
         connection = self._http.sock
         connection.settimeout(self._timeout)
