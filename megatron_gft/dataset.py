@@ -125,7 +125,7 @@ class GroupSplit(torch.utils.data.Dataset):
         Returns:
             ``prompt`` int32 [P]; ``responses`` K arrays int32 [R_k]; ``sources`` int8 [K]; ``rewards`` float32 [K]
             (NaN = none); ``logprobs`` K arrays float32 [R_k] when the shard has them; ``index`` and ``dataset_id``.
-            Arrays are read-only views of the files.
+            Log-probs are read-only views of the file.
         """
         if not 0 <= i < len(self):
             raise IndexError(f"group {i} of {len(self)} in the {self.name} split")
@@ -236,8 +236,8 @@ def build_group_datasets(
     sources = {_ALL if weights is None else f"entry {n}": GroupSource(e, limits) for n, e in enumerate(entries)}
     merged_valid = [shard for entry in valid_entries for shard in entry]
     prints = [[shard.fingerprint for shard in entry] for entry in [*entries, merged_valid]]
-    limited = any(any(asdict(source.limited).values()) for source in sources.values())
-    content = [prints, weights and list(weights), split, seed, asdict(limits) if limited else None]
+    limits_bite = any(any(asdict(source.limited).values()) for source in sources.values())
+    content = [prints, weights and list(weights), split, seed, asdict(limits) if limits_bite else None]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     config = _config(sources, weights, split, seed, cache, fingerprint)
     sizes = _split_sizes(config, sources, split)

@@ -1,4 +1,4 @@
-"""Group shards: tokens of groups on disk, read without copying.
+"""Group shards: tokens of groups on disk, mapped into memory.
 
     shard = GroupShard("data/train")
     group = shard[0]                     # prompt, responses, sources, rewards, logprobs
@@ -51,7 +51,7 @@ __all__ = [
 
 @dataclass(slots=True)
 class Group:
-    """One group as tokens. Arrays are read-only views of the file.
+    """One group as tokens. Arrays are copies, but for the log-probs (read-only views of the file).
 
     Attributes:
         prompt: int32 [P].
@@ -112,16 +112,17 @@ class GroupShard:
     def __getitem__(self, i: int) -> Group:
         first, end = self._bounds(i)
         lengths = self._lengths[first:end].tolist()
-        tokens = self._data.bin_reader.read(np.int32, sum(lengths), int(self._pointers[first]))
+        # A copy, because Megatron unmaps the file when its dataset goes, whoever still looks at it.
+        tokens = self._data.bin_reader.read(np.int32, sum(lengths), int(self._pointers[first])).copy()
         position = lengths[0]
         responses = []
         for length in lengths[1:]:
             responses.append(tokens[position : position + length])
             position += length
         response = first - i  # each earlier group has one prompt
-        rewards = self.rewards[response : response + len(responses)]
+        rewards = self.rewards[response : response + len(responses)].copy()
         logprobs = None if self._logprobs is None else self._group_logprobs(i, first, lengths)
-        return Group(tokens[: lengths[0]], responses, self._modes[first + 1 : end], rewards, logprobs)
+        return Group(tokens[: lengths[0]], responses, self._modes[first + 1 : end].copy(), rewards, logprobs)
 
     def _bounds(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):

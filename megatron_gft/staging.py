@@ -171,7 +171,9 @@ class Staging:
                 if (self.folder / name).exists():
                     os.replace(self.folder / name, final.with_name(name))
             fsync_path(final.parent)
-            write_manifest(final, manifest.model_copy(update={"shard_set": part}))
+            write_manifest(self.folder / shard.name, manifest.model_copy(update={"shard_set": part}))
+            os.replace(manifest_path(self.folder / shard.name), manifest_path(final))
+            fsync_path(final.parent)
         self.write_report()
         self.done.clear()
         self.publishing = False
@@ -182,12 +184,15 @@ class Staging:
     def write_report(self, problems: Sequence[Problem] = ()) -> None:
         """Write what was found in the input, beside the shards; ``problems`` come last."""
         names = [*(shard.name for shard in self.done), _TAIL]
-        with atomic_file(self.report_path) as temporary, open(temporary, "wb") as report:
+        whole = self.folder / "report"
+        with open(whole, "wb") as report:
             for name in names:
                 part = self.folder / f"{name}.report"
                 if part.exists():
                     report.write(part.read_bytes())
             report.write(report_lines(problems).encode("ascii"))
+        fsync_path(whole)
+        os.replace(whole, self.report_path)
 
 
 def shard_name(prefix: Path, index: int) -> str:

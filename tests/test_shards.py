@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import re
 
@@ -214,6 +215,15 @@ def test_shard_survives_pickling(tmp_path):
     shard = pickle.loads(pickle.dumps(GroupShard(tmp_path / "a")))
     assert shard[5].prompt.tolist() == content[5]["prompt"]
     assert len(pickle.dumps(shard)) < 1000
+
+
+def test_a_group_outlives_its_shard(tmp_path):
+    content = write_shard(tmp_path / "a")
+    group = GroupShard(tmp_path / "a")[3]
+    gc.collect()
+    assert group.prompt.tolist() == content[3]["prompt"] and group.logprobs is not None
+    assert [len(p) for p in group.logprobs] == [len(r) for r in content[3]["responses"]]
+    assert [SOURCES[code] for code in group.sources] == content[3]["sources"]
 
 
 def test_select_keeps_whole_groups():

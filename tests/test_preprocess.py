@@ -1,0 +1,363 @@
+"""Preprocessing: right tokens, the same bytes for any number of workers, bad input, interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from group_files import random_records
+from tiny_tokenizers import byte_level_folder, metaspace_folder, sentencepiece_file
+
+from megatron_gft.dataset import build_group_datasets
+from megatron_gft.errors import InputError
+from megatron_gft.groups import SOURCES, GroupRecord, ResponseRecord, record_to_json, write_group_file
+from megatron_gft.preprocessing import PreprocessOptions, preprocess
+from megatron_gft.problems import parse_policies
+from megatron_gft.shards import GroupShard, expand_shards
+from megatron_gft.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return byte_level_folder(tmp_path_factory.mktemp("tokenizer") / "hf")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return load_tokenizer(folder)
+
+
+def run(tmp_path, folder, records, name="out", **options):
+    source = tmp_path / f"{name}.jsonl"
+    write_group_file(source, records)
+    base = PreprocessOptions([str(source)], str(folder), str(tmp_path / name / "train"))
+    return preprocess(replace(base, **options), progress=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def group_of(text="plain", **changes) -> GroupRecord:
+    response = ResponseRecord(text, "self", 1.0, finish_reason="stop")
+    for field, value in changes.items():
+        setattr(response, field, value)
+    return GroupRecord("id", "prompt", [ResponseRecord("gold", "expert", 1.0), response])
+
+
+def only_group(summary):
+    (prefix,) = summary.prefixes
+    assert len(GroupShard(prefix)) == 1
+    return GroupShard(prefix)[0]
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace", "sentencepiece"])
+def test_tokens_are_those_of_the_plain_way(kind, tmp_path, folder):
+    paths = {
+        "byte_level": lambda: (folder, None),
+        "metaspace": lambda: (metaspace_folder(tmp_path / "meta"), "none"),
+        "sentencepiece": lambda: (sentencepiece_file(tmp_path / "sp.model"), "none"),
+    }
+    path, template = paths[kind]()
+    records = random_records(30)
+    tokenizer = load_tokenizer(path, template)
+    summary = run(tmp_path, path, records, chat_template=template)
+    shard = GroupShard(summary.prefixes[0])
+    assert summary.groups == len(shard) == 30 and shard.manifest.counts.truncated > 0
+    for i, record in enumerate(records):
+        group = shard[i]
+        prompt = tokenizer.encode(tokenizer.render_prompt(record.prompt))
+        assert group.prompt.tolist() == prompt
+        for k, response in enumerate(record.responses):
+            end = [] if response.finish_reason == "length" else [tokenizer.eos_id]
+            ids = group.responses[k].tolist()
+            assert ids == tokenizer.encode_response(response.text) + end
+            text = tokenizer.decode(prompt + ids[: len(ids) - len(end)])
+            assert text == tokenizer.render_prompt(record.prompt) + response.text.replace(
+                "\n", " " if kind == "sentencepiece" else "\n"
+            )
+            assert SOURCES[group.sources[k]] == response.source and group.rewards[k] == response.reward
+        assert shard.meta(i)["answer"] == record.answer and shard.meta(i)["id"] == record.id
+        assert shard.outcomes(i) == [response.outcome for response in record.responses]
+    lineage = {(r["source"], r["model"]): r for r in shard.manifest.provenance["responses"]}
+    assert lineage["self", "self-7b"]["sampling"] == {"temperature": 1.0}
+    assert sum(r["count"] for r in lineage.values()) == 120
+
+
+def test_token_ids_of_the_same_tokenizer_are_taken_as_they_are(tmp_path, folder, tokenizer):
+    ids = tokenizer.encode_response("answ") + tokenizer.encode_response("er")  # not how it would tokenize "answer"
+    assert ids != tokenizer.encode_response("answer")
+    same = {"tokenizer": tokenizer.fingerprint}
+    group = only_group(run(tmp_path, folder, [group_of(token_ids=ids, logprobs=[-0.5] * len(ids), **same)]))
+    assert group.responses[1].tolist() == [*ids, tokenizer.eos_id]
+    assert group.logprobs[1][:-1].tolist() == [-0.5] * len(ids) and np.isnan(group.logprobs[1][-1])
+    assert np.isnan(group.logprobs[0]).all()
+    ended = [*ids, tokenizer.eos_id]
+    group = only_group(run(tmp_path, folder, [group_of(token_ids=ended, logprobs=[-1.0] * len(ended), **same)], "b"))
+    assert group.responses[1].tolist() == ended and group.logprobs[1][-1] == -1.0
+    group = only_group(run(tmp_path, folder, [group_of(token_ids=ids, finish_reason="length", **same)], "c"))
+    assert group.responses[1].tolist() == ids
+
+
+def test_token_ids_of_another_tokenizer_are_not(tmp_path, folder, tokenizer):
+    for name, other in (("a", None), ("b", "0" * 64)):
+        summary = run(tmp_path, folder, [group_of(token_ids=[7, 7], logprobs=[-1.0, -1.0], tokenizer=other)], name)
+        group = only_group(summary)
+        assert group.responses[1].tolist() == [*tokenizer.encode_response("plain"), tokenizer.eos_id]
+        assert group.logprobs is None and summary.problems["foreign_token_ids"] == {"keep": 1}
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [10**6], [2**70], [2, 5], [0, 5]])
+def test_bad_token_ids(ids, tmp_path, folder, tokenizer):
+    record = group_of(token_ids=ids, tokenizer=tokenizer.fingerprint)
+    with pytest.raises(InputError, match="bad_token_ids"):
+        run(tmp_path, folder, [record])
+    group = only_group(run(tmp_path, folder, [record], "fix", policies=parse_policies(["bad_token_ids=fix"])))
+    assert group.responses[1].tolist() == [*tokenizer.encode_response("plain"), tokenizer.eos_id]
+
+
+@pytest.mark.parametrize("logprobs", [[], [-1.0], [float("nan")] * 2, [0.5, -1], [-(10**400), -1]])
+def test_bad_logprobs(logprobs, tmp_path, folder, tokenizer):
+    record = group_of(token_ids=[7, 8], logprobs=logprobs, tokenizer=tokenizer.fingerprint)
+    with pytest.raises(InputError, match="bad_logprobs"):
+        run(tmp_path, folder, [record])
+    group = only_group(run(tmp_path, folder, [record], "fix", policies=parse_policies(["bad_logprobs=fix"])))
+    assert group.responses[1].tolist() == [7, 8, tokenizer.eos_id] and group.logprobs is None
+
+
+def test_over_long_responses(tmp_path, folder, tokenizer):
+    record = group_of("a long answer " * 20)
+    with pytest.raises(InputError, match=r"out.jsonl:1: id 'id' response 1 long_response: \d+ tokens, the limit is 20"):
+        run(tmp_path, folder, [record], max_response_tokens=20)
+    assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == {}
+    options = {"max_response_tokens": 20}
+    dropped = only_group(
+        run(tmp_path, folder, [record], "d", policies=parse_policies(["long_response=drop"]), **options)
+    )
+    assert len(dropped.responses) == 1
+    summary = run(tmp_path, folder, [record], "t", policies=parse_policies(["long_response=truncate"]), **options)
+    cut = only_group(summary).responses[1].tolist()
+    assert cut == tokenizer.encode_response(record.responses[1].text)[:20]
+    assert GroupShard(summary.prefixes[0]).manifest.counts.truncated == 1
+    exact = len(cut) + 1
+    fits = only_group(run(tmp_path, folder, [group_of(tokenizer.decode(cut))], "e", max_response_tokens=exact))
+    assert len(fits.responses[1]) == exact
+
+
+def test_over_long_prompts(tmp_path, folder, tokenizer):
+    record = group_of()
+    with pytest.raises(InputError, match="long_prompt"):
+        run(tmp_path, folder, [record], max_prompt_tokens=5)
+    length = len(tokenizer.encode(tokenizer.render_prompt(record.prompt)))
+    options = {"max_prompt_tokens": length, "policies": parse_policies(["long_prompt=drop"])}
+    summary = run(tmp_path, folder, [*random_records(2), record], "d", **options)
+    assert summary.groups == 1 and summary.problems["long_prompt"] == {"drop": 2}
+
+
+def test_special_tokens_spelled_in_text(tmp_path, folder, tokenizer):
+    spelled = group_of("a <|im_start|>b<|im_end|>")
+    with pytest.raises(InputError, match=r"special_tokens: spells '<\|im_start\|>'"):
+        run(tmp_path, folder, [spelled])
+    fixed = only_group(run(tmp_path, folder, [spelled], "f", policies=parse_policies(["special_tokens=fix"])))
+    ids = fixed.responses[1].tolist()
+    assert ids.count(tokenizer.eos_id) == 1 and 1 not in ids and tokenizer.decode(ids[:-1]) == "a <|im_start|>b"
+    kept = only_group(run(tmp_path, folder, [spelled], "k", policies=parse_policies(["special_tokens=keep"])))
+    ids = kept.responses[1].tolist()
+    assert ids.count(1) == 1 and ids.count(tokenizer.eos_id) == 1 and ids[-1] == tokenizer.eos_id
+    dropped = only_group(run(tmp_path, folder, [spelled], "d", policies=parse_policies(["special_tokens=drop"])))
+    assert len(dropped.responses) == 1
+
+
+def test_special_tokens_spelled_in_a_prompt(tmp_path, folder, tokenizer):
+    for name, prompt in (("s", "pro<|im_end|>mpt"), ("m", [{"role": "user", "content": "pro<|im_end|>mpt"}])):
+        record = replace(group_of(), prompt=prompt)
+        with pytest.raises(InputError, match="the prompt spells"):
+            run(tmp_path, folder, [record], name)
+        fixed = only_group(run(tmp_path, folder, [record], f"f{name}", policies=parse_policies(["special_tokens=fix"])))
+        assert fixed.prompt.tolist() == tokenizer.encode(tokenizer.render_prompt("prompt"))
+
+
+def test_failing_chat_template(tmp_path, folder):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% if messages[0]['content'] == 'prompt' %}{{ raise_exception('no') }}{% endif %}x")
+    records = [group_of(), *random_records(3)]
+    with pytest.raises(InputError, match="template_failed: TemplateError: no"):
+        run(tmp_path, folder, records, chat_template=str(template))
+    policies = parse_policies(["template_failed=drop"])
+    assert run(tmp_path, folder, records, "d", chat_template=str(template), policies=policies).groups == 3
+
+
+# --- the stream -----------------------------------------------------------------------------------------------------
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, folder):
+    records = random_records(200)
+    records[7].id = records[150].id = "q1"
+    options = {"rows_per_chunk": 16, "max_groups_per_shard": 80, "policies": parse_policies(["duplicate_id=drop"])}
+    source = tmp_path / "in.jsonl"
+    write_group_file(source, records)
+    outputs = []
+    for workers in (1, 2, 3):
+        prefix = tmp_path / f"w{workers}" / "train"
+        made = PreprocessOptions([str(source)], str(folder), str(prefix), workers=workers, **options)
+        summary = preprocess(made, progress=False)
+        assert summary.groups == 198 and [Path(p).name for p in summary.prefixes] == [
+            "train",
+            "train-00001",
+            "train-00002",
+        ]
+        outputs.append(contents(prefix.parent))
+    assert outputs[0] == outputs[1] == outputs[2]
+    shards = [GroupShard(p) for p in summary.prefixes]
+    assert all(len(shard) <= 80 for shard in shards)
+    data = build_group_datasets([str(tmp_path / "w3" / "train*")]).train
+    assert len(data) == 198
+    report = [json.loads(line) for line in outputs[0]["train.report.jsonl"].decode().splitlines()]
+    assert [(p["kind"], p["action"], p["id"], p["place"].rpartition(":")[2]) for p in report] == [
+        ("duplicate_id", "drop", "q1", "8"),
+        ("duplicate_id", "drop", "q1", "151"),
+    ]
+
+
+def test_file_formats_give_the_same_shard(tmp_path, folder):
+    records = random_records(40)
+    outputs = []
+    for suffix in (".jsonl", ".jsonl.gz", ".parquet"):
+        source = tmp_path / f"in{suffix}"
+        write_group_file(source, records)
+        prefix = tmp_path / suffix / "train"
+        preprocess(PreprocessOptions([str(source)], str(folder), str(prefix)), progress=False)
+        outputs.append({name: c for name, c in contents(prefix.parent).items() if not name.endswith(".json")})
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_shards_are_cut_by_bytes(tmp_path, folder):
+    summary = run(tmp_path, folder, random_records(64), rows_per_chunk=4, max_bytes_per_shard=8000)
+    sizes = [os.path.getsize(f"{prefix}.bin") for prefix in summary.prefixes]
+    assert len(sizes) > 2 and max(sizes) <= 8000 and sum(sizes) == 4 * summary.tokens
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_parts_cover_the_input_once(suffix, tmp_path, folder):
+    sources = []
+    for number, count in enumerate((25, 4, 30)):
+        sources.append(str(tmp_path / f"in{number}{suffix}"))
+        records = random_records(count, seed=number)
+        write_group_file(sources[-1], [replace(record, id=f"{number}-{record.id}") for record in records])
+    for part in (1, 2, 3):
+        prefix = str(tmp_path / "out" / "train")
+        preprocess(PreprocessOptions(sources, str(folder), prefix, part=(part, 3), rows_per_chunk=8), progress=False)
+    prefixes = expand_shards(f"{tmp_path}/out/train*")
+    assert [Path(p).name for p in prefixes] == [f"train-part{i:05d}-of-00003" for i in (1, 2, 3)]
+    ids = [shard.meta(i)["id"] for shard in map(GroupShard, prefixes) for i in range(len(shard))]
+    assert sorted(ids) == sorted(f"{n}-q{i}" for n, count in enumerate((25, 4, 30)) for i in range(count))
+    assert [len(GroupShard(p)) for p in prefixes] == [20, 20, 19] or max(len(GroupShard(p)) for p in prefixes) <= 21
+    with pytest.raises(InputError, match="1 <= I <= N"):
+        preprocess(PreprocessOptions(sources, str(folder), prefix, part=(0, 3)), progress=False)
+
+
+def test_append_adds_shards_and_knows_earlier_ids(tmp_path, folder):
+    records = random_records(20)
+    run(tmp_path, folder, records[:10])
+    before = contents(tmp_path / "out")
+    with pytest.raises(InputError, match="exists already"):
+        run(tmp_path, folder, records[10:])
+    with pytest.raises(InputError, match=r"id 'q0' duplicate_id"):
+        run(tmp_path, folder, [records[10], records[0]], append=True)
+    summary = run(tmp_path, folder, records[8:], append=True, policies=parse_policies(["duplicate_id=drop"]))
+    assert [Path(p).name for p in summary.prefixes] == ["train-00001"] and summary.groups == 10
+    after = contents(tmp_path / "out")
+    assert all(after[name] == content for name, content in before.items())
+    assert len(build_group_datasets([str(tmp_path / "out" / "train*")]).train) == 20
+    other = byte_level_folder(tmp_path / "other", vocab_size=300)
+    with pytest.raises(InputError, match="append with the same"):
+        run(tmp_path, other, random_records(3), append=True)
+
+
+def test_duplicate_ids_are_renamed_on_request(tmp_path, folder):
+    records = random_records(6)
+    for i in (2, 4):
+        records[i].id = "q0"
+    records[5].id = "q0#2"
+    summary = run(tmp_path, folder, records, policies=parse_policies(["duplicate_id=fix"]), rows_per_chunk=2)
+    shard = GroupShard(summary.prefixes[0])
+    assert [shard.meta(i)["id"] for i in range(6)] == ["q0", "q1", "q0#2", "q3", "q0#3", "q0#2#2"]
+
+
+def test_errors_name_every_problem_of_a_chunk_and_leave_nothing(tmp_path, folder):
+    lines = [record_to_json(record) for record in random_records(10)]
+    lines[3], lines[6] = "{broken", lines[6].replace('"prompt"', '"promt"')
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    options = PreprocessOptions([str(tmp_path / "in.jsonl")], str(folder), str(tmp_path / "out" / "train"))
+    with pytest.raises(InputError) as caught:
+        preprocess(options, progress=False)
+    assert "in.jsonl:4: invalid_json" in str(caught.value) and "in.jsonl:7: id 'q6' missing_field" in str(caught.value)
+    assert contents(tmp_path / "out") == {}
+
+
+def test_nothing_left_is_an_error_with_a_report(tmp_path, folder):
+    (tmp_path / "in.jsonl").write_text("nope\n")
+    options = PreprocessOptions([str(tmp_path / "in.jsonl")], str(folder), str(tmp_path / "out" / "train"))
+    with pytest.raises(InputError, match="no group is left to write -> see .*train.report.jsonl"):
+        preprocess(replace(options, policies=parse_policies(["invalid_json=drop"])), progress=False)
+    assert list(contents(tmp_path / "out")) == ["train.report.jsonl"]
+
+
+def test_model_vocabulary_must_hold_the_tokenizer(tmp_path, folder, tokenizer):
+    for rows, fits in ((tokenizer.vocab_size, True), (tokenizer.vocab_size - 1, False)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows}))
+        name = f"v{rows}"
+        if fits:
+            assert run(tmp_path, folder, random_records(2), name, model=str(tmp_path)).groups == 2
+        else:
+            with pytest.raises(InputError, match="has a vocabulary of"):
+                run(tmp_path, folder, random_records(2), name, model=str(tmp_path))
+
+
+def test_bad_options_are_named_together(tmp_path, folder):
+    with pytest.raises(InputError, match="workers=0.*\n.*max_groups_per_shard=0"):
+        run(tmp_path, folder, random_records(1), workers=0, max_groups_per_shard=0)
+
+
+# --- the tool -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+    import preprocess_groups
+
+    return preprocess_groups.main
+
+
+def test_the_tool(tmp_path, folder, tool, capsys):
+    write_group_file(tmp_path / "in.jsonl", random_records(5))
+    command = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", str(folder), "--policy", "truncated=drop"]
+    command += ["--output-prefix", str(tmp_path / "out" / "train"), "--workers", "2"]
+    assert tool(command) == 0
+    shown = capsys.readouterr()
+    assert shown.out.strip() == str(tmp_path / "out" / "train")
+    assert "5 groups" in shown.err and "truncated: 2 drop" in shown.err
+    assert tool(command) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_the_tool_refuses_bad_arguments(tmp_path, tool, capsys):
+    common = ["--input", "x.jsonl", "--tokenizer", "t", "--output-prefix", str(tmp_path / "p")]
+    assert tool([*common, "--policy", "long_respons=drop"]) == 2
+    assert tool([*common, "--part", "one"]) == 2
+    assert tool(common) == 2
+    errors = capsys.readouterr().err
+    assert (
+        "did you mean 'long_response'" in errors and "--part 'one' -> I/N" in errors and "no such group file" in errors
+    )
+    with pytest.raises(SystemExit) as left:
+        tool(["--help"])
+    assert left.value.code == 0 and "long_response" in capsys.readouterr().out

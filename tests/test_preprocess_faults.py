@@ -1,0 +1,268 @@
+"""Preprocessing under fire: killed at any point, two runs at once, dying workers, fuzzed input."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from group_files import random_records
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import byte_level_folder
+
+from megatron_gft.dataset import build_group_datasets
+from megatron_gft.errors import InputError
+from megatron_gft.groups import write_group_file
+from megatron_gft.ordered_workers import OrderedWorkers, WorkerError
+from megatron_gft.preprocessing import PreprocessOptions, preprocess
+from megatron_gft.problems import KINDS
+from megatron_gft.shards import GroupShard, verify_shard
+from megatron_gft.staging import Staging
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return byte_level_folder(tmp_path_factory.mktemp("tokenizer") / "hf")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# --- interruptions --------------------------------------------------------------------------------------------------
+
+
+def _in_child(function, delay: float | None) -> int:
+    """Run ``function`` in a forked process, SIGKILL it after ``delay`` seconds; its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    if delay is not None:
+        process.join(delay)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    return process.exitcode
+
+
+def _check_nothing_partial(folder: Path, complete: dict[str, bytes]) -> None:
+    """Every manifest that is there is of a whole shard, and an incomplete set is refused."""
+    manifests = sorted(folder.glob("train*.json")) if folder.exists() else []
+    for path in manifests:
+        verify_shard(str(path).removesuffix(".json"))
+    expected = sum(name.endswith(".json") for name in complete)
+    if 0 < len(manifests) < expected:
+        with pytest.raises(InputError, match="shards are given"):
+            build_group_datasets([f"{folder}/train*"])
+
+
+@pytest.fixture(scope="module")
+def interrupted_case(tmp_path_factory, folder):
+    base = tmp_path_factory.mktemp("interrupted")
+    write_group_file(base / "in.jsonl", random_records(300))
+    options = PreprocessOptions(
+        [str(base / "in.jsonl")], str(folder), str(base / "whole" / "train"), rows_per_chunk=8, max_groups_per_shard=100
+    )
+    preprocess(options, progress=False)
+    started = time.monotonic()
+    preprocess(replace(options, output_prefix=str(base / "again" / "train")), progress=False)
+    return options, contents(base / "whole"), time.monotonic() - started
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_random_points_it_completes_to_the_same_bytes(interrupted_case, tmp_path, workers):
+    options, complete, duration = interrupted_case
+    options = replace(options, output_prefix=str(tmp_path / "out" / "train"), workers=workers)
+    rng = random.Random(workers)
+    codes = []
+    for attempt in range(40):
+        delay = duration * (0.3 + 0.2 * attempt if attempt < 3 else rng.uniform(0.2, 1.5))
+        codes.append(_in_child(lambda: preprocess(options, progress=False), delay))
+        _check_nothing_partial(tmp_path / "out", complete)
+        if codes[-1] == 0:
+            break
+    assert codes[0] == -signal.SIGKILL and codes[-1] == 0, codes
+    assert contents(tmp_path / "out") == complete
+
+
+def _dying_at(options: PreprocessOptions, fatal: int) -> None:
+    """Preprocess, but end like ``kill -9`` at the ``fatal``-th rename."""
+    rename, count = os.replace, 0
+
+    def replace_or_die(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == fatal:
+            os._exit(9)
+        return rename(*args, **kwargs)
+
+    os.replace = replace_or_die
+    preprocess(options, progress=False)
+    os._exit(0)
+
+
+def test_killed_at_any_rename_it_completes_to_the_same_bytes(interrupted_case, tmp_path):
+    options, complete, _ = interrupted_case
+    fatal, deaths = 1, 0
+    while True:
+        out = tmp_path / f"out{fatal}"
+        chosen = replace(options, output_prefix=str(out / "train"))
+        code = _in_child(lambda o=chosen, n=fatal: _dying_at(o, n), None)
+        _check_nothing_partial(out, complete)
+        if code == 0:
+            break
+        deaths += 1
+        preprocess(chosen, progress=False)
+        assert contents(out) == complete, fatal
+        fatal += 9
+    assert deaths >= 7
+
+
+def test_a_resumed_run_keeps_finished_shards(interrupted_case, tmp_path):
+    options, complete, _ = interrupted_case
+    options = replace(options, output_prefix=str(tmp_path / "out" / "train"))
+    _in_child(lambda: _dying_at(options, 30), None)
+    staging = tmp_path / "out" / ".train.staging"
+    finished = (staging / "train.bin").stat().st_mtime_ns
+    preprocess(options, progress=False)
+    assert (tmp_path / "out" / "train.bin").stat().st_mtime_ns == finished
+    assert contents(tmp_path / "out") == complete
+
+
+def test_changed_input_starts_anew(interrupted_case, tmp_path):
+    options, complete, _ = interrupted_case
+    options = replace(options, output_prefix=str(tmp_path / "out" / "train"))
+    _in_child(lambda: _dying_at(options, 30), None)
+    summary = preprocess(replace(options, max_response_tokens=500), progress=False)
+    assert summary.groups == 300 and contents(tmp_path / "out").keys() == complete.keys()
+    assert GroupShard(summary.prefixes[0]).manifest.provenance["limits"]["response"] == 500
+
+
+def test_two_runs_on_one_prefix_do_not_mix(interrupted_case, tmp_path):
+    options, _, _ = interrupted_case
+    options = replace(options, output_prefix=str(tmp_path / "out" / "train"))
+    ready, done = multiprocessing.Event(), multiprocessing.Event()
+
+    def hold() -> None:
+        staging = Staging(Path(options.output_prefix), "other", 0)
+        ready.set()
+        done.wait(30)
+        staging.close()
+
+    process = multiprocessing.get_context("fork").Process(target=hold)
+    process.start()
+    ready.wait(30)
+    with pytest.raises(InputError, match="another process writes"):
+        preprocess(options, progress=False)
+    done.set()
+    process.join()
+
+
+# --- workers --------------------------------------------------------------------------------------------------------
+
+
+def _square_or_fail(n: int) -> int:
+    if n == 13:
+        raise ValueError("thirteen")
+    if n == 17:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n * n
+
+
+def test_workers_keep_the_order_and_report_failures():
+    with OrderedWorkers(_square_or_fail, 3) as workers:
+        assert list(workers.map(range(13))) == [n * n for n in range(13)]
+    with OrderedWorkers(_square_or_fail, 2) as workers, pytest.raises(WorkerError, match="(?s)failed.*thirteen"):
+        list(workers.map(range(10, 15)))
+    with OrderedWorkers(_square_or_fail, 2) as workers, pytest.raises(WorkerError, match="by signal SIGKILL"):
+        list(workers.map(range(16, 20)))
+
+
+# --- bad lines ------------------------------------------------------------------------------------------------------
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(["<|im_end|>", "\ud800", "expert", "length", " ", "a <|endoftext|> b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+RESPONSE = {
+    "text": "ok",
+    "source": "self",
+    "reward": 1.0,
+    "finish_reason": "stop",
+    "token_ids": [5],
+    "logprobs": [-1.0],
+}
+
+
+def _some(base: dict) -> st.SearchStrategy:
+    """A good object with up to two fields replaced or removed, or anything at all."""
+    changes = st.dictionaries(
+        st.sampled_from([*base, "extra", "outcome", "meta", "tokenizer"]), json_values, max_size=2
+    )
+    removed = st.sets(st.sampled_from(list(base)), max_size=1)
+    made = st.builds(lambda c, r: {k: v for k, v in {**base, **c}.items() if k not in r}, changes, removed)
+    return made | made | made | json_values
+
+
+def _line(group, responses, damage) -> bytes:
+    if isinstance(group, dict) and "responses" in group:
+        group = {**group, "responses": responses}
+    text = json.dumps(group).encode()
+    if damage is not None:
+        position = damage[0] % (len(text) + 1)
+        text = text[:position] + damage[1] + text[position + damage[2] :]
+    return text.replace(b"\n", b" ")
+
+
+groups = _some({"id": "g", "prompt": "what?", "answer": "1", "responses": []})
+damages = st.none() | st.none() | st.tuples(st.integers(0, 10**6), st.binary(max_size=3), st.integers(0, 5))
+lines = st.builds(_line, groups, st.lists(_some(RESPONSE), max_size=3), damages)
+policies = st.fixed_dictionaries({kind: st.sampled_from(KINDS[kind].choices) for kind in KINDS})
+
+
+def _check_fuzzed(rows: list[bytes], chosen: dict[str, str], folder: Path, out: Path) -> None:
+    """Only two ends: a clear error that leaves nothing, or a shard that is whole."""
+    out.mkdir()
+    (out / "in.jsonl").write_bytes(b"\n".join(rows))
+    options = PreprocessOptions([str(out / "in.jsonl")], str(folder), str(out / "train"), policies=chosen)
+    try:
+        summary = preprocess(replace(options, max_prompt_tokens=40, max_response_tokens=12), progress=False)
+    except InputError as error:
+        assert "in.jsonl:" in str(error) or "no group is left" in str(error)
+        assert not list(out.glob("train*.json")) and not list(out.glob("train.bin"))
+        return
+    (prefix,) = summary.prefixes
+    manifest = verify_shard(prefix)
+    shard = GroupShard(prefix)
+    for i in range(len(shard)):
+        group = shard[i]
+        assert len(group.prompt) <= 40 and all(1 <= len(r) <= 12 for r in group.responses)
+        assert all(0 <= int(r.min()) and int(r.max()) < manifest.tokenizer.vocab_size for r in group.responses)
+        assert len(group.responses) == len(group.rewards) == len(group.sources) and not np.isinf(group.rewards).any()
+        assert shard.meta(i)["id"]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(lines, min_size=1, max_size=30), chosen=policies)
+def test_fuzzed_lines_never_crash(tmp_path_factory, folder, rows, chosen):
+    _check_fuzzed(rows, chosen, folder, tmp_path_factory.mktemp("fuzz") / "x")
+
+
+@pytest.mark.soak
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(lines, min_size=100, max_size=120), chosen=policies)
+def test_100_000_fuzzed_lines_never_crash(tmp_path_factory, folder, rows, chosen):
+    _check_fuzzed(rows, chosen, folder, tmp_path_factory.mktemp("fuzz") / "x")
