@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -552,3 +553,46 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     bound = 3 * largest + 256 * 2**20  # the goal allows 1 GiB
     assert peak_memory("hf_to_megatron", folder, tmp_path / "ckpt") < bound
     assert peak_memory("megatron_to_hf", tmp_path / "ckpt", tmp_path / "back") < bound
+
+
+# --- the tool -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def convert_tool():
+    """``main`` of the command line."""
+    return runpy.run_path(str(Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"))["main"]
+
+
+def test_tool_converts_both_ways(tiny, tmp_path, convert_tool):
+    folder, checkpoint, back = tiny("llama3"), tmp_path / "ckpt", tmp_path / "back"
+    assert convert_tool(["hf-to-megatron", "--hf", str(folder), "--output", str(checkpoint)]) == 0
+    size = ["--max-shard-gb", "0.0003"]
+    assert convert_tool(["megatron-to-hf", "--checkpoint", str(checkpoint), "--output", str(back), *size]) == 0
+    assert_same_tensors(folder, back)
+    assert len(shards(back)) > 2
+
+
+def test_tool_ends_with_2_and_one_message_on_bad_input(tiny, tmp_path, convert_tool, capsys):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "config.json").write_text('{"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]}')
+    arguments = ["hf-to-megatron", "--hf", str(bad), "--output", str(tmp_path / "ckpt")]
+    assert convert_tool(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.count("error:") == 1 and "Gemma3ForCausalLM" in message and "hf_families.py" in message
+    assert convert_tool([*arguments, "--use-megatron-bridge"]) == 2
+    assert "megatron-bridge>=0.6" in capsys.readouterr().err
+
+
+@pytest.mark.soak
+def test_tool_under_torchrun_with_logits(tiny, tmp_path):
+    """The real launcher, two processes, hashes and logits."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "tools/convert_checkpoint.py"]
+    arguments = ["hf-to-megatron", "--hf", str(tiny("qwen3")), "--output", str(tmp_path / "ckpt"), "--verify", "logits"]
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([*command, *arguments], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "same top token 100.00%" in done.stderr
+    assert len(list((tmp_path / "ckpt").glob("*.distcp"))) == 2

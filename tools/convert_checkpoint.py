@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_gft.errors import command
+from megatron_gft.errors import InputError, command
+from megatron_gft.hf_bridge import bridge_hf_to_megatron, bridge_megatron_to_hf
 from megatron_gft.hf_convert import hf_to_megatron, megatron_to_hf
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -49,14 +50,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             default="hash",
             help="hash: read back, compare every sha256 (default); logits: also run both models; off: neither",
         )
+        sub.add_argument(
+            "--use-megatron-bridge",
+            action="store_true",
+            help="convert a family that is not mapped here by NVIDIA's Megatron-Bridge >= 0.6 (unverified)",
+        )
         sub.add_argument("--text", help="text for --verify logits (default: 256 fixed token ids)")
     return parser.parse_args(argv)
+
+
+def convert_by_bridge(arguments: argparse.Namespace) -> None:
+    """Hand the conversion to Megatron-Bridge; its options are its own."""
+    if arguments.hf is None:
+        raise InputError("--use-megatron-bridge needs the model's configuration -> name its folder with --hf")
+    if arguments.command == "hf-to-megatron":
+        bridge_hf_to_megatron(arguments.hf, arguments.output)
+    else:
+        bridge_megatron_to_hf(arguments.checkpoint, arguments.output, arguments.hf)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = parse_arguments(argv)
+    if arguments.use_megatron_bridge:
+        convert_by_bridge(arguments)
+        return
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
         dist.init_process_group("gloo")
     first = not dist.is_initialized() or dist.get_rank() == 0
