@@ -106,12 +106,13 @@ def test_fingerprint_is_of_content_not_of_paths(shards, tmp_path_factory):
         first,
         fingerprint([str(shards / "code")], seed=1),
         fingerprint([str(shards / "code")], split="90,10,0"),
-        fingerprint([str(shards / "code")], limits=LengthLimits(max_response_tokens=50)),
+        fingerprint([str(shards / "code")], limits=LengthLimits(max_response_tokens=5, policy="truncate")),
         fingerprint([str(shards / "code"), str(shards / "math")]),
         fingerprint([str(shards / "code"), str(shards / "math")], weights=[1, 1]),
         fingerprint([str(shards / "code"), str(shards / "math")], weights=[1, 2]),
     }
     assert len(different) == 7
+    assert fingerprint([str(shards / "code")], limits=LengthLimits(max_response_tokens=50)) == first  # changes nothing
     add_rewards_sidecar(shards / "code", np.zeros(GroupShard(shards / "code").manifest.counts.responses), verifier={})
     assert fingerprint([str(shards / "code")]) not in different
 
