@@ -25,6 +25,7 @@ from megatron_gft.tokenizer import Tokenizer, load_tokenizer
 COMPACT_SHARE = 1 / 8  # ended rows leave the batch once they are this share of it
 MAX_BATCH_TOKENS = 4096  # of one teacher-forced batch
 MAX_LOGITS_BYTES = 1 << 29
+TOP_P_CANDIDATES = 1024
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -222,7 +223,7 @@ def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingPa
     probabilities = scaled.softmax(dim=-1)
     order = None
     if params.top_p < 1:  # the smallest set of most probable tokens that reaches top_p
-        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        probabilities, order = _most_probable(probabilities, params.top_p)
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= params.top_p, 0.0)
     cumulative = probabilities.cumsum(dim=-1)
@@ -230,6 +231,18 @@ def pick_tokens(logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingPa
     point = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     index = torch.searchsorted(cumulative, point[:, None], right=True)
     return (index if order is None else order.gather(1, index)).squeeze(1)
+
+
+def _most_probable(probabilities: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most probable tokens of each row in order, [n, m] with their ids: as many as hold ``share`` in every row.
+
+    A thousand nearly always do; sorting a whole vocabulary would cost as much as a forward pass of a small model.
+    """
+    vocab_size = probabilities.shape[-1]
+    head = probabilities.topk(min(TOP_P_CANDIDATES, vocab_size), dim=-1)
+    if vocab_size > TOP_P_CANDIDATES and bool((head.values.sum(dim=-1) < share).any()):
+        head = probabilities.sort(dim=-1, descending=True)
+    return head.values, head.indices
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,15 @@ def test_tokens_are_picked_with_their_probability(params):
     torch.testing.assert_close(share.double(), expected, atol=1e-4, rtol=0)
 
 
+def test_few_candidates_and_the_whole_vocabulary_give_the_same_tokens(monkeypatch):
+    logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 4, 200)[:, None]
+    uniforms = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    whole = pick_tokens(logits, uniforms, SamplingParams(top_p=0.9))
+    monkeypatch.setattr("megatron_gft.decoding.TOP_P_CANDIDATES", 20)
+    assert torch.equal(pick_tokens(logits[100:], uniforms[100:], SamplingParams(top_p=0.9)), whole[100:])
+    assert torch.equal(pick_tokens(logits, uniforms, SamplingParams(top_p=0.9)), whole)  # the flat rows need all
+
+
 def test_uniforms_at_the_edges_pick_tokens_that_can_be_picked():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
