@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from megatron_gft.config import Config
+from megatron_gft.config import Config, row_multiples
 from megatron_gft.dataset import GroupSplit, LengthLimits, build_group_datasets
 from megatron_gft.errors import InputError
 from megatron_gft.gft import group_advantages, response_weights
@@ -68,18 +68,6 @@ class StepBatch:
         return int(self.lengths.sum())
 
 
-def row_multiples(config: Config) -> tuple[int, int]:
-    """Of what the rows of a segment, and those of a pack, are multiples in this layout.
-
-    Context parallelism deals out chunks of each segment in pairs; sequence parallelism cuts a rank's rows evenly;
-    FP8 matrix products take rows by 16.
-    """
-    p = config.parallel
-    alignment = 2 * p.cp if p.cp > 1 else 1
-    rows_per_rank = math.lcm(p.tp if p.sequence_parallel else 1, 16 if config.model.fp8 else 1)
-    return alignment, p.cp * rows_per_rank
-
-
 def open_groups(config: Config, shape: ModelShape) -> tuple[GroupSplit, GroupSplit | None]:
     """Training and validation data of a configuration, checked against the model. Collective.
 
@@ -102,7 +90,7 @@ def open_groups(config: Config, shape: ModelShape) -> tuple[GroupSplit, GroupSpl
         limits=LengthLimits(
             max_response_tokens=data.max_response_tokens,
             # a prompt and its response take one row less than their tokens: the last one is only a label
-            max_sequence_tokens=data.max_tokens_per_pack // unit * unit + 1,
+            max_sequence_tokens=min(data.max_tokens_per_pack // unit * unit, shape.max_sequence_length) + 1,
             policy=data.overlong,
         ),
     )
@@ -230,7 +218,7 @@ class StepSource:
             self._read(batch, group) if group in needed else {"responses": range(sizes[group])}
             for group in range(len(batch.groups))
         ]
-        device = torch.cuda.current_device()
+        device = torch.device(torch.cuda.current_device())
         packs = []
         for plan in plans:
             pack = build_pack(

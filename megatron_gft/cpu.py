@@ -47,7 +47,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -181,7 +181,7 @@ def _redirect_torch_cuda(device: torch.device) -> None:
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # type: ignore[assignment]
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *_, **__: stream  # type: ignore
     torch.cuda.Stream = _Stream  # type: ignore[assignment,misc]  # a class: transformers annotates with it
-    torch.cuda.stream = lambda s: stream  # type: ignore[assignment,misc]
+    torch.cuda.stream = lambda s: stream  # type: ignore
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
 
 

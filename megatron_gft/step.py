@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_gft.gft import coefficient
 from megatron_gft.model import LossOutput
-from megatron_gft.objectives import ALL_SOURCES
+from megatron_gft.objectives import ALL_SOURCES, Coefficient
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
 from megatron_gft.timing import ForwardTimer
@@ -46,7 +46,7 @@ class LossReport:
         return total / self.denominator if self.denominator else 0.0
 
 
-def pack_buckets(pack: Pack, logprobs: torch.Tensor, entropy: torch.Tensor | None, tau: float, kind: str):
+def pack_buckets(pack: Pack, logprobs: torch.Tensor, entropy: torch.Tensor | None, tau: float, kind: Coefficient):
     """Metrics of one pack as float64 ``[3, 2, 7]`` (see :class:`LossReport`); no communication, no host sync."""
     p = logprobs.double().exp()
     weight = pack.token_weights.double() * coefficient(logprobs, tau, kind).double()
@@ -70,7 +70,7 @@ def pack_buckets(pack: Pack, logprobs: torch.Tensor, entropy: torch.Tensor | Non
 class StepRunner:
     """Runs packs through the model chunks of this rank with Megatron's pipeline schedules."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], parallel: Parallel, *, tau: float, kind: str):
+    def __init__(self, chunks: Sequence[torch.nn.Module], parallel: Parallel, *, tau: float, kind: Coefficient):
         self.chunks = list(chunks)
         self.parallel = parallel
         self.tau, self.kind = tau, kind

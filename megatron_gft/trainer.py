@@ -9,6 +9,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from signal import Signals
 
 import torch
 import torch.distributed as dist
@@ -111,7 +112,7 @@ class Trainer:
             self._save(last=self.state.step == self.total_steps or bool(signal))
             if signal:
                 self._say(f"stopped by signal {signal} after step {self.state.step}; the checkpoint is complete")
-                return StopRequest.CODES[signal]
+                return StopRequest.CODES[Signals(signal)]
         self._say(f"finished {self.total_steps} steps; run folder {settings.output}")
         return 0
 
@@ -342,7 +343,7 @@ def build_trainer(
         scheduler=scheduler,
         runner=StepRunner(chunks, parallel, tau=objective.tau, kind=objective.coefficient or "rectified"),
         source=source,
-        validation=valid_groups and StepSource(valid_groups, config, shape, parallel, validation=True),
+        validation=StepSource(valid_groups, config, shape, parallel, validation=True) if valid_groups else None,
         checkpointer=checkpointer,
         reporter=_reporter(config, run_folder, state, total_steps) if parallel.rank == 0 else None,
         state=state,
