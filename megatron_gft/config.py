@@ -7,6 +7,7 @@ any process group starts. ``load_config`` gives a :class:`Config` or raises one 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,6 +197,18 @@ class Config(Section):
         """Write the resolved tree as YAML that ``load_config`` reads back to an equal value."""
         with atomic_file(path) as temporary:
             temporary.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def row_multiples(config: Config) -> tuple[int, int]:
+    """Of what the rows of a segment, and those of a pack, are multiples in this layout.
+
+    Context parallelism deals out chunks of each segment in pairs; sequence parallelism cuts a rank's rows evenly;
+    FP8 matrix products take rows by 16.
+    """
+    p = config.parallel
+    alignment = 2 * p.cp if p.cp > 1 else 1
+    rows_per_rank = math.lcm(p.tp if p.sequence_parallel else 1, 16 if config.model.fp8 else 1)
+    return alignment, p.cp * rows_per_rank
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:

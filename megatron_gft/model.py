@@ -30,11 +30,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gft.attention import CoreAttention, RMSNorm, TECoreAttention
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_gft.errors import InputError
+from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.head import GFTOutputLayer, HeadSettings
 from megatron_gft.hf_config import ModelShape, gpt_model_kwargs, padded_vocab_size, transformer_config_kwargs
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
+from megatron_gft.validation import transformer_problems
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,8 +43,10 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FP8_FORMAT = "hybrid"
 
 
-def choose_backend(requested: str) -> str:
-    """``"transformer_engine"`` or ``"local"`` for ``model.backend``.
+def choose_backend(requested: str, precision: str) -> str:
+    """``"transformer_engine"`` or ``"local"`` for ``model.backend`` and ``model.precision``.
+
+    ``auto`` takes Transformer Engine where it can be used; its attention over packs is half precision.
 
     Raises:
         InputError: Transformer Engine is asked for and cannot be used.
@@ -54,7 +57,9 @@ def choose_backend(requested: str) -> str:
             "model.backend: transformer_engine needs a GPU and the package transformer-engine[pytorch] -> install "
             "requirements-gpu.txt, or set model.backend=auto"
         )
-    return "transformer_engine" if usable and requested != "local" else "local"
+    if requested == "auto":
+        return "transformer_engine" if usable and precision != "fp32" else "local"
+    return requested
 
 
 def build_transformer_config(
@@ -63,6 +68,9 @@ def build_transformer_config(
     """Megatron's configuration of one model; ``extra`` overrides single fields (planning on meta tensors).
 
     Fields that this megatron-core version does not have are left out, so one list serves 0.16.1 to 0.19.
+
+    Raises:
+        InputErrors: ``extra`` sets what would silently train another loss.
     """
     dtype = PRECISIONS[model.precision]
     kwargs = transformer_config_kwargs(shape)
@@ -105,7 +113,10 @@ def build_transformer_config(
         kwargs |= {"fp8": FP8_FORMAT, "fp8_recipe": model.fp8}
     kwargs |= extra
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    return TransformerConfig(**{key: value for key, value in kwargs.items() if key in known})
+    config = TransformerConfig(**{key: value for key, value in kwargs.items() if key in known})
+    if problems := transformer_problems(config):
+        raise InputErrors("Megatron's TransformerConfig", problems)
+    return config
 
 
 def build_layer_spec(
@@ -270,7 +281,7 @@ def build_model(
 
     Returns Megatron's configuration and the chunks, in bf16 wrapped in :class:`HalfModule`.
     """
-    backend = choose_backend(model.backend)
+    backend = choose_backend(model.backend, model.precision)
     config = build_transformer_config(shape, model, parallel_config, backend=backend, **extra)
     head = HeadSettings(
         tau=objective.tau,

@@ -1,15 +1,18 @@
 """Checks that cross sections of the configuration, the model and the world size; all problems in one error.
 
 Torch-free: it runs before any process group, and in ``tools/plan.py``. Several of these combinations run in
-Megatron-Core without a word and give wrong numbers; each rule says so.
+Megatron-Core without a word and give wrong numbers; each rule says so. :func:`transformer_problems` holds the rules
+about Megatron's own configuration, for whoever changes what ``model.py`` builds.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+from pathlib import Path
+from typing import Any
 
-from megatron_gft.config import Config
+from megatron_gft.config import Config, row_multiples
 from megatron_gft.errors import InputErrors
 from megatron_gft.hf_config import ModelShape, shape_problems
 
@@ -19,55 +22,73 @@ def check(config: Config, shape: ModelShape, world_size: int, *, training: bool 
 
     Args:
         world_size: processes of the job.
-        training: false for planning, where shards and optional packages need not be there.
+        training: false for planning, where shards, weights and optional packages need not be there.
     """
     problems = [
-        *_layout(config, shape, world_size),
-        *_data(config, training),
+        *_world_size(config, shape, world_size),
+        *_parallel(config, shape),
+        *_data(config, shape, training),
         *_objective(config),
         *_optimizer(config),
         *_model(config, training),
+        *_run(config, world_size, training),
     ]
     if problems:
         raise InputErrors("configuration", problems)
 
 
-def _layout(config: Config, shape: ModelShape, world_size: int) -> list[str]:
+def _world_size(config: Config, shape: ModelShape, world_size: int) -> list[str]:
     p, problems = config.parallel, []
     model_size = p.tp * p.pp * p.cp
     if world_size % model_size:
         problems.append(
-            f"parallel: tp({p.tp}) * pp({p.pp}) * cp({p.cp}) = {model_size} does not divide the world size "
-            f"{world_size} -> start a multiple of {model_size} processes, or change parallel.tp, pp or cp"
+            f"parallel.tp={p.tp} * parallel.pp={p.pp} * parallel.cp={p.cp} = {model_size} does not divide the world "
+            f"size {world_size} -> start a multiple of {model_size} processes, or choose sizes that divide it"
         )
     etp = p.etp or p.tp
     expert_size = etp * p.ep * p.pp
     if shape.num_moe_experts and world_size % expert_size:
         problems.append(
-            f"parallel: etp({etp}) * ep({p.ep}) * pp({p.pp}) = {expert_size} does not divide the world size "
-            f"{world_size} -> change parallel.ep or parallel.etp"
-        )
-    problems += [
-        f"parallel: {text}" for text in shape_problems(shape, tp=p.tp, pp=p.pp, vpp=p.vpp or 1, ep=p.ep, etp=etp)
-    ]
-    if p.vpp is not None and p.pp < 2:
-        problems.append(f"parallel.vpp={p.vpp} interleaves pipeline stages and pp is 1 -> set parallel.pp or drop vpp")
-    if p.sequence_parallel and p.tp == 1:
-        problems.append("parallel.sequence_parallel cuts over tensor ranks and tp is 1 -> set it to false")
-    if shape.num_moe_experts and p.tp > 1 and not p.sequence_parallel:
-        problems.append(
-            "parallel: Megatron-Core trains mixture-of-experts with tp > 1 only with sequence parallel "
-            "-> set parallel.sequence_parallel=true"
+            f"parallel.ep={p.ep} * parallel.etp={etp} * parallel.pp={p.pp} = {expert_size} does not divide the world "
+            f"size {world_size} -> choose sizes that divide it (parallel.etp follows parallel.tp unless it is set)"
         )
     return problems
 
 
-def _data(config: Config, training: bool) -> list[str]:
-    d, p, problems = config.data, config.parallel, []
+def _parallel(config: Config, shape: ModelShape) -> list[str]:
+    p, problems = config.parallel, []
+    sizes = {
+        "parallel.tp": {"tp": p.tp},
+        "parallel.pp": {"pp": p.pp, "vpp": p.vpp or 1},
+        "parallel.ep": {"ep": p.ep},
+        "parallel.etp": {"etp": p.etp or p.tp},
+    }
+    for key, size in sizes.items():
+        problems += [f"{key}: {text}" for text in shape_problems(shape, **size)]
+    if p.vpp is not None and p.pp < 2:
+        problems.append(
+            f"parallel.vpp={p.vpp} interleaves pipeline stages and parallel.pp is 1 -> raise it or drop vpp"
+        )
+    if p.sequence_parallel and p.tp == 1:
+        problems.append("parallel.sequence_parallel cuts over tensor ranks and parallel.tp is 1 -> set it to false")
+    if p.etp is not None and not shape.num_moe_experts:
+        problems.append(f"parallel.etp={p.etp} cuts experts and this model has none -> drop it")
+    if shape.num_moe_experts and p.tp > 1 and not p.sequence_parallel:
+        problems.append(
+            f"parallel.tp={p.tp}: Megatron-Core trains mixture-of-experts with tensor parallelism only together with "
+            "sequence parallelism -> set parallel.sequence_parallel=true"
+        )
+    return problems
+
+
+def _data(config: Config, shape: ModelShape, training: bool) -> list[str]:
+    d, problems = config.data, []
     if training and not d.train:
         problems.append("data.train: missing -> name shard prefixes or globs, written by tools/preprocess_groups.py")
     if d.train_weights is not None and len(d.train_weights) != len(d.train):
-        problems.append(f"data.train_weights has {len(d.train_weights)} entries for {len(d.train)} of data.train")
+        problems.append(
+            f"data.train_weights has {len(d.train_weights)} entries for {len(d.train)} of data.train -> one for each"
+        )
     shares = d.split.split(",")
     try:
         numbers = [float(share) for share in shares]
@@ -76,24 +97,32 @@ def _data(config: Config, training: bool) -> list[str]:
     if len(numbers) != 3 or min(numbers, default=-1) < 0 or numbers[0] <= 0:
         problems.append(f'data.split={d.split!r}: not three shares -> for example "98,2,0" (train, valid, test)')
     elif config.train.validate_every and not d.valid and numbers[1] == 0:
-        problems.append('train.validate_every is set and there is no validation data -> data.valid, or split "98,2,0"')
-    unit = math.lcm(2 * p.cp if p.cp > 1 else 1, p.cp * (p.tp if p.sequence_parallel else 1))
+        problems.append(
+            "train.validate_every is set and there is no validation data -> set data.valid, or data.split to 98,2,0"
+        )
+    unit = math.lcm(*row_multiples(config))
     if d.max_tokens_per_pack < unit:
         problems.append(
-            f"data.max_tokens_per_pack={d.max_tokens_per_pack} is below {unit}, the padding unit of this layout "
-            "(2 * cp rows per sequence, tp * cp per pack)"
+            f"data.max_tokens_per_pack={d.max_tokens_per_pack} is below {unit}, to a multiple of which this layout "
+            f"pads a pack (2 * parallel.cp rows of a response, sequence parallelism, FP8) -> at least {unit}"
+        )
+    if d.max_response_tokens is not None and d.max_response_tokens > shape.max_sequence_length:
+        problems.append(
+            f"data.max_response_tokens={d.max_response_tokens} exceeds the {shape.max_sequence_length} positions that "
+            "the model was made for (max_position_embeddings) -> lower it"
         )
     return problems
 
 
 def _objective(config: Config) -> list[str]:
     o, problems = config.objective, []
-    if len(set(o.sources or [])) != len(o.sources or []):
-        problems.append(f"objective.sources={o.sources}: a source is named twice")
-    if o.advantage != "none" and o.sources is not None and len(o.sources) == 1 and o.sources[0] == "expert":
+    sources = o.sources or []
+    if len(set(sources)) != len(sources):
+        problems.append(f"objective.sources={sources}: a source is named twice -> once")
+    if o.advantage != "none" and sources == ["expert"]:
         problems.append(
-            "objective: advantages over a single expert per group are its reward alone -> set "
-            "objective.advantage=none, or add sources"
+            f"objective.advantage={o.advantage}: over a single expert per group it is the reward alone -> set it to "
+            "none, or add to objective.sources"
         )
     return problems
 
@@ -101,12 +130,16 @@ def _objective(config: Config) -> list[str]:
 def _optimizer(config: Config) -> list[str]:
     o, problems = config.optimizer, []
     if o.min_lr > o.lr:
-        problems.append(f"optimizer.min_lr={o.min_lr} is above optimizer.lr={o.lr}")
+        problems.append(f"optimizer.min_lr={o.min_lr} is above optimizer.lr={o.lr} -> lower it")
     if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
-        problems.append(f"optimizer.decay_steps={o.decay_steps} must exceed warmup_steps={o.warmup_steps}")
+        problems.append(
+            f"optimizer.decay_steps={o.decay_steps} does not exceed optimizer.warmup_steps={o.warmup_steps} -> it "
+            "counts from the first step, warm-up included"
+        )
     if o.overlap_param_gather and not (o.overlap_grad_reduce and o.distributed):
         problems.append(
-            "optimizer.overlap_param_gather needs optimizer.overlap_grad_reduce=true and optimizer.distributed=true"
+            "optimizer.overlap_param_gather needs optimizer.overlap_grad_reduce=true and optimizer.distributed=true "
+            "-> set them"
         )
     return problems
 
@@ -114,9 +147,75 @@ def _optimizer(config: Config) -> list[str]:
 def _model(config: Config, training: bool) -> list[str]:
     m, problems = config.model, []
     if m.fp8 and m.backend == "local":
-        problems.append("model.fp8 needs Transformer Engine -> set model.backend=auto")
-    if training and m.fp8 and importlib.util.find_spec("transformer_engine") is None:
-        problems.append("model.fp8 needs Transformer Engine -> pip install -r requirements-gpu.txt, or drop model.fp8")
+        problems.append(f"model.fp8={m.fp8} needs Transformer Engine -> set model.backend=auto")
     if m.fp8 and m.precision != "bf16":
-        problems.append("model.fp8 quantises bf16 weights -> set model.precision=bf16")
+        problems.append(f"model.fp8={m.fp8} quantises bf16 weights -> set model.precision=bf16")
+    if m.backend == "transformer_engine" and m.precision == "fp32":
+        problems.append(
+            "model.backend=transformer_engine: its attention over packs is half precision -> set "
+            "model.precision=bf16 or model.backend=local"
+        )
+    if training and m.fp8 and importlib.util.find_spec("transformer_engine") is None:
+        problems.append(
+            f"model.fp8={m.fp8} needs Transformer Engine -> pip install -r requirements-gpu.txt, or drop model.fp8"
+        )
+    return problems
+
+
+def _run(config: Config, world_size: int, training: bool) -> list[str]:
+    problems = []
+    beyond = [rank for rank in config.profile.ranks if rank >= world_size]
+    if config.profile.steps and beyond:
+        problems.append(f"profile.ranks={beyond}: ranks go from 0 to {world_size - 1} -> choose among them")
+    origin = config.checkpoint.init_from
+    if training and origin is not None and not Path(origin.removeprefix("hf:")).is_dir():
+        problems.append(
+            f"checkpoint.init_from={origin}: no such folder -> hf:DIR for a Hugging Face model, DIR for a Megatron "
+            "checkpoint"
+        )
+    return problems
+
+
+def transformer_problems(config: Any) -> list[str]:
+    """What in a Megatron ``TransformerConfig`` would train another loss without a word (empty list: nothing).
+
+    ``model.py`` sets all of it; this is for overrides and for later versions of Megatron-Core.
+    """
+    problems = []
+    if not config.calculate_per_token_loss:
+        problems.append("calculate_per_token_loss=False averages over microbatches and ranks -> True")
+    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
+        problems.append(
+            "variable_seq_lengths=False receives every pack of a pipeline in the shape of the longest -> True"
+        )
+    if config.virtual_pipeline_model_parallel_size is not None and (
+        config.batch_p2p_comm or not config.overlap_p2p_comm
+    ):
+        problems.append(
+            "virtual pipeline stages with batch_p2p_comm swap two transfers between one pair of ranks (wrong losses, "
+            "or a hang) -> overlap_p2p_comm=True, batch_p2p_comm=False"
+        )
+    for name in ("hidden_dropout", "attention_dropout"):
+        if getattr(config, name):
+            problems.append(f"{name}={getattr(config, name)} makes the loss depend on the layout and pack form -> 0")
+    if config.mtp_num_layers:
+        problems.append(f"mtp_num_layers={config.mtp_num_layers}: the head does not train them -> None")
+    if config.defer_embedding_wgrad_compute:
+        problems.append("defer_embedding_wgrad_compute does not know the fused head -> False")
+    if config.num_moe_experts:
+        problems += _expert_problems(config)
+    return problems
+
+
+def _expert_problems(config: Any) -> list[str]:
+    """Terms of a mixture of experts that are functions of a microbatch, not of a token."""
+    problems = []
+    if config.moe_router_load_balancing_type not in ("none", ["none"]):
+        problems.append(
+            f"moe_router_load_balancing_type={config.moe_router_load_balancing_type!r}: an auxiliary loss depends on "
+            "how the step is packed -> 'none'"
+        )
+    for name in ("moe_expert_capacity_factor", "moe_z_loss_coeff", "moe_input_jitter_eps"):
+        if getattr(config, name) is not None:
+            problems.append(f"{name}={getattr(config, name)} makes the loss depend on how the step is packed -> None")
     return problems

@@ -94,7 +94,9 @@ SOAK_LAYOUTS = [
         (8, "untied", f"{TP2} {PP2} {OVERLAP_ALL}"),
         (8, "tied", f"{CP4} {OVERLAP} {PLAIN}"),
         (4, "qwen3_moe", f"{EP4} {OVERLAP_ALL}"),
-        (8, "mixtral", f"{TP2} {SP} {EP2} {PP2} {VPP2}"),
+        # etp 1: gloo gathers no tensors of unequal size, which expert-tensor with expert parallelism would need
+        (8, "mixtral", f"{TP2} {SP} {EP2} {ETP1} {PP2} {VPP2}"),
+        (8, "qwen3_moe", f"{TP2} {SP} {EP4} {ETP1} {FULL}"),
     )
     if not (CP4 in layout and size == SMALL)
 ]

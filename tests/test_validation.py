@@ -1,0 +1,237 @@
+"""Every rule over the configuration: what trips it, and that the message names the key and the way out."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_gft.config import ModelConfig, ParallelConfig, load_config
+from megatron_gft.errors import InputErrors
+from megatron_gft.hf_config import model_shape_from_config
+from megatron_gft.model import build_transformer_config
+from megatron_gft.validation import check, transformer_problems
+
+DENSE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 12,
+    "hidden_size": 96,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "intermediate_size": 144,
+    "vocab_size": 503,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+}
+EXPERTS = DENSE | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+}
+BASE = ["model.config=none", "data.train=[shard]"]
+
+
+def shape_of(config):
+    return model_shape_from_config(config, "config.json")
+
+
+def problems(overrides, model=DENSE, world_size=1, training=True):
+    """The problems of ``check``, [] when it passes."""
+    try:
+        check(load_config([], BASE + overrides), shape_of(model), world_size, training=training)
+    except InputErrors as error:
+        return error.problems
+    return []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "world_size"),
+    [
+        ([], DENSE, 1),
+        (["parallel.tp=4", "parallel.pp=3", "parallel.vpp=2", "parallel.cp=2"], DENSE, 48),
+        (["parallel.tp=12", "parallel.sequence_parallel=true"], DENSE, 12),  # 4 KV heads, shared by 3 ranks each
+        (["parallel.ep=2", "parallel.cp=2"], EXPERTS, 4),
+        (["parallel.tp=2", "parallel.ep=2", "parallel.etp=1", "parallel.sequence_parallel=true"], EXPERTS, 2),
+        (["parallel.cp=4", "data.max_tokens_per_pack=8"], DENSE, 4),
+        (["optimizer.overlap_param_gather=true", "optimizer.overlap_grad_reduce=true"], DENSE, 2),
+        (["objective=sft", "train.validate_every=5", "data.split='98,2,0'"], DENSE, 1),
+        (["profile.steps=[3]", "profile.ranks=[0,1]"], DENSE, 2),
+    ],
+)
+def test_sound_combinations_pass(overrides, model, world_size):
+    assert problems(overrides, model, world_size) == []
+
+
+RULES = [
+    # world size
+    (["parallel.tp=2", "parallel.pp=3"], DENSE, 8, ["parallel.tp=2 * parallel.pp=3", "world size 8", "multiple of 6"]),
+    (["parallel.cp=4"], DENSE, 2, ["parallel.cp=4", "world size 2", "multiple of 4 processes"]),
+    (["parallel.ep=3"], EXPERTS, 4, ["parallel.ep=3 * parallel.etp=1", "world size 4", "choose sizes"]),
+    # the model's sizes
+    (["parallel.tp=5"], DENSE, 5, ["parallel.tp: 12 attention heads do not divide by TP 5", "[1, 2, 3, 4, 6, 12]"]),
+    (["parallel.tp=6"], DENSE, 6, ["parallel.tp: 4 KV groups and TP 6", "choose such a TP"]),
+    (["parallel.pp=5"], DENSE, 5, ["parallel.pp: 12 layers do not divide by PP 5", "choose sizes"]),
+    (["parallel.pp=2", "parallel.vpp=4"], DENSE, 2, ["parallel.pp: 12 layers", "4 virtual stages"]),
+    (["parallel.ep=2"], DENSE, 2, ["parallel.ep: ", "the model has no experts", "set it to 1"]),
+    (["parallel.ep=4"], EXPERTS, 4, ["parallel.ep: 6 experts do not divide by EP 4"]),
+    (["parallel.etp=5"], EXPERTS, 5, ["parallel.etp: expert ffn size 144 does not divide by expert TP 5"]),
+    # layouts that Megatron runs wrongly, late, or not at all
+    (["parallel.vpp=2"], DENSE, 1, ["parallel.vpp=2", "parallel.pp is 1", "drop vpp"]),
+    (["parallel.sequence_parallel=true"], DENSE, 2, ["parallel.sequence_parallel", "parallel.tp is 1", "false"]),
+    (["parallel.etp=2"], DENSE, 2, ["parallel.etp=2", "drop it"]),
+    (["parallel.tp=2"], EXPERTS, 2, ["parallel.tp=2", "set parallel.sequence_parallel=true"]),
+    # data
+    (["data.train=[]"], DENSE, 1, ["data.train: missing", "tools/preprocess_groups.py"]),
+    (["data.train_weights=[1.0,2.0]"], DENSE, 1, ["data.train_weights has 2 entries for 1"]),
+    (["data.split='100'"], DENSE, 1, ["data.split='100'", '"98,2,0"']),
+    (["data.split='0,100,0'"], DENSE, 1, ["data.split="]),
+    (["data.split='a,b,c'"], DENSE, 1, ["data.split="]),
+    (["train.validate_every=5"], DENSE, 1, ["train.validate_every", "set data.valid"]),
+    (["parallel.cp=4", "data.max_tokens_per_pack=7"], DENSE, 4, ["data.max_tokens_per_pack=7", "at least 8"]),
+    (
+        ["parallel.cp=2", "parallel.tp=4", "parallel.sequence_parallel=true", "data.max_tokens_per_pack=7"],
+        DENSE,
+        8,
+        ["data.max_tokens_per_pack=7", "below 8", "at least 8"],
+    ),
+    (["data.max_response_tokens=513"], DENSE, 1, ["data.max_response_tokens=513", "512 positions", "lower it"]),
+    # objective
+    (["objective.sources=[self,self,expert]"], DENSE, 1, ["objective.sources", "named twice"]),
+    (["objective.sources=[expert]"], DENSE, 1, ["objective.advantage=std", "none", "objective.sources"]),
+    # optimizer
+    (["optimizer.min_lr=1e-3", "optimizer.lr=1e-6"], DENSE, 1, ["optimizer.min_lr=0.001", "optimizer.lr=1e-06"]),
+    (["optimizer.decay_steps=5", "optimizer.warmup_steps=5"], DENSE, 1, ["optimizer.decay_steps=5", "warmup_steps=5"]),
+    (["optimizer.overlap_param_gather=true"], DENSE, 1, ["optimizer.overlap_grad_reduce=true"]),
+    (
+        [
+            "optimizer.overlap_param_gather=true",
+            "optimizer.overlap_grad_reduce=true",
+            "optimizer.distributed=false",
+        ],
+        DENSE,
+        1,
+        ["optimizer.overlap_param_gather", "optimizer.distributed=true"],
+    ),
+    # model
+    (["model.fp8=delayed", "model.backend=local"], DENSE, 1, ["model.fp8=delayed", "set model.backend=auto"]),
+    (["model.fp8=mxfp8", "model.precision=fp32"], DENSE, 1, ["model.fp8=mxfp8", "set model.precision=bf16"]),
+    (
+        ["model.backend=transformer_engine", "model.precision=fp32"],
+        DENSE,
+        1,
+        ["model.backend=transformer_engine", "model.backend=local"],
+    ),
+    (["model.fp8=delayed"], DENSE, 1, ["model.fp8=delayed needs Transformer Engine -> pip install"]),
+    # the run
+    (["profile.steps=[3]", "profile.ranks=[0,2]"], DENSE, 2, ["profile.ranks=[2]", "from 0 to 1"]),
+    (["checkpoint.init_from=hf:nowhere"], DENSE, 1, ["checkpoint.init_from=hf:nowhere", "no such folder", "hf:DIR"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "model", "world_size", "parts"), RULES)
+def test_every_rule_names_the_key_and_the_way_out(overrides, model, world_size, parts):
+    found = problems(overrides, model, world_size)
+    assert any(all(part in problem for part in parts) for problem in found), found
+    assert all("->" in problem or "parallel.etp: expert" in problem for problem in found), found
+
+
+def test_all_problems_come_at_once():
+    found = problems(["parallel.tp=5", "parallel.vpp=2", "optimizer.min_lr=1", "data.split='1'", "data.train=[]"])
+    keys = ("parallel.tp=5", "parallel.tp: 12", "parallel.vpp=2", "optimizer.min_lr", "data.split", "data.train")
+    for key in keys:
+        assert any(key in problem for problem in found), key
+
+
+def test_planning_needs_neither_shards_nor_weights_nor_packages():
+    overrides = ["data.train=[]", "checkpoint.init_from=hf:nowhere", "model.fp8=delayed"]
+    assert len(problems(overrides)) == 3
+    assert problems(overrides, training=False) == []
+
+
+# --- Megatron's own configuration -------------------------------------------------------------------------------------
+
+LAYOUTS = [
+    {},
+    {"tp": 2, "sequence_parallel": True},
+    {"pp": 2},
+    {"pp": 2, "vpp": 2},
+    {"cp": 2},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", [DENSE, EXPERTS])
+@pytest.mark.parametrize("recompute", ["none", "core_attention", "full"])
+def test_what_the_model_builds_has_no_silent_trap(layout, model, recompute):
+    settings = ModelConfig(config="none", recompute=recompute)
+    config = build_transformer_config(shape_of(model), settings, ParallelConfig(**layout), backend="local")
+    assert transformer_problems(config) == []
+
+
+TRAPS = [
+    ({}, {"calculate_per_token_loss": False}, "calculate_per_token_loss=False"),
+    ({"pp": 2}, {"variable_seq_lengths": False}, "variable_seq_lengths=False"),
+    ({"pp": 2, "vpp": 2}, {"batch_p2p_comm": True, "overlap_p2p_comm": False}, "overlap_p2p_comm=True"),
+    ({}, {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    ({}, {"hidden_dropout": 0.1}, "hidden_dropout=0.1"),
+    ({}, {"mtp_num_layers": 1}, "mtp_num_layers=1"),
+    ({"pp": 2}, {"defer_embedding_wgrad_compute": True, "gradient_accumulation_fusion": True}, "defer_embedding"),
+    ({}, {"moe_router_load_balancing_type": "aux_loss"}, "moe_router_load_balancing_type='aux_loss'"),
+    ({}, {"moe_z_loss_coeff": 1e-3}, "moe_z_loss_coeff=0.001"),
+    ({}, {"moe_input_jitter_eps": 0.1}, "moe_input_jitter_eps=0.1"),
+    (
+        {},
+        {"moe_expert_capacity_factor": 1.0, "moe_router_load_balancing_type": "aux_loss"},
+        "moe_expert_capacity_factor=1.0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "extra", "message"), TRAPS)
+def test_an_override_that_trains_another_loss_is_refused(layout, extra, message):
+    with pytest.raises(InputErrors, match=r"Megatron's TransformerConfig") as error:
+        build_transformer_config(
+            shape_of(EXPERTS), ModelConfig(config="none"), ParallelConfig(**layout), backend="local", **extra
+        )
+    assert message in str(error.value) and "->" in str(error.value)
+
+
+def test_megatron_does_not_know_these_traps():
+    """When this fails, Megatron-Core checks one of them itself."""
+    common = {"num_layers": 4, "hidden_size": 16, "num_attention_heads": 2, "pipeline_dtype": torch.float32}
+    TransformerConfig(**common, pipeline_model_parallel_size=2)
+    TransformerConfig(
+        **common, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, batch_p2p_comm=True
+    )
+
+
+# --- before torch -----------------------------------------------------------------------------------------------------
+
+_REFUSED_BEFORE_TORCH = """
+import sys
+from megatron_gft.train import main
+code = main(["--config", sys.argv[1], "parallel.tp=5"])
+heavy = [name for name in ("torch", "megatron.core", "transformers") if name in sys.modules]
+print(code, heavy)
+"""
+
+
+def test_a_wrong_configuration_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DENSE))
+    (tmp_path / "run.yaml").write_text(f"model: {{config: {tmp_path}}}\ndata: {{train: [shard]}}\n")
+    run = subprocess.run(
+        [sys.executable, "-c", _REFUSED_BEFORE_TORCH, str(tmp_path / "run.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "WORLD_SIZE": "5"},
+        timeout=60,
+    )
+    assert run.stdout.split() == ["2", "[]"], run.stderr
+    assert "parallel.tp: 12 attention heads do not divide by TP 5" in run.stderr
+    assert "Traceback" not in run.stderr
