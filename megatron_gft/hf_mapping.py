@@ -209,8 +209,7 @@ def _shard(
             return Shard((rows, width), (Piece(0, 0, rows, 0),), (tp_rank * width, (tp_rank + 1) * width))
         case "vocab":
             start, stop = (min((tp_rank + step) * vocab_rows, rows) for step in (0, 1))
-            pieces = (Piece(0, start, stop, 0),) if stop > start else ()
-            return Shard((vocab_rows, *rest), pieces)
+            return Shard((vocab_rows, *rest), (Piece(0, start, stop, 0),) if stop > start else ())
         case "gated":
             part = rows // tp_size
             pieces = tuple(Piece(i, tp_rank * part, (tp_rank + 1) * part, i * part) for i in range(2))

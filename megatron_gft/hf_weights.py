@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,16 +70,9 @@ def live_parameters(
         InputError: a parameter that the family has no rule for, or of another shape than the model's.
     """
     tied = mapping.shape.share_embeddings_and_output_weights
-    experts_per_rank = (mapping.shape.num_moe_experts or 0) // parallel.ep_size
+    first_expert = parallel.ep_rank * ((mapping.shape.num_moe_experts or 0) // parallel.ep_size)
     for chunk in model_chunks:
-        while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):  # DDP, half precision
-            chunk = inner
-        for name, parameter in chunk.named_parameters():
-            if layer := _LAYER.match(name):
-                number = chunk.decoder.layers[int(layer[1])].layer_number - 1
-                name = f"decoder.layers.{number}.{name[layer.end() :]}"
-            first_expert = parallel.ep_rank * experts_per_rank
-            name = _EXPERT.sub(lambda match, first=first_expert: f"{match[1]}{int(match[2]) + first}", name)
+        for name, parameter in _global_names(chunk, first_expert):
             entry = mapping.entry(name)
             if entry.is_expert:
                 place = (parallel.etp_rank, parallel.etp_size, parallel.etp_group, parallel.expert_dp_rank > 0)
@@ -93,6 +87,22 @@ def live_parameters(
                     f"Face model {expected} -> build the model from the same config.json"
                 )
             yield live
+
+
+def _global_names(chunk: torch.nn.Module, first_expert: int) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters with layers counted over the whole model and experts over all expert ranks."""
+    while isinstance(inner := getattr(chunk, "module", None), torch.nn.Module):  # DDP, half precision
+        chunk = inner
+    layers: Any = chunk.get_submodule("decoder.layers")
+
+    def global_expert(match: re.Match[str]) -> str:
+        return f"{match[1]}{int(match[2]) + first_expert}"
+
+    for name, parameter in chunk.named_parameters():
+        if layer := _LAYER.match(name):
+            number = layers[int(layer[1])].layer_number - 1
+            name = f"decoder.layers.{number}.{name[layer.end() :]}"
+        yield _EXPERT.sub(global_expert, name), parameter
 
 
 @torch.no_grad()

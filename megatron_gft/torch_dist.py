@@ -18,7 +18,7 @@ import pickle
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -94,7 +94,7 @@ def row_chunks(rows: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Ite
         yield start, min(start + step, rows)
 
 
-def prefetch(values: Iterable[Value]) -> Iterator[Value]:
+def prefetch(values: Iterable[Value]) -> Generator[Value, None, None]:
     """Yield ``values``, making the next one in a thread while the caller works on the last; never two ahead."""
     results: queue.SimpleQueue = queue.SimpleQueue()
     permits = threading.Semaphore(1)
