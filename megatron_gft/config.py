@@ -140,7 +140,7 @@ class TrainConfig(Section):
     validate_every: PositiveInt | None = Field(None, description="steps between validations; null: never")
     validate_groups: PositiveInt = Field(256, description="groups of one validation")
     nonfinite: Literal["stop", "skip"] = Field("stop", description="a step whose loss or gradient is not finite")
-    loss_spike_factor: float | None = Field(
+    grad_spike_factor: float | None = Field(
         None, gt=1, description="a gradient norm this many times its running median is treated as nonfinite"
     )
     max_skipped_steps: NonNegativeInt = Field(10, description="skipped steps after which the run stops")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import statistics
 import time
 from collections import deque
@@ -156,7 +157,7 @@ class Trainer:
             return f"the loss is {report.loss}"
         if not math.isfinite(grad_norm):
             return f"the gradient norm is {grad_norm}"
-        factor = self.config.train.loss_spike_factor
+        factor = self.config.train.grad_spike_factor
         if factor and len(self.recent_norms) >= 10:
             median = statistics.median(self.recent_norms)
             if grad_norm > factor * median:
@@ -398,6 +399,11 @@ def _reporter(config: Config, run_folder: Path, state: RunState, total_steps: in
 
 def train(config: Config, shape: ModelShape) -> int:
     """Run the whole job on this process; returns its exit code."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            config.write(Path(config.train.output) / "config.yaml")
+        except OSError as error:
+            raise InputError(f"train.output={config.train.output}: cannot be written ({error.strerror})") from None
     data = None if config.data.cache else open_groups(config, shape)  # Megatron's cache needs the process group
     device = start_process_group(config.parallel.collective_timeout_minutes)
     set_up_logging(dist.get_rank())
@@ -405,8 +411,6 @@ def train(config: Config, shape: ModelShape) -> int:
     parallel = initialize_parallel(
         tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp, timeout_minutes=p.collective_timeout_minutes
     )
-    if parallel.rank == 0:
-        config.write(Path(config.train.output) / "config.yaml")
     train_groups, valid_groups = data or open_groups(config, shape)
     for split in filter(None, (train_groups, valid_groups)):
         if any(asdict(split.limited).values()):

@@ -236,3 +236,39 @@ def test_metrics_cover_sources_signs_and_time(model, whole):
     assert {"expert/positive/nll", "self/negative/rectified", "teacher/response_tokens"} <= set(record)
     shares = [record[f"{s}/{sign}/tokens"] for s in ("expert", "teacher", "self") for sign in ("positive", "negative")]
     assert sum(shares) == record["tokens"]
+
+
+def test_resume_without_the_optimizer_keeps_weights_and_place(model, whole, tmp_path):
+    output = tmp_path / "run"
+    train(model, output, "train.max_steps=2")
+    train(model, output, "checkpoint.load_optimizer=false")
+    assert losses(output)[3] == pytest.approx(losses(whole)[3], rel=1e-5), "same weights, same groups"
+    assert losses(output)[4] != losses(whole)[4], "Adam starts afresh"
+
+
+def test_a_spike_of_the_gradient_is_refused(model, tmp_path):
+    """From the eleventh step on, norms are compared with their median."""
+    options = ["train.epochs=4", "optimizer.lr=1e-6", "train.grad_spike_factor=1.01", "train.nonfinite=skip"]
+    with pytest.raises(RuntimeError, match="times its running median"):
+        train(model, tmp_path / "run", *options, "train.max_skipped_steps=0")
+    assert len(losses(tmp_path / "run")) >= 10
+
+
+def _with_fake_wandb(model: str, output: str, options: list[str]) -> dict:
+    import sys
+    import types
+
+    calls: list[tuple] = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, sorted(values)[:1])), finish=lambda: calls.append(("finish",))
+    )
+    sys.modules["wandb"] = types.SimpleNamespace(init=lambda **kwargs: calls.append(("init", kwargs)) or run)
+    return {"code": device_run.run(model, output, options)["code"], "calls": calls}
+
+
+def test_weights_and_biases_gets_every_record_when_asked_for(model, tmp_path):
+    options = ["model.precision=fp32", "logging.wandb_project=gft", "train.max_steps=2"]
+    calls = run_ranks(1, _with_fake_wandb, model, str(tmp_path / "run"), options)[0]["calls"]
+    started, arguments = calls[0]
+    assert started == "init" and arguments["project"] == "gft" and arguments["config"]["train"]["max_steps"] == 2
+    assert [call[0] for call in calls[1:]] == [1, 2, "finish"]
