@@ -138,6 +138,7 @@ def make_plan(
     device: Device | None = None,
     workload: Workload | None = None,
     efficiency: float | None = None,
+    with_steps: bool = True,
 ) -> Plan:
     """Plan a run of ``config`` on ``world_size`` devices. Needs a process without a process group.
 
@@ -145,13 +146,14 @@ def make_plan(
         device: default one H100 80 GB.
         workload: groups to assume where ``data.train`` is empty; default :class:`Workload`'s.
         efficiency: share of peak reached while computing; default the anchor of :func:`stated_efficiency`.
+        with_steps: false plans memory alone, for steps of many packs.
 
     Raises:
         InputErrors: everything that is wrong with the configuration, at once.
     """
     check(config, shape, world_size, training=False)
     device = device or Device()
-    steps = _steps(config, shape, world_size, workload or Workload())
+    steps = _steps(config, shape, world_size, workload or Workload()) if with_steps else None
     packs = round(steps.packs_per_rank) if steps else None
     stages = _stages(config, shape, world_size, packs)
     time = None
@@ -164,7 +166,8 @@ def make_plan(
             efficiency=efficiency or stated_efficiency(config, shape),
             peak_tflops=device.peak_tflops,
         )
-    plan = Plan(world_size, config, shape, device, stages, steps, time, None, _notes(config, shape, steps))
+    notes = _notes(config, shape) + (_step_notes(config, steps) if with_steps else [])
+    plan = Plan(world_size, config, shape, device, stages, steps, time, None, tuple(notes))
     if plan.fits:
         return plan
 
@@ -195,7 +198,7 @@ def _steps(config: Config, shape: ModelShape, world_size: int, workload: Workloa
         return describe_steps(AssumedGroups(workload, longest=longest), config, shape, parallel, assumed=True)
 
 
-def _notes(config: Config, shape: ModelShape, steps: StepStatistics | None) -> tuple[str, ...]:
+def _notes(config: Config, shape: ModelShape) -> list[str]:
     """What is legal and probably not meant."""
     p, notes = config.parallel, []
     if p.tp > GPUS_PER_NODE:
@@ -207,11 +210,16 @@ def _notes(config: Config, shape: ModelShape, steps: StepStatistics | None) -> t
             f"data.max_tokens_per_pack={config.data.max_tokens_per_pack} exceeds the model's "
             f"{shape.max_sequence_length} positions; a pack may, a single response with its prompt should not"
         )
+    return notes
+
+
+def _step_notes(config: Config, steps: StepStatistics | None) -> list[str]:
+    p = config.parallel
     if steps is None:
-        notes.append("no step of the sample trains anything (equal rewards in every group?)")
-    elif p.pp > 1 and steps.packs_per_rank * (p.vpp or 1) < 4 * (p.pp - 1):
-        notes.append(
+        return ["no step of the sample trains anything (equal rewards in every group?)"]
+    if p.pp > 1 and steps.packs_per_rank * (p.vpp or 1) < 4 * (p.pp - 1):
+        return [
             f"{steps.packs_per_rank:.0f} packs per rank leave the pipeline of {p.pp} stages idle much of the time "
             "-> more data.groups_per_step, smaller parallel.pp, or parallel.vpp"
-        )
-    return tuple(notes)
+        ]
+    return []

@@ -1,0 +1,373 @@
+"""The planner: bytes equal to real allocations, schedules equal to Megatron's, errors, verdicts and suggestions."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import device_run
+import pytest
+import torch
+from group_shards import TokenizerStamp, write_shard
+from ranks import run_ranks
+from tiny_models import write_tiny_model
+
+from megatron_gft.batch import StepSource
+from megatron_gft.config import load_config
+from megatron_gft.hf_config import read_model_shape
+from megatron_gft.memory import StaticMemory, estimate_activations, microbatches_in_flight, static_memory
+from megatron_gft.model import build_model, unwrap
+from megatron_gft.optimizer import build_optimizer, wrap_data_parallel
+from megatron_gft.parallel import initialize_parallel, seed_everything
+from megatron_gft.throughput import AssumedGroups, StepStatistics, Workload, estimate_step_time, pipeline_bubble
+from megatron_gft.tokenizer import tokenizer_fingerprint
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONWARNINGS": "ignore",
+}
+LLAMA_70B = "examples/llama3.1-70b/gpus-64.yaml"
+
+
+def ask(**cases: list) -> dict[str, list]:
+    """Answers of ``plan_cases.py``."""
+    result = subprocess.run(
+        [sys.executable, "tests/plan_cases.py"],
+        input=json.dumps(cases),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def plan_tool(*arguments: str) -> subprocess.CompletedProcess:
+    """Run ``tools/plan.py``."""
+    command = [sys.executable, "tools/plan.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+
+
+# --- exact memory -------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "one rank fp32": ("llama3", 1, ["model.precision=fp32"]),
+    "one rank bf16": ("llama3", 1, []),
+    "tensor": ("llama3", 2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+    "pipeline, tied": ("llama_tied_linear", 2, ["parallel.pp=2"]),
+    "interleaved": ("qwen2", 2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "data, overlapped": (
+        "qwen3",
+        2,
+        ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
+    ),
+    "data, not sharded": ("llama3", 2, ["optimizer.distributed=false"]),
+    "bf16 gradients": ("llama3", 2, ["optimizer.grad_reduce_in_fp32=false"]),
+    "experts": ("qwen3_moe", 2, ["parallel.ep=2"]),
+    "tensor, pipeline, data": ("llama3", 8, ["parallel.tp=2", "parallel.pp=2"]),
+}
+
+
+SCHEDULES = [[2, None], [4, None], [8, None], [2, 2], [4, 5], [8, 5]]
+LAYOUT_70B = ["model.config=examples/llama3.1-70b", "parallel.tp=8", "parallel.pp=4"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: str(write_tiny_model(folder / name, name)) for name in {layout[0] for layout in LAYOUTS.values()}}
+
+
+@pytest.fixture(scope="module")
+def cases(models) -> list:
+    """[overrides, world size, stage] of every stage of every layout."""
+    found = []
+    for model, world_size, options in LAYOUTS.values():
+        overrides = [f"model.config={models[model]}", *options]
+        found += [[overrides, world_size, stage] for stage in range(load_config([], overrides).parallel.pp)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(cases) -> dict[str, list]:
+    """Everything that is asked of the planner in one process."""
+    return ask(
+        measure=cases + [[LAYOUT_70B, 64, stage] for stage in range(4)],
+        warmup=SCHEDULES,
+        plan=[
+            [[LLAMA_70B], ["parallel.pp=2", "parallel.vpp=null"], 64, False],
+            [[], ["model.config=examples/llama3.1-70b", "parallel.tp=8"], 8, False],
+        ],
+    )
+
+
+def live_storages() -> dict[int, int]:
+    """Bytes of every storage that some tensor object of this process refers to."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.layout == torch.strided}
+
+
+def allocate(overrides: list[str]) -> tuple[dict, int, int]:
+    """Build for real, update once; (static memory, bytes of Adam's state, bytes of all new live tensors)."""
+    config = load_config([], overrides)
+    shape, p = read_model_shape(config.model.config), config.parallel
+    parallel = initialize_parallel(tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp)
+    seed_everything(1, parallel)
+    before = live_storages()
+    transformer, modules = build_model(shape, config.model, config.objective, config.parallel, parallel)
+    chunks = wrap_data_parallel(modules, transformer, config.optimizer)
+    optimizer = build_optimizer(chunks, config.optimizer, bf16=transformer.bf16)
+    optimizer.step()
+    optimizer.zero_grad()
+    states = [
+        tensor
+        for part in optimizer.chained_optimizers
+        for state in part.optimizer.state.values()
+        for tensor in state.values()
+    ]
+    after = live_storages()
+    new = sum(size for storage, size in after.items() if storage not in before)
+    return vars(static_memory(chunks, optimizer)), sum(t.numel() * t.element_size() for t in states), new
+
+
+def test_bytes_equal_the_real_allocation(cases, answers):
+    allocated: dict[str, list] = {}
+    for case, planned in zip(cases, answers["measure"], strict=False):
+        overrides, world_size, stage = case
+        ranks = allocated.get(str(overrides)) or run_ranks(world_size, allocate, overrides)
+        allocated[str(overrides)] = ranks
+        static, adam, live = ranks[stage * world_size // load_config([], overrides).parallel.pp]
+        assert planned == static, case
+        main = planned["optimizer"] - adam  # float32 copies of the weights, none in fp32 training
+        assert main == (0 if "model.precision=fp32" in overrides else adam // 2), case
+        total = planned["weights"] + planned["gradients"] + planned["optimizer"]
+        # RoPE frequencies, step counters and the like: nothing that grows with the model
+        assert total <= live <= total + 20_000, (case, total, live)
+
+
+def test_70b_matches_the_published_count(answers):
+    """Llama-3.1-70B has 70,553,706,496 parameters; tensor ranks repeat norms, the vocabulary is padded."""
+    stages = answers["measure"][-4:]
+    norms = 2 * 80 * 8192 + 8192
+    padding = 2 * (129_024 - 128_256) * 8192
+    assert 8 * sum(stage["parameters"] for stage in stages) == 70_553_706_496 + 7 * norms + padding
+    assert stages[1] == stages[2], "stages between the first and the last are alike, so one is built"
+    assert stages[1]["optimizer"] == 12 * stages[1]["parameters"] // 2  # sharded over 2 data-parallel ranks
+
+
+# --- activations --------------------------------------------------------------------------------------------------
+
+
+def test_chunks_in_flight_are_those_of_megatrons_schedules(answers):
+    for (pp, vpp), warmups in zip(SCHEDULES, answers["warmup"], strict=True):
+        ours = [microbatches_in_flight(stage, pp, vpp) for stage in range(pp)]
+        assert ours == [warmup + 1 for warmup in warmups]
+    assert microbatches_in_flight(0, 8, None, packs=3) == 3
+    assert microbatches_in_flight(0, 4, 5, packs=4) == 20
+
+
+def saved_for_backward(overrides: list[str]) -> tuple[int, int]:
+    """Rows of a pack, and bytes in distinct storages that its forward through all layers keeps, weights left out."""
+    config = load_config([], overrides)
+    shape = read_model_shape(config.model.config)
+    parallel = initialize_parallel()
+    seed_everything(1, parallel)
+    _, (model,) = build_model(shape, config.model, config.objective, config.parallel, parallel)
+    source = StepSource(device_run.MemoryGroups(16, shape.vocab_size), config, shape, parallel)
+    pack = source.packs(source.batch(0))[0]
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor too: a freed storage's name comes again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = unwrap(model).hidden_states(pack)
+    assert output.requires_grad
+    return len(pack.tokens), sum(size for size, _ in kept.values())
+
+
+def test_the_estimate_bounds_what_the_cpu_layers_keep_from_below(tmp_path):
+    """The CPU runs norms and SwiGLU unfused and so keeps more: 1.3 to 2.2 times the estimate for fused layers."""
+    kept, rows = [], 0
+    for layers in (2, 4):
+        model = write_tiny_model(tmp_path / str(layers), "llama3", num_hidden_layers=layers)
+        overrides = [f"model.config={model}", "data.groups_per_step=16", "data.max_tokens_per_pack=1024"]
+        overrides.append("data.packing=packed")
+        ((rows, size),) = run_ranks(1, saved_for_backward, overrides)
+        kept.append(size)
+    config = load_config([], [*overrides, f"data.max_tokens_per_pack={rows}"])
+    estimate = estimate_activations(config, read_model_shape(config.model.config), 0, static_of(1)).per_layer
+    assert 1.0 < (kept[1] - kept[0]) / 2 / estimate < 2.2
+
+
+def test_activations_follow_their_formula():
+    """268 MiB a layer of 70B at tp 8 with sequence parallelism: tokens * (12 h + 4 kv + 6 f) / tp plus log-sum-exp."""
+    config = load_config([LLAMA_70B], ["parallel.tp=8", "data.max_tokens_per_pack=8192", "data.packing=packed"])
+    shape = read_model_shape(config.model.config)
+    static = static_of(1)
+    layer = estimate_activations(config, shape, 0, static).per_layer
+    assert layer == 8192 * (12 * 8192 + 4 * 1024 + 6 * 28672 + 4 * 64) // 8
+    assert math.isclose(layer / 2**20, 268, rel_tol=0.01)
+
+    def changed(*overrides: str) -> int:
+        options = ["parallel.tp=8", "data.max_tokens_per_pack=8192", "data.packing=packed", *overrides]
+        return estimate_activations(load_config([LLAMA_70B], options), shape, 0, static).per_layer
+
+    assert changed("model.recompute=full") == 8192 * 2 * 8192 // 8
+    assert changed("parallel.sequence_parallel=false") == layer + 8192 * 8 * 8192 * 7 // 8
+    assert changed("parallel.cp=2") == layer // 2 + 4096 * 4 * 1024 // 8, "keys and values of both halves"
+    assert changed("data.packing=shared_prefix") > layer > changed("model.fp8=tensorwise")
+
+
+def static_of(parameters: int) -> StaticMemory:
+    """A rank with these parameters, none of them sharded."""
+    return StaticMemory(parameters, parameters, 2 * parameters, 4 * parameters, 12 * parameters)
+
+
+# --- steps and time -----------------------------------------------------------------------------------------------
+
+
+def test_assumed_groups_have_the_stated_means():
+    groups = AssumedGroups(Workload(groups=2000), longest=10_000)
+    table = groups.table(range(2000))
+    assert abs(table.prompt_lengths.mean() / 150 - 1) < 0.05
+    assert abs(table.response_lengths.mean() / 700 - 1) < 0.05
+    assert (groups.table([5]).response_lengths == table.response_lengths[40:48]).all()
+    assert AssumedGroups(Workload(), longest=99).fingerprint != groups.fingerprint
+
+
+def test_step_time_adds_up():
+    steps = StepStatistics(
+        assumed=True,
+        groups=1000,
+        steps_per_epoch=10,
+        sampled_steps=1,
+        packs_per_rank=16,
+        tokens=1e6,
+        loss_tokens=5e5,
+        padding_share=0.1,
+        dead_groups=0,
+        fill=0.9,
+        balance=0.8,
+        flops=64e15,
+    )
+    config = load_config([], ["model.config=unused", "parallel.pp=4", "parallel.vpp=2"])
+    time = estimate_step_time(config, steps, static_of(10**9), 64, efficiency=0.5, peak_tflops=1000)
+    assert pipeline_bubble(4, 2, 16) == 3 / 32
+    assert math.isclose(time.compute_seconds, 1e15 / 0.5e15 / 0.8)
+    assert math.isclose(time.gradient_sync_seconds, 6e9 / 40e9)
+    assert math.isclose(time.seconds, 2.5 * (1 + 3 / 32) + 0.15)
+    assert math.isclose(time.mfu, 1 / time.seconds)
+    assert math.isclose(time.epoch_hours, 10 * time.seconds / 3600)
+    overlapped = load_config([], ["model.config=unused", "optimizer.overlap_grad_reduce=true", "model.recompute=full"])
+    time = estimate_step_time(overlapped, steps, static_of(10**9), 64, efficiency=0.5, peak_tflops=1000)
+    assert math.isclose(time.seconds, 2.5 * 4 / 3)
+
+
+# --- the tool -----------------------------------------------------------------------------------------------------
+
+
+def test_512_ranks_in_seconds_and_little_memory():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = plan_tool("--config", "examples/llama3.1-70b/gpus-512.yaml", "--world-size", "512", "--json")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0, result.stderr
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15
+    )  # not wall time: machines are shared
+    assert after.ru_maxrss < 2 * 2**20  # KiB
+    plan = json.loads(result.stdout)
+    assert plan["schema"] == 1 and plan["verdict"] == "fits" and plan["layout"]["dp"] == 16
+    assert list(plan) == [
+        *("schema", "verdict", "world_size", "model", "layout", "device", "stages", "steps", "time"),
+        *("suggestion", "notes"),
+    ]
+    assert [stage["stage"] for stage in plan["stages"]] == list(range(8))
+    assert set(plan["stages"][0]) == {"stage", "exact", "estimate", "fits"}
+    assert set(plan["stages"][0]["exact"]) == {"parameters", "linear_parameters", "weights", "gradients", "optimizer"}
+    assert set(plan["steps"]) == {"exact"} and set(plan["time"]) == {"estimate"}
+
+
+def test_what_does_not_fit_gets_a_suggestion_that_does(answers):
+    plan = answers["plan"][0]
+    assert plan["verdict"] == "does not fit" and not plan["stages"][0]["fits"]
+    assert plan["suggestion"]["world_size"] == 64 and plan["suggestion"]["overrides"]
+    assert plan["followed"] == "fits"
+    lines = plan["text"].splitlines()
+    assert any(line.startswith("verdict: does not fit (") for line in lines)
+    assert any(line.startswith("nearest that fits here (") for line in lines)
+    assert [line.split()[0] for line in lines if line.startswith("  ")][:3] == ["stage", "0", "1"]
+
+
+def test_a_model_too_large_for_the_machines_is_sent_to_more(answers):
+    plan = answers["plan"][1]
+    assert plan["verdict"] == "does not fit"
+    assert plan["suggestion"]["world_size"] in (16, 32, 64) and plan["followed"] == "fits"
+
+
+def test_shards_are_planned_as_they_will_be_trained(tmp_path):
+    model = write_tiny_model(tmp_path / "hf", "llama3", num_hidden_layers=2)
+    stamp = TokenizerStamp(
+        fingerprint=tokenizer_fingerprint(model), vocab_size=256, eos_id=2, bos_id=None, chat_template="none"
+    )
+    content = write_shard(tmp_path / "groups", groups=30, stamp=stamp)
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "model": {"config": str(model)},
+                "data": {"train": [str(tmp_path / "groups")], "groups_per_step": 30, "max_tokens_per_pack": 64},
+                "objective": {"name": "sft", "sources": ["expert", "teacher", "self"]},
+            }
+        )
+    )
+    result = plan_tool("--config", str(config), "--world-size", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    steps = json.loads(result.stdout)["steps"]["exact"]
+    assert not steps["assumed"] and steps["groups"] == 30 and steps["steps_per_epoch"] == 1
+    assert steps["loss_tokens"] == sum(len(tokens) for group in content for tokens in group["responses"])
+    assert steps["tokens"] * (1 - steps["padding_share"]) <= sum(
+        len(group["prompt"]) + len(tokens) - 1 for group in content for tokens in group["responses"]
+    )
+
+
+def test_all_errors_at_once_before_torch():
+    result = plan_tool(
+        *("--config", LLAMA_70B, "--world-size", "50", "parallel.tp=3", "optimizer.min_lr=1", "data.split=1,1"),
+    )
+    assert result.returncode == 2
+    for message in (
+        "does not divide the world size 50",
+        "64 attention heads do not divide by TP 3",
+        "optimizer.min_lr",
+        "data.split",
+    ):
+        assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_qwen_math_7b_has_four_kv_groups():
+    """tp 8 divides neither its 28 heads nor, being a multiple of 4 groups, is refused for them."""
+    result = plan_tool("--config", "examples/qwen2.5-math-7b/gpus-8.yaml", "--world-size", "8", "parallel.tp=8")
+    assert result.returncode == 2 and "28 attention heads do not divide by TP 8" in result.stderr
+
+
+def test_help_has_an_example():
+    result = plan_tool("--help")
+    assert result.returncode == 0 and "example: python tools/plan.py" in result.stdout
