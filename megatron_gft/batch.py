@@ -153,7 +153,8 @@ class StepSource:
         try:
             weights, advantages, denominator = self._weigh(table.rewards[used], lengths[used], group_ids[used])
         except InputError as error:
-            names = [self.groups.describe(int(indices[g])) for g in np.unique(group_ids[np.isnan(table.rewards)])]
+            unscored = np.unique(group_ids[used & ~np.isfinite(table.rewards)])
+            names = [self.groups.describe(int(indices[g])) for g in unscored]
             raise InputError(f"{error} (groups of step {step + 1}: {', '.join(names[:5])})") from None
         full_weights, full_advantages = torch.zeros(len(used)).double(), torch.zeros(len(used)).double()
         mask = torch.from_numpy(used)
