@@ -136,7 +136,7 @@ def evaluation_stage(quick: Quickstart, name: str, model: Path, needs: tuple[str
             *("--problems", str(quick.problems("held_out"))),
             *("--prompt-template", PROMPT_TEMPLATE),
             *("--max-tokens", str(quick.sizes.max_eval_tokens)),
-            *("--batch-size", "50"),
+            *("--batch-size", "32"),
             *("--output", str(result)),
         ),
         (result,),
@@ -155,7 +155,7 @@ def before_stage(quick: Quickstart) -> Stage:
 def groups_stage(quick: Quickstart) -> Stage:
     """Each training problem with its worked solution (expert) and samples of the model (self)."""
     sizes, output = quick.sizes, quick.output / "groups.jsonl"
-    sampled = f"model={quick.hf} k={sizes.samples} max_tokens={sizes.max_tokens} batch_size=48 logprobs=true"
+    sampled = f"model={quick.hf} k={sizes.samples} max_tokens={sizes.max_tokens} batch_size=32 logprobs=true"
     return Stage(
         "groups",
         (

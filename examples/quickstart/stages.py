@@ -139,7 +139,7 @@ class Pipeline:
         raise StageFailed(f"stage {stage.name} failed: {why}; log: {log}\n{last_lines(log)}")
 
     def _note(self, name: str, seconds: dict[str, Any]) -> None:
-        self.seconds[name] = {key: round(value, 2) for key, value in seconds.items()}
+        self.seconds[name] = seconds | {key: round(seconds[key], 2) for key in ("wall", "cpu")}
         fresh = [entry for entry in self.seconds.values() if not entry["skipped"]]
         write_json(
             self.timings,
