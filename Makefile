@@ -1,6 +1,7 @@
 # make test        the whole suite, on a machine with Python 3.11+ and git
 # make quickstart  the whole pipeline on a real 135M model: groups -> shards -> training -> Hugging Face export
 # make quickstart DATA=problems.parquet   the same on question/answer rows
+# make versions    the core tests against the newest supported Megatron-Core, or VERSIONS="0.17.1 0.18.2"
 # make gpu-check   GPU tests and benchmarks with this machine's own Python; installs nothing
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test lint soak quickstart gpu-check clean
+.PHONY: test lint soak versions quickstart gpu-check clean
 
 # torch first and by itself: its index decides whether the CPU or the CUDA build is taken, and Megatron-Core's
 # own requirement would take the newest.
@@ -38,6 +39,9 @@ lint: $(DEV_STAMP)
 
 soak: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m soak --timeout 7200
+
+versions: $(DEV_STAMP)
+	PYTHON=$(BIN)/python VERSIONS_CACHE=$(VENV)/versions .ci/versions $(VERSIONS)
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA)) $(QUICKSTART_FLAGS)
