@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from megatron_gft.hf_config import model_shape_from_config
+from megatron_gft.hf_config import ModelShape, model_shape_from_config
 from megatron_gft.hf_convert import hf_to_megatron, megatron_to_hf
 from megatron_gft.hf_mapping import HfMapping
 from megatron_gft.safetensors_io import DEFAULT_SHARD_BYTES, ShardWriter, layout_bytes, plan_shards, write_index
@@ -92,77 +95,98 @@ class PeakMemory:
         self._thread.join()
 
 
-def _seconds(action: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    action()
-    os.sync()
-    return time.perf_counter() - begin
-
-
 def _drop_from_cache(folder: Path) -> None:
     """Ask the kernel to forget a folder's pages, so that reading it reads the disk."""
-    os.sync()
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Read and write the same bytes: the baseline."""
+    """Read and write the same bytes and flush them: the baseline."""
     target.mkdir()
     for path in sorted(source.glob("*.safetensors")):
         with open(path, "rb") as reader, open(target / path.name, "wb") as writer:
             shutil.copyfileobj(reader, writer, COPY_BYTES)
+            writer.flush()
+            os.fsync(writer.fileno())
+
+
+def _without_verifying(source: Path, target: Path) -> None:
+    hf_to_megatron(source, target, verify="off")
+
+
+def _back_without_verifying(source: Path, target: Path) -> None:
+    megatron_to_hf(source, target, verify="off")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Wall time, processor time and peak memory of one step."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_resident_bytes: int
+
+
+def _measure(action: Callable[[Path, Path], None], source: Path, target: Path) -> Measurement:
+    """Run in this process, which should be a fresh one: freed memory stays resident."""
+    begin, cpu_begin = time.perf_counter(), time.process_time()
+    with PeakMemory() as memory:
+        action(source, target)
+    return Measurement(time.perf_counter() - begin, time.process_time() - cpu_begin, memory.peak)
+
+
+def _measure_apart(action: Callable[[Path, Path], None], source: Path, target: Path) -> Measurement:
+    """:func:`_measure` in a process of its own, after its imports, with ``source`` out of the page cache."""
+    _drop_from_cache(source)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure, action, source, target).result()
 
 
 def measure_conversion(work_dir: str | Path | None = None, total_bytes: int = 10**10) -> dict[str, Any]:
     """Convert a synthetic model both ways; needs three times its size in ``work_dir``; removes everything.
 
-    The baseline copies the same bytes before and after, on a disk of changing speed; its mean counts. Page caches
-    are dropped before each measurement; all times include flushing to the disk.
+    The baseline copies the same bytes before, between and after, since disks change speed; its mean counts. Times
+    include reading from the disk and flushing to it.
 
     Returns:
-        Seconds, GB/s of the model's bytes, ratios to the baseline (1 = as fast as copying), peak resident memory
-        above the start in bytes, and the largest tensor's bytes.
+        For each step its :class:`Measurement` as a dict, GB/s of the model's bytes, and the ratio to copying (1 = as
+        fast); besides them the model's and the largest tensor's bytes.
     """
     with tempfile.TemporaryDirectory(dir=work_dir) as name:
         root = Path(name)
-        source = write_synthetic_model(root / "hf", total_bytes)
+        source, checkpoint = write_synthetic_model(root / "hf", total_bytes), root / "checkpoint"
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-        steps: dict[str, tuple[Path, Path, Callable[[], object]]] = {
-            "copy_before": (source, root / "copy", lambda: _copy(source, root / "copy")),
-            "hf_to_megatron": (source, root / "ckpt", lambda: hf_to_megatron(source, root / "ckpt", verify="off")),
-            "copy_between": (source, root / "copy", lambda: _copy(source, root / "copy")),
-            "megatron_to_hf": (
-                root / "ckpt",
-                root / "back",
-                lambda: megatron_to_hf(root / "ckpt", root / "back", verify="off"),
-            ),
-            "copy_after": (source, root / "copy", lambda: _copy(source, root / "copy")),
-            "hf_to_megatron_verified": (source, root / "again", lambda: hf_to_megatron(source, root / "again")),
+        steps: dict[str, tuple[Callable[..., None], Path, Path]] = {
+            "copy_before": (_copy, source, root / "copy"),
+            "hf_to_megatron": (_without_verifying, source, checkpoint),
+            "copy_between": (_copy, source, root / "copy"),
+            "megatron_to_hf": (_back_without_verifying, checkpoint, root / "back"),
+            "copy_after": (_copy, source, root / "copy"),
+            "hf_to_megatron_verified": (hf_to_megatron, source, root / "again"),
         }
-        seconds, peaks = {}, {}
-        for step, (read, written, action) in steps.items():
-            _drop_from_cache(read)
-            with PeakMemory() as memory:
-                seconds[step] = _seconds(action)
-            peaks[step] = memory.peak
-            if step != "hf_to_megatron":  # the way back reads it
+        results = {}
+        for step, (action, read, written) in steps.items():
+            results[step] = _measure_apart(action, read, written)
+            if written != checkpoint:  # the way back reads it
                 shutil.rmtree(written)
-    baseline = sum(seconds[step] for step in ("copy_before", "copy_between", "copy_after")) / 3
+    baseline = sum(result.seconds for step, result in results.items() if step.startswith("copy")) / 3
     return {
         "bytes": size,
         "largest_tensor_bytes": max(map(_tensor_bytes, HfMapping(_shape(total_bytes)).hf_shapes.values())),
-        "seconds": seconds,
-        "gigabytes_per_second": {step: size / 1e9 / value for step, value in seconds.items()},
-        "ratio_to_copy": {step: baseline / value for step, value in seconds.items() if "copy" not in step},
-        "peak_resident_bytes": {step: value for step, value in peaks.items() if "copy" not in step},
+        "steps": {
+            step: asdict(result)
+            | {"gigabytes_per_second": size / 1e9 / result.seconds, "ratio_to_copy": baseline / result.seconds}
+            for step, result in results.items()
+        },
     }
 
 
-def _shape(total_bytes: int):
+def _shape(total_bytes: int) -> ModelShape:
     return model_shape_from_config(synthetic_config(total_bytes), "synthetic")
 
 
