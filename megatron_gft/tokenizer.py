@@ -32,6 +32,7 @@ _FIXED_DATE_MACRO = (
     + "".join(f" | replace('{code}', '{text}')" for code, text in _FIXED_DATE)
     + " }}{% endmacro %}"
 )
+_CACHED_WORDS = 200_000  # 10 to 15 % faster than 10000 on English text; some 20 MB
 _BOUNDARY_PROBES = (("question: 1", "2 two"), ("a b", " c"), ("x", "y"), ("Answer:\n", "\n\nz"))
 
 
@@ -194,15 +195,12 @@ class HuggingFaceTokenizer(Tokenizer):
         adds_bos = bool(ids) and ids[0] == self.bos_id if add_bos is None else add_bos
         self._describe_template(template, self._hf.bos_token, adds_bos)
 
-        from tokenizers import Tokenizer as Backend
-
         pipeline = json.loads(backend.to_str())
         pipeline["padding"] = pipeline["truncation"] = None
-        self._prompt_backend = Backend.from_str(json.dumps(pipeline))
+        self._prompt_backend = _backend(pipeline)
         for part in ("normalizer", "pre_tokenizer"):
             pipeline[part] = _without_dummy_prefix(pipeline[part])
-        self._special_backend = Backend.from_str(json.dumps(pipeline))
-        self._text_backend = Backend.from_str(json.dumps(pipeline))
+        self._special_backend, self._text_backend = _backend(pipeline), _backend(pipeline)
         self._text_backend.encode_special_tokens = True  # spelled special tokens become ordinary text
         self._check_boundary()
 
@@ -342,6 +340,18 @@ def _load_hugging_face(path: str | Path) -> Any:
     if not tokenizer.is_fast:
         raise InputError(f"{path}: the tokenizer has no fast form -> save it with tokenizer.json")
     return tokenizer
+
+
+def _backend(pipeline: dict[str, Any]) -> Any:
+    """A fast tokenizer from its JSON form, with room for more words in its cache (10000 by default)."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE, Unigram
+
+    backend = Backend.from_str(json.dumps(pipeline))
+    model = backend.model
+    if isinstance(model, BPE | Unigram):
+        model._resize_cache(_CACHED_WORDS)
+    return backend
 
 
 def _load_sentencepiece(path: str | Path) -> tuple[Any, Any]:
