@@ -24,8 +24,12 @@ BENCHMARKS = {
     "head_memory": "megatron_gft.bench_head:head_memory",
     "planner": "megatron_gft.bench_packing:bench_planner",
     "shared_prefix_trunk": "megatron_gft.bench_packing:bench_shared_prefix",
+    "step_ratio": "megatron_gft.bench_step:step_ratio",
+    "step_breakdown": "megatron_gft.bench_step:step_breakdown",
+    "dead_groups": "megatron_gft.bench_step:dead_groups",
+    "shared_prefix_step": "megatron_gft.bench_step:shared_prefix_step",
 }
-ON_GPU = ("head_time", "head_masked_rows", "head_memory", "shared_prefix_trunk")
+ON_GPU = tuple(name for name in BENCHMARKS if name != "planner")  # that one is numpy alone
 
 
 def run_benchmarks(names: Sequence[str]) -> dict[str, Any]:
