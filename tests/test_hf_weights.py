@@ -23,6 +23,7 @@ from tiny_models import (
     world_size,
 )
 
+from megatron_gft.bench_convert import PeakMemory, write_synthetic_model
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.errors import InputError
 from megatron_gft.hf_config import model_shape_from_config, read_model_shape
@@ -32,7 +33,7 @@ from megatron_gft.hf_verify import plain_pack
 from megatron_gft.hf_weights import export_hf_weights, load_hf_weights
 from megatron_gft.model import build_model
 from megatron_gft.parallel import initialize_parallel, seed_everything
-from megatron_gft.safetensors_io import SafetensorsFolder, ShardWriter
+from megatron_gft.safetensors_io import REOPEN_BYTES, SafetensorsFolder, ShardWriter
 
 SHARD_BYTES = 300_000
 SPECS = {"local": local_layer_spec, "te": te_layer_spec}
@@ -270,3 +271,23 @@ def test_qkv_shards_are_the_rows_of_the_interleaved_matrix(heads_per_group, grou
         for begin in range(0, len(local), length):
             scatter_rows(found, shard, local[begin : begin + length], begin)
     assert all(torch.equal(one, other) for one, other in zip(found, sources, strict=True))
+
+
+def memory_of_loading(folder):
+    parallel = initialize_parallel(tp=2)
+    shape = read_model_shape(folder)
+    chunks = build_gpt(shape, parallel, params_dtype=torch.bfloat16, perform_initialization=False)
+    with torch.no_grad():
+        for parameter in chunks[0].parameters():
+            parameter.zero_()  # touch every page: what loading adds is its own
+    with PeakMemory() as memory:
+        load_hf_weights(chunks, shape, folder, parallel)
+    return memory.peak, sum(parameter.nbytes for parameter in chunks[0].parameters())
+
+
+def test_loading_needs_little_memory_beyond_the_shard(tmp_path):
+    """The goal: at most three times the largest tensor (25 MB) beyond the shard; mapped file pages count."""
+    folder = write_synthetic_model(tmp_path / "hf", total_bytes=450 * 10**6)
+    largest = max(info.num_bytes for info in SafetensorsFolder(folder).tensors.values())
+    for peak, held in run_ranks(2, memory_of_loading, folder):
+        assert held > 2e8 and peak < 3 * largest + REOPEN_BYTES
