@@ -28,7 +28,7 @@ from typing import Any, Literal
 PercentPolicy = Literal["off", "ignore", "value"]
 UnitPolicy = Literal["off", "ignore"]
 
-MAX_ANSWER_CHARS = 400  # longer "answers" are not handed to sympy
+MAX_ANSWER_CHARS = 400  # longer "answers" are not parsed
 NON_TERMINATING_TOLERANCE = 2e-6  # 0.333333 for 1/3
 SYMBOLIC_TOLERANCE = 1e-5  # guards math-verify's rounding to 6 decimals, under which 1e-8 equals 2e-8
 
@@ -37,16 +37,17 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\b")
 _UNBRACED_BOX = re.compile(r"\s*([^\s{}$\\.,;]+)")
 _ANCHOR = re.compile(r"\banswer\b(?:\s+(?:is|equals)\b|\s*[:=])(?P<tail>[^\n]*)", re.IGNORECASE)
 _MAX_ANCHOR_FILLER = 40
+# Every span is bounded and every repetition unambiguous: no response may make the search take more than a moment.
 _MATH_SPAN = (
-    r"\$\$(?P<display>.+?)\$\$|\\\((?P<paren>.+?)\\\)|\\\[(?P<bracket>.+?)\\\]|"
-    r"(?<![\\\d$])\$(?P<inline>(?:[\d\s.,+\-*/()]|(?=[^$\n]*[\\^_={])[^$\n])+?)(?<!\\)\$(?!\d)"
+    r"\$\$(?P<display>[^$]{1,400})\$\$|\\\((?P<paren>.{1,400}?)\\\)|\\\[(?P<bracket>.{1,400}?)\\\]|"
+    r"(?<![\\\d$])\$(?P<inline>[\d\s.,+\-*/()]{1,400}+|(?=[^$\n]{0,400}?[\\^_={])[^$\n]{1,400}+)(?<!\\)\$(?!\d)"
 )
 # at most three digits of exponent: 1e999999 must not become a million digits
 _MAGNITUDE = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?"
 _TOKEN = re.compile(
     rf"{_MATH_SPAN}|(?P<frac>-?(?:(?<![\w.])\d+\s?)?\\[dt]?frac\s?(?:\{{[^{{}}]+\}}|\d)\s?(?:\{{[^{{}}]+\}}|\d(?!\d)))|"
     rf"(?<![A-Za-z_^\\{{}}\d.])(?P<sign>(?<![\w)\]}}%.,])[-\u2212])?(?:\\?[$\u20ac\u00a3\u00a5]\s?)?(?P<sign2>-(?=\d))?"
-    rf"(?P<number>{_MAGNITUDE}(?:/\d+(?![\d/]))?)(?P<percent>\s?\\?%)?(?!(?:st|nd|rd|th)\b)",
+    rf"(?P<number>(?>{_MAGNITUDE}(?:/\d+(?![\d/]))?))(?P<percent>\s?\\?%)?(?!(?:st|nd|rd|th)\b)",
     re.DOTALL,
 )
 
@@ -171,6 +172,8 @@ def _token_text(match: re.Match[str]) -> str:
 
 def same_answer(gold: str, answer: str, percent: PercentPolicy = "off", units: UnitPolicy = "off") -> bool | None:
     """Whether two answers are equal under the policies; ``None`` when ``answer`` cannot be read as mathematics."""
+    if len(answer) > MAX_ANSWER_CHARS and answer.strip() != gold.strip():
+        return None
     left, right = _normalize(gold, units), _normalize(answer, units)
     left, right = _unwrap_assignment(left, right)
     left_percent, right_percent = left.endswith("%"), right.endswith("%")
@@ -192,8 +195,6 @@ def same_answer(gold: str, answer: str, percent: PercentPolicy = "off", units: U
         return _plain_words(left) == _plain_words(right)
     if _base_of(left) != _base_of(right):
         return False
-    if len(right) > MAX_ANSWER_CHARS:
-        return None
     return _same_expression(left, right)
 
 
