@@ -92,7 +92,8 @@ def evaluate(
     Returns:
         JSON object: ``num_problems``, and as asked for ``greedy`` (``accuracy``, ``interval``, ``outcomes``, ...),
         ``pass_at_k`` (``{k: {value, interval}}``) and ``reference`` (``logprob_per_token``, ``logprob_per_answer``,
-        each with ``interval``); lineage and options beside them.
+        each with ``interval``); lineage and options beside them. ``by_problem`` and ``by_answer`` hold each one's
+        result in the order of the problems, for paired comparisons of two models.
 
     Raises:
         InputError: no problems, a problem without gold answer, prompts that do not fit the model.
@@ -195,6 +196,7 @@ def _accuracy(verdicts: Sequence[Verdict], texts: Sequence[_Text]) -> dict[str, 
         "accuracy": correct / len(verdicts),
         "interval": wilson_interval(correct, len(verdicts)),
         "correct": correct,
+        "by_problem": [verdict.outcome for verdict in verdicts],
         **_outcomes(verdicts, texts),
     }
 
@@ -263,6 +265,7 @@ def _reference(
         "logprob_per_answer_interval": answer_interval,
         "num_answers": len(pairs),
         "num_tokens": sum(lengths),
+        "by_answer": [{"logprob": total, "tokens": length} for total, length in zip(sums, lengths, strict=True)],
         "too_long": too_long,
     }
 

@@ -106,6 +106,8 @@ def test_the_whole_on_a_tiny_model(model, problems):
     ]
     sums = [math.fsum(model.response_logprobs([pair])[0]) for pair in pairs]
     assert reference["logprob_per_answer"] == pytest.approx(statistics.mean(sums), rel=1e-5)
+    assert [entry["logprob"] for entry in reference["by_answer"]] == pytest.approx(sums, rel=1e-4)
+    assert [entry["tokens"] for entry in reference["by_answer"]] == [len(ids) for _, ids in pairs]
     assert reference["logprob_per_token"] == pytest.approx(sum(sums) / sum(len(ids) for _, ids in pairs), rel=1e-5)
     table = result_table(result)
     assert "greedy accuracy" in table and "pass@3" in table and "reference log-prob/token" in table
@@ -129,6 +131,7 @@ def test_verdicts_are_counted_by_outcome(model, problems, monkeypatch):
     options = EvaluationOptions(max_tokens=3, reference_logprobs=False, scoring=SCORING)
     greedy = evaluate(model, [problems], options, progress=False)["greedy"]
     assert greedy["outcomes"] == {"correct": 2, "timeout": 2, "wrong": 1} and greedy["accuracy"] == 0.4
+    assert greedy["by_problem"] == ["correct", "timeout", "wrong", "correct", "timeout"]
 
 
 def test_what_cannot_be_measured_is_said_before_the_model_works(problems, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -212,20 +213,32 @@ def test_a_log_with_progress_bars_ends_in_their_last_state(tmp_path):
 # --- the rest ----------------------------------------------------------------------------------------------------
 
 
-def evaluation(correct: int, interval: list[float], logprob: float) -> dict:
-    measured = {"logprob_per_token": logprob, "logprob_per_token_interval": [logprob - 0.1, logprob + 0.1]}
-    measured |= {"logprob_per_answer": 9 * logprob, "logprob_per_answer_interval": [9 * logprob, 9 * logprob]}
-    greedy = {"accuracy": correct / 10, "interval": interval, "correct": correct, "truncated": 0, "mean_tokens": 5.0}
-    return {"model": "m", "num_problems": 10, "greedy": greedy, "reference": measured | {"num_answers": 10}}
+def evaluation(outcomes: list[bool], logprobs: list[float]) -> dict:
+    """What ``tools/evaluate.py`` writes, as far as the report reads it; every answer has four tokens."""
+    greedy = {"accuracy": sum(outcomes) / len(outcomes), "interval": [0.1, 0.9], "correct": sum(outcomes)}
+    greedy |= {"num_responses": len(outcomes), "truncated": 0, "mean_tokens": 5.0}
+    greedy["by_problem"] = ["correct" if outcome else "wrong" for outcome in outcomes]
+    reference = {"num_answers": len(logprobs), "num_tokens": 4 * len(logprobs)}
+    for unit, size in (("token", 4), ("answer", 1)):
+        mean = sum(logprobs) / size / len(logprobs)
+        reference |= {f"logprob_per_{unit}": mean, f"logprob_per_{unit}_interval": [mean - 1, mean + 1]}
+    reference["by_answer"] = [{"logprob": value, "tokens": 4} for value in logprobs]
+    return {"model": "m", "num_problems": len(outcomes), "greedy": greedy, "reference": reference}
 
 
 def test_the_report_says_whichever_way_it_went(tmp_path):
-    (tmp_path / "evaluation-before.json").write_text(json.dumps(evaluation(6, [0.3, 0.8], -0.5)))
-    (tmp_path / "evaluation-after.json").write_text(json.dumps(evaluation(4, [0.2, 0.7], -0.9)))
+    before = evaluation([True] * 6 + [False] * 4, [-4.0] * 10)
+    after = evaluation([True] * 5 + [False] * 4 + [True], [-8.0 - 0.08 * i for i in range(10)])
+    (tmp_path / "evaluation-before.json").write_text(json.dumps(before))
+    (tmp_path / "evaluation-after.json").write_text(json.dumps(after))
     text = report.write_report(tmp_path, {"train": {"wall": 3.0, "cpu": 5.0, "skipped": False}})
-    assert "accuracy -20.0 points" in text and "n = 10" in text and "[20.0, 70.0]" in text
-    assert "accuracy within the intervals, log-prob worse" in text
-    assert json.loads((tmp_path / "summary.json").read_text())["after"]["correct"] == 4
+    assert "n = 10" in text and "60.0 % [10.0, 90.0]" in text
+    assert "accuracy +0.0 [" in text and "1 problems gained, 1 lost): no clear change" in text
+    assert "log-prob -1.090 [-1.128, -1.052] a token: worse" in text
+    change = json.loads((tmp_path / "summary.json").read_text())["change"]
+    # ten differences of 4.0 to 4.72 over four tokens each: mean 4.36 / 4, standard error stdev / sqrt(10) / 4
+    spread = 1.96 * statistics.stdev([0.08 * i for i in range(10)]) / 10**0.5 / 4
+    assert change["logprob_per_token_interval"] == pytest.approx([-1.09 - spread, -1.09 + spread], abs=1e-4)
 
 
 def test_another_wheel_than_the_expected_one_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -337,6 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when every stage is done, 1 when one failed, 2 on bad input, 130 when interrupted."""
     quick = parse(argv)
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends like an interrupt: the stage is told
     try:
         run(quick)
     except StageFailed as error:

@@ -161,8 +161,8 @@ def say(text: str) -> None:
 def run_logged(command: list[str], log: Path, environment: dict[str, str]) -> int:
     """Run a command, copy what it prints to stderr and to ``log``, return its exit code.
 
-    On a terminal the command gets a terminal of its own, so that its progress bars stay bars. An interrupt is passed
-    on, and the command may finish its step and save.
+    On a terminal the command gets a terminal of its own, so that its progress bars stay bars. The first interrupt
+    asks the command to end (training finishes its step and saves), a second one kills it.
     """
     reader, writer = pty.openpty() if sys.stderr.isatty() else os.pipe()
     process = subprocess.Popen(
@@ -171,12 +171,17 @@ def run_logged(command: list[str], log: Path, environment: dict[str, str]) -> in
     os.close(writer)
     try:
         with open(log, "wb") as file, open(reader, "rb", buffering=0) as stream:
-            _copy(stream, file)
+            try:
+                _copy(stream, file)
+            except KeyboardInterrupt:
+                process.terminate()
+                _copy(stream, file)
+                raise
         return process.wait()
     finally:
         if process.poll() is None:
-            process.terminate()
-            process.wait()
+            process.kill()
+        process.wait()
 
 
 def _copy(stream: Any, file: BinaryIO) -> None:
