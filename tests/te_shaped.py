@@ -10,7 +10,7 @@ import io
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -102,13 +102,16 @@ def te_layer_spec(config):
     attention.core_attention = ExtraStateAttention
     modules.input_layernorm = IdentityOp
     modules.sharded_state_dict_keys_map = {}
+    mlp = mlp_submodules(modules.mlp)
     if config.num_moe_experts:
         experts = MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=RowGroupedLinear)
-        modules.mlp.submodules.experts = ModuleSpec(module=TEGroupedMLP, submodules=experts)
+        mlp.experts = ModuleSpec(module=TEGroupedMLP, submodules=experts)
     else:
         modules.pre_mlp_layernorm = IdentityOp
-        modules.mlp = ModuleSpec(
-            module=modules.mlp.module,
-            submodules=MLPSubmodules(linear_fc1=LayerNormColumnParallelLinear, linear_fc2=RowParallelLinear),
-        )
+        mlp.linear_fc1 = LayerNormColumnParallelLinear
     return layer
+
+
+def mlp_submodules(mlp):
+    """Submodules of a layer's ``mlp``: a ``ModuleSpec``, from megatron-core 0.18 on a ``functools.partial``."""
+    return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
