@@ -26,6 +26,8 @@ from megatron_gft.atomic import sha256_file, sha256_json, write_json
 from megatron_gft.errors import InputError
 
 LINES_SHOWN = 15
+# Passive: threads that wait for each other sleep, for spinning costs a busy machine more than it gains an idle one.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
 
 
 class StageFailed(RuntimeError):
