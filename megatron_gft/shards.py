@@ -21,7 +21,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_gft.atomic import fsync_path
-from megatron_gft.encoded_groups import PROMPT_MODE
+from megatron_gft.encoded_groups import PROMPT_MODE, EncodedGroups
 from megatron_gft.errors import InputError
 from megatron_gft.shard_manifest import (
     ShardManifest,
@@ -151,6 +151,23 @@ class GroupShard:
         names = [*self.manifest.rewards.outcome_names, None]  # code -1
         chosen = [-1] * (end - first - 1) if codes is None else codes[first - i : end - i - 1].tolist()
         return [names[code] for code in chosen]
+
+    def encoded(self, first: int, end: int) -> EncodedGroups:
+        """Groups ``first`` to ``end`` (exclusive) in the form they were written in; log-probs are left out."""
+        end = min(end, len(self))
+        begin, stop = int(self._documents[first]), int(self._documents[end])
+        lengths = self._lengths[begin:stop].copy()
+        tokens = self._data.bin_reader.read(np.int32, int(lengths.sum()), int(self._pointers[begin]))
+        return EncodedGroups(
+            tokens.copy(),
+            lengths,
+            self._modes[begin:stop].copy(),
+            np.diff(self._documents[first : end + 1]).astype(np.int32),
+            self.rewards[begin - first : stop - end].copy(),
+            [outcome for i in range(first, end) for outcome in self.outcomes(i)],
+            None,
+            [self._metas[i].tobytes() for i in range(first, end)],
+        )
 
     # --- bulk arrays, for planning ----------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ def random_records(count: int, seed: int = 0, responses: int = 4) -> list[GroupR
         made = [ResponseRecord(f"The answer is {a + b}.\n#### {a + b}", "expert", 1.0, "correct", "stop")]
         for k in range(responses - 1):
             said = a + b + (k % 2)
-            text = f"Let us think step by step: {a} plus {b} is {said}." + " step." * rng.randrange(6)
+            text = f"Let us think {k}: {a} plus {b} is {said}." + " step." * rng.randrange(6)
             outcome = "correct" if said == a + b else "wrong"
             source = ("teacher", "self")[k % 2]
             sampling = {"temperature": 1.0, "seed": rng.randrange(1000)}

@@ -217,6 +217,18 @@ def test_shard_survives_pickling(tmp_path):
     assert len(pickle.dumps(shard)) < 1000
 
 
+def test_a_span_of_groups_comes_back_as_it_was_written(tmp_path):
+    write_shard(tmp_path / "a", logprobs=False)
+    shard = GroupShard(tmp_path / "a")
+    with GroupShardWriter(tmp_path / "b", STAMP) as writer:
+        writer.add(shard.encoded(0, 7))
+        writer.add(shard.encoded(7, 99))
+    for suffix in (".bin", ".idx", ".meta.bin", ".meta.idx"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+    assert GroupShard(tmp_path / "b").fingerprint == shard.fingerprint
+    assert [GroupShard(tmp_path / "b").outcomes(i) for i in range(20)] == [shard.outcomes(i) for i in range(20)]
+
+
 def test_a_group_outlives_its_shard(tmp_path):
     content = write_shard(tmp_path / "a")
     group = GroupShard(tmp_path / "a")[3]
