@@ -528,7 +528,7 @@ def test_prefetch_raises_in_the_consumer_and_stops_when_left():
 
 MEASURE = """
 import json, sys
-import torch, transformers
+from transformers import AutoTokenizer, LlamaConfig  # loaded lazily, with torch._dynamo (and triton) behind them
 from megatron_gft.bench_convert import PeakMemory
 from megatron_gft.hf_convert import hf_to_megatron, megatron_to_hf
 convert = {"hf_to_megatron": hf_to_megatron, "megatron_to_hf": megatron_to_hf}[sys.argv[1]]
