@@ -8,6 +8,7 @@ the shard plan is known from shapes alone, so the header is written first and th
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -248,7 +249,9 @@ class ShardWriter:
         self._file.write(tensor_bytes(tensor))
 
     def close(self) -> None:
-        """Close the file; all tensors of the plan must be written."""
+        """Flush the file to the disk and close it; all tensors of the plan must be written."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
         assert not self._pending, f"{len(self._pending)} tensors were not written"
 

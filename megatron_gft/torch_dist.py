@@ -199,8 +199,8 @@ def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable
         OSError, InputError: from writing or from ``data``.
     """
     stream = prefetch(data)
-    # copy_ahead 0: no reordering of the parts by size; syncing is the caller's, who syncs the whole folder
-    writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0, sync_files=False)
+    # copy_ahead 0: no reordering of the parts by size; every process syncs its file, which may be on another node
+    writer = dcp.FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
     writer.fs = file_system = _RecordingFileSystem()
     try:
         with warnings.catch_warnings():

@@ -460,9 +460,9 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path):
 # --- logits ---------------------------------------------------------------------------------------------------------
 
 
-def verify_apart(hf, checkpoint):
+def verify_apart(hf, checkpoint, text=None):
     dist.destroy_process_group()
-    return verify_logits(hf, checkpoint)
+    return verify_logits(hf, checkpoint, text)
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2", "mistral", *MOE_MODELS])
@@ -470,6 +470,12 @@ def test_logits_check_passes_layer_by_layer(tiny, tmp_path, name):
     hf_to_megatron(tiny(name), tmp_path / "ckpt")
     report = run_ranks(1, verify_apart, tiny(name), tmp_path / "ckpt")[0]
     assert report.positions == 256 and report.same_top_token == 1.0 and 0 < report.relative < 1e-4
+
+
+def test_logits_check_takes_text(tiny, tmp_path):
+    hf_to_megatron(tiny("llama3"), tmp_path / "ckpt")
+    report = run_ranks(1, verify_apart, tiny("llama3"), tmp_path / "ckpt", "Two plus two")[0]
+    assert report.positions == len("Two plus two") and "same top token 100.00%" in str(report)
 
 
 def verify_with_a_lost_option(hf, checkpoint, option):
