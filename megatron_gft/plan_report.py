@@ -52,7 +52,7 @@ def _steps(plan: Plan) -> list[str]:
     if steps is None or time is None:
         return []
     origin = "assumed groups, no data.train" if steps.assumed else "of the shards, exact for the sampled steps"
-    hidden = "hidden behind the backward pass" if not time.gradient_sync_seconds else "not overlapped"
+    hidden = "the rest overlaps" if plan.config.optimizer.overlap_grad_reduce else "not overlapped"
     return [
         f"steps ({origin}; {steps.sampled_steps} of {steps.steps_per_epoch} planned)",
         f"  {steps.groups:,} groups, {steps.steps_per_epoch:,} steps per epoch, {steps.packs_per_rank:.1f} packs per "

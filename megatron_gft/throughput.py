@@ -157,7 +157,8 @@ class StepTime:
     """Seconds of a step and what they rest on; an estimate.
 
     ``efficiency`` is the share of the device's bf16 peak reached while computing, tensor-parallel communication
-    included, ``mfu`` that of the whole step (recomputation does not count as useful work).
+    included, ``mfu`` that of the whole step (recomputation does not count as useful work);
+    ``gradient_sync_seconds`` is what is not hidden behind computing.
     """
 
     efficiency: float
@@ -178,6 +179,15 @@ def stated_efficiency(config: Config, shape: ModelShape) -> float:
     return factor * ANCHORS["dense fp8" if config.model.fp8 else "dense bf16"]
 
 
+def _gradient_bandwidth(tp: int, world_size: int) -> float:
+    """Bytes per second of a rank's reduce-scatter over its data-parallel group.
+
+    Between machines every member of the group in a machine brings its own port.
+    """
+    members = max(1, GPUS_PER_NODE // tp)
+    return NVLINK_BANDWIDTH if world_size <= GPUS_PER_NODE else min(NVLINK_BANDWIDTH, members * NETWORK_BANDWIDTH)
+
+
 def estimate_step_time(
     config: Config,
     steps: StepStatistics,
@@ -193,10 +203,11 @@ def estimate_step_time(
     compute = work / (peak_tflops * 1e12 * efficiency) / steps.balance
     bubble = pipeline_bubble(p.pp, p.vpp, steps.packs_per_rank)
     sync = 0.0
-    if not config.optimizer.overlap_grad_reduce and world_size > p.tp * p.pp:
-        inside = world_size <= GPUS_PER_NODE
+    if world_size > p.tp * p.pp:
         # reduce-scatter of the gradients, all-gather of the weights
-        sync = (static.gradients + static.weights) / (NVLINK_BANDWIDTH if inside else NETWORK_BANDWIDTH)
+        sync = (static.gradients + static.weights) / _gradient_bandwidth(p.tp, world_size)
+        if config.optimizer.overlap_grad_reduce:  # behind the last pack's backward and the first one's forward
+            sync = max(0.0, sync - compute / steps.packs_per_rank)
     seconds = compute * (1 + bubble) + sync
     return StepTime(
         efficiency=efficiency,

@@ -271,13 +271,16 @@ def test_step_time_adds_up():
     time = estimate_step_time(config, steps, static_of(10**9), 64, efficiency=0.5, peak_tflops=1000)
     assert pipeline_bubble(4, 2, 16) == 3 / 32
     assert math.isclose(time.compute_seconds, 1e15 / 0.5e15 / 0.8)
-    assert math.isclose(time.gradient_sync_seconds, 6e9 / 40e9)
-    assert math.isclose(time.seconds, 2.5 * (1 + 3 / 32) + 0.15)
+    assert math.isclose(time.gradient_sync_seconds, 6e9 / 300e9)
+    assert math.isclose(time.seconds, 2.5 * (1 + 3 / 32) + 0.02)
     assert math.isclose(time.mfu, 1 / time.seconds)
     assert math.isclose(time.epoch_hours, 10 * time.seconds / 3600)
     overlapped = load_config([], ["model.config=unused", "optimizer.overlap_grad_reduce=true", "model.recompute=full"])
     time = estimate_step_time(overlapped, steps, static_of(10**9), 64, efficiency=0.5, peak_tflops=1000)
-    assert math.isclose(time.seconds, 2.5 * 4 / 3)
+    assert math.isclose(time.seconds, 2.5 * 4 / 3), "less traffic than one pack takes"
+    four = load_config([], ["model.config=unused", "parallel.tp=4", "optimizer.overlap_grad_reduce=true"])
+    time = estimate_step_time(four, steps, static_of(10**10), 64, efficiency=0.5, peak_tflops=1000)
+    assert math.isclose(time.gradient_sync_seconds, 60e9 / (2 * 40e9) - 2.5 / 16), "two ports a machine and group"
 
 
 # --- the tool -----------------------------------------------------------------------------------------------------
