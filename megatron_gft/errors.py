@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 
 EXIT_BAD_INPUT = 2
 
+EXIT_REQUEUE = 75
+"""Exit code after a requested stop that wants to go on later (EX_TEMPFAIL); the Slurm script requeues on it."""
+
 
 class InputError(ValueError):
     """Bad input: what is wrong, with the value and the place, then what to set instead.

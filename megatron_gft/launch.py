@@ -21,25 +21,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_gft.errors import EXIT_BAD_INPUT, InputError, command
+from megatron_gft.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, InputError, command
 from megatron_gft.hf_config import read_model_shape
 from megatron_gft.train import main as train
-from megatron_gft.train import parse, read_command_line
+from megatron_gft.train import read_command_line
 from megatron_gft.validation import check
 
-EXIT_REQUEUE = 75
 SRUN_MARK = "GFT_STARTED_BY_SRUN"
 REQUEUE_FILE = "GFT_REQUEUE_FILE"
 DEFAULT_PORT = 29500
 GPUS_PER_MACHINE = 8
-# Ranks other than a machine's first leave the message to it, and the time to be read before they end the job.
-QUIET_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -167,12 +163,6 @@ def main(script: str, *, recipe: str, gpus: int, argv: Sequence[str] | None = No
 
 def _work(training: list[str]) -> int:
     """Be one training process."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        try:
-            parse(training)
-        except InputError:
-            time.sleep(QUIET_SECONDS)
-            return EXIT_BAD_INPUT
     code = train(training)
     if code == EXIT_REQUEUE and REQUEUE_FILE in os.environ:
         # torchrun's agent knows only success and failure, and would report this as the latter.

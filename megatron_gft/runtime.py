@@ -19,10 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gft import cpu
-from megatron_gft.errors import InputError
-
-EXIT_REQUEUE = 75
-"""Exit code after a requested stop that wants to go on later (EX_TEMPFAIL); the Slurm script requeues on it."""
+from megatron_gft.errors import EXIT_REQUEUE, InputError
 
 EXIT_HUNG = 76
 """Exit code of a process that its watchdog ended."""

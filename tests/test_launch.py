@@ -17,15 +17,14 @@ import pytest
 from group_shards import TokenizerStamp, write_shard
 from tiny_models import write_tiny_model
 
-from megatron_gft.errors import InputError
+from megatron_gft.errors import EXIT_REQUEUE, InputError
 from megatron_gft.launch import Job, apply_environment, commands
-from megatron_gft.runtime import EXIT_REQUEUE
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("gft_70b.sh", "gft_7b.sh", "gft_local.sh")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-LIMIT = 150
+LIMIT = 240
 
 
 @pytest.fixture(scope="module")

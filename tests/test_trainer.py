@@ -15,7 +15,7 @@ from ranks import RankGroup, run_ranks
 from tiny_models import write_tiny_model
 
 from megatron_gft.checkpoint import find_checkpoint, list_checkpoints
-from megatron_gft.runtime import EXIT_REQUEUE
+from megatron_gft.errors import EXIT_REQUEUE
 
 VOCAB = 503
 
