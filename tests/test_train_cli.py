@@ -117,7 +117,7 @@ def refused(workspace: Path, *arguments: str, processes: int = 0) -> str:
         (["model.config=nowhere"], "nowhere"),
         (["data.max_tokens_per_pack=16"], "over-long"),
         (["checkpoint.init_from=hf:nowhere"], "nowhere"),
-        (["checkpoint.init_from=nowhere"], "hf:nowhere"),
+        (["checkpoint.init_from=nowhere"], "hf:DIR"),
         (["train.epochs=0", "optimizer.min_lr=1"], "train.epochs"),
     ],
 )
