@@ -151,8 +151,7 @@ def hf_to_megatron(
     _check_one_dtype_per_key(hf_dir, entries, dtypes)
     rank, count = process_rank_and_count()
     mine = split_entries(entries, dtypes, count)[rank]
-    if rank == 0:
-        check_free_space(output, total_bytes(entries, dtypes))
+    check_free_space(output, total_bytes(entries, dtypes))
     with shared_directory(output) as folder:
         results = gather_results(
             lambda: _write_megatron(folder, mapping, mine, weights, dtypes, verify != "off", progress), output
@@ -310,8 +309,7 @@ def megatron_to_hf(
     runs = split_entries(entries, dtypes, count)
     plans = plan_shards((_layouts(run, dtypes) for run in runs), max_shard_bytes)
     recorded = read_source_record(checkpoint) if dtype is None and verify != "off" else None
-    if rank == 0:
-        check_free_space(output, total_bytes(entries, dtypes))
+    check_free_space(output, total_bytes(entries, dtypes))
 
     def write() -> None:
         total = total_bytes(runs[rank], dtypes)
