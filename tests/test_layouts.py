@@ -16,9 +16,9 @@ from megatron_gft.planning import step_groups
 
 LOSS, LATER_LOSSES, GRAD_NORM = 1e-6, 1e-5, 2e-6
 GRADIENT = {"unfused": 1e-6, "fused": 5e-6}
-# Few numbers, each a sum of signed terms over all tokens that nearly cancels (norms, biases, routers): there the
-# one-rank fp32 run is itself up to 1.5e-6 away from double precision.
-FEW, GRADIENT_OF_FEW = 256, {"unfused": 3e-6, "fused": 5e-6}
+# Few numbers, each a sum of signed terms over all tokens that nearly cancels (norms, biases, routers): fp32 rounding
+# alone makes 1.5e-6 there, between the one-rank run and double precision too.
+FEW, GRADIENT_OF_FEW = 256, {"unfused": 2e-6, "fused": 5e-6}
 
 TP2, TP4, SP = "parallel.tp=2", "parallel.tp=4", "parallel.sequence_parallel=true"
 PP2, PP4, VPP2 = "parallel.pp=2", "parallel.pp=4", "parallel.vpp=2"
@@ -143,6 +143,8 @@ def problems(run, expected):
     for step, (loss, other, scale) in enumerate(zip(run.losses, expected.losses, expected.scales, strict=True)):
         if not abs(loss - other) <= (LATER_LOSSES if step else LOSS) * scale:
             found.append(f"loss of step {step + 1}: {loss!r}, reference {other!r}")
+    if not abs(run.evaluation - expected.evaluation) <= LATER_LOSSES * expected.scales[0]:
+        found.append(f"loss after the last update: {run.evaluation!r}, reference {expected.evaluation!r}")
     if not abs(run.grad_norms[0] / expected.grad_norms[0] - 1) <= GRAD_NORM:
         found.append(f"gradient norm {run.grad_norms[0]}, reference {expected.grad_norms[0]}")
     if run.rectified != expected.rectified or run.denominators != expected.denominators:

@@ -192,8 +192,8 @@ def test_prompt_rows_never_reach_the_head(root, packing, fused):
 # --- bf16 -------------------------------------------------------------------------------------------------------------
 
 
-# Of sum|w c ce| / D. Weights and activations have 8 bits: 2^-9 an operation, over 4 layers; measured 4e-3.
-HALF_LOSS = 2e-2
+# Of sum|w c ce| / D, and of the gradient norm. Measured: at most 1e-3 and 5e-3.
+HALF_LOSS, HALF_NORM = 5e-3, 2e-2
 
 
 def _one_step(folder: Path, overrides: tuple[str, ...]):
@@ -239,7 +239,7 @@ def test_half_precision_stays_near_single(root, world_size, layout, fused):
     ranks = run_ranks(world_size, _one_step, folder, ("model.precision=bf16", *overrides))
     loss, norm, rectified, logprobs, tau = ranks[0]
     assert abs(loss - expected.losses[0]) <= HALF_LOSS * expected.scales[0]
-    assert abs(norm / expected.grad_norms[0] - 1) <= 5e-2
+    assert abs(norm / expected.grad_norms[0] - 1) <= HALF_NORM
     # the branch is taken on float32 log-probabilities, which all tensor-parallel ranks share bit for bit
     assert logprobs.dtype == torch.float32
     if "cp" in layout:
