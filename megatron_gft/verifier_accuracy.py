@@ -9,7 +9,6 @@ falsified (+-1, other sign, x10, x100, two digits swapped, another problem's gol
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,7 +45,7 @@ ENDINGS = {
 
 @dataclass(frozen=True)
 class AccuracyRow:
-    """One line of the table: ``accepted`` of ``count`` responses of one kind; ``seconds`` of one worker."""
+    """One line of the table: ``accepted`` of ``count`` responses of one kind; ``seconds`` of CPU time."""
 
     kind: str
     count: int
@@ -112,8 +111,8 @@ def _value_text(answer: str) -> str:
 def measure(solutions: Sequence[Solution], options: Mapping[str, str], time_limit: float) -> list[AccuracyRow]:
     """The table for one set of solutions: the row "own gold" (should accept all), then one per kind of falsification.
 
-    Numeric answers are judged in other endings too (rows "own gold, boxed", "falsified, boxed", ...). One worker, so
-    that count / seconds is the throughput of a core.
+    Numeric answers are judged in other endings too (rows "own gold, boxed", "falsified, boxed", ...). One worker, whose
+    CPU time is counted: count / seconds is the throughput of a core.
     """
     cases: dict[str, list[tuple[str, Case]]] = {"own gold": [(s.gold, Case(s.text, s.gold)) for s in solutions]}
     for index, solution in enumerate(solutions):
@@ -135,9 +134,9 @@ def measure(solutions: Sequence[Solution], options: Mapping[str, str], time_limi
     with VerifierPool("math", options, workers=1, time_limit=time_limit) as pool:
         list(pool.judge([Case("1", "1")]))  # start the worker outside the timing
         for kind, pairs in cases.items():
-            began = time.monotonic()
+            before = pool.judging_seconds
             verdicts = list(pool.judge(case for _, case in pairs))
-            seconds = time.monotonic() - began
+            seconds = pool.judging_seconds - before
             accepted = [verdict.outcome == "correct" for verdict in verdicts]
             surprising = [
                 (case.answer or "", answer)

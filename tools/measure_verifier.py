@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> None:
         gold = str(row[options.answer_column]) if options.answer_column else text.rsplit("####", 1)[-1].strip()
         solutions.append(Solution(text, gold))
     table = measure(solutions, {}, options.time_limit)
-    print(f"{'kind':<26}{'count':>8}{'accepted':>10}{'share':>10}{'per s':>10}")
+    print(f"{'kind':<26}{'count':>8}{'accepted':>10}{'share':>10}{'per CPU s':>12}")
     for row in table:
         rate = row.count / max(row.seconds, 1e-9)
-        print(f"{row.kind:<26}{row.count:>8}{row.accepted:>10}{row.share:>10.4%}{rate:>10.0f}")
+        print(f"{row.kind:<26}{row.count:>8}{row.accepted:>10}{row.share:>10.4%}{rate:>12.0f}")
     wrong = [row for row in table if not row.kind.startswith("own gold")]
     count, accepted = sum(row.count for row in wrong), sum(row.accepted for row in wrong)
     print(f"{'all falsified':<26}{count:>8}{accepted:>10}{accepted / max(1, count):>10.4%}")
