@@ -277,7 +277,9 @@ def _prefix_row(bench: Workbench, prompt: int, response: int, responses: int, pa
     )
     data = EqualGroups(bench.shape)
     made = {form: bench.packs(data, f"data.packing={form}") for form in ("shared_prefix", "packed")}
-    gradients, runs, flops = {}, {}, {}
+    gradients: dict[str, torch.Tensor] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    flops: dict[str, float] = {}
     for form, (packs, batch) in made.items():
         bench.forward_backward(packs, batch.denominator)
         gradients[form] = bench.gradients()
@@ -321,10 +323,10 @@ def step_breakdown(shape: StepShape | None = None, *, repeats: int = 5) -> dict[
             found = {"plan": seconds(lambda: source.batch(0)), "packs": seconds(lambda: source.packs(batch))}
             found |= {"forward": 0.0, "head": 0.0, "backward": 0.0}
             for pack in packs:
-                outputs: list[Any] = []
-                found["forward"] += seconds(lambda pack=pack, outputs=outputs: outputs.append(bench.chunks[0](pack)))
+                taken, output = _timed(partial(bench.chunks[0], pack))
+                found["forward"] += taken
                 found["head"] += head.seconds
-                found["backward"] += seconds(outputs[0].loss_sum.backward)
+                found["backward"] += seconds(output.loss_sum.backward)
             found["update"] = seconds(bench.update)
             if turn:  # the first one warms up
                 for name, value in found.items():
@@ -342,19 +344,25 @@ def step_breakdown(shape: StepShape | None = None, *, repeats: int = 5) -> dict[
     }
 
 
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it returned."""
+    results: list[Any] = []
+    return seconds(lambda: results.append(run())), results[0]
+
+
 class _TimedModule:
     """Seconds of the last forward of a module, and the loss rows that each forward was given."""
 
     def __init__(self, module: torch.nn.Module):
-        self.seconds, self.rows = 0.0, []  # type: ignore[var-annotated]
+        self.seconds = 0.0
+        self.rows: list[int] = []
         inner: Callable[..., Any] = module.forward
         self.module = module
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            results: list[Any] = []
-            self.seconds = seconds(lambda: results.append(inner(*args, **kwargs)))
+            self.seconds, result = _timed(partial(inner, *args, **kwargs))
             self.rows.append(len(kwargs["loss_rows"]))
-            return results[0]
+            return result
 
         module.forward = forward  # type: ignore[method-assign]
 
