@@ -6,6 +6,9 @@ Weights have the same keys and shapes in both, with two exceptions (megatron-cor
   one, and a converted checkpoint, does not have;
 - the local MoE spec gives the norm before the MLP the key of a fused one (``gpt_layer_specs.py:419``), although
   neither spec fuses it there.
+
+Checkpoints of earlier Megatron-Core releases load with later ones. Those of 0.19 and later do not load with earlier
+ones, which is said in so many words.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from packaging.version import Version
 
+from megatron_gft.errors import InputError
 from megatron_gft.hf_mapping import MLP_NORM_SUFFIXES
 from megatron_gft.torch_dist import TorchDistReader
 
@@ -30,9 +36,17 @@ def loadable_sharded_state_dict(state: dict[str, Any], checkpoint: str | Path) -
             place.
 
     Raises:
-        InputError: the folder is not a ``torch_dist`` checkpoint.
+        InputError: the folder is not a ``torch_dist`` checkpoint, or one of a later Megatron-Core.
     """
     reader = TorchDistReader(checkpoint)
+    installed = megatron.core.__version__
+    # From 0.19 on what is common to all ranks is stored among the shards. Earlier releases fail on the missing file
+    # with an AttributeError about something else (dist_checkpointing/strategies/common.py).
+    if Version(installed) < Version("0.19") and not (reader.folder / "common.pt").is_file():
+        raise InputError(
+            f"{checkpoint}: no common.pt there, so megatron-core 0.19 or later wrote it, and {installed} cannot load "
+            "it -> install megatron-core>=0.19"
+        )
     return _loadable(state, set(reader.tensors), reader.objects)
 
 
