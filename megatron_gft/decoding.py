@@ -239,10 +239,10 @@ def _most_probable(probabilities: torch.Tensor, share: float) -> tuple[torch.Ten
     A thousand nearly always do; sorting a whole vocabulary would cost as much as a forward pass of a small model.
     """
     vocab_size = probabilities.shape[-1]
-    head = probabilities.topk(min(TOP_P_CANDIDATES, vocab_size), dim=-1)
-    if vocab_size > TOP_P_CANDIDATES and bool((head.values.sum(dim=-1) < share).any()):
-        head = probabilities.sort(dim=-1, descending=True)
-    return head.values, head.indices
+    values, indices = probabilities.topk(min(TOP_P_CANDIDATES, vocab_size), dim=-1)
+    if vocab_size > TOP_P_CANDIDATES and bool((values.sum(dim=-1) < share).any()):
+        values, indices = probabilities.sort(dim=-1, descending=True)
+    return values, indices
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
