@@ -75,18 +75,49 @@ class GroupTable:
         )
 
 
-class _LimitedShard:
-    """One shard under limits: its bulk arrays, and its groups by new index."""
+class _Part:
+    """One shard in which nothing exceeds the limits; columns come straight from its index."""
 
-    def __init__(self, shard: GroupShard, limits: LengthLimits):
+    def __init__(self, shard: GroupShard):
         self.shard = shard
         self.counts = LimitedCounts()
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def shard_index(self, i: int) -> int:
+        """Position in the shard of group ``i`` of this part."""
+        return i
+
+    def group(self, i: int) -> Group:
+        return self.shard[i]
+
+    def spans(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of groups int64 [N]: prompt lengths, position of the first response, number of responses."""
+        return self.shard.spans(groups)
+
+    def columns(self, responses: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths, sources and rewards of responses at these positions, of these groups (int64 [M] both)."""
+        return self.shard.columns(responses, groups)
+
+
+class _LimitedPart(_Part):
+    """One shard in which limits change something: its bulk arrays, and its groups by new index."""
+
+    def __init__(self, shard: GroupShard, limits: LengthLimits):
+        super().__init__(shard)
         self.groups: np.ndarray | None = None  # shard index of each group that stays; None = all
         self.keep: np.ndarray | None = None  # responses that stay, of the shard's; None = all
         self.prompt_lengths, self.response_lengths = shard.prompt_lengths, shard.response_lengths
         self.offsets, self.sources, self.rewards = shard.response_offsets, shard.sources, shard.rewards
-        if _exceeds(shard, limits):
-            self._apply(limits)
+        self._apply(limits)
+
+    def spans(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        firsts = self.offsets[groups]
+        return self.prompt_lengths[groups], firsts, self.offsets[groups + 1] - firsts
+
+    def columns(self, responses: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.response_lengths[responses], self.sources[responses], self.rewards[responses]
 
     def _apply(self, limits: LengthLimits) -> None:
         counts = self.shard.response_counts
@@ -179,14 +210,15 @@ class GroupSource:
     """
 
     def __init__(self, shards: Sequence[GroupShard], limits: LengthLimits | None = None):
-        self._parts = [_LimitedShard(shard, limits or LengthLimits()) for shard in shards]
+        limits = limits or LengthLimits()
+        self._parts = [_LimitedPart(s, limits) if _exceeds(s, limits) else _Part(s) for s in shards]
         self._starts = np.cumsum([0, *map(len, self._parts)])
         self.limited = sum((part.counts for part in self._parts), LimitedCounts())
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _locate(self, i: int) -> tuple[_LimitedShard, int]:
+    def _locate(self, i: int) -> tuple[_Part, int]:
         if len(self._parts) == 1:
             return self._parts[0], i
         number = int(np.searchsorted(self._starts, i, side="right")) - 1
@@ -211,10 +243,7 @@ class GroupSource:
         prompts, counts = np.empty(len(groups), np.int32), np.empty(len(groups), np.int64)
         firsts = np.empty(len(groups), np.int64)
         for part, places in members:
-            local = groups[places]
-            prompts[places] = part.prompt_lengths[local]
-            firsts[places] = part.offsets[local]
-            counts[places] = part.offsets[local + 1] - firsts[places]
+            prompts[places], firsts[places], counts[places] = part.spans(groups[places])
         offsets = np.concatenate([[0], np.cumsum(counts)])
         table = GroupTable(
             prompts,
@@ -226,9 +255,9 @@ class GroupSource:
         for part, places in members:
             source = _ragged(firsts[places], counts[places])
             target = _ragged(offsets[places], counts[places])
-            table.response_lengths[target] = part.response_lengths[source]
-            table.sources[target] = part.sources[source]
-            table.rewards[target] = part.rewards[source]
+            owners = np.repeat(groups[places], counts[places])
+            columns = part.columns(source, owners)
+            table.response_lengths[target], table.sources[target], table.rewards[target] = columns
         return table
 
 

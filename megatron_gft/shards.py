@@ -152,6 +152,16 @@ class GroupShard:
         chosen = [-1] * (end - first - 1) if codes is None else codes[first - i : end - i - 1].tolist()
         return [names[code] for code in chosen]
 
+    def spans(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of groups int64 [N]: prompt lengths, position of the first response among all, number of responses."""
+        first = self._documents[groups]
+        return self._lengths[first], first - groups, self._documents[groups + 1] - first - 1
+
+    def columns(self, responses: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths, sources and rewards of responses at these positions, of these groups (int64 [M] both)."""
+        sequences = responses + groups + 1  # each group up to its own has one prompt
+        return self._lengths[sequences], self._modes[sequences], self.rewards[responses]
+
     def encoded(self, first: int, end: int) -> EncodedGroups:
         """Groups ``first`` to ``end`` (exclusive) in the form they were written in; log-probs are left out."""
         end = min(end, len(self))
