@@ -1,7 +1,8 @@
 """Stand-ins for ``sbatch``, ``srun`` and ``scontrol`` on one machine, so that the Slurm script runs for real.
 
 ``install(folder)`` writes the three commands. ``srun`` starts nodes x tasks processes with Slurm's variables, hands
-SIGUSR1 and SIGTERM on to them, writes ``--output`` with %t replaced, and returns the largest exit code, as Slurm does.
+SIGUSR1 and SIGTERM on to them, writes ``--output`` with %t replaced, ends the rest ``--wait`` seconds after the first
+one ended, and returns the largest exit code, as Slurm does.
 ``scontrol requeue`` is noted in ``folder/requeued``. What they cannot show: cgroups, real time limits, preemption.
 """
 
@@ -11,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 SBATCH = """#!/bin/bash
@@ -56,8 +58,16 @@ def srun(argv: list[str]) -> int:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda number, _: [process.send_signal(number) for process in processes])
-    codes = [process.wait() for process in processes]
-    return max(code if code >= 0 else 128 - code for code in codes)
+    patience = int(flags["--wait"])
+    while all(process.poll() is None for process in processes):
+        time.sleep(0.05)
+    deadline = time.monotonic() + patience
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    return max(code if code >= 0 else 128 - code for code in (process.wait() for process in processes))
 
 
 if __name__ == "__main__":

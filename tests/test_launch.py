@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -65,7 +66,13 @@ def environment(recipe: Path | None, **variables: str) -> dict[str, str]:
 def start(command: list[str], **variables) -> subprocess.Popen:
     """Start a command at the repository's root."""
     return subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -74,7 +81,8 @@ def finish(process: subprocess.Popen, expected: int = 0) -> str:
     try:
         output, _ = process.communicate(timeout=LIMIT)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whatever is left of it
     assert process.returncode == expected, output
     return output
 
