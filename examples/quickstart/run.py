@@ -297,6 +297,10 @@ def parse(argv: list[str] | None) -> Quickstart:
     parser.add_argument("--output", type=Path, help="run folder (default: runs/quickstart[-NAME OF DATA])")
     parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
     parser.add_argument("--nproc", type=int, default=2, help="training processes (default %(default)s)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--threads", type=int, default=cores, help="of all stages (default %(default)s, the cores; 1 on a busy machine)"
+    )
     for name, note in (
         ("train", "prompts to train on"),
         ("valid", "prompts to validate on"),
@@ -322,7 +326,7 @@ def parse(argv: list[str] | None) -> Quickstart:
         sizes=sizes,
         seed=options.seed,
         nproc=options.nproc,
-        threads=len(os.sched_getaffinity(0)),
+        threads=options.threads,
         overrides=tuple(options.overrides),
     )
 
