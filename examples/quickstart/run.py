@@ -342,7 +342,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when every stage is done, 1 when one failed, 2 on bad input, 130 when interrupted."""
     quick = parse(argv)
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends like an interrupt: the stage is told
+    # ends like an interrupt: the stage is told
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(quick)
     except StageFailed as error:
@@ -351,6 +352,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("\ninterrupted; the same command continues")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
