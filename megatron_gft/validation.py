@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_gft.config import Config, row_multiples
 from megatron_gft.errors import InputErrors
+from megatron_gft.gpu_packages import apex_problem
 from megatron_gft.hf_config import ModelShape, shape_problems
 
 
@@ -159,6 +160,8 @@ def _model(config: Config, training: bool) -> list[str]:
         problems.append(
             f"model.fp8={m.fp8} needs Transformer Engine -> pip install -r requirements-gpu.txt, or drop model.fp8"
         )
+    if training and (problem := apex_problem()):
+        problems.append(problem)
     return problems
 
 
