@@ -102,9 +102,7 @@ class ChoiceVerifier:
     def __call__(self, case: Case) -> Verdict:
         expected = self.find(_gold_text(case))
         if expected is None:
-            raise InputError(
-                f"gold answer {case.answer!r} names none of the choices {self.letters} -> set letters=..."
-            )
+            raise InputError(f"gold answer {case.answer!r} names none of the choices {self.letters} -> set letters=...")
         chosen = self.find(case.response)
         return _judged(None if chosen is None else chosen == expected, chosen)
 

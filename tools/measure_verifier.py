@@ -29,9 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", nargs="+", required=True, type=Path, help="JSONL or parquet files of one data set")
-    parser.add_argument(
-        "--solution-column", required=True, help="full solution; the gold follows #### without answers"
-    )
+    parser.add_argument("--solution-column", required=True, help="full solution; the gold follows #### without answers")
     parser.add_argument("--answer-column", help="gold answer; default: what follows #### in the solution")
     parser.add_argument("--limit", type=int, help="use only the first rows")
     parser.add_argument("--time-limit", type=float, default=10.0, help="seconds per response (default %(default)s)")
