@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -256,7 +257,8 @@ def _are_logprobs(values: list[float], count: int) -> bool:
 def _lineage(record: ResponseRecord) -> str:
     """Source, model and sampling parameters but the seed, which differs from response to response."""
     sampling = {name: value for name, value in (record.sampling or {}).items() if name != "seed"}
-    return json.dumps({"source": record.source, "model": record.model, "sampling": sampling}, sort_keys=True)
+    text = json.dumps({"source": record.source, "model": record.model, "sampling": sampling}, sort_keys=True)
+    return sys.intern(text)  # one object for all: it is pickled once a chunk
 
 
 def id_digest(group_id: str) -> bytes:
