@@ -365,7 +365,7 @@ def _load(path: Path, state: dict[str, Any], parallel: Parallel) -> dict[str, An
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), parallel.dp_cp_group)
     try:
         return dist_checkpointing.load(loadable_sharded_state_dict(state, path), str(path), strategy)
-    except CheckpointingException as error:
+    except (CheckpointingException, CheckpointException) as error:  # the latter, torch's, is a BaseException
         raise InputError(f"{path}: does not fit this model and optimizer: {error}") from error
 
 

@@ -272,3 +272,9 @@ def test_weights_and_biases_gets_every_record_when_asked_for(model, tmp_path):
     started, arguments = calls[0]
     assert started == "init" and arguments["project"] == "gft" and arguments["config"]["train"]["max_steps"] == 2
     assert [call[0] for call in calls[1:]] == [1, 2, "finish"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(model, whole, tmp_path):
+    other = write_tiny_model(tmp_path / "hf", "llama_tied_linear", num_hidden_layers=2, hidden_size=32)
+    with pytest.raises(RuntimeError, match="InputError.*does not fit this model"):
+        train(str(other), tmp_path / "run", f"checkpoint.init_from={whole}")
