@@ -172,8 +172,8 @@ def _answer(
     owners = [row for row in rows for _ in range(count)]
     cases = (Case(said.text, row.answer, row.prompt, row.meta) for said, row in zip(ordered, owners, strict=True))
     with options.scoring.pool() as pool:
-        bar = tqdm(pool.judge(cases), total=len(ordered), desc="judging", unit="response", disable=not progress)
-        verdicts = list(bar)
+        judged: Iterable[Verdict] = pool.judge(cases)
+        verdicts = list(tqdm(judged, total=len(ordered), desc="judging", unit="response", disable=not progress))
     return [verdicts[i : i + count] for i in range(0, len(verdicts), count)], ordered
 
 
