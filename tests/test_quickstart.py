@@ -188,6 +188,11 @@ def test_an_exit_code_of_zero_without_output_is_a_failure(chain):
         chain.pipeline().run(chain.stage("first", "pass"))
 
 
+def test_a_killed_command_is_told_from_a_failed_one(chain):
+    with pytest.raises(StageFailed, match=r"killed by SIGKILL \(out of memory\?\)"):
+        chain.pipeline().run(chain.stage("first", "import os; os.kill(os.getpid(), 9)"))
+
+
 def test_unfinished_outputs_stay_for_a_command_that_goes_on_from_them(chain):
     append = "import sys; open(sys.argv[2], 'a').write('x'); sys.exit(len(open(sys.argv[2]).read()) < 2)"
     stage = chain.stage("first", append, resumes=True)

@@ -15,6 +15,7 @@ import pty
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -137,8 +138,7 @@ class Pipeline:
         missing = [str(path) for path in stage.outputs if not path.exists()]
         if code == 0 and not missing:
             return spent
-        why = f"exit code {code}" if code else f"it ended without an error but left no {', '.join(missing)}"
-        raise StageFailed(f"stage {stage.name} failed: {why}; log: {log}\n{last_lines(log)}")
+        raise StageFailed(f"stage {stage.name} failed: {_reason(code, missing)}; log: {log}\n{last_lines(log)}")
 
     def _note(self, name: str, seconds: dict[str, Any]) -> None:
         self.seconds[name] = seconds | {key: round(seconds[key], 2) for key in ("wall", "cpu")}
@@ -153,6 +153,15 @@ class Pipeline:
                 "load_average": os.getloadavg(),
             },
         )
+
+
+def _reason(code: int, missing: list[str]) -> str:
+    if code == 0:
+        return f"it ended without an error but left no {', '.join(missing)}"
+    if code > 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
 
 def say(text: str) -> None:
