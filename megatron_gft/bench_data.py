@@ -141,7 +141,7 @@ def bench_preprocess(groups: int = 600, repeats: int = 5) -> dict[str, Any]:
         }
 
 
-def bench_preprocess_workers(groups: int = 3000, workers: int = 2, repeats: int = 3) -> dict[str, Any]:
+def bench_preprocess_workers(groups: int = 2000, workers: int = 2, repeats: int = 3) -> dict[str, Any]:
     """Wall seconds with one process and with several, start and tokenizer included: meaningful on an idle machine.
 
     ``cpu_ratio`` is meaningful on a busy one too: CPU seconds of all processes with several workers / with one.

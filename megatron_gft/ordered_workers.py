@@ -7,6 +7,7 @@ with their parent, however it ends.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -90,6 +91,7 @@ class OrderedWorkers(Generic[Item, Result]):
 
 def _work(function: Callable[[Any], Any], tasks: Any, results: Any, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    gc.freeze()  # what came with the fork (torch, transformers) is never garbage: do not look at it again and again
     while True:
         try:
             item = tasks.get(timeout=POLL_SECONDS)
