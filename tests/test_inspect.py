@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from tiny_tokenizers import byte_level_folder
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
 from megatron_gft.inspection import PackingQuestion, inspect_group_files, inspect_shards
+from megatron_gft.inspection_sources import open_source
 from megatron_gft.inspection_view import group_text, html_page, report_text, view_tokens
 from megatron_gft.planning import GroupLengths, plan_step
 from megatron_gft.preprocessing import PreprocessOptions, preprocess
-from megatron_gft.shards import GroupShard, add_rewards_sidecar
+from megatron_gft.shards import GroupShard, GroupShardWriter, add_rewards_sidecar
 from megatron_gft.tokenizer import load_tokenizer
 
 
@@ -39,8 +41,6 @@ def case(tmp_path_factory):
 
 @pytest.fixture
 def tool(monkeypatch):
-    from pathlib import Path
-
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
     import inspect_groups
 
@@ -78,8 +78,6 @@ def test_duplicates_and_inner_end_markers_are_found(case, tmp_path):
     report = inspect_shards([str(base / "train"), str(tmp_path / "a")])
     assert report["problems"]["duplicate_response"] == 1 and report["problems"]["duplicate_id"] == 1
     assert "special_tokens" not in report["problems"]
-    from megatron_gft.shards import GroupShardWriter
-
     with GroupShardWriter(tmp_path / "b", GroupShard(tmp_path / "a").manifest.tokenizer) as writer:
         writer.add_group([5], [[6, eos, 7, eos], [6, eos]], ["self", "self"], [0.0, 1.0], group_id="inner")
         writer.add_group([5, eos, 5], [[6, eos]], ["self"], [0.0], group_id="prompt may have them")
@@ -232,15 +230,11 @@ def test_another_tokenizer_is_refused(case, tmp_path):
     preprocess(PreprocessOptions([str(tmp_path / "a.jsonl")], str(other), str(tmp_path / "a")), progress=False)
     with pytest.raises(InputError, match="of different tokenizers"):
         inspect_shards([str(base / "train"), str(tmp_path / "a")])
-    from megatron_gft.inspection_sources import open_source
-
     with pytest.raises(InputError, match="made with another tokenizer"):
         open_source([str(base / "train")], str(other), None).group(0)
 
 
 def test_group_text_marks_boundaries_without_colour(case):
     base, folder, _ = case
-    from megatron_gft.inspection_sources import open_source
-
     view = open_source([str(base / "train")], str(folder), None).group(0)
     assert "|" in group_text(view, colour=False) and "\033" not in group_text(view, colour=False)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 from dataclasses import replace
@@ -20,7 +21,7 @@ from tiny_tokenizers import byte_level_folder
 
 from megatron_gft.dataset import build_group_datasets
 from megatron_gft.errors import InputError
-from megatron_gft.groups import write_group_file
+from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
 from megatron_gft.ordered_workers import OrderedWorkers, WorkerError
 from megatron_gft.preprocessing import PreprocessOptions, preprocess
 from megatron_gft.problems import KINDS
@@ -83,7 +84,7 @@ def test_killed_at_random_points_it_completes_to_the_same_bytes(interrupted_case
     rng = random.Random(workers)
     codes = []
     for attempt in range(40):
-        delay = duration * (0.3 + 0.2 * attempt if attempt < 3 else rng.uniform(0.2, 1.5))
+        delay = duration * (0.3 + 0.2 * attempt if attempt < 3 else rng.uniform(0.3, 1.0) * attempt)
         codes.append(_in_child(lambda: preprocess(options, progress=False), delay))
         _check_nothing_partial(tmp_path / "out", complete)
         if _has_all(tmp_path / "out", complete):  # a kill may also come after the last rename
@@ -168,6 +169,29 @@ def test_two_runs_on_one_prefix_do_not_mix(interrupted_case, tmp_path):
         preprocess(options, progress=False)
     done.set()
     process.join()
+
+
+@pytest.mark.soak
+def test_memory_stays_flat_for_a_million_responses(tmp_path, folder):
+    def groups():
+        for i in range(125_000):
+            responses = [ResponseRecord(f"the answer is {i} or {k}", "self", float(k % 2)) for k in range(8)]
+            yield GroupRecord(f"group-{i}", f"what is {i}?", responses)
+
+    write_group_file(tmp_path / "in.jsonl", groups())
+    options = PreprocessOptions([str(tmp_path / "in.jsonl")], str(folder), str(tmp_path / "out" / "train"), workers=2)
+
+    def measured() -> None:
+        preprocess(options, progress=False)
+        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        kibibytes += 2 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the larger of two workers
+        os._exit(0 if kibibytes < 2 << 20 else 1)
+
+    process = multiprocessing.get_context("fork").Process(target=measured)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert GroupShard(tmp_path / "out" / "train").manifest.counts.responses == 1_000_000
 
 
 # --- workers --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,27 @@
+"""The data benchmarks compare like with like: same text, same tokens."""
+
+from __future__ import annotations
+
+from megatron_gft.bench_data import (
+    bench_open,
+    bench_shard_reading,
+    compare_preprocessing,
+    synthetic_records,
+    synthetic_tokenizer,
+)
+
+
+def test_both_ways_write_the_same_tokens_of_flat_text(tmp_path):
+    records = synthetic_records(20, 1)
+    folder = synthetic_tokenizer(tmp_path / "tokenizer", records, vocab_size=500)
+    flat = compare_preprocessing(records, folder, "none", repeats=1)
+    assert flat["responses"] == 20 and flat["speed_up"] > 0
+    assert 0.98 < flat["token_ratio"] < 1.02  # a prompt ends in a token of its own
+    grouped = compare_preprocessing(synthetic_records(5, 8), folder, "none", repeats=1)
+    assert grouped["token_ratio"] < 0.8
+
+
+def test_reading_and_opening(tmp_path):
+    reading = bench_shard_reading(groups=60, responses=2, mean_length=10)
+    assert reading["groups_per_cpu_second"].keys() == {"shard", "dataset", "table of 128 groups"}
+    assert bench_open(groups=1000, responses=3)["open_seconds"] < 1
