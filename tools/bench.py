@@ -28,8 +28,13 @@ BENCHMARKS = {
     "step_breakdown": "megatron_gft.bench_step:step_breakdown",
     "dead_groups": "megatron_gft.bench_step:dead_groups",
     "shared_prefix_step": "megatron_gft.bench_step:shared_prefix_step",
+    "preprocess": "megatron_gft.bench_data:bench_preprocess",
+    "preprocess_workers": "megatron_gft.bench_data:bench_preprocess_workers",
+    "shard_reading": "megatron_gft.bench_data:bench_shard_reading",
+    "shard_opening": "megatron_gft.bench_data:bench_open",
 }
-ON_GPU = tuple(name for name in BENCHMARKS if name != "planner")  # that one is numpy alone
+_HOST_ONLY = ("planner", "preprocess", "preprocess_workers", "shard_reading", "shard_opening")
+ON_GPU = tuple(name for name in BENCHMARKS if name not in _HOST_ONLY)
 
 
 def run_benchmarks(names: Sequence[str]) -> dict[str, Any]:
