@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 MODELS = Path(".models")
 MODEL_NAME = "SmolLM2-135M-Instruct"
-PROMPT_TEMPLATE = "{prompt} Show the calculation, then write #### and the number."
+PROMPT_TEMPLATE = "{prompt} Answer briefly with the calculation."
 EPILOG = """examples:
   python examples/quickstart/run.py
   python examples/quickstart/run.py --data gsm8k/train.parquet
