@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from megatron_gft.config import Config, row_multiples
+from megatron_gft.data.group_source import GroupTable
 from megatron_gft.dataset import GroupSplit, LengthLimits, build_group_datasets
 from megatron_gft.errors import InputError
 from megatron_gft.gft import group_advantages, response_weights
-from megatron_gft.group_source import GroupTable
-from megatron_gft.hf_config import ModelShape, config_path
+from megatron_gft.hf.config import ModelShape, config_path
 from megatron_gft.objectives import ALL_SOURCES
 from megatron_gft.packing import Pack, build_pack, slice_for_context_parallel
 from megatron_gft.parallel import Parallel

@@ -42,9 +42,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_gft.atomic import atomic_file, fsync_path, sha256_file, write_json
-from megatron_gft.checkpoint_compat import loadable_sharded_state_dict
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.hf_files import MODEL_FILES_FOLDER, write_model_files
+from megatron_gft.hf.checkpoint_compat import loadable_sharded_state_dict
+from megatron_gft.hf.files import MODEL_FILES_FOLDER, write_model_files
 from megatron_gft.model import unwrap
 from megatron_gft.parallel import Parallel
 

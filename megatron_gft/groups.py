@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from megatron_gft.atomic import atomic_file
-from megatron_gft.errors import InputError
-from megatron_gft.group_records import (
+from megatron_gft.data.group_records import (
     FINISH_REASONS,
     RESPONSE_FIELDS,
     SOURCE_CODES,
@@ -45,7 +44,8 @@ from megatron_gft.group_records import (
     record_to_dict,
     record_to_json,
 )
-from megatron_gft.problems import ProblemLog, raise_errors
+from megatron_gft.data.problems import ProblemLog, raise_errors
+from megatron_gft.errors import InputError
 
 __all__ = [
     "FINISH_REASONS",

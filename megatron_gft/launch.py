@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gft.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, InputError, command
-from megatron_gft.hf_config import read_model_shape
+from megatron_gft.hf.config import read_model_shape
 from megatron_gft.train import main as train
 from megatron_gft.train import read_command_line
 from megatron_gft.validation import check

@@ -14,16 +14,15 @@ from typing import Any
 
 from megatron_gft.batch import open_groups
 from megatron_gft.config import Config
-from megatron_gft.hf_config import ModelShape, parameter_count
-from megatron_gft.layout_search import Suggestion, suggest_layout
-from megatron_gft.memory import (
+from megatron_gft.estimates.layout_search import Suggestion, suggest_layout
+from megatron_gft.estimates.memory import (
     ActivationMemory,
     StaticMemory,
     estimate_activations,
     measure_stage,
     simulated_rank,
 )
-from megatron_gft.throughput import (
+from megatron_gft.estimates.throughput import (
     GPUS_PER_NODE,
     AssumedGroups,
     StepStatistics,
@@ -33,6 +32,7 @@ from megatron_gft.throughput import (
     estimate_step_time,
     stated_efficiency,
 )
+from megatron_gft.hf.config import ModelShape, parameter_count
 from megatron_gft.validation import check
 
 SCHEMA = 1

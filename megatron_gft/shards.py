@@ -4,7 +4,7 @@
     group = shard[0]                     # prompt, responses, sources, rewards, logprobs
     shard.prompt_lengths, shard.response_lengths, shard.rewards      # bulk arrays, no token is read
 
-Files and how they are written: :mod:`megatron_gft.shard_writer`.
+Files and how they are written: :mod:`megatron_gft.data.shard_writer`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_gft.atomic import fsync_path
-from megatron_gft.encoded_groups import PROMPT_MODE, EncodedGroups
-from megatron_gft.errors import InputError
-from megatron_gft.shard_manifest import (
+from megatron_gft.data.encoded_groups import PROMPT_MODE, EncodedGroups
+from megatron_gft.data.shard_manifest import (
     ShardManifest,
     TokenizerStamp,
     check_sets,
@@ -34,7 +33,8 @@ from megatron_gft.shard_manifest import (
     verify_shard,
     write_manifest,
 )
-from megatron_gft.shard_writer import GroupShardWriter, reward_stats, tokenizer_stamp, write_judgement
+from megatron_gft.data.shard_writer import GroupShardWriter, reward_stats, tokenizer_stamp, write_judgement
+from megatron_gft.errors import InputError
 
 __all__ = [
     "Group",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from megatron_gft.config import Config, load_config
 from megatron_gft.errors import InputError, command
-from megatron_gft.hf_config import ModelShape, read_model_shape
+from megatron_gft.hf.config import ModelShape, read_model_shape
 from megatron_gft.validation import check
 
 # The same bad input stops every rank. Ranks other than a machine's first wait so long with their message, by when

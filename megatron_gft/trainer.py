@@ -30,8 +30,8 @@ from megatron_gft.checkpoint import (
 )
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError
-from megatron_gft.hf_config import ModelShape, config_path
-from megatron_gft.hf_weights import export_hf_weights, load_hf_weights
+from megatron_gft.hf.config import ModelShape, config_path
+from megatron_gft.hf.weights import export_hf_weights, load_hf_weights
 from megatron_gft.metrics import Record, Reporter, loss_record, step_record
 from megatron_gft.model import build_model
 from megatron_gft.optimizer import (

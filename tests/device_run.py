@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_gft.config import load_config
-from megatron_gft.group_source import GroupTable
-from megatron_gft.hf_config import read_model_shape
+from megatron_gft.data.group_source import GroupTable
+from megatron_gft.hf.config import read_model_shape
 from megatron_gft.parallel import destroy_parallel, initialize_parallel
 from megatron_gft.runtime import set_up_logging, start_process_group
 from megatron_gft.trainer import build_trainer

@@ -21,10 +21,10 @@ from ranks import run_ranks
 from tiny_models import write_tiny_model
 
 from megatron_gft.config import Config, load_config
-from megatron_gft.group_source import GroupTable
-from megatron_gft.hf_config import read_model_shape
-from megatron_gft.hf_mapping import HfMapping
-from megatron_gft.hf_weights import gather_to_hf, live_parameters
+from megatron_gft.data.group_source import GroupTable
+from megatron_gft.hf.config import read_model_shape
+from megatron_gft.hf.mapping import HfMapping
+from megatron_gft.hf.weights import gather_to_hf, live_parameters
 from megatron_gft.model import unwrap
 from megatron_gft.parallel import initialize_parallel
 from megatron_gft.step import StepRunner

@@ -14,9 +14,9 @@ from ranks import run_ranks
 
 from megatron_gft.batch import StepSource, open_groups
 from megatron_gft.config import load_config, row_multiples
+from megatron_gft.data.group_source import GroupTable
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.group_source import GroupTable
-from megatron_gft.hf_config import model_shape_from_config
+from megatron_gft.hf.config import model_shape_from_config
 from megatron_gft.parallel import Parallel
 from megatron_gft.shards import GroupShardWriter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_gft.bench_data import (
+from megatron_gft.bench.data import (
     bench_open,
     bench_shard_reading,
     compare_preprocessing,

@@ -6,8 +6,8 @@ import math
 import pytest
 from ranks import run_ranks
 
-from megatron_gft import bench_step
-from megatron_gft.bench_step import StepShape
+from megatron_gft.bench import step as bench_step
+from megatron_gft.bench.step import StepShape
 
 TINY = StepShape(
     layers=1,

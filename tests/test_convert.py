@@ -28,18 +28,19 @@ from tiny_models import (
     world_size,
 )
 
-from megatron_gft import hf_verify, safetensors_io
-from megatron_gft.bench_convert import write_synthetic_model
-from megatron_gft.checkpoint_compat import loadable_sharded_state_dict
+from megatron_gft.bench.convert import write_synthetic_model
 from megatron_gft.errors import InputError
-from megatron_gft.hf_config import read_model_shape
-from megatron_gft.hf_convert import hf_to_megatron, megatron_to_hf
-from megatron_gft.hf_files import read_source_record
-from megatron_gft.hf_verify import verify_logits
-from megatron_gft.hf_weights import load_hf_weights
+from megatron_gft.hf import safetensors_io
+from megatron_gft.hf import verify as hf_verify
+from megatron_gft.hf.checkpoint_compat import loadable_sharded_state_dict
+from megatron_gft.hf.config import read_model_shape
+from megatron_gft.hf.convert import hf_to_megatron, megatron_to_hf
+from megatron_gft.hf.files import read_source_record
+from megatron_gft.hf.torch_dist import prefetch
+from megatron_gft.hf.verify import verify_logits
+from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.parallel import initialize_parallel
 from megatron_gft.tokenizer import tokenizer_fingerprint
-from megatron_gft.torch_dist import prefetch
 
 SHARD_BYTES = 300_000
 SPECS = {"local": local_layer_spec, "te": te_layer_spec}
@@ -306,8 +307,8 @@ def test_prefetch_raises_in_the_consumer_and_stops_when_left():
 MEASURE = """
 import json, sys
 from transformers import AutoTokenizer, LlamaConfig  # loaded lazily, with torch._dynamo (and triton) behind them
-from megatron_gft.bench_convert import PeakMemory
-from megatron_gft.hf_convert import hf_to_megatron, megatron_to_hf
+from megatron_gft.bench.convert import PeakMemory
+from megatron_gft.hf.convert import hf_to_megatron, megatron_to_hf
 convert = {"hf_to_megatron": hf_to_megatron, "megatron_to_hf": megatron_to_hf}[sys.argv[1]]
 with PeakMemory() as memory:
     convert(sys.argv[2], sys.argv[3])
@@ -357,7 +358,7 @@ def test_tool_ends_with_2_and_one_message_on_bad_input(tiny, tmp_path, convert_t
     arguments = ["hf-to-megatron", "--hf", str(bad), "--output", str(tmp_path / "ckpt")]
     assert convert_tool(arguments) == 2
     message = capsys.readouterr().err
-    assert message.count("error:") == 1 and "Gemma3ForCausalLM" in message and "hf_families.py" in message
+    assert message.count("error:") == 1 and "Gemma3ForCausalLM" in message and "hf/families.py" in message
     assert convert_tool([*arguments, "--use-megatron-bridge"]) == 2
     assert "megatron-bridge>=0.6" in capsys.readouterr().err
 

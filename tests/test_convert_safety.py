@@ -15,10 +15,10 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
-from megatron_gft import safetensors_io, torch_dist
 from megatron_gft.errors import InputError
-from megatron_gft.hf_convert import hf_to_megatron, megatron_to_hf
-from megatron_gft.torch_dist import TorchDistReader
+from megatron_gft.hf import safetensors_io, torch_dist
+from megatron_gft.hf.convert import hf_to_megatron, megatron_to_hf
+from megatron_gft.hf.torch_dist import TorchDistReader
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny_language_model import language_model_folder
 
-from megatron_gft.decoding import LocalModel, pick_tokens, token_logprobs
 from megatron_gft.errors import InputError
-from megatron_gft.local_backends import TransformersBackend
-from megatron_gft.sampling import SampleFailure, SampleRequest, SamplingParams, model_fingerprint, sample_seed
+from megatron_gft.sampling.decoding import LocalModel, pick_tokens, token_logprobs
+from megatron_gft.sampling.local_backends import TransformersBackend
+from megatron_gft.sampling.settings import SampleFailure, SampleRequest, SamplingParams, model_fingerprint, sample_seed
 
 PROMPTS = ["1 plus 7?", "Question 12: what is 12 plus 84? Let us think.", "a", "Let us think step by step about 9."]
 
@@ -63,7 +63,7 @@ def test_sampling_logprobs_are_those_of_teacher_forcing_in_fp64(local):
 
 
 def test_long_and_short_answers_are_cut_into_batches_within_limits(local, monkeypatch):
-    monkeypatch.setattr("megatron_gft.decoding.MAX_BATCH_TOKENS", 60)
+    monkeypatch.setattr("megatron_gft.sampling.decoding.MAX_BATCH_TOKENS", 60)
     rng = np.random.default_rng(0)
     pairs = [(rng.integers(3, 90, rng.integers(1, 30)).tolist(), rng.integers(3, 90, n).tolist()) for n in range(1, 25)]
     seen = []
@@ -98,7 +98,7 @@ def test_few_candidates_and_the_whole_vocabulary_give_the_same_tokens(monkeypatc
     logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 4, 200)[:, None]
     uniforms = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     whole = pick_tokens(logits, uniforms, SamplingParams(top_p=0.9))
-    monkeypatch.setattr("megatron_gft.decoding.TOP_P_CANDIDATES", 20)
+    monkeypatch.setattr("megatron_gft.sampling.decoding.TOP_P_CANDIDATES", 20)
     assert torch.equal(pick_tokens(logits[100:], uniforms[100:], SamplingParams(top_p=0.9)), whole[100:])
     assert torch.equal(pick_tokens(logits, uniforms, SamplingParams(top_p=0.9)), whole)  # the flat rows need all
 

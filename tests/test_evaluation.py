@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from tiny_language_model import language_model_folder
 
-from megatron_gft.decoding import LocalModel
 from megatron_gft.errors import InputError
-from megatron_gft.evaluation import (
+from megatron_gft.sampling.decoding import LocalModel
+from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
+from megatron_gft.sampling.settings import SamplingParams
+from megatron_gft.scoring.evaluation import (
     EvaluationOptions,
     evaluate,
     mean_interval,
@@ -22,10 +24,8 @@ from megatron_gft.evaluation import (
     result_table,
     wilson_interval,
 )
-from megatron_gft.prompts import PromptColumns, iter_prompts
-from megatron_gft.sampling import SamplingParams
-from megatron_gft.scoring import ScoringOptions
-from megatron_gft.verifiers import Verdict
+from megatron_gft.scoring.group_files import ScoringOptions
+from megatron_gft.scoring.verifiers import Verdict
 from tools import evaluate as tool
 
 SCORING = ScoringOptions(verifier="letters_rewards:judge")

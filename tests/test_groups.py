@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_gft.data.problems import KINDS, ProblemCounts, ProblemLog, parse_policies, report_lines
 from megatron_gft.errors import InputError
 from megatron_gft.groups import (
     GroupRecord,
@@ -22,7 +23,6 @@ from megatron_gft.groups import (
     record_to_json,
     write_group_file,
 )
-from megatron_gft.problems import KINDS, ProblemCounts, ProblemLog, parse_policies, report_lines
 
 GROUP = {
     "id": "g1",

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from megatron_gft.errors import InputError
-from megatron_gft.hf_bridge import bridge_hf_to_megatron, bridge_megatron_to_hf
+from megatron_gft.hf.bridge import bridge_hf_to_megatron, bridge_megatron_to_hf
 
 
 @pytest.fixture

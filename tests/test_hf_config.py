@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.hf_config import (
+from megatron_gft.hf.config import (
     gpt_model_kwargs,
     is_mapped,
     model_shape_from_config,
@@ -23,8 +23,8 @@ from megatron_gft.hf_config import (
     shape_problems,
     transformer_config_kwargs,
 )
-from megatron_gft.hf_families import FAMILIES
-from megatron_gft.hf_mapping import HfMapping
+from megatron_gft.hf.families import FAMILIES
+from megatron_gft.hf.mapping import HfMapping
 
 LLAMA_3_1_70B = {
     "architectures": ["LlamaForCausalLM"],
@@ -210,7 +210,7 @@ def test_unsupported_architectures_name_the_supported_ones_and_the_file_to_exten
         shape_of(LLAMA_3_1_70B, **changes)
     message = str(caught.value)
     assert str(changes.get("model_type", "LlamaForSequenceClassification")) in message
-    assert "hf_families.py" in message
+    assert "hf/families.py" in message
     assert all(family.architecture in message for family in FAMILIES.values())
 
 
@@ -251,7 +251,7 @@ def test_layouts_that_do_not_divide_say_what_would():
 
 def test_needs_neither_torch_nor_megatron_nor_transformers():
     code = (
-        "import sys, megatron_gft.hf_config, megatron_gft.hf_mapping\n"
+        "import sys, megatron_gft.hf.config, megatron_gft.hf.mapping\n"
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,13 +12,13 @@ import pytest
 from group_files import random_records
 from tiny_tokenizers import byte_level_folder
 
+from megatron_gft.data.inspection import PackingQuestion, inspect_group_files, inspect_shards
+from megatron_gft.data.inspection_sources import open_source
+from megatron_gft.data.inspection_view import group_text, html_page, report_text, view_tokens
+from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
-from megatron_gft.inspection import PackingQuestion, inspect_group_files, inspect_shards
-from megatron_gft.inspection_sources import open_source
-from megatron_gft.inspection_view import group_text, html_page, report_text, view_tokens
 from megatron_gft.planning import GroupLengths, plan_step
-from megatron_gft.preprocessing import PreprocessOptions, preprocess
 from megatron_gft.shards import GroupShard, GroupShardWriter, add_rewards_sidecar
 from megatron_gft.tokenizer import load_tokenizer
 

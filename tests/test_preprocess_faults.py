@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level_folder
 
+from megatron_gft.data.ordered_workers import OrderedWorkers, WorkerError
+from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
+from megatron_gft.data.problems import KINDS
 from megatron_gft.dataset import build_group_datasets
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
-from megatron_gft.ordered_workers import OrderedWorkers, WorkerError
-from megatron_gft.preprocessing import PreprocessOptions, preprocess
-from megatron_gft.problems import KINDS
+from megatron_gft.sampling.staging import Staging
 from megatron_gft.shards import GroupShard, verify_shard
-from megatron_gft.staging import Staging
 
 
 @pytest.fixture(scope="module")

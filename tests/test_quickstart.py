@@ -26,7 +26,7 @@ import word_problems  # noqa: E402
 from stages import Pipeline, Stage, StageFailed  # noqa: E402
 
 from megatron_gft.errors import InputError  # noqa: E402
-from megatron_gft.verifiers import Case, build_verifier  # noqa: E402
+from megatron_gft.scoring.verifiers import Case, build_verifier  # noqa: E402
 
 # What each question asks for, found by its wording and computed from the numbers in their order.
 MEANINGS: list[tuple[str, Callable[..., int]]] = [

@@ -9,11 +9,11 @@ from tiny_tokenizers import byte_level_folder
 
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
-from megatron_gft.scoring import ScoringOptions, score_group_file, score_shard
+from megatron_gft.scoring.group_files import ScoringOptions, score_group_file, score_shard
+from megatron_gft.scoring.verifier_pool import VerifierPool
+from megatron_gft.scoring.verifiers import Case, Verdict
 from megatron_gft.shards import GroupShard, GroupShardWriter, tokenizer_stamp, verify_shard
 from megatron_gft.tokenizer import load_tokenizer
-from megatron_gft.verifier_pool import VerifierPool
-from megatron_gft.verifiers import Case, Verdict
 from tools import score_groups
 
 NASTY = """

@@ -11,10 +11,10 @@ import pytest
 from group_shards import STAMP, write_shard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_gft.encoded_groups import GroupEncoder
+from megatron_gft.data.encoded_groups import GroupEncoder
+from megatron_gft.data.shard_manifest import ShardSet
 from megatron_gft.errors import InputError
 from megatron_gft.groups import SOURCES
-from megatron_gft.shard_manifest import ShardSet
 from megatron_gft.shards import (
     GroupShard,
     GroupShardWriter,

@@ -15,9 +15,9 @@ import transformers
 from ranks import run_ranks
 from tiny_models import assert_same_tensors, build_gpt, compare_logits, hf_logits, megatron_logits, world_size
 
-from megatron_gft.hf_config import read_model_shape
-from megatron_gft.hf_convert import hf_to_megatron, megatron_to_hf
-from megatron_gft.hf_weights import export_hf_weights, load_hf_weights
+from megatron_gft.hf.config import read_model_shape
+from megatron_gft.hf.convert import hf_to_megatron, megatron_to_hf
+from megatron_gft.hf.weights import export_hf_weights, load_hf_weights
 from megatron_gft.parallel import initialize_parallel
 
 FOLDER = Path(os.environ.get("MEGATRON_GFT_SMOLLM2") or Path(__file__).parents[1] / ".models" / "smollm2")

@@ -11,8 +11,8 @@ from naive_twin import load_twin, twin_step
 from ranks import run_ranks
 
 from megatron_gft.batch import StepSource
-from megatron_gft.hf_config import read_model_shape
-from megatron_gft.hf_weights import load_hf_weights
+from megatron_gft.hf.config import read_model_shape
+from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.model import build_model
 from megatron_gft.optimizer import build_optimizer, reduce_gradients, wrap_data_parallel
 from megatron_gft.pack_layout import PackLayout

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gft.errors import InputError
-from megatron_gft.math_answers import extract_answer, parse_number, same_answer
-from megatron_gft.verifier_accuracy import Solution, measure, perturbations
-from megatron_gft.verifiers import Case, ChoiceVerifier, ExactVerifier, MathVerifier, Verdict, build_verifier
+from megatron_gft.scoring.math_answers import extract_answer, parse_number, same_answer
+from megatron_gft.scoring.verifier_accuracy import Solution, measure, perturbations
+from megatron_gft.scoring.verifiers import Case, ChoiceVerifier, ExactVerifier, MathVerifier, Verdict, build_verifier
 
 FOUND = [
     (r"so \boxed{12}, or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
@@ -236,7 +236,7 @@ def test_bad_verifiers_are_refused_with_the_way_out(name, options, message):
 
 def test_users_functions_may_return_verdict_bool_or_number(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
-        "from megatron_gft.verifiers import Verdict\n"
+        "from megatron_gft.scoring.verifiers import Verdict\n"
         "def judge(case, bonus='0'):\n"
         "    said = {'v': Verdict('unparsed', -1.0), 'b': True, 'n': 0.25 + float(bonus), 'z': 0, 'x': 'what'}\n"
         "    return said[case.response]\n"

@@ -19,19 +19,19 @@ from megatron_gft.atomic import write_json
 from megatron_gft.errors import InputError, command
 
 BENCHMARKS = {
-    "head_time": "megatron_gft.bench_head:head_time",
-    "head_masked_rows": "megatron_gft.bench_head:masked_rows",
-    "head_memory": "megatron_gft.bench_head:head_memory",
-    "planner": "megatron_gft.bench_packing:bench_planner",
-    "shared_prefix_trunk": "megatron_gft.bench_packing:bench_shared_prefix",
-    "step_ratio": "megatron_gft.bench_step:step_ratio",
-    "step_breakdown": "megatron_gft.bench_step:step_breakdown",
-    "dead_groups": "megatron_gft.bench_step:dead_groups",
-    "shared_prefix_step": "megatron_gft.bench_step:shared_prefix_step",
-    "preprocess": "megatron_gft.bench_data:bench_preprocess",
-    "preprocess_workers": "megatron_gft.bench_data:bench_preprocess_workers",
-    "shard_reading": "megatron_gft.bench_data:bench_shard_reading",
-    "shard_opening": "megatron_gft.bench_data:bench_open",
+    "head_time": "megatron_gft.bench.head:head_time",
+    "head_masked_rows": "megatron_gft.bench.head:masked_rows",
+    "head_memory": "megatron_gft.bench.head:head_memory",
+    "planner": "megatron_gft.bench.packing:bench_planner",
+    "shared_prefix_trunk": "megatron_gft.bench.packing:bench_shared_prefix",
+    "step_ratio": "megatron_gft.bench.step:step_ratio",
+    "step_breakdown": "megatron_gft.bench.step:step_breakdown",
+    "dead_groups": "megatron_gft.bench.step:dead_groups",
+    "shared_prefix_step": "megatron_gft.bench.step:shared_prefix_step",
+    "preprocess": "megatron_gft.bench.data:bench_preprocess",
+    "preprocess_workers": "megatron_gft.bench.data:bench_preprocess_workers",
+    "shard_reading": "megatron_gft.bench.data:bench_shard_reading",
+    "shard_opening": "megatron_gft.bench.data:bench_open",
 }
 _HOST_ONLY = ("planner", "preprocess", "preprocess_workers", "shard_reading", "shard_opening")
 ON_GPU = tuple(name for name in BENCHMARKS if name not in _HOST_ONLY)
@@ -40,7 +40,7 @@ ON_GPU = tuple(name for name in BENCHMARKS if name not in _HOST_ONLY)
 def run_benchmarks(names: Sequence[str]) -> dict[str, Any]:
     """Run the named benchmarks one after the other; a failure is recorded under its name, not hidden."""
     from megatron_gft import cpu
-    from megatron_gft.bench_timing import environment
+    from megatron_gft.bench.timing import environment
 
     cpu.install()
     results: dict[str, Any] = {"schema": 1, "commit": _commit(), "environment": environment(), "results": {}}

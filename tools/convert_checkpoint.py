@@ -13,8 +13,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_gft.errors import InputError, command
-from megatron_gft.hf_bridge import bridge_hf_to_megatron, bridge_megatron_to_hf
-from megatron_gft.hf_convert import hf_to_megatron, megatron_to_hf
+from megatron_gft.hf.bridge import bridge_hf_to_megatron, bridge_megatron_to_hf
+from megatron_gft.hf.convert import hf_to_megatron, megatron_to_hf
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

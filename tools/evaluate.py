@@ -53,10 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
 
     from megatron_gft.atomic import write_json
-    from megatron_gft.decoding import LocalModel
-    from megatron_gft.evaluation import EvaluationOptions, evaluate, result_table
-    from megatron_gft.prompts import PromptColumns
-    from megatron_gft.scoring import ScoringOptions
+    from megatron_gft.sampling.decoding import LocalModel
+    from megatron_gft.sampling.prompts import PromptColumns
+    from megatron_gft.scoring.evaluation import EvaluationOptions, evaluate, result_table
+    from megatron_gft.scoring.group_files import ScoringOptions
 
     for setting in options.option:
         if "=" not in setting:

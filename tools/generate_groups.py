@@ -15,7 +15,7 @@ EPILOG = """examples:
   python tools/generate_groups.py --input prompts.jsonl --output groups.jsonl --config sources.yaml
 
 Killed or failed: run the same command again, finished responses are kept in OUTPUT.journal.
-Kinds of source and their keys: megatron_gft/generation_sources.py.
+Kinds of source and their keys: megatron_gft/sampling/sources.py.
 """
 
 
@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(argv)
 
-    from megatron_gft.generation import GenerationRun, PromptSet
-    from megatron_gft.generation_sources import load_sources
-    from megatron_gft.prompts import PromptColumns
+    from megatron_gft.sampling.generation import GenerationRun, PromptSet
+    from megatron_gft.sampling.prompts import PromptColumns
+    from megatron_gft.sampling.sources import load_sources
 
     sources = load_sources(options.source, options.config)
     columns = PromptColumns(

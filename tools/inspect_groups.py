@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if any(value is not None and value < 1 for value in (arguments.groups_per_step, arguments.max_tokens_per_pack)):
         raise InputError("--groups-per-step and --max-tokens-per-pack must be at least 1")
-    from megatron_gft.inspection_sources import open_source  # imports megatron: seconds
-    from megatron_gft.inspection_view import group_text, html_page, report_text
+    from megatron_gft.data.inspection_sources import open_source  # imports megatron: seconds
+    from megatron_gft.data.inspection_view import group_text, html_page, report_text
 
     source = open_source(arguments.inputs, arguments.tokenizer, arguments.chat_template)
     if arguments.verify:

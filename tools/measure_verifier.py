@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--show", type=int, default=3, help="examples of errors per kind (default %(default)s)")
     options = parser.parse_args(argv)
 
-    from megatron_gft.verifier_accuracy import Solution, measure
+    from megatron_gft.scoring.verifier_accuracy import Solution, measure
 
     missing = [str(path) for path in options.input if not path.is_file()]
     if missing:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from megatron_gft.config import load_config
 from megatron_gft.errors import command
-from megatron_gft.hf_config import read_model_shape
+from megatron_gft.hf.config import read_model_shape
 from megatron_gft.validation import check
 
 EXIT_DOES_NOT_FIT = 1
@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    from megatron_gft.estimates.report import format_plan
+    from megatron_gft.estimates.throughput import Workload
     from megatron_gft.plan import Device, make_plan  # torch and Megatron: seconds
-    from megatron_gft.plan_report import format_plan
-    from megatron_gft.throughput import Workload
 
     plan = make_plan(
         config,

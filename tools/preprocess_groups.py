@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_gft.data.problems import describe_kinds, parse_policies
 from megatron_gft.errors import InputError, command
-from megatron_gft.problems import describe_kinds, parse_policies
 
 EXAMPLES = """examples:
   python tools/preprocess_groups.py --input groups.jsonl --tokenizer models/Qwen2.5-7B --output-prefix data/train
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when every shard is published."""
     arguments = _parser().parse_args(argv)
     policies, part = parse_policies(arguments.policy), _part(arguments.part)
-    from megatron_gft.preprocessing import PreprocessOptions, preprocess  # imports megatron: seconds
+    from megatron_gft.data.preprocessing import PreprocessOptions, preprocess  # imports megatron: seconds
 
     summary = preprocess(
         PreprocessOptions(

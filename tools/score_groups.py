@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.input and not options.output or options.shard and not options.tokenizer:
         raise InputError("--input needs --output, --shard needs --tokenizer")
 
-    from megatron_gft.scoring import ScoringOptions, score_group_file, score_shard
+    from megatron_gft.scoring.group_files import ScoringOptions, score_group_file, score_shard
 
     scoring = ScoringOptions(
         verifier=options.verifier,

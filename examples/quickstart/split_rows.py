@@ -15,9 +15,9 @@ from pathlib import Path
 from word_problems import write_rows
 
 from megatron_gft.atomic import atomic_directory
+from megatron_gft.data.group_records import gold_answer
 from megatron_gft.errors import InputError, InputErrors, command
-from megatron_gft.group_records import gold_answer
-from megatron_gft.prompts import PromptColumns, iter_prompts
+from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
 
 PROBLEMS_SHOWN = 10
 

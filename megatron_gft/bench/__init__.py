@@ -1,0 +1,1 @@
+"""Measurements behind tools/bench.py, one module a subject."""

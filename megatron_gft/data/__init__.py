@@ -1,0 +1,1 @@
+"""Group records, their checks, and the making of shards."""

@@ -1,0 +1,266 @@
+"""From rows of a group file to tokens: parse, check, render, tokenize. Runs in worker processes.
+
+All texts of a chunk are tokenized in two calls (prompts, responses). A prompt is tokenized once for its group;
+``token_ids`` made by the same tokenizer are taken as they are. EOS follows a response unless it was cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_gft.data.encoded_groups import EncodedGroups, GroupEncoder
+from megatron_gft.data.group_records import SOURCE_CODES, GroupRecord, ResponseRecord
+from megatron_gft.data.problems import DROP, ERROR, FIX, KEEP, Problem, ProblemLog
+from megatron_gft.groups import RawChunk, parse_chunk
+from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
+
+LOGPROB_SLACK = 1e-3  # servers round: a log-prob may come out slightly above 0
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """What to accept.
+
+    Args:
+        policies: what to do with each kind of problem.
+        max_prompt_tokens: longest prompt, template included; None = any.
+        max_response_tokens: longest response, EOS included; None = any.
+    """
+
+    policies: Mapping[str, str]
+    max_prompt_tokens: int | None = None
+    max_response_tokens: int | None = None
+
+
+@dataclass
+class EncodedChunk:
+    """One chunk of rows as tokens, and everything that is to be known about it."""
+
+    groups: EncodedGroups
+    ids: list[str]
+    places: list[str]
+    problems: list[Problem]
+    lineages: list[dict[str, int]]  # of each group: JSON of (source, model, sampling) -> responses
+    verifiers: list[str | None]  # of each group: JSON of meta["verifier"]
+    rows: int
+
+
+@dataclass
+class _Pending:
+    """A response on its way: its ids are known, or its text is still to be tokenized."""
+
+    record: ResponseRecord
+    position: int  # in the group as read
+    text: str = ""
+    parse_special: bool = False
+    ids: list[int] | None = None
+    logprobs: list[float] | None = None
+
+
+@dataclass
+class _PendingGroup:
+    record: GroupRecord
+    place: str
+    prompt: str
+    responses: list[_Pending] = field(default_factory=list)
+
+
+class ChunkEncoder:
+    """Encodes chunks with one tokenizer; a pure function of the chunk."""
+
+    def __init__(self, tokenizer: Tokenizer, options: EncodingOptions):
+        self.tokenizer, self.options = tokenizer, options
+
+    def encode(self, chunk: RawChunk) -> EncodedChunk:
+        """Tokens of the groups of a chunk, in order; what is wrong with the others is in ``problems``."""
+        log = ProblemLog(self.options.policies)
+        pending = []
+        for record, place in parse_chunk(chunk, log):
+            group = self._prepare(record, place, log)
+            if group is not None:
+                pending.append(group)
+        prompts = self.tokenizer.encode_batch([group.prompt for group in pending])
+        self._tokenize_responses(pending)
+        encoder, ids, places = GroupEncoder(), [], []
+        lineages: list[dict[str, int]] = []
+        verifiers: list[str | None] = []
+        for group, prompt in zip(pending, prompts, strict=True):
+            responses = self._finish(group, prompt, log)
+            if responses:
+                self._add(encoder, group, prompt, responses)
+                ids.append(group.record.id)
+                places.append(group.place)
+                lineages.append(dict(Counter(_lineage(response.record) for response in responses)))
+                verifier = group.record.meta.get("verifier")
+                verifiers.append(None if verifier is None else json.dumps(verifier, sort_keys=True))
+        return EncodedChunk(encoder.take(), ids, places, log.take(), lineages, verifiers, len(chunk))
+
+    # --- before tokenizing ------------------------------------------------------------------------------------------
+
+    def _prepare(self, record: GroupRecord, place: str, log: ProblemLog) -> _PendingGroup | None:
+        prompt = self._checked_prompt(record, place, log)
+        if prompt is None:
+            return None
+        try:
+            group = _PendingGroup(record, place, self.tokenizer.render_prompt(prompt))
+        except ChatTemplateError as error:
+            log.found("template_failed", place, record.id, str(error))
+            return None
+        for position, response in enumerate(record.responses):
+            pending, action = self._checked_response(response, position, place, record.id, log)
+            if pending is not None:
+                group.responses.append(pending)
+            elif action != DROP:
+                return None
+        return group
+
+    def _checked_prompt(self, record: GroupRecord, place: str, log: ProblemLog) -> str | list[dict[str, Any]] | None:
+        """The prompt without spelled special tokens, or None when they remove the group."""
+        prompt, pattern = record.prompt, self.tokenizer.special_pattern
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        spelled = next((match.group() for match in map(pattern.search, texts) if match), None)
+        if spelled is None:
+            return prompt
+        action = log.found("special_tokens", place, record.id, f"the prompt spells {spelled!r}")
+        if action == KEEP:
+            return prompt
+        if action != FIX:
+            return None
+        if isinstance(prompt, str):
+            return pattern.sub("", prompt)
+        return [{**message, "content": pattern.sub("", message["content"])} for message in prompt]
+
+    def _checked_response(
+        self, response: ResponseRecord, position: int, place: str, group_id: str, log: ProblemLog
+    ) -> tuple[_Pending | None, str]:
+        """What to tokenize, or None and why not."""
+        if response.token_ids is not None:
+            pending, action = self._from_token_ids(response, position, place, group_id, log)
+            if pending is not None or action != KEEP:
+                return pending, action
+        pending = _Pending(response, position, text=response.text)
+        match = self.tokenizer.special_pattern.search(response.text)
+        if match:
+            action = log.found("special_tokens", place, group_id, f"spells {match.group()!r}", position)
+            if action in (ERROR, DROP):
+                return None, action
+            pending.parse_special = action == KEEP
+            if action == FIX:
+                pending.text = response.text.removesuffix(self.tokenizer.decode([self.tokenizer.eos_id]))
+        if not pending.text:
+            return None, log.found("empty_response", place, group_id, "no text", position)
+        return pending, KEEP
+
+    def _from_token_ids(
+        self, response: ResponseRecord, position: int, place: str, group_id: str, log: ProblemLog
+    ) -> tuple[_Pending | None, str]:
+        """Ids as given; or None and ``keep`` (tokenize the text instead), ``drop`` or ``error``."""
+        ids, tokenizer = response.token_ids or [], self.tokenizer
+        if response.tokenizer != tokenizer.fingerprint:
+            known = "an unknown one" if response.tokenizer is None else response.tokenizer[:12]
+            return None, log.found("foreign_token_ids", place, group_id, f"tokenizer is {known}", position)
+        body = ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids
+        wrong = next(
+            (i for i in body if not 0 <= i < tokenizer.vocab_size or i in (tokenizer.eos_id, tokenizer.bos_id)), None
+        )
+        if wrong is not None or not ids:
+            detail = "no token ids" if wrong is None else f"token id {wrong}"
+            action = log.found("bad_token_ids", place, group_id, detail, position)
+            return None, KEEP if action == FIX else action
+        logprobs = response.logprobs
+        if logprobs is not None and not _are_logprobs(logprobs, len(ids)):
+            detail = f"{len(logprobs)} log-probs for {len(ids)} token ids"
+            action = log.found("bad_logprobs", place, group_id, detail, position)
+            if action != FIX:
+                return None, action
+            logprobs = None
+        return _Pending(response, position, ids=list(ids), logprobs=logprobs), KEEP
+
+    # --- after tokenizing -------------------------------------------------------------------------------------------
+
+    def _tokenize_responses(self, groups: list[_PendingGroup]) -> None:
+        waiting = [response for group in groups for response in group.responses if response.ids is None]
+        for parse_special in (False, True):
+            batch = [response for response in waiting if response.parse_special == parse_special]
+            if not batch:
+                continue
+            encoded = self.tokenizer.encode_responses([response.text for response in batch], parse_special)
+            for response, ids in zip(batch, encoded, strict=True):
+                response.ids = ids
+
+    def _finish(self, group: _PendingGroup, prompt: list[int], log: ProblemLog) -> list[_Pending]:
+        """The responses with EOS and within the limits; none when the group is lost."""
+        limit = self.options.max_prompt_tokens
+        if not prompt:
+            log.found("empty_prompt", group.place, group.record.id, "the rendered prompt has no tokens")
+            return []
+        if limit is not None and len(prompt) > limit:
+            log.found("long_prompt", group.place, group.record.id, f"{len(prompt)} tokens, the limit is {limit}")
+            return []
+        kept = []
+        for response in group.responses:
+            action = self._end(response, group, log)
+            if action == ERROR:
+                return []
+            if action != DROP:
+                kept.append(response)
+        if not kept:
+            log.found("no_responses", group.place, group.record.id, "every response was dropped")
+        return kept
+
+    def _end(self, response: _Pending, group: _PendingGroup, log: ProblemLog) -> str:
+        ids, eos = response.ids or [], self.tokenizer.eos_id
+        if response.record.finish_reason != "length" and (not ids or ids[-1] != eos):
+            ids.append(eos)
+        if not ids:  # a cut-off response whose text the tokenizer maps to nothing
+            return log.found("empty_response", group.place, group.record.id, "no tokens", response.position)
+        response.ids, limit = ids, self.options.max_response_tokens
+        if limit is None or len(ids) <= limit:
+            return KEEP
+        detail = f"{len(ids)} tokens, the limit is {limit}"
+        action = log.found("long_response", group.place, group.record.id, detail, response.position)
+        if action == FIX:
+            response.ids = ids[:limit]
+            response.logprobs = response.logprobs and response.logprobs[:limit]
+        return action
+
+    @staticmethod
+    def _add(encoder: GroupEncoder, group: _PendingGroup, prompt: list[int], responses: list[_Pending]) -> None:
+        records = [response.record for response in responses]
+        encoder.add(
+            prompt,
+            [response.ids or [] for response in responses],
+            [SOURCE_CODES[record.source] for record in records],
+            [record.reward for record in records],
+            group_id=group.record.id,
+            answer=group.record.answer,
+            outcomes=[record.outcome for record in records],
+            models=[record.model for record in records],
+            logprobs=[response.logprobs for response in responses],
+        )
+
+
+def _are_logprobs(values: list[float], count: int) -> bool:
+    try:
+        return len(values) == count and all(math.isfinite(v) and v <= LOGPROB_SLACK for v in values)
+    except OverflowError:  # an integer beyond float
+        return False
+
+
+def _lineage(record: ResponseRecord) -> str:
+    """Source, model and sampling parameters but the seed, which differs from response to response."""
+    sampling = {name: value for name, value in (record.sampling or {}).items() if name != "seed"}
+    text = json.dumps({"source": record.source, "model": record.model, "sampling": sampling}, sort_keys=True)
+    return sys.intern(text)  # one object for all: it is pickled once a chunk
+
+
+def id_digest(group_id: str) -> bytes:
+    """16 bytes that stand for an id where millions of ids are remembered."""
+    return hashlib.blake2b(group_id.encode("utf-8"), digest_size=16).digest()

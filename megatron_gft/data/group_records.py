@@ -1,0 +1,382 @@
+"""Group records: the text side of the data, checked field by field.
+
+Format in :mod:`megatron_gft.groups`. A row becomes a :class:`GroupRecord` or a finding in a
+:class:`~megatron_gft.data.problems.ProblemLog`; nothing else comes out of here, whatever the row holds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_gft.data.problems import DROP, ERROR, FIX, ProblemLog, raise_errors
+
+SOURCES = ("expert", "teacher", "self")
+SOURCE_CODES = {name: code for code, name in enumerate(SOURCES)}
+FINISH_REASONS = ("stop", "length")
+FLOAT32_MAX = 3.4028234663852886e38
+
+GROUP_FIELDS = ("id", "prompt", "answer", "responses", "meta")
+RESPONSE_FIELDS = (
+    "text",
+    "source",
+    "reward",
+    "outcome",
+    "finish_reason",
+    "model",
+    "tokenizer",
+    "token_ids",
+    "logprobs",
+    "sampling",
+)
+_PLAIN_FIELDS = (("question", "answer"), ("problem", "solution"))
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(slots=True)
+class ResponseRecord:
+    """One response as text, with what is known about how it came to be."""
+
+    text: str
+    source: str
+    reward: float | None = None
+    outcome: str | None = None
+    finish_reason: str | None = None  # None reads as "stop"
+    model: str | None = None
+    tokenizer: str | None = None  # fingerprint of the tokenizer of token_ids
+    token_ids: list[int] | None = None  # without prompt; EOS may be the last one
+    logprobs: list[float] | None = None  # one per token_id, under the sampling policy
+    sampling: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class GroupRecord:
+    """One prompt with its responses."""
+
+    id: str
+    prompt: str | list[dict[str, Any]]
+    responses: list[ResponseRecord]
+    answer: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def record_from_json(text: str | bytes, place: str = "<text>") -> GroupRecord:
+    """Parse one line of a group file.
+
+    Raises:
+        InputErrors: it is not a group; ``place`` is named.
+    """
+    problems = ProblemLog()
+    line = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    value = parse_json_line(line, place, problems)
+    record = None if value is None else parse_group(value, place, problems)
+    raise_errors(problems.take())
+    if record is None:  # every way to lose a record is an error under the default policies
+        raise AssertionError(f"{place}: lost without a problem")
+    return record
+
+
+def record_to_dict(record: GroupRecord) -> dict[str, Any]:
+    """JSON value of a group; optional fields that are None are left out, ``reward`` and ``answer`` stay."""
+    responses = []
+    for response in record.responses:
+        value: dict[str, Any] = {"text": response.text, "source": response.source, "reward": response.reward}
+        for name in RESPONSE_FIELDS[3:]:
+            if (item := getattr(response, name)) is not None:
+                value[name] = item
+        responses.append(value | response.extra)
+    value = {"id": record.id, "prompt": record.prompt, "answer": record.answer, "responses": responses}
+    return value | ({"meta": record.meta} if record.meta else {})
+
+
+def record_to_json(record: GroupRecord) -> str:
+    """One line of a group file, without the newline."""
+    return json.dumps(record_to_dict(record), ensure_ascii=False)
+
+
+# --- from one row to one group -----------------------------------------------------------------------------------
+
+
+def parse_json_line(line: bytes, place: str, problems: ProblemLog) -> Any:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if problems.found("invalid_utf8", place, None, f"{error.reason} at byte {error.start}") != FIX:
+            return None
+        text = line.decode("utf-8", "replace")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problems.found("invalid_json", place, None, str(error) or type(error).__name__)
+        return None
+    if not isinstance(value, dict):
+        problems.found("invalid_json", place, None, f"a JSON {type(value).__name__}, not an object")
+        return None
+    if _SURROGATE_ESCAPE.search(line):
+        return _without_surrogates(value, place, problems)
+    return value
+
+
+def _without_surrogates(value: dict, place: str, problems: ProblemLog) -> Any:
+    """JSON may spell half of a surrogate pair, which no UTF-8 text can hold."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+        return value
+    except UnicodeEncodeError as error:
+        if problems.found("invalid_utf8", place, None, f"lone surrogate {error.object[error.start]!a}") != FIX:
+            return None
+    return json.loads(text.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
+
+
+def parse_group(value: dict[str, Any], place: str, problems: ProblemLog) -> GroupRecord | None:
+    """Check one row and make it a group; None when a problem removes it (it is in ``problems`` then)."""
+    if "responses" not in value:
+        for question, answer in _PLAIN_FIELDS:
+            if question in value and answer in value:
+                return _plain_group(value, question, answer, place, problems)
+    group_id = _group_id(value, place, problems)
+    if group_id is None:
+        return None
+    try:
+        prompt = _prompt(value)
+        responses = _required(value, "responses", list, "a list")
+        answer = _optional(value, "answer", (str, int, float), "text")
+        meta = _optional(value, "meta", dict, "an object") or {}
+        _refuse_near_names(value, GROUP_FIELDS)
+    except _BadField as bad:
+        problems.found(bad.kind, place, group_id, bad.detail)
+        return None
+    extra = {name: item for name, item in value.items() if name not in GROUP_FIELDS}
+    record = GroupRecord(group_id, prompt, [], None if answer is None else str(answer), meta | extra)
+    if not _has_text(prompt):
+        problems.found("empty_prompt", place, group_id, "no text in the prompt")
+        return None
+    if not responses:
+        problems.found("no_responses", place, group_id, "responses is an empty list")
+        return None
+    for position, item in enumerate(responses):
+        response, action = _response(item, position, place, group_id, problems)
+        if response is not None:
+            record.responses.append(response)
+        elif action != DROP:
+            return None
+    return check_group(record, place, problems)
+
+
+def check_group(record: GroupRecord, place: str, problems: ProblemLog) -> GroupRecord | None:
+    """Look at the group as a whole: duplicates, truncation, expert, rewards. Changes ``record`` as the policies say.
+
+    Returns:
+        The group, or None when a problem removes it.
+    """
+    kept: list[ResponseRecord] = []
+    texts: set[str] = set()
+    for position, response in enumerate(record.responses):
+        action = _check_response(response, texts, position, place, record.id, problems)
+        if action == ERROR:
+            return None
+        if action != DROP:
+            kept.append(response)
+            texts.add(response.text)
+    record.responses = kept
+    if not kept:
+        problems.found("no_responses", place, record.id, "every response was dropped")
+        return None
+    if all(response.source != "expert" for response in kept):
+        if problems.found("no_expert", place, record.id, "no expert response") in (ERROR, DROP):
+            return None
+    rewards = [response.reward for response in kept]
+    if len(kept) > 1 and None not in rewards and min(rewards) == max(rewards):  # type: ignore[type-var]
+        if problems.found("equal_rewards", place, record.id, f"all {len(kept)} rewards are {rewards[0]}") in (
+            ERROR,
+            DROP,
+        ):
+            return None
+    return record
+
+
+def _check_response(
+    response: ResponseRecord, texts: set[str], position: int, place: str, group_id: str, problems: ProblemLog
+) -> str:
+    """``error``, ``drop`` or ``keep`` for one response seen beside the others."""
+    actions = []
+    if response.text in texts:
+        actions.append(problems.found("duplicate_response", place, group_id, "same text as an earlier one", position))
+    if response.finish_reason == "length":
+        actions.append(problems.found("truncated", place, group_id, "finish_reason is length", position))
+    if response.source == "expert" and _judged_wrong(response):
+        detail = f"expert with reward {response.reward}, outcome {response.outcome}"
+        actions.append(problems.found("expert_wrong", place, group_id, detail, position))
+        if actions[-1] == FIX:
+            response.reward, response.outcome = 1.0, "correct"
+    return ERROR if ERROR in actions else DROP if DROP in actions else "keep"
+
+
+def _judged_wrong(response: ResponseRecord) -> bool:
+    if response.outcome is not None:
+        return response.outcome == "wrong"
+    return response.reward is not None and response.reward <= 0
+
+
+class _BadField(Exception):
+    """A field that cannot be used; carries the kind of problem."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(detail)
+        self.kind, self.detail = kind, detail
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _required(value: dict, name: str, types: type | tuple[type, ...], expected: str) -> Any:
+    if value.get(name) is None:
+        raise _BadField("missing_field", f"no {name!r}")
+    return _optional(value, name, types, expected)
+
+
+def _optional(value: dict, name: str, types: type | tuple[type, ...], expected: str) -> Any:
+    item = value.get(name)
+    if item is not None and (not isinstance(item, types) or isinstance(item, bool)):
+        raise _BadField("wrong_type", f"{name!r} is {_shown(item)}, expected {expected}")
+    return item
+
+
+@functools.lru_cache(maxsize=1024)
+def _near_name(name: str, known: tuple[str, ...]) -> str | None:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    return near[0] if near else None
+
+
+def _refuse_near_names(value: dict, known: tuple[str, ...]) -> None:
+    """An unknown field is the user's own, unless it looks like a misspelt one of ours."""
+    for name in value.keys() - set(known):
+        near = _near_name(name, known)
+        if near is not None and near not in value:
+            raise _BadField("wrong_type", f"unknown field {name!r}, did you mean {near!r}?")
+
+
+def _group_id(value: dict, place: str, problems: ProblemLog) -> str | None:
+    try:
+        group_id = str(_required(value, "id", (str, int), "text"))
+        if not group_id:
+            raise _BadField("missing_field", "'id' is empty")
+        return group_id
+    except (_BadField, ValueError) as bad:  # ValueError: an integer too long to print
+        problems.found(bad.kind if isinstance(bad, _BadField) else "wrong_type", place, None, str(bad))
+        return None
+
+
+def _prompt(value: dict) -> str | list[dict[str, Any]]:
+    prompt = _required(value, "prompt", (str, list), "text or a list of messages")
+    for message in prompt if isinstance(prompt, list) else ():
+        if not isinstance(message, dict):
+            raise _BadField("wrong_type", f"message {_shown(message)}, expected an object with role and content")
+        _required(message, "role", str, "text")
+        _required(message, "content", str, "text")
+    return prompt
+
+
+def _has_text(prompt: str | list[dict[str, Any]]) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    return any(message["content"].strip() for message in prompt)
+
+
+def _response(
+    value: Any, position: int, place: str, group_id: str, problems: ProblemLog
+) -> tuple[ResponseRecord | None, str]:
+    """One response, or None and what the policy says about it."""
+    try:
+        if not isinstance(value, dict):
+            raise _BadField("wrong_type", f"a response is {_shown(value)}, expected an object")
+        text = "" if value.get("text") == "" else _required(value, "text", str, "text")
+        source = _required(value, "source", str, "text")
+        reward = _optional(value, "reward", (int, float), "a number or null")
+        finish_reason = _optional(value, "finish_reason", str, "text")
+        if finish_reason not in (None, *FINISH_REASONS):
+            raise _BadField("wrong_type", f"finish_reason {finish_reason!r}, expected stop or length")
+        token_ids = _numbers(value, "token_ids", int)
+        response = ResponseRecord(
+            text,
+            source,
+            outcome=_optional(value, "outcome", str, "text"),
+            finish_reason=finish_reason,
+            model=_optional(value, "model", str, "text"),
+            tokenizer=_optional(value, "tokenizer", str, "text"),
+            token_ids=token_ids,
+            logprobs=_numbers(value, "logprobs", (int, float)),
+            sampling=_optional(value, "sampling", dict, "an object"),
+        )
+        _refuse_near_names(value, RESPONSE_FIELDS)
+    except _BadField as bad:
+        problems.found(bad.kind, place, group_id, bad.detail, position)
+        return None, ERROR  # a broken response breaks its group, whatever the policy: the advantage needs all rewards
+    if len(value) > len(RESPONSE_FIELDS) or value.keys() - set(RESPONSE_FIELDS):
+        response.extra = {name: item for name, item in value.items() if name not in RESPONSE_FIELDS}
+    if not text and not token_ids:
+        return None, problems.found("empty_response", place, group_id, "no text", position)
+    if source not in SOURCE_CODES:
+        return None, problems.found("unknown_source", place, group_id, f"{_shown(source)} is no source", position)
+    if reward is not None:
+        if not _is_float32(reward):
+            action = problems.found("nonfinite_reward", place, group_id, f"reward {_shown(reward)}", position)
+            if action != FIX:
+                return None, action
+        else:
+            response.reward = float(reward)
+    return response, "keep"
+
+
+def _is_float32(value: float) -> bool:
+    return (
+        math.isfinite(value) and -FLOAT32_MAX <= value <= FLOAT32_MAX
+        if isinstance(value, float)
+        else (-(2**127) < value < 2**127)
+    )
+
+
+def _numbers(value: dict, name: str, types: type | tuple[type, ...]) -> list | None:
+    items = _optional(value, name, list, "a list of numbers")
+    if items is not None and not all(isinstance(item, types) and not isinstance(item, bool) for item in items):
+        raise _BadField("wrong_type", f"{name!r} holds something that is not a number")
+    return items
+
+
+def gold_answer(text: str) -> str | None:
+    """What follows the last ``####`` of a GSM8K solution, without thousands separators; None without the marker."""
+    _, marker, tail = text.rpartition("####")
+    return tail.strip().replace(",", "") if marker else None
+
+
+def _plain_group(value: dict, question: str, answer: str, place: str, problems: ProblemLog) -> GroupRecord | None:
+    """A plain row: one expert response, no reward yet, id = content hash."""
+    try:
+        prompt = _required(value, question, str, "text")
+        text = str(_required(value, answer, (str, int, float), "text"))
+        gold = _optional(value, "answer", (str, int, float), "text") if answer != "answer" else gold_answer(text)
+    except _BadField as bad:
+        problems.found(bad.kind, place, None, bad.detail)
+        return None
+    digest = hashlib.sha256(f"{prompt}\0{text}".encode()).hexdigest()[:16]
+    group_id = value["id"] if isinstance(value.get("id"), str) and value["id"] else digest
+    if not prompt.strip():
+        problems.found("empty_prompt", place, group_id, f"{question!r} has no text")
+        return None
+    if not text.strip():
+        problems.found("empty_response", place, group_id, f"{answer!r} has no text", 0)
+        return None
+    meta = {name: item for name, item in value.items() if name not in (question, answer, "answer", "id")}
+    response = ResponseRecord(text, "expert", finish_reason="stop")
+    record = GroupRecord(group_id, prompt, [response], None if gold is None else str(gold), meta)
+    return check_group(record, place, problems)

@@ -1,0 +1,364 @@
+"""Group files to group shards: streaming, several processes, the same bytes for any number of them.
+
+    read rows in chunks -> workers: parse, check, render, tokenize -> in order: duplicates, shards -> publish
+
+Memory is bounded by chunks in flight, 60 bytes per group id (for duplicates) and the index of the shard being
+written. See :mod:`megatron_gft.sampling.staging` for what an interruption leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import megatron_gft
+from megatron_gft.atomic import sha256_json
+from megatron_gft.data.encoding import ChunkEncoder, EncodedChunk, EncodingOptions, id_digest
+from megatron_gft.data.ordered_workers import OrderedWorkers
+from megatron_gft.data.problems import DEFAULT_POLICIES, FIX, Problem, ProblemCounts, ProblemLog, raise_errors
+from megatron_gft.data.shard_manifest import manifest_path
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.groups import RawChunk, expand_inputs, read_chunks
+from megatron_gft.hf.config import read_config
+from megatron_gft.sampling.staging import StagedShard, Staging, merge_problem_tables, shard_name
+from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
+from megatron_gft.tokenizer import load_tokenizer
+
+MAX_LINEAGES = 100  # distinct (source, model, sampling) listed in a manifest
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What to make of which files.
+
+    Args:
+        inputs: group files and globs.
+        tokenizer: Hugging Face folder or SentencePiece model.
+        output_prefix: of the shards.
+        chat_template: file, ``"none"``, or None for the tokenizer's own.
+        add_bos: with template ``none``; None does what the model expects.
+        model: Hugging Face folder whose vocabulary must hold the tokenizer's ids; None skips the check.
+        workers: processes that tokenize; 1 works in this process.
+        policies: what to do with each kind of problem.
+        max_prompt_tokens, max_response_tokens: limits; None = any length.
+        append: add shards to those that exist.
+        part: ``(i, n)``: take every n-th row, the i-th of n (from 1), into shards ``PREFIX-part...``.
+        max_groups_per_shard, max_bytes_per_shard: a shard is closed before it exceeds one of them (bytes of tokens).
+        rows_per_chunk: unit of work of a process; never changes what comes out but for shards cut by size.
+    """
+
+    inputs: Sequence[str]
+    tokenizer: str
+    output_prefix: str
+    chat_template: str | None = None
+    add_bos: bool | None = None
+    model: str | None = None
+    workers: int = 1
+    policies: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_POLICIES))
+    max_prompt_tokens: int | None = None
+    max_response_tokens: int | None = None
+    append: bool = False
+    part: tuple[int, int] = (1, 1)
+    max_groups_per_shard: int = 1_000_000
+    max_bytes_per_shard: int = 4 << 30
+    rows_per_chunk: int = 256
+
+
+@dataclass(frozen=True)
+class PreprocessSummary:
+    """What came out."""
+
+    prefixes: list[str]
+    report: str
+    groups: int
+    responses: int
+    tokens: int
+    problems: dict[str, dict[str, int]]  # kind -> action -> count
+    seconds: float
+
+
+def preprocess(options: PreprocessOptions, *, progress: bool = True) -> PreprocessSummary:
+    """Make group shards from group files, all or none of them readable.
+
+    Raises:
+        InputError: bad options, bad input under policy ``error``, an output that exists, nothing left to write.
+    """
+    started = time.monotonic()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the work is spread over processes already
+    files = expand_inputs(options.inputs)
+    _check_options(options)
+    prefix = output_prefix(options)
+    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.add_bos)
+    stamp = tokenizer_stamp(tokenizer)
+    _check_vocabulary(options, stamp)
+    existing = _existing_shards(prefix)
+    if not Staging.waits_to_publish(prefix):
+        _check_existing(existing, options.append, stamp)
+    staging = Staging(prefix, _plan(options, files, stamp), len(existing))
+    try:
+        if not staging.publishing:
+            encoder = ChunkEncoder(
+                tokenizer,
+                EncodingOptions(options.policies, options.max_prompt_tokens, options.max_response_tokens),
+            )
+            _write_shards(options, files, stamp, staging, existing[: staging.first_index], encoder, progress)
+        report = str(staging.report_path)
+        prefixes = staging.publish()
+    finally:
+        staging.close()
+    counts = [GroupShard(name).manifest for name in prefixes]
+    return PreprocessSummary(
+        prefixes,
+        report,
+        groups=sum(manifest.counts.groups for manifest in counts),
+        responses=sum(manifest.counts.responses for manifest in counts),
+        tokens=sum(manifest.counts.prompt_tokens + manifest.counts.response_tokens for manifest in counts),
+        problems=merge_problem_tables([manifest.provenance["problems"] for manifest in counts]),
+        seconds=time.monotonic() - started,
+    )
+
+
+def output_prefix(options: PreprocessOptions) -> Path:
+    """Prefix of the shards, with the part in its name when there are several."""
+    part, parts = options.part
+    return Path(options.output_prefix + (f"-part{part:05d}-of-{parts:05d}" if parts > 1 else ""))
+
+
+def _check_options(options: PreprocessOptions) -> None:
+    part, parts = options.part
+    problems = []
+    if not 1 <= part <= parts:
+        problems.append(f"part {part}/{parts} -> I/N with 1 <= I <= N")
+    for name in ("workers", "max_groups_per_shard", "max_bytes_per_shard", "rows_per_chunk"):
+        if getattr(options, name) < 1:
+            problems.append(f"{name}={getattr(options, name)} -> at least 1")
+    for name in ("max_prompt_tokens", "max_response_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append(f"{name}={value} -> at least 1")
+    if problems:
+        raise InputErrors("bad options", problems)
+
+
+def _check_vocabulary(options: PreprocessOptions, stamp: TokenizerStamp) -> None:
+    if options.model is None:
+        return
+    rows = read_config(options.model).get("vocab_size")
+    if not isinstance(rows, int) or stamp.vocab_size > rows:
+        raise InputError(
+            f"{options.tokenizer}: token ids go up to {stamp.vocab_size - 1}, but {options.model} has a vocabulary of "
+            f"{rows} -> give the model's own tokenizer, or resize the model"
+        )
+
+
+def _existing_shards(prefix: Path) -> list[GroupShard]:
+    """Shards 0, 1, ... of the prefix."""
+    shards: list[GroupShard] = []
+    while manifest_path(name := prefix.with_name(shard_name(prefix, len(shards)))).exists():
+        shards.append(GroupShard(name))
+    return shards
+
+
+def _check_existing(shards: Sequence[GroupShard], append: bool, stamp: TokenizerStamp) -> None:
+    """There are none, or they are of the same tokenizer and ``append`` is set."""
+    if shards and not append:
+        raise InputError(f"{shards[0].prefix}: the shard exists already -> append, choose another prefix, or remove it")
+    for shard in shards:
+        if shard.manifest.tokenizer != stamp:
+            raise InputError(f"{shard.prefix}: made with another tokenizer or chat template -> append with the same")
+
+
+def _plan(options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStamp) -> str:
+    """Hash of everything that decides the content of the shards; an interrupted run continues only when it is equal."""
+    inputs = [[name, os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in files]
+    limits = [options.max_prompt_tokens, options.max_response_tokens, dict(options.policies), options.part]
+    sizes = [options.max_groups_per_shard, options.max_bytes_per_shard, options.rows_per_chunk, options.append]
+    return sha256_json([megatron_gft.__version__, inputs, stamp.model_dump(), limits, sizes])
+
+
+# --- the stream ---------------------------------------------------------------------------------------------------
+
+
+def _chunks(options: PreprocessOptions, files: Sequence[str], bar: tqdm) -> Iterator[RawChunk]:
+    """All chunks of the input in order; the bar shows the bytes read."""
+    part, parts = options.part
+    rows = min(options.rows_per_chunk, options.max_groups_per_shard)
+    before = 0
+    for number, name in enumerate(files):
+        size = os.path.getsize(name)
+        # Each file begins with another part, so that many small files are spread too.
+        for chunk in read_chunks(name, rows, part=(part - 1 + number) % parts, parts=parts):
+            yield chunk
+            bar.n = before + int(size * chunk.read_fraction)
+        before += size
+        bar.n = before
+
+
+def _write_shards(
+    options: PreprocessOptions,
+    files: Sequence[str],
+    stamp: TokenizerStamp,
+    staging: Staging,
+    existing: Sequence[GroupShard],
+    encoder: ChunkEncoder,
+    progress: bool,
+) -> None:
+    """Write all shards that are not done yet into the staging folder."""
+    builder = _ShardBuilder(options, files, stamp, staging)
+    for shard in existing:
+        builder.remember_ids(shard)
+    skip = builder.next_chunk
+    total = sum(map(os.path.getsize, files))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(builder)
+        encode_all: Callable[[Iterable[RawChunk]], Iterator[EncodedChunk]] = functools.partial(map, encoder.encode)
+        if options.workers > 1:  # before the progress bar, which starts a thread
+            encode_all = stack.enter_context(OrderedWorkers(encoder.encode, options.workers)).map
+        bar = stack.enter_context(tqdm(total=total, desc="preprocess", unit="B", unit_scale=True, disable=not progress))
+        chunks = (chunk for number, chunk in enumerate(_chunks(options, files, bar)) if number >= skip)
+        started, groups = time.monotonic(), 0
+        for result in encode_all(chunks):
+            builder.add(result)
+            groups += len(result.groups)
+            bar.set_postfix_str(f"{groups} groups, {groups / (time.monotonic() - started):.0f}/s", refresh=False)
+            bar.update(0)
+        builder.finish()
+
+
+class _ShardBuilder:
+    """Puts encoded chunks into shards, in order; leaves duplicates out."""
+
+    def __init__(self, options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStamp, staging: Staging):
+        self._options, self._stamp, self._staging = options, stamp, staging
+        self._inputs = [{"name": Path(name).name, "bytes": os.path.getsize(name)} for name in files]
+        self._seen: set[bytes] = set()
+        self._writer: GroupShardWriter | None = None
+        self._next_chunk = staging.done[-1].next_chunk if staging.done else 0
+        self._begin()
+        for shard in staging.done:
+            self.remember_ids(GroupShard(staging.folder / shard.name))
+
+    def _begin(self) -> None:
+        self._problems: list[Problem] = []
+        self._lineage: Counter[str] = Counter()
+        self._verifiers: Counter[str] = Counter()
+        self._rows = 0
+
+    def __enter__(self) -> _ShardBuilder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.abort()
+
+    @property
+    def next_chunk(self) -> int:
+        """First chunk that was not added yet, here or in an earlier run."""
+        return self._next_chunk
+
+    def remember_ids(self, shard: GroupShard) -> None:
+        """Ids of groups that are in a shard already are duplicates from now on."""
+        self._seen.update(id_digest(shard.meta(i)["id"]) for i in range(len(shard)))
+
+    def add(self, chunk: EncodedChunk) -> None:
+        """Add the groups of the next chunk.
+
+        Raises:
+            InputErrors: a problem of the chunk has the policy ``error``.
+        """
+        self._leave_duplicates_out(chunk)
+        raise_errors(chunk.problems)
+        groups, writer = chunk.groups, self._writer
+        if writer is not None and (
+            writer.groups + len(groups) > self._options.max_groups_per_shard
+            or writer.bytes + groups.tokens.nbytes > self._options.max_bytes_per_shard
+        ):
+            self._close()
+        self._next_chunk += 1
+        self._problems += chunk.problems
+        for lineage in chunk.lineages:
+            self._lineage.update(lineage)
+        self._verifiers.update(verifier for verifier in chunk.verifiers if verifier is not None)
+        self._rows += chunk.rows
+        if len(groups):
+            if self._writer is None:
+                self._writer = GroupShardWriter(self._staging.next_prefix, self._stamp)
+            self._writer.add(groups)
+
+    def finish(self) -> None:
+        """No more chunks: close the last shard."""
+        if self._writer is not None:
+            self._close()
+        if not self._staging.done:
+            self._staging.write_report(self._problems)
+            raise InputError(f"no group is left to write -> see {self._staging.report_path}, relax the policies")
+        self._staging.finish(self._problems)
+
+    def _close(self) -> None:
+        assert self._writer is not None
+        counts = ProblemCounts()
+        counts.add(self._problems)
+        self._writer.provenance = self._provenance(counts)
+        verifiers = [
+            {"verifier": json.loads(text), "groups": n} for text, n in self._verifiers.most_common(MAX_LINEAGES)
+        ]
+        self._writer.verifier = {"group_files": verifiers} if verifiers else {}
+        self._writer.finish()
+        self._writer = None
+        name = self._staging.next_prefix.name
+        self._staging.add(StagedShard(name, self._next_chunk, self._rows, counts.as_dict()), self._problems)
+        self._begin()
+
+    def _provenance(self, counts: ProblemCounts) -> dict[str, Any]:
+        options = self._options
+        listed = sorted(self._lineage.most_common(MAX_LINEAGES))
+        changed = {kind: policy for kind, policy in options.policies.items() if policy != DEFAULT_POLICIES[kind]}
+        return {
+            "inputs": self._inputs,
+            "part": "{}/{}".format(*options.part),
+            "rows": self._rows,
+            "responses": [{**json.loads(text), "count": count} for text, count in listed],
+            "responses_unlisted": sum(self._lineage.values()) - sum(count for _, count in listed),
+            "policies": changed,
+            "limits": {"prompt": options.max_prompt_tokens, "response": options.max_response_tokens},
+            "problems": counts.as_dict(),
+        }
+
+    def _leave_duplicates_out(self, chunk: EncodedChunk) -> None:
+        log = ProblemLog(self._options.policies)
+        keep = np.ones(len(chunk.ids), dtype=bool)
+        for i, group_id in enumerate(chunk.ids):
+            digest = id_digest(group_id)
+            if digest in self._seen:
+                action = log.found("duplicate_id", chunk.places[i], group_id, "the id was seen before")
+                if action == FIX:
+                    digest = self._rename(chunk, i)
+                else:
+                    keep[i] = False
+                    continue
+            self._seen.add(digest)
+        if log.problems:
+            chunk.problems += log.take()
+            chunk.groups = chunk.groups.select(keep)
+            chunk.lineages = [lineage for lineage, kept in zip(chunk.lineages, keep, strict=True) if kept]
+            chunk.verifiers = [verifier for verifier, kept in zip(chunk.verifiers, keep, strict=True) if kept]
+
+    def _rename(self, chunk: EncodedChunk, i: int) -> bytes:
+        """Give group ``i`` of the chunk a free id."""
+        meta, number = json.loads(chunk.groups.metas[i]), 2
+        while (digest := id_digest(f"{chunk.ids[i]}#{number}")) in self._seen:
+            number += 1
+        meta["id"] = f"{chunk.ids[i]}#{number}"
+        chunk.groups.metas[i] = json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
+        return digest

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: configuration, weight mapping, conversion both ways, verification."""

@@ -1,0 +1,221 @@
+"""The Hugging Face folder around the weights: files carried over, streamed export with hashes, source record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_gft import __version__
+from megatron_gft.atomic import sha256_json
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.hf.config import read_config
+from megatron_gft.hf.mapping import HfMapping, Shard
+from megatron_gft.hf.safetensors_io import SafetensorsFolder, ShardPlan, ShardWriter, tensor_bytes
+from megatron_gft.tokenizer import tokenizer_fingerprint
+
+CARRIED_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What transformers, vLLM and a lawyer need beside the weights."""
+
+_IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
+"""Buffers that old checkpoints stored; transformers computes them."""
+
+MODEL_FILES_FOLDER = "hf"
+SOURCE_FILE = "hf_source.json"
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """Files and folders beside the weights that an export needs."""
+    return sorted({path for pattern in CARRIED_PATTERNS for path in folder.glob(pattern)})
+
+
+def write_model_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Copy configuration, tokenizer and chat template; config.json changes only where its dtype is another."""
+    read_config(source)  # a clear error when there is none
+    for path in carried_files(source):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+    config = read_config(source)
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if dtype is not None and config.get(key) != (name := str(dtype).removeprefix("torch.")):
+        config[key] = name
+        (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_tensors(weights: SafetensorsFolder, mapping: HfMapping) -> None:
+    """Compare the tensors of a folder with those of the model.
+
+    Raises:
+        InputErrors: every missing tensor, wrong shape and extra tensor, by name.
+    """
+    problems = []
+    for name, shape in mapping.hf_shapes.items():
+        if name not in weights.tensors:
+            problems.append(f"tensor {name} is missing -> this is not the model of its config.json")
+        elif (found := weights.tensors[name]).shape != shape:
+            problems.append(f"tensor {name} in {found.file.name} is {list(found.shape)}, by config.json {list(shape)}")
+    for name in weights.tensors.keys() - mapping.hf_shapes.keys():
+        if _IGNORED_TENSORS.search(name) or _duplicates_embedding(weights, mapping, name):
+            continue
+        file = weights.tensors[name].file.name
+        problems.append(f"tensor {name} in {file} has no place in {mapping.shape.architecture} -> remove it")
+    if problems:
+        raise InputErrors(f"{weights.folder}: the weights do not fit config.json", sorted(problems))
+
+
+def _duplicates_embedding(weights: SafetensorsFolder, mapping: HfMapping, name: str) -> bool:
+    """Some tied checkpoints store the embedding a second time, as the output layer."""
+    embedding = mapping.entries["embedding.word_embeddings.weight"].sources[0]
+    if name != "lm_head.weight" or embedding not in weights.tensors:
+        return False
+    if weights.tensors[name].shape != weights.tensors[embedding].shape:
+        return False
+    pairs = zip(weights.read_chunks(name), weights.read_chunks(embedding), strict=True)
+    return all(torch.equal(one, other) for (_, one), (_, other) in pairs)
+
+
+def scatter_rows(outputs: Sequence[torch.Tensor], shard: Shard, rows: torch.Tensor, start: int) -> None:
+    """Copy ``rows``, which begin at row ``start`` of a Megatron shard, to their places in the Hugging Face tensors."""
+    for piece in shard.within(start, start + len(rows)):
+        target = outputs[piece.source][piece.start : piece.stop]
+        if shard.columns is not None:
+            target = target[:, shard.columns[0] : shard.columns[1]]
+        target.copy_(rows[piece.offset - start : piece.offset - start + piece.rows])
+
+
+def tensor_sha256(chunks: Iterable[torch.Tensor]) -> str:
+    """sha256 of a tensor's bytes in row-major order, given in pieces of whole rows."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(tensor_bytes(chunk))
+    return digest.hexdigest()
+
+
+def file_hashes(folder: Path, files: Sequence[str]) -> dict[str, str]:
+    """sha256 of every tensor in these safetensors files."""
+    weights = SafetensorsFolder(folder, files)
+    hashes = {name: tensor_sha256(rows for _, rows in weights.read_chunks(name)) for name in weights.tensors}
+    weights.close()
+    return hashes
+
+
+class ExportStream:
+    """Writes one process's tensors into its planned files and checks them afterwards.
+
+    A write error does not stop the caller, which may be in the middle of collectives that others wait for: it is
+    kept, further tensors are dropped, and :meth:`finish` raises it.
+
+    Attributes:
+        hashes: sha256 of each tensor as it was given.
+    """
+
+    def __init__(self, folder: Path, plans: Iterable[ShardPlan]):
+        self.folder, self.plans = folder, list(plans)
+        self.hashes: dict[str, str] = {}
+        self._file_of = {name: plan for plan in self.plans for name in plan.tensors}
+        self._current: ShardPlan | None = None
+        self._writer: ShardWriter | None = None
+        self._failure: OSError | None = None
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append a tensor [rows, ...]; tensors come in the order of the plans."""
+        self.hashes[name] = tensor_sha256([tensor])
+        if self._failure is not None:
+            return
+        try:
+            if self._file_of[name] is not self._current:
+                self._close()
+                self._current = self._file_of[name]
+                self._writer = ShardWriter(self.folder, self._current)
+            assert self._writer is not None
+            self._writer.write(name, tensor)
+        except OSError as error:
+            self._failure = error
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._writer = None
+
+    def finish(self, *, verify: bool) -> None:
+        """Close the last file and re-read all of them.
+
+        Raises:
+            OSError: a write failed. InputErrors: a tensor read back differs.
+        """
+        if self._failure is None:
+            self._close()
+        else:
+            raise self._failure
+        if not verify:
+            return
+        compare_hashes(self.folder, self.hashes, file_hashes(self.folder, [plan.file for plan in self.plans]))
+
+
+def compare_hashes(place: Path | str, expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise InputErrors naming each tensor that is missing, extra or different."""
+    problems = [f"tensor {name} is missing after writing" for name in expected.keys() - found.keys()]
+    problems += [f"tensor {name} was not in the source" for name in found.keys() - expected.keys()]
+    problems += [
+        f"tensor {name} read back differs from its source"
+        for name in expected.keys() & found.keys()
+        if expected[name] != found[name]
+    ]
+    if problems:
+        raise InputErrors(f"{place}: verification failed -> check the disk and convert again", sorted(problems))
+
+
+def source_record(hf_dir: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What a converted checkpoint remembers of its source: :data:`SOURCE_FILE`.
+
+    ``tokenizer_fingerprint`` is None for a folder without a tokenizer that this package reads.
+    """
+    try:
+        fingerprint = tokenizer_fingerprint(hf_dir)
+    except InputError:
+        fingerprint = None
+    return {
+        "format": 1,
+        "tool": f"megatron_gft {__version__}",
+        "config_sha256": sha256_json(read_config(hf_dir)),
+        "tokenizer_fingerprint": fingerprint,
+        "tensors_sha256": dict(sorted(hashes.items())),
+    }
+
+
+def read_source_record(checkpoint: Path) -> dict[str, Any] | None:
+    """The :data:`SOURCE_FILE` of a checkpoint folder, None where there is none.
+
+    Raises:
+        InputError: damaged.
+    """
+    path = checkpoint / SOURCE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}) -> convert again") from error

@@ -1,0 +1,261 @@
+"""Where responses come from, as the user describes it: one typed section a source, from YAML or the command line.
+
+    sources:
+      - {kind: column, source: expert, column: solution}
+      - {kind: openai, source: teacher, url: "http://host:8000/v1", model: Qwen/Qwen2.5-72B-Instruct, k: 3}
+      - {kind: transformers, source: self, model: models/student, k: 4, max_tokens: 512, logprobs: true}
+
+The same on the command line: ``--source "kind=column source=expert column=solution"``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from megatron_gft.config import Section
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.sampling.openai_client import ServerOptions
+from megatron_gft.sampling.settings import SamplingParams
+from megatron_gft.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+
+Role = Literal["expert", "teacher", "self"]
+
+
+class ColumnSource(Section):
+    """Answers that the rows bring along."""
+
+    kind: Literal["column"]
+    name: str = Field("", description="default: the source, numbered when there are several")
+    source: Role = "expert"
+    column: str = Field(description="column with the whole answer")
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, "source": self.source, "column": self.column}
+
+
+class SampledSource(Section):
+    """Answers to be sampled. Fields named in ``operational`` may change while a journal grows."""
+
+    operational: ClassVar[frozenset[str]] = frozenset({"name", "k"})
+
+    kind: str
+    name: str = Field("", description="default: the source, numbered when there are several")
+    source: Role
+    model: str
+    k: PositiveInt = Field(1, description="responses per prompt")
+    temperature: NonNegativeFloat = Field(1.0, description="0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: NonNegativeInt = Field(0, description="0: off")
+    max_tokens: PositiveInt = Field(1024, description="longest response; a longer one is marked finish_reason length")
+    stop: list[str] = Field(default_factory=list, description="texts that end a response; not part of it")
+    logprobs: bool = Field(False, description="keep the log-prob of each sampled token (temperature 1)")
+    system: str | None = Field(None, description="system message for this source only; not part of the group's prompt")
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> SampledSource:
+        if self.temperature == 0 and self.k > 1:
+            raise ValueError(f"temperature 0 gives the same response {self.k} times: set k=1 or a temperature")
+        if any(not text for text in self.stop):
+            raise ValueError("stop holds an empty text")
+        return self
+
+    def params(self) -> SamplingParams:
+        """The sampling parameters as backends take them."""
+        return SamplingParams(
+            self.temperature, self.top_p, self.top_k, self.max_tokens, tuple(self.stop), self.logprobs
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is sampled."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in self.operational}
+
+    def tokenizer_fingerprint(self) -> str:
+        """Of the tokenizer whose ids are recorded."""
+        return tokenizer_fingerprint(self.model)
+
+
+class OpenAISource(SampledSource):
+    """A server with the OpenAI interface: vLLM, SGLang, a hosted one."""
+
+    operational: ClassVar[frozenset[str]] = SampledSource.operational | {
+        "url",
+        "api_key_env",
+        "tokenizer",
+        "concurrency",
+        "timeout",
+        "attempts",
+        "backoff",
+        "max_backoff",
+        "requests_per_second",
+    }
+
+    kind: Literal["openai"]
+    source: Role = "teacher"
+    url: str = Field(description="base with the version, such as http://host:8000/v1")
+    api: Literal["chat", "completions"] = Field("chat", description="who renders the chat template: server or we")
+    tokenizer: str | None = Field(None, description="the model's tokenizer folder; for completions and token_ids")
+    chat_template: str | None = Field(None, description="template file or none, for completions")
+    api_key_env: str | None = Field(None, description="environment variable that holds the key")
+    concurrency: PositiveInt = Field(16, description="requests at a time")
+    timeout: PositiveFloat = Field(600.0, description="seconds for one request")
+    attempts: PositiveInt = Field(8, description="tries of one request")
+    backoff: PositiveFloat = Field(1.0, description="seconds; longest first pause, doubled for each further one")
+    max_backoff: PositiveFloat = Field(60.0, description="seconds; longest pause")
+    requests_per_second: PositiveFloat | None = Field(None, description="rate limit")
+    token_ids: bool = Field(False, description="ask for the sampled ids (vLLM); needs tokenizer")
+    extra_body: dict[str, Any] = Field(default_factory=dict, description="further fields of each request")
+
+    @pydantic.model_validator(mode="after")
+    def _check_server(self) -> OpenAISource:
+        if self.tokenizer is None and (self.token_ids or self.api == "completions"):
+            raise ValueError("token_ids and api=completions need the model's tokenizer: set tokenizer=DIR")
+        if self.logprobs and not self.token_ids:
+            raise ValueError("logprobs are kept beside token ids only: set token_ids=true (vLLM) and tokenizer=DIR")
+        return self
+
+    def server(self) -> ServerOptions:
+        """Connection settings as the client takes them."""
+        return ServerOptions(
+            url=self.url,
+            model=self.model,
+            api=self.api,
+            api_key_env=self.api_key_env,
+            concurrency=self.concurrency,
+            timeout=self.timeout,
+            attempts=self.attempts,
+            backoff=self.backoff,
+            max_backoff=self.max_backoff,
+            requests_per_second=self.requests_per_second,
+            token_ids=self.token_ids,
+            extra_body=self.extra_body,
+        )
+
+    def load_tokenizer(self) -> Tokenizer | None:
+        if self.tokenizer is None:
+            return None
+        return load_tokenizer(self.tokenizer, self.chat_template if self.api == "completions" else "none")
+
+    def tokenizer_fingerprint(self) -> str:
+        assert self.tokenizer is not None  # ids are kept only when it is given
+        return tokenizer_fingerprint(self.tokenizer)
+
+
+class TransformersSource(SampledSource):
+    """A Hugging Face folder sampled in this process by batches; for CPUs and small runs."""
+
+    kind: Literal["transformers"]
+    source: Role = "self"
+    batch_size: PositiveInt = Field(16, description="responses at a time; part of what decides the rounding")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="default: fp32 on a CPU, else the folder's")
+    device: str | None = Field(None, description="default: cuda when there is one")
+    chat_template: str | None = Field(None, description="template file or none; default: the folder's own")
+
+
+class VllmSource(SampledSource):
+    """vLLM's offline engine in this process."""
+
+    operational: ClassVar[frozenset[str]] = SampledSource.operational | {"engine", "requests_per_call"}
+
+    kind: Literal["vllm"]
+    source: Role = "self"
+    engine: dict[str, Any] = Field(default_factory=dict, description="arguments of vllm.LLM")
+    requests_per_call: PositiveInt = Field(1024, description="responses between two writes to the journal")
+    chat_template: str | None = Field(None, description="template file or none; default: the folder's own")
+
+
+Source = ColumnSource | SampledSource
+SourceList = Sequence[Source]
+_AnySource = Annotated[ColumnSource | OpenAISource | TransformersSource | VllmSource, Field(discriminator="kind")]
+_KINDS: dict[str, type[Section]] = {
+    "column": ColumnSource,
+    "openai": OpenAISource,
+    "transformers": TransformersSource,
+    "vllm": VllmSource,
+}
+
+
+class _Sources(Section):
+    sources: list[_AnySource] = Field(min_length=1)
+
+
+def load_sources(arguments: Sequence[str] = (), file: str | Path | None = None) -> SourceList:
+    """Sources of a YAML file (``sources: [...]``), then those of ``--source`` arguments, named and checked.
+
+    Raises:
+        InputErrors: every unknown key (with the nearest), missing field and bad value.
+    """
+    described = _read_file(file) if file is not None else []
+    described += [_read_argument(argument) for argument in arguments]
+    try:
+        sources = _Sources.model_validate({"sources": described}).sources
+    except pydantic.ValidationError as error:
+        raise InputErrors("sources", [_explain(problem) for problem in error.errors()]) from None
+    return _with_names(sources)
+
+
+def _read_file(file: str | Path) -> list[Any]:
+    try:
+        value = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}) -> check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(value, dict) or set(value) != {"sources"} or not isinstance(value["sources"], list):
+        raise InputError(f"{file}: expected one key 'sources' with a list -> see --help")
+    return value["sources"]
+
+
+def _read_argument(argument: str) -> dict[str, Any]:
+    described = {}
+    try:
+        words = shlex.split(argument)
+    except ValueError as error:
+        raise InputError(f"--source {argument!r}: {error}") from None
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise InputError(f"--source {argument!r}: {word!r} is not key=value -> write kind=... key=value ...")
+        try:
+            described[key] = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            described[key] = text
+    return described
+
+
+def _with_names(sources: Sequence[Any]) -> SourceList:
+    """Give unnamed sources the name of their role, numbered from the second on; refuse a name used twice."""
+    named, taken = [], {source.name for source in sources if source.name}
+    for source in sources:
+        if not source.name:
+            number, name = 1, source.source
+            while name in taken:
+                number += 1
+                name = f"{source.source}{number}"
+            taken.add(name)
+            source = source.model_copy(update={"name": name})
+        named.append(source)
+    names = [source.name for source in named]
+    twice = sorted({name for name in names if names.count(name) > 1 or "/" in name})
+    if twice:
+        raise InputError(f"source name {twice[0]!r}: used twice or with a '/' in it -> name the sources differently")
+    return named
+
+
+def _explain(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        kind, key = str(problem["loc"][2]), str(problem["loc"][-1])
+        near = difflib.get_close_matches(key, _KINDS[kind].model_fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KINDS[kind].model_fields)}"
+        return f"{place}: unknown key -> {hint}"
+    if problem["type"] == "missing":
+        return f"{place}: missing -> set it"
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {str(problem['input'])[:80]})"

@@ -1,0 +1,1 @@
+"""Verifiers, the worker pool that runs them, scoring of group files, evaluation of models."""

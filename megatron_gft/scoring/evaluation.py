@@ -1,0 +1,319 @@
+"""How good is a model on a set of problems: accuracy, pass@k and the log-probability of reference answers.
+
+    result = evaluate("models/student", ["heldout.jsonl"], EvaluationOptions(samples=8, pass_at=(1, 4)))
+    print(result_table(result))
+
+Problems are read as ``tools/generate_groups.py`` reads prompts; a reference answer is an expert response of a group, or
+the column of worked solutions. Every share comes with its number of problems and a 95 % interval: Wilson's for greedy
+accuracy, the normal approximation over problems for pass@k and for log-probabilities per answer, and for the mean per
+token that of a ratio (problems are the independent units, tokens are not).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_gft import __version__
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.sampling.decoding import LocalModel
+from megatron_gft.sampling.generation import PromptSet
+from megatron_gft.sampling.local_backends import TransformersBackend
+from megatron_gft.sampling.prompts import PromptColumns, PromptRow
+from megatron_gft.sampling.settings import SampleFailure, SampleRequest, SamplingParams, model_fingerprint, sample_seed
+from megatron_gft.scoring.group_files import ScoringOptions
+from megatron_gft.scoring.verifiers import Case, Verdict
+
+Z_95 = 1.959963984540054
+REFERENCE_COLUMNS = ("solution", "answer")
+SHOWN_SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to measure.
+
+    Args:
+        greedy: one response at temperature 0 per problem.
+        samples: responses per problem at ``temperature`` for pass@k; 0 for none.
+        pass_at: the k of pass@k, each at most ``samples``.
+        reference_logprobs: teacher-force the reference answers.
+        reference_column: of the worked solution; default ``solution``, else an ``answer`` that holds ``####``.
+        scoring: verifier, workers and limits.
+    """
+
+    greedy: bool = True
+    samples: int = 0
+    pass_at: tuple[int, ...] = (1,)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    batch_size: int = 16
+    reference_logprobs: bool = True
+    reference_column: str | None = None
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.samples and self.temperature == 0:
+            problems.append("samples at temperature 0 are all the same -> set a temperature")
+        if self.samples and (not self.pass_at or max(self.pass_at) > self.samples or min(self.pass_at) < 1):
+            problems.append(f"pass@{list(self.pass_at)} with {self.samples} samples -> each k in 1..samples")
+        if not (self.greedy or self.samples or self.reference_logprobs):
+            problems.append("nothing to measure -> greedy, samples or reference_logprobs")
+        if problems:
+            raise InputErrors("evaluation", problems)
+
+
+def evaluate(
+    model: str | Path | LocalModel,
+    problems: Sequence[str | Path],
+    options: EvaluationOptions | None = None,
+    *,
+    columns: PromptColumns | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a Hugging Face folder on problem files.
+
+    Args:
+        model: folder, or a model loaded already (with another dtype, device or chat template).
+        problems: JSONL, parquet or group files, or dataset folders.
+
+    Returns:
+        JSON object: ``num_problems``, and as asked for ``greedy`` (``accuracy``, ``interval``, ``outcomes``, ...),
+        ``pass_at_k`` (``{k: {value, interval}}``) and ``reference`` (``logprob_per_token``, ``logprob_per_answer``,
+        each with ``interval``); lineage and options beside them. ``by_problem`` and ``by_answer`` hold each one's
+        result in the order of the problems, for paired comparisons of two models.
+
+    Raises:
+        InputError: no problems, a problem without gold answer, prompts that do not fit the model.
+    """
+    options = options or EvaluationOptions()
+    rows = list(PromptSet(problems, columns or PromptColumns(), split, limit))
+    if not rows:
+        raise InputError(f"{', '.join(map(str, problems))}: no problems in there -> check the files")
+    if options.greedy or options.samples:
+        _require_answers(rows)
+    local = model if isinstance(model, LocalModel) else LocalModel(model)
+    result: dict[str, Any] = {
+        "model": local.path,
+        "checkpoint": model_fingerprint(local.path),
+        "problems": [str(path) for path in problems],
+        "num_problems": len(rows),
+        "version": __version__,
+        "options": asdict(replace(options, scoring=ScoringOptions())) | {"scoring": options.scoring.description()},
+    }
+    params = SamplingParams(0.0, max_tokens=options.max_tokens, stop=options.stop)
+    if options.greedy:
+        verdicts, texts = _answer(local, rows, params, 1, options, "greedy", progress)
+        result["greedy"] = _accuracy([verdict for (verdict,) in verdicts], texts)
+    if options.samples:
+        params = replace(params, temperature=options.temperature, top_p=options.top_p)
+        verdicts, texts = _answer(local, rows, params, options.samples, options, "sampling", progress)
+        result["sampled"] = _outcomes([verdict for group in verdicts for verdict in group], texts)
+        correct = [sum(verdict.outcome == "correct" for verdict in group) for group in verdicts]
+        result["pass_at_k"] = {str(k): pass_at_k_summary(options.samples, correct, k) for k in options.pass_at}
+    if options.reference_logprobs:
+        result["reference"] = _reference(local, rows, options.reference_column, progress)
+    return result
+
+
+def _require_answers(rows: Iterable[PromptRow]) -> None:
+    missing = [f"{row.place}: id {row.id!r}" for row in rows if row.answer is None]
+    if missing:
+        raise InputErrors(
+            "problems without gold answer -> set --answer-column, or measure log-probs only", missing[:20]
+        )
+
+
+@dataclass(frozen=True)
+class _Text:
+    text: str
+    finish_reason: str
+    tokens: int
+
+
+def _answer(
+    model: LocalModel,
+    rows: Sequence[PromptRow],
+    params: SamplingParams,
+    count: int,
+    options: EvaluationOptions,
+    name: str,
+    progress: bool,
+) -> tuple[list[list[Verdict]], list[_Text]]:
+    """``count`` judged responses for each problem, in the problems' order."""
+    requests = [
+        SampleRequest(f"{i}/{k}", row.prompt, sample_seed(options.seed, row.id, name, k))
+        for i, row in enumerate(rows)
+        for k in range(count)
+    ]
+    texts: dict[str, _Text] = {}
+    backend = TransformersBackend(model, options.batch_size)
+    with tqdm(total=len(requests), desc=name, unit="response", disable=not progress) as bar:
+        for outcome in backend.generate(requests, params, lambda key: False):
+            if isinstance(outcome, SampleFailure):
+                row = rows[int(outcome.key.split("/")[0])]
+                raise InputError(f"{row.place}: {outcome.reason} -> lower max_tokens or leave the problem out")
+            length = len(outcome.token_ids) if outcome.token_ids is not None else 0
+            texts[outcome.key] = _Text(outcome.text, outcome.finish_reason, length)
+            bar.update()
+    ordered = [texts[request.key] for request in requests]
+    owners = [row for row in rows for _ in range(count)]
+    cases = (Case(said.text, row.answer, row.prompt, row.meta) for said, row in zip(ordered, owners, strict=True))
+    with options.scoring.pool() as pool:
+        judged: Iterable[Verdict] = pool.judge(cases)
+        verdicts = list(tqdm(judged, total=len(ordered), desc="judging", unit="response", disable=not progress))
+    return [verdicts[i : i + count] for i in range(0, len(verdicts), count)], ordered
+
+
+def _outcomes(verdicts: Sequence[Verdict], texts: Sequence[_Text]) -> dict[str, Any]:
+    return {
+        "num_responses": len(verdicts),
+        "outcomes": dict(Counter(verdict.outcome for verdict in verdicts)),
+        "truncated": sum(said.finish_reason == "length" for said in texts),
+        "mean_tokens": math.fsum(said.tokens for said in texts) / len(texts),
+        "examples": [
+            {"text": said.text, "outcome": verdict.outcome, "judged": verdict.detail}
+            for said, verdict in list(zip(texts, verdicts, strict=True))[:SHOWN_SAMPLES]
+        ],
+    }
+
+
+def _accuracy(verdicts: Sequence[Verdict], texts: Sequence[_Text]) -> dict[str, Any]:
+    correct = sum(verdict.outcome == "correct" for verdict in verdicts)
+    return {
+        "accuracy": correct / len(verdicts),
+        "interval": wilson_interval(correct, len(verdicts)),
+        "correct": correct,
+        "by_problem": [verdict.outcome for verdict in verdicts],
+        **_outcomes(verdicts, texts),
+    }
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); sane at 0, at 1 and for few trials, unlike the normal one."""
+    share, z2 = successes / trials, Z_95**2
+    center = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z_95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right: 1 - C(n-c, k) / C(n, k) (arXiv 2107.03374)."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def pass_at_k_summary(samples: int, correct: Sequence[int], k: int) -> dict[str, Any]:
+    """Mean of pass@k over problems with its 95 % interval; ``correct[i]`` of ``samples`` were right for problem i."""
+    value, interval = mean_interval([pass_at_k(samples, c, k) for c in correct])
+    clipped = None if interval is None else (max(0.0, interval[0]), min(1.0, interval[1]))
+    return {"value": value, "interval": clipped, "num_problems": len(correct), "samples": samples}
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Mean and its normal 95 % interval (``None`` for a single value)."""
+    return ratio_interval(values, [1.0] * len(values))
+
+
+def ratio_interval(tops: Sequence[float], bottoms: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """sum(tops) / sum(bottoms) and its 95 % interval over independent pairs (linearised ratio estimator)."""
+    count, total = len(tops), math.fsum(bottoms)
+    ratio = math.fsum(tops) / total
+    if count < 2:
+        return ratio, None
+    squares = math.fsum((top - ratio * bottom) ** 2 for top, bottom in zip(tops, bottoms, strict=True))
+    half = Z_95 * math.sqrt(squares * count / (count - 1)) / total
+    return ratio, (ratio - half, ratio + half)
+
+
+def _reference(
+    model: LocalModel, rows: Sequence[PromptRow], column: str | None, progress: bool
+) -> dict[str, Any] | None:
+    """Teacher-forced log-probs of reference answers, EOS included; ``None`` when the problems have none."""
+    pairs: list[tuple[list[int], list[int]]] = []
+    too_long = 0
+    for row in rows:
+        prompt = model.prompt_ids(row.prompt)
+        for text in reference_texts(row, column):
+            response = [*model.tokenizer.encode_response(text), model.tokenizer.eos_id]
+            if len(prompt) + len(response) > model.max_positions:
+                too_long += 1
+            else:
+                pairs.append((prompt, response))
+    if not pairs:
+        return None
+    with tqdm(total=len(pairs), desc="reference answers", unit="answer", disable=not progress) as bar:
+        logprobs = model.response_logprobs(pairs, bar.update)
+    sums, lengths = [math.fsum(values) for values in logprobs], [len(values) for values in logprobs]
+    per_token, token_interval = ratio_interval(sums, lengths)
+    per_answer, answer_interval = mean_interval(sums)
+    return {
+        "logprob_per_token": per_token,
+        "logprob_per_token_interval": token_interval,
+        "logprob_per_answer": per_answer,
+        "logprob_per_answer_interval": answer_interval,
+        "num_answers": len(pairs),
+        "num_tokens": sum(lengths),
+        "by_answer": [{"logprob": total, "tokens": length} for total, length in zip(sums, lengths, strict=True)],
+        "too_long": too_long,
+    }
+
+
+def reference_texts(row: PromptRow, column: str | None) -> Iterator[str]:
+    """Worked answers of a problem: expert responses of a group, or the text of a column.
+
+    Raises:
+        InputError: the column was named and is not there.
+    """
+    if row.responses:
+        yield from (response.text for response in row.responses if response.source == "expert")
+        return
+    if column is not None:
+        if not row.columns.get(column):
+            raise InputError(f"{row.place}: no column {column!r} -> set --reference-column")
+        yield str(row.columns[column])
+        return
+    for name in REFERENCE_COLUMNS:
+        text = row.columns.get(name)
+        if isinstance(text, str) and (name == "solution" or "####" in text):
+            yield text
+            return
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """The result of :func:`evaluate` for people."""
+    lines = [f"{result['model']} on {result['num_problems']} problems"]
+
+    def line(name: str, value: float, interval: Sequence[float] | None, note: str) -> None:
+        span = f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "-"
+        lines.append(f"  {name:<24}{value:>10.4f}  95 % {span:<22} {note}")
+
+    if greedy := result.get("greedy"):
+        note = f"{greedy['correct']} of {greedy['num_responses']}, {_outcome_note(greedy)}"
+        line("greedy accuracy", greedy["accuracy"], greedy["interval"], note)
+    for k, entry in result.get("pass_at_k", {}).items():
+        line(f"pass@{k}", entry["value"], entry["interval"], f"{entry['samples']} samples each")
+    if sampled := result.get("sampled"):
+        lines.append(f"  sampled responses: {_outcome_note(sampled)}")
+    if reference := result.get("reference"):
+        for unit in ("token", "answer"):
+            key = f"logprob_per_{unit}"
+            note = f"{reference[f'num_{unit}s']} {unit}s"
+            line(f"reference log-prob/{unit}", reference[key], reference[f"{key}_interval"], note)
+    return "\n".join(lines)
+
+
+def _outcome_note(counts: dict[str, Any]) -> str:
+    said = ", ".join(f"{name} {number}" for name, number in counts["outcomes"].items())
+    return f"{said}; truncated {counts['truncated']}; {counts['mean_tokens']:.0f} tokens on average"

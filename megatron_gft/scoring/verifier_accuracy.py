@@ -1,0 +1,147 @@
+"""How often the ``math`` verifier errs: true solutions it refuses, falsified answers it accepts.
+
+A verifier's false positives train wrong answers and its false negatives train against right ones, so both shares
+are measured on real solutions: every solution against its own gold answer, and every solution with its answer
+falsified (+-1, other sign, x10, x100, two digits swapped, another problem's gold answer).
+``tools/measure_verifier.py`` prints the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_gft.scoring.math_answers import last_boxed, parse_number, same_answer
+from megatron_gft.scoring.verifier_pool import VerifierPool
+from megatron_gft.scoring.verifiers import Case
+
+_INTEGER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A full solution and its gold answer as a short text."""
+
+    text: str
+    gold: str
+
+    def with_answer(self, answer: str) -> str:
+        r"""The same text with another answer in the place of its own (``####`` or ``\boxed``)."""
+        if "####" in self.text:
+            return f"{self.text.rsplit('####', 1)[0]}#### {answer}"
+        boxed = last_boxed(self.text)
+        if not boxed:
+            raise ValueError("solution without an answer")
+        return self.text.replace(f"\\boxed{{{boxed}}}", f"\\boxed{{{answer}}}")
+
+
+ENDINGS = {
+    "boxed": "So the result is $\\boxed{{{}}}$.",
+    "answer is": "The answer is {}.",
+    "last number": "This makes {} in all.",
+}
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """One line of the table: ``accepted`` of ``count`` responses of one kind; ``seconds`` of CPU time."""
+
+    kind: str
+    count: int
+    accepted: int
+    seconds: float
+    examples: tuple[tuple[str, str], ...]  # (gold, answer) judged the unexpected way
+
+    @property
+    def share(self) -> float:
+        return self.accepted / self.count if self.count else 0.0
+
+
+def perturbations(gold: str, other: str) -> Iterator[tuple[str, str]]:
+    """(kind, answer) pairs that are wrong for ``gold``; ``other`` is another problem's gold answer.
+
+    Numbers inside formulas are falsified too. What happens to stay right (the negative of 0, another problem with
+    the same answer) is left out.
+    """
+    for kind, answer in _candidates(gold, other):
+        if answer != gold and not _trivially_equal(gold, answer):
+            yield kind, answer
+
+
+def _candidates(gold: str, other: str) -> Iterator[tuple[str, str]]:
+    yield "other gold", other
+    numbers = list(_INTEGER.finditer(gold))
+    if not numbers:
+        return
+    last = numbers[-1]
+
+    def put(digits: str) -> str:
+        return gold[: last.start()] + digits + gold[last.end() :]
+
+    yield "+1", put(str(int(last[0]) + 1))
+    yield "-1", put(str(int(last[0]) - 1) if int(last[0]) else "9")
+    if int(last[0]) and gold[: last.start()][-1:] != ".":
+        yield "x10", put(last[0] + "0")
+        yield "x100", put(last[0] + "00")
+    for index in range(last.end() - last.start() - 1):
+        if last[0][index] != last[0][index + 1]:
+            yield "digits swapped", put(last[0][:index] + last[0][index + 1] + last[0][index] + last[0][index + 2 :])
+            break
+    if not re.search(r"[=()<>]|\\pm|\\cup|matrix|_|text|mbox|, ", gold) and parse_number(gold) != 0:
+        yield "sign", gold[1:] if gold.startswith("-") and not re.search(r"\d\s*[+-]", gold) else f"-({gold})"
+        if parse_number(gold) is not None:
+            yield "sign", gold[1:] if gold.startswith("-") else f"-{gold}"
+            yield "/100", str(float(parse_number(gold) or 0) / 100)
+
+
+def _trivially_equal(gold: str, answer: str) -> bool:
+    numbers = parse_number(_value_text(gold)), parse_number(_value_text(answer))
+    if numbers[0] is not None and numbers[1] is not None:
+        return numbers[0] == numbers[1]
+    return gold.replace(" ", "") == answer.replace(" ", "") or (
+        numbers == (None, None) and not _INTEGER.search(gold + answer) and same_answer(gold, answer) is True
+    )
+
+
+def _value_text(answer: str) -> str:
+    return answer.rsplit("=", 1)[-1].replace(",", "").replace("\\!", "").replace("\\$", "").strip()
+
+
+def measure(solutions: Sequence[Solution], options: Mapping[str, str], time_limit: float) -> list[AccuracyRow]:
+    """The table for one set of solutions: the row "own gold" (should accept all), then one per kind of falsification.
+
+    Numeric answers are judged in other endings too (rows "own gold, boxed", "falsified, boxed", ...). One worker, whose
+    CPU time is counted: count / seconds is the throughput of a core.
+    """
+    cases: dict[str, list[tuple[str, Case]]] = {"own gold": [(s.gold, Case(s.text, s.gold)) for s in solutions]}
+    for index, solution in enumerate(solutions):
+        false_answers = list(perturbations(solution.gold, solutions[index - 1].gold))
+        for kind, answer in false_answers:
+            cases.setdefault(kind, []).append((answer, Case(solution.with_answer(answer), solution.gold)))
+        if parse_number(solution.gold) is None:
+            continue
+        for ending, form in ENDINGS.items():
+            cases.setdefault(f"own gold, {ending}", []).append(
+                (solution.gold, Case(form.format(solution.gold), solution.gold))
+            )
+            for _, answer in false_answers:
+                if parse_number(answer) is not None:
+                    cases.setdefault(f"falsified, {ending}", []).append(
+                        (answer, Case(form.format(answer), solution.gold))
+                    )
+    rows = []
+    with VerifierPool("math", options, workers=1, time_limit=time_limit) as pool:
+        list(pool.judge([Case("1", "1")]))  # start the worker outside the timing
+        for kind, pairs in cases.items():
+            before = pool.judging_seconds
+            verdicts = list(pool.judge(case for _, case in pairs))
+            seconds = pool.judging_seconds - before
+            accepted = [verdict.outcome == "correct" for verdict in verdicts]
+            surprising = [
+                (case.answer or "", answer)
+                for (answer, case), right in zip(pairs, accepted, strict=True)
+                if right != kind.startswith("own gold")
+            ]
+            rows.append(AccuracyRow(kind, len(pairs), sum(accepted), seconds, tuple(surprising[:20])))
+    return rows

@@ -1,0 +1,281 @@
+"""Verifiers in worker processes that can be killed: a hang, a crash or a memory leak costs one response, not the run.
+
+Time limits inside a verifier cannot be trusted (signals need the main thread and do not interrupt C code), so the
+limit is enforced from outside: a worker that gives no verdict in time is killed and replaced, its response gets the
+outcome ``timeout``, and the other responses it held go to another worker. A worker that dies gives ``error``.
+The verdict must not depend on how busy the machine is: a worker that wants to compute but gets no CPU has longer.
+
+Workers start from a fork server that has imported the verifier's library once, so that replacing one takes
+milliseconds. This module stays light, because every worker imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import multiprocessing
+import resource
+import signal
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+import psutil
+
+from megatron_gft.errors import InputError
+from megatron_gft.scoring.verifiers import Case, Verdict, Verifier, build_verifier
+
+CASES_PER_MESSAGE = 64
+WINDOW_PER_WORKER = 32 * CASES_PER_MESSAGE  # verdicts kept back while an earlier one is awaited
+START_LIMIT_SECONDS = 120.0
+STARVED_FACTOR = 10  # at most so many time limits of wall time for a worker that others keep off the CPU
+GRACE_SECONDS = 5  # for a process to end; a worker whose parent died in the middle of a hang ends itself, too
+
+
+class VerifierPool:
+    """``workers`` processes that judge cases. Use as a context manager.
+
+    Args:
+        name, options: as for :func:`megatron_gft.scoring.verifiers.build_verifier`.
+        workers: processes.
+        time_limit: seconds that one case may take: of wall time, but a worker that is starved of CPU may use as much
+            CPU time within ``STARVED_FACTOR`` times the limit.
+        memory_limit_gib: address space of one worker; beyond it a case gets the outcome ``error``.
+
+    Raises:
+        InputError: the verifier cannot be built, here (``__init__``) or in a worker (``judge``).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, str] | None = None,
+        *,
+        workers: int = 1,
+        time_limit: float = 10.0,
+        memory_limit_gib: float = 8.0,
+    ):
+        if workers < 1 or time_limit <= 0:
+            raise InputError(f"workers={workers}, time_limit={time_limit} -> both must be positive")
+        build_verifier(name, options)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(
+            ["math_verify"] if name == "math" else ["megatron_gft.scoring.verifier_pool"]
+        )
+        self._arguments = (name, dict(options or {}), memory_limit_gib)
+        self._time_limit = time_limit
+        self._workers = [_Worker(self._context, self._arguments, time_limit) for _ in range(workers)]
+        self.replaced = 0
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill every worker."""
+        for worker in self._workers:
+            worker.kill()
+
+    @property
+    def judging_seconds(self) -> float:
+        """CPU seconds that verdicts took so far, of workers that still live."""
+        return sum(worker.judging_seconds for worker in self._workers)
+
+    def judge(self, cases: Iterable[Case | Verdict]) -> Iterator[Verdict]:
+        """One verdict per item, in order; a :class:`Verdict` among them is passed through. Reads a bounded window."""
+        fresh = enumerate(cases)
+        backlog: deque[tuple[int, Case]] = deque()
+        verdicts: dict[int, Verdict] = {}
+        crashed: set[int] = set()
+        next_out, window = 0, WINDOW_PER_WORKER * len(self._workers)
+        while True:
+            for worker in self._workers:
+                if worker.idle:
+                    in_flight = len(backlog) + len(verdicts) + sum(len(other.pending) for other in self._workers)
+                    room = min(CASES_PER_MESSAGE - len(backlog), window - in_flight)
+                    _refill(backlog, verdicts, fresh, room)
+                    worker.send([backlog.popleft() for _ in range(min(CASES_PER_MESSAGE, len(backlog)))])
+            if next_out in verdicts:
+                while next_out in verdicts:
+                    yield verdicts.pop(next_out)
+                    next_out += 1
+                continue
+            if backlog or any(worker.pending for worker in self._workers):
+                busy = [worker for worker in self._workers if not worker.idle]
+                self._collect(busy, backlog, verdicts, crashed)
+            elif not _refill(backlog, verdicts, fresh, 1):
+                return
+
+    def _collect(
+        self,
+        busy: list[_Worker],
+        backlog: deque[tuple[int, Case]],
+        verdicts: dict[int, Verdict],
+        crashed: set[int],
+    ) -> None:
+        """Receive what there is, waiting for it up to the next deadline; replace workers that hang or died."""
+        timeout = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+        ready = set(wait([worker.connection for worker in busy], timeout))
+        for worker in busy:
+            if worker.connection in ready:
+                verdicts.update(worker.receive())
+                if not worker.closed:
+                    continue
+                death = worker.cause_of_death()
+            elif time.monotonic() >= worker.deadline and not worker.connection.poll() and not worker.extend():
+                death = Verdict("timeout", 0.0, f"no verdict within {self._time_limit:g} s")
+            else:
+                continue
+            worker.kill()
+            if worker.starting:
+                raise InputError(f"verifier worker did not start: {death.detail} -> check the verifier's imports")
+            self._workers[self._workers.index(worker)] = _Worker(self._context, self._arguments, self._time_limit)
+            self.replaced += 1
+            if worker.pending:
+                index, case = worker.pending.popleft()
+                if death.outcome == "error" and index not in crashed:  # maybe killed from outside: once more
+                    crashed.add(index)
+                    backlog.append((index, case))
+                else:
+                    verdicts[index] = death
+            backlog.extend(worker.pending)
+
+
+def _refill(
+    backlog: deque[tuple[int, Case]],
+    verdicts: dict[int, Verdict],
+    fresh: Iterator[tuple[int, Case | Verdict]],
+    count: int,
+) -> int:
+    """Take up to ``count`` items: cases wait in the backlog, verdicts are done. How many there were."""
+    taken = 0
+    for index, item in itertools.islice(fresh, max(0, count)):
+        taken += 1
+        if isinstance(item, Verdict):
+            verdicts[index] = item
+        else:
+            backlog.append((index, item))
+    return taken
+
+
+class _Worker:
+    """The parent's side of one process: the cases it holds, oldest first, and the time by which it must answer."""
+
+    def __init__(self, context: Any, arguments: tuple[Any, ...], time_limit: float):
+        self.connection, theirs = context.Pipe()
+        self._process: ForkServerProcess = context.Process(
+            target=_serve, args=(theirs, *arguments, time_limit), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._time_limit = time_limit
+        self.pending: deque[tuple[int, Case]] = deque()
+        self.starting, self.closed = True, False
+        self.judging_seconds = 0.0  # CPU time spent on verdicts
+        self._began, self._cpu_before = time.monotonic(), 0.0  # of the case at hand
+        self.deadline = self._began + START_LIMIT_SECONDS
+
+    @property
+    def idle(self) -> bool:
+        return not self.pending and not self.starting
+
+    def send(self, batch: list[tuple[int, Case]]) -> None:
+        """Hand over cases. Only to an idle worker: it is reading, so that this cannot block for long."""
+        if batch:
+            self.pending.extend(batch)
+            self._restart_clock()
+            with contextlib.suppress(OSError):  # a worker that died shows up as a closed connection
+                self.connection.send([case for _, case in batch])
+
+    def receive(self) -> Iterator[tuple[int, Verdict]]:
+        """All verdicts that have arrived; the deadline moves with each."""
+        try:
+            while self.connection.poll():
+                message, cpu_seconds = self.connection.recv()
+                self.judging_seconds += 0.0 if message is None else cpu_seconds - self._cpu_before
+                self._cpu_before = cpu_seconds
+                self._restart_clock()
+                if isinstance(message, Verdict):
+                    yield self.pending.popleft()[0], message
+                elif message is None:
+                    self.starting = False
+                else:
+                    raise InputError(message)
+        except (EOFError, OSError):
+            self.closed = True
+
+    def _restart_clock(self) -> None:
+        self._began = time.monotonic()
+        self.deadline = self._began + self._time_limit
+
+    def extend(self) -> bool:
+        """Grant more wall time to a worker that is past its deadline without having had its CPU time."""
+        wall = time.monotonic() - self._began
+        if self.starting or wall >= STARVED_FACTOR * self._time_limit:
+            return False
+        try:
+            process = psutil.Process(self._process.pid)
+            cpu, status = process.cpu_times(), process.status()
+        except psutil.Error:
+            return False
+        left = self._time_limit - (cpu.user + cpu.system - self._cpu_before)
+        if status != psutil.STATUS_RUNNING or left <= 0:
+            return False
+        self.deadline = time.monotonic() + left
+        return True
+
+    def cause_of_death(self) -> Verdict:
+        """What to say of the case at hand when the process is gone."""
+        self._process.join(timeout=GRACE_SECONDS)
+        code = self._process.exitcode
+        return Verdict("error", 0.0, f"worker died with exit code {code}")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+def _serve(
+    connection: Connection, name: str, options: dict[str, str], memory_limit_gib: float, time_limit: float
+) -> None:
+    """A worker's life: build the verifier, say so with ``None`` (or why not, with a string), then judge until EOF.
+
+    Every message is a pair with the CPU seconds used so far.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    limit = int(memory_limit_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        verifier = build_verifier(name, options)
+        warm_up = getattr(verifier, "warm_up", None)
+        if warm_up is not None:
+            warm_up()
+    except InputError as error:
+        connection.send((str(error), time.process_time()))
+        return
+    connection.send((None, time.process_time()))
+    while True:
+        try:
+            cases = connection.recv()
+        except EOFError:
+            return
+        for case in cases:
+            signal.alarm(math.ceil(STARVED_FACTOR * time_limit) + GRACE_SECONDS)
+            verdict = judge_one(verifier, case)
+            signal.alarm(0)
+            connection.send((verdict, time.process_time()))
+
+
+def judge_one(verifier: Verifier, case: Case) -> Verdict:
+    """The verdict, or outcome ``error`` with the exception; even ``SystemExit`` ends only the case."""
+    try:
+        return verifier(case)
+    except BaseException as error:
+        return Verdict("error", 0.0, f"{type(error).__name__}: {error}"[:500])

@@ -1,0 +1,211 @@
+"""Verifiers by name: is this response to this problem right?
+
+``math`` (see :mod:`megatron_gft.scoring.math_answers`), ``exact``, ``choice``, or any function of the user as
+``module:function``. A verifier is a function of one :class:`Case`; it runs in a worker process that may be killed
+at any time (``scoring.py``), so it owns no time limit and keeps no state that matters.
+
+A user's function takes a :class:`Case` and returns a :class:`Verdict`, a bool, or a reward as a finite number
+(positive: correct). What it raises becomes the outcome ``error`` with the message kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.scoring.math_answers import PercentPolicy, UnitPolicy, extract_answer, same_answer, warm_up
+
+Outcome = Literal["correct", "wrong", "unparsed", "timeout", "error"]
+OUTCOMES: tuple[str, ...] = get_args(Outcome)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One response to judge, with all that is known of its problem."""
+
+    response: str
+    answer: str | None
+    prompt: str | list[dict[str, Any]] = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``outcome`` says why ``reward`` is what it is; ``detail`` is the answer found, or what went wrong."""
+
+    outcome: Outcome
+    reward: float
+    detail: str | None = None
+
+
+Verifier = Callable[[Case], Verdict]
+
+
+def _judged(equal: bool | None, detail: str | None) -> Verdict:
+    if equal is None:
+        return Verdict("unparsed", 0.0, detail)
+    return Verdict("correct", 1.0, detail) if equal else Verdict("wrong", 0.0, detail)
+
+
+@dataclass(frozen=True)
+class MathVerifier:
+    """The final answer equals the gold answer mathematically; policies: :mod:`~megatron_gft.scoring.math_answers`."""
+
+    percent: PercentPolicy = "off"
+    units: UnitPolicy = "off"
+
+    def __call__(self, case: Case) -> Verdict:
+        answer = extract_answer(case.response)
+        if answer is None:
+            return Verdict("unparsed", 0.0)
+        return _judged(same_answer(_final_gold(case), answer, self.percent, self.units), answer)
+
+    def warm_up(self) -> None:
+        warm_up()
+
+
+@dataclass(frozen=True)
+class ExactVerifier:
+    """The response is the gold answer, letter for letter but for white space around and between words.
+
+    ``part``: ``whole`` compares the whole response, ``answer`` only its final answer (box, ``####``, "answer is").
+    """
+
+    part: Literal["whole", "answer"] = "whole"
+    case: Literal["sensitive", "ignore"] = "sensitive"
+
+    def __call__(self, case: Case) -> Verdict:
+        said = extract_answer(case.response) if self.part == "answer" else case.response
+        if said is None or not said.strip():
+            return Verdict("unparsed", 0.0)
+        expected = _final_gold(case) if self.part == "answer" else _gold_text(case)
+        return _judged(self._form(said) == self._form(expected), said.strip())
+
+    def _form(self, text: str) -> str:
+        words = " ".join(text.split())
+        return words.casefold() if self.case == "ignore" else words
+
+
+@dataclass(frozen=True)
+class ChoiceVerifier:
+    """The letter chosen: boxed, after "answer is" or "answer:", in parentheses, or alone on a line (the last one)."""
+
+    letters: str = "ABCDE"
+
+    def __call__(self, case: Case) -> Verdict:
+        expected = self.find(_gold_text(case))
+        if expected is None:
+            raise InputError(f"gold answer {case.answer!r} names none of the choices {self.letters} -> set letters=...")
+        chosen = self.find(case.response)
+        return _judged(None if chosen is None else chosen == expected, chosen)
+
+    def find(self, text: str) -> str | None:
+        """The letter that ``text`` settles on, in upper case, or ``None``."""
+        letter = f"[{re.escape(self.letters + self.letters.lower())}]"
+        wrapped = rf"\(?(?:\\text\w*\{{)?\**\(?\s*({letter})\s*\)?\**\}}?\)?"
+        for pattern in (
+            rf"\\boxed\s*\{{\s*{wrapped}\s*(?:[.):][^{{}}]*)?\}}",
+            rf"(?i:\banswer\b(?:\s+is|\s*[:=]))\s*(?:(?i:option|choice)\s+)?\$?{wrapped}(?![\w'])",
+            rf"\(({letter})\)",
+            rf"(?m)^\W*({letter})(?:[.):]\s[^\n]*|\W*)$",
+        ):
+            found = re.findall(pattern, text)
+            if found:
+                return found[-1].upper()
+        return None
+
+
+def _final_gold(case: Case) -> str:
+    r"""The gold answer itself, where the gold text is a whole solution (``\boxed{}``, ``####``).
+
+    Raises:
+        InputError: there is no gold answer.
+    """
+    text = _gold_text(case)
+    if "####" in text or "\\boxed" in text:
+        return extract_answer(text) or text
+    return text
+
+
+def _gold_text(case: Case) -> str:
+    if case.answer is None or not case.answer.strip():
+        raise InputError("the problem has no gold answer -> give one, or use a verifier that needs none")
+    return case.answer.strip()
+
+
+_BUILTIN: dict[str, type] = {"math": MathVerifier, "exact": ExactVerifier, "choice": ChoiceVerifier}
+
+
+def needs_answer(name: str) -> bool:
+    """Whether the verifier compares with a gold answer; a user's function may do without."""
+    return name in _BUILTIN
+
+
+def build_verifier(name: str, options: Mapping[str, str] | None = None) -> Verifier:
+    """The verifier called ``name``; ``options`` are its fields (built-in) or keyword arguments (user's function).
+
+    Raises:
+        InputError: unknown name, option or value, or a module or function that cannot be imported.
+    """
+    options = dict(options or {})
+    if name in _BUILTIN:
+        return _build_builtin(name, options)
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, _BUILTIN, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(_BUILTIN)} or module:function"
+        raise InputError(f"verifier {name!r} is not known -> {hint}")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"verifier {name!r}: {error} -> check the spelling and PYTHONPATH") from error
+    if not callable(function):
+        raise InputError(f"verifier {name!r} is not callable -> give a function that takes a Case")
+    return UserVerifier(name, function, options)
+
+
+def _build_builtin(name: str, options: dict[str, str]) -> Verifier:
+    kind = _BUILTIN[name]
+    allowed = {
+        key: parameter.annotation for key, parameter in inspect.signature(kind, eval_str=True).parameters.items()
+    }
+    problems = []
+    for key, value in options.items():
+        if key not in allowed:
+            problems.append(f"verifier {name} has no option {key!r} -> it has {', '.join(allowed)}")
+        elif choices := get_args(allowed[key]):
+            if value not in choices:
+                problems.append(f"verifier {name}: {key}={value!r} -> one of {', '.join(choices)}")
+    if problems:
+        raise InputErrors("verifier options", problems)
+    return kind(**options)
+
+
+@dataclass(frozen=True)
+class UserVerifier:
+    """Calls the user's function and gives its result the form of a :class:`Verdict`."""
+
+    name: str
+    function: Callable[..., Any]
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, case: Case) -> Verdict:
+        result = self.function(case, **self.options)
+        if isinstance(result, Verdict):
+            if result.outcome not in OUTCOMES or not math.isfinite(result.reward):
+                raise ValueError(f"{self.name} returned {result}, not an outcome of {OUTCOMES} with a finite reward")
+            return result
+        try:
+            reward = float(result)
+        except (TypeError, ValueError):
+            raise TypeError(f"{self.name} returned {result!r}, not a Verdict, bool or number") from None
+        if not math.isfinite(reward):
+            raise ValueError(f"{self.name} returned the reward {reward}, which is not finite")
+        return Verdict("correct" if reward > 0 else "wrong", reward)
