@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 EXIT_BAD_INPUT = 2
@@ -32,11 +33,13 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Turn a tool's ``main(argv=None)`` into one that returns 2 with one message on :class:`InputError`.
 
     Use as ``sys.exit(main())`` with ``@command`` on ``main``. Other exceptions are our bugs and keep their
-    traceback.
+    traceback. Warnings of Megatron-Core and torch are left out: they speak to us ("Apex is not installed",
+    "ShardedTensor is deprecated"; what is used instead is our choice), not to the user of a tool.
     """
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
+        warnings.filterwarnings("ignore", module=r"(megatron|torch|megatron_gft\.cpu)(\..*)?$")
         try:
             return main(*args, **kwargs) or 0
         except InputError as error:

@@ -9,7 +9,6 @@ import argparse
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 
 from megatron_gft.config import Config, load_config
@@ -55,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; the exit code is 0, 2 for bad input, or that of the stop that was asked for."""
     try:
         config, shape = parse(argv)
-        # "Apex is not installed" and the like: what is used instead is our own choice, made in model.py.
-        warnings.filterwarnings("ignore", module=r"megatron\..*")
         from megatron_gft.trainer import train  # torch and Megatron: seconds, and only for a sound configuration
 
         return train(config, shape)

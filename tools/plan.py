@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from megatron_gft.config import load_config
@@ -54,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     shape = read_model_shape(config.model.config)
     check(config, shape, options.world_size, training=False)  # before torch: a wrong configuration fails at once
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     from megatron_gft.estimates.report import format_plan
     from megatron_gft.estimates.throughput import Workload
