@@ -175,6 +175,7 @@ def install(device: str = "cpu") -> None:
 def _redirect_torch_cuda(device: torch.device) -> None:
     stream = _Stream()
     torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
+    torch.cuda.set_device = lambda *_: None  # type: ignore[assignment]
     torch.cuda.synchronize = lambda *_, **__: None
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()

@@ -45,6 +45,7 @@ from megatron_gft.optimizer import (
 )
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel, destroy_parallel, initialize_parallel, seed_everything
+from megatron_gft.prefetch import StepPrefetcher
 from megatron_gft.runtime import StopRequest, Watchdog, set_up_logging, start_process_group
 from megatron_gft.step import LossReport, StepRunner
 from megatron_gft.timing import RankTimes, gather_times, traced
@@ -84,6 +85,7 @@ class Trainer:
     scheduler: OptimizerParamScheduler
     runner: StepRunner
     source: StepSource
+    prefetcher: StepPrefetcher
     validation: StepSource | None
     checkpointer: Checkpointer
     reporter: Reporter | None
@@ -101,8 +103,7 @@ class Trainer:
         while self.state.step < self.total_steps:
             with self.watchdog.doing(f"training step {self.state.step + 1}"):
                 started = time.perf_counter()
-                batch = self.source.batch(self.state.step)
-                packs = self.source.packs(batch)
+                batch, packs = self.prefetcher.take(self.state.step)
                 with traced(self.config.profile, self.state.step + 1, self.parallel.rank, self.output / "traces"):
                     outcome = self.step(batch, packs, time.perf_counter() - started)
                 self.state = self._advance(batch, outcome)
@@ -290,6 +291,7 @@ class Trainer:
 
     def close(self) -> None:
         """End background work; safe to call after a failure."""
+        self.prefetcher.close()
         self.watchdog.stop()
         if self.reporter is not None:
             self.reporter.close()
@@ -344,6 +346,7 @@ def build_trainer(
         scheduler=scheduler,
         runner=StepRunner(chunks, parallel, tau=objective.tau, kind=objective.coefficient or "rectified"),
         source=source,
+        prefetcher=StepPrefetcher(source, total_steps),
         validation=StepSource(valid_groups, config, shape, parallel, validation=True) if valid_groups else None,
         checkpointer=checkpointer,
         reporter=_reporter(config, run_folder, state, total_steps) if parallel.rank == 0 else None,

@@ -1,0 +1,81 @@
+"""Steps prepared ahead are the steps, in order; they are prepared while the caller works; errors wait their turn."""
+
+import threading
+
+import pytest
+import torch
+from test_batch import UnscoredGroups, source_of
+
+from megatron_gft.errors import InputError
+from megatron_gft.prefetch import StepPrefetcher
+
+WAIT = 20.0
+
+
+class WatchedSource:
+    """A source that tells when a step has been prepared, and by which thread."""
+
+    def __init__(self, source):
+        self.source, self.threads = source, {}
+        self.ready = {step: threading.Event() for step in range(8)}
+
+    def batch(self, step):
+        self.threads[step] = threading.current_thread()
+        return self.source.batch(step)
+
+    def packs(self, batch):
+        packs = self.source.packs(batch)
+        self.ready[len(self.threads) - 1].set()
+        return packs
+
+
+@pytest.fixture
+def prefetcher():
+    made = []
+
+    def make(source, end):
+        made.append(StepPrefetcher(source, end))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_the_steps_are_those_of_the_source(prefetcher, first):
+    source = source_of()
+    ahead = prefetcher(source_of(), 8)
+    for step in range(first, 8):
+        batch, packs = ahead.take(step)
+        expected = source.batch(step)
+        assert batch.groups.tolist() == expected.groups.tolist() and batch.plan == expected.plan
+        assert torch.equal(batch.weights, expected.weights)
+        for pack, same in zip(packs, source.packs(expected), strict=True):
+            assert torch.equal(pack.tokens, same.tokens) and torch.equal(pack.token_weights, same.token_weights)
+
+
+def test_the_next_step_is_prepared_while_this_one_is_worked_on(prefetcher):
+    source = WatchedSource(source_of())
+    ahead = prefetcher(source, 3)
+    ahead.take(0)
+    assert source.ready[1].wait(WAIT), "nobody prepared step 2 of 3 before it was asked for"
+    assert source.threads[1] is not threading.current_thread() and 2 not in source.threads
+    ahead.take(1)
+    assert source.ready[2].wait(WAIT)
+    ahead.take(2)
+    ahead.close()
+    assert set(source.threads) == {0, 1, 2}, "a step beyond the last one was prepared"
+
+
+def test_an_unscored_group_stops_its_own_step_only(prefetcher):
+    source = source_of(groups=UnscoredGroups())
+    bad = [step for step in range(4) if {4, 9} & set(source.indices(step).tolist())]
+    ahead = prefetcher(source, 4)
+    for step in range(4):
+        if step in bad:
+            with pytest.raises(InputError, match=f"groups of step {step + 1}"):
+                ahead.take(step)
+        else:
+            ahead.take(step)
+    assert 0 < len(bad) < 4
