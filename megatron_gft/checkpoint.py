@@ -335,11 +335,11 @@ class Checkpointer:
         return read_state(path)
 
 
-def newest_checkpoint(path: Path) -> Path:
+def newest_checkpoint(path: Path, option: str) -> Path:
     """``path`` itself when it is a checkpoint, else the newest one of the run folder that it is.
 
     Raises:
-        InputError: neither.
+        InputError: neither; the message names the ``option`` that gave the path.
     """
     if (path / "metadata.json").is_file():
         return path
@@ -347,8 +347,8 @@ def newest_checkpoint(path: Path) -> Path:
         if (found := find_checkpoint(folder, "latest")) is not None:
             return found
     raise InputError(
-        f"checkpoint.init_from={path}: neither a Megatron checkpoint nor a run folder with one -> for Hugging Face "
-        f"weights write hf:{path}"
+        f"{option}={path}: neither a Megatron checkpoint nor a run folder with one -> name one of these (Hugging Face "
+        f"weights for checkpoint.init_from: hf:{path})"
     )
 
 

@@ -375,7 +375,7 @@ def _initial_weights(config: Config, shape: ModelShape, parallel: Parallel, modu
     elif origin.startswith("hf:"):
         load_hf_weights(modules, shape, origin.removeprefix("hf:"), parallel)
     else:
-        load_weights(newest_checkpoint(Path(origin)), modules, parallel)
+        load_weights(newest_checkpoint(Path(origin), "checkpoint.init_from"), modules, parallel)
 
 
 def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path) -> None:

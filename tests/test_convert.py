@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -41,6 +40,7 @@ from megatron_gft.hf.verify import verify_logits
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.parallel import initialize_parallel
 from megatron_gft.tokenizer import tokenizer_fingerprint
+from tools import convert_checkpoint
 
 SHARD_BYTES = 300_000
 SPECS = {"local": local_layer_spec, "te": te_layer_spec}
@@ -336,30 +336,26 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 # --- the tool -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def convert_tool():
-    """``main`` of the command line."""
-    return runpy.run_path(str(Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"))["main"]
-
-
-def test_tool_converts_both_ways(tiny, tmp_path, convert_tool):
+def test_tool_converts_both_ways(tiny, tmp_path):
     folder, checkpoint, back = tiny("llama3"), tmp_path / "ckpt", tmp_path / "back"
-    assert convert_tool(["hf-to-megatron", "--hf", str(folder), "--output", str(checkpoint)]) == 0
+    assert convert_checkpoint.main(["hf-to-megatron", "--hf", str(folder), "--output", str(checkpoint)]) == 0
     size = ["--max-shard-gb", "0.0003"]
-    assert convert_tool(["megatron-to-hf", "--checkpoint", str(checkpoint), "--output", str(back), *size]) == 0
+    assert (
+        convert_checkpoint.main(["megatron-to-hf", "--checkpoint", str(checkpoint), "--output", str(back), *size]) == 0
+    )
     assert_same_tensors(folder, back)
     assert len(list(back.glob("*.safetensors"))) > 2
 
 
-def test_tool_ends_with_2_and_one_message_on_bad_input(tiny, tmp_path, convert_tool, capsys):
+def test_tool_ends_with_2_and_one_message_on_bad_input(tiny, tmp_path, capsys):
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "config.json").write_text('{"model_type": "gemma3", "architectures": ["Gemma3ForCausalLM"]}')
     arguments = ["hf-to-megatron", "--hf", str(bad), "--output", str(tmp_path / "ckpt")]
-    assert convert_tool(arguments) == 2
+    assert convert_checkpoint.main(arguments) == 2
     message = capsys.readouterr().err
     assert message.count("error:") == 1 and "Gemma3ForCausalLM" in message and "hf/families.py" in message
-    assert convert_tool([*arguments, "--use-megatron-bridge"]) == 2
+    assert convert_checkpoint.main([*arguments, "--use-megatron-bridge"]) == 2
     assert "megatron-bridge>=0.6" in capsys.readouterr().err
 
 

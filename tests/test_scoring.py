@@ -253,7 +253,9 @@ def test_the_tool(tmp_path, capsys):
     arguments = ["--input", source, "--output", target, "--workers", "1", "--quiet", "--reward", "wrong=-0.5"]
     assert score_groups.main(arguments) == 0
     assert "3 groups, 9 responses" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["responses"][2]["reward"] == -0.5
+    scored = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert scored["responses"][2]["reward"] == -0.5
+    assert scored["meta"]["verifier"]["name"] == "math" and scored["meta"]["verifier"]["rewards"] == {"wrong": -0.5}
     for wrong, message in (
         (["--input", source], "--input needs --output"),
         (["--input", source, "--output", target, "--shard", "x"], "give either"),

@@ -16,6 +16,7 @@ from tiny_models import write_tiny_model
 
 from megatron_gft.checkpoint import find_checkpoint, list_checkpoints
 from megatron_gft.errors import EXIT_REQUEUE
+from tools import convert_checkpoint
 
 VOCAB = 503
 
@@ -218,6 +219,14 @@ def test_export_during_the_run_loads_in_transformers(model, tmp_path):
     after = transformers.AutoModelForCausalLM.from_pretrained(output / "export" / "step-00000004").state_dict()
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+    # The tool takes the run folder too, and gives what the run exported.
+    arguments = ["megatron-to-hf", "--checkpoint", str(output), "--output", str(tmp_path / "back")]
+    assert convert_checkpoint.main(arguments) == 0
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(back[key], after[key]) for key in after)
+    assert convert_checkpoint.main([*arguments[:2], str(tmp_path), *arguments[3:4], str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_profile_writes_a_trace(model, tmp_path):

@@ -32,8 +32,9 @@ BENCHMARKS = {
     "preprocess_workers": "megatron_gft.bench.data:bench_preprocess_workers",
     "shard_reading": "megatron_gft.bench.data:bench_shard_reading",
     "shard_opening": "megatron_gft.bench.data:bench_open",
+    "conversion": "megatron_gft.bench.convert:measure_conversion",
 }
-_HOST_ONLY = ("planner", "preprocess", "preprocess_workers", "shard_reading", "shard_opening")
+_HOST_ONLY = ("planner", "preprocess", "preprocess_workers", "shard_reading", "shard_opening", "conversion")
 ON_GPU = tuple(name for name in BENCHMARKS if name not in _HOST_ONLY)
 
 

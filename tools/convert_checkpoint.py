@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 EPILOG = """examples:
   python tools/convert_checkpoint.py hf-to-megatron --hf models/Qwen2.5-1.5B --output checkpoints/qwen
-  python tools/convert_checkpoint.py megatron-to-hf --checkpoint runs/gft/checkpoints/step-00000200 --output export
+  python tools/convert_checkpoint.py megatron-to-hf --checkpoint runs/gft --output export
   torchrun --nproc-per-node 8 tools/convert_checkpoint.py hf-to-megatron --hf models/70B --output checkpoints/70B
 
 The output appears whole or not at all. Every tensor of it is read back and compared with the source by sha256;
@@ -38,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     to_megatron = commands.add_parser("hf-to-megatron", help="Hugging Face folder to Megatron checkpoint")
     to_megatron.add_argument("--hf", required=True, help="folder with config.json and safetensors")
     to_hf = commands.add_parser("megatron-to-hf", help="Megatron checkpoint to Hugging Face folder")
-    to_hf.add_argument("--checkpoint", required=True, help="folder of a torch_dist checkpoint")
+    to_hf.add_argument("--checkpoint", required=True, help="torch_dist checkpoint, or a run folder: its newest")
     to_hf.add_argument("--hf", help="configuration and tokenizer; default: those the checkpoint carries (hf/)")
     to_hf.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default 5)")
     for sub in (to_megatron, to_hf):
@@ -96,10 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.command == "hf-to-megatron":
             hf_to_megatron(arguments.hf, arguments.output, **common)
         else:
+            from megatron_gft.checkpoint import newest_checkpoint  # Megatron-Core: seconds
+
+            checkpoint = newest_checkpoint(Path(arguments.checkpoint), "--checkpoint")
             max_shard_bytes = int(arguments.max_shard_gb * 1e9)
-            megatron_to_hf(
-                arguments.checkpoint, arguments.output, hf_dir=arguments.hf, max_shard_bytes=max_shard_bytes, **common
-            )
+            megatron_to_hf(checkpoint, arguments.output, hf_dir=arguments.hf, max_shard_bytes=max_shard_bytes, **common)
     if dist.is_initialized():
         dist.destroy_process_group()
 

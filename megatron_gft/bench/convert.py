@@ -147,7 +147,7 @@ def _measure_apart(action: Callable[[Path, Path], None], source: Path, target: P
         return pool.submit(_measure, action, source, target).result()
 
 
-def measure_conversion(work_dir: str | Path | None = None, total_bytes: int = 10**10) -> dict[str, Any]:
+def measure_conversion(work_dir: str | Path | None = None, total_bytes: int = 2 * 10**9) -> dict[str, Any]:
     """Convert a synthetic model both ways; needs three times its size in ``work_dir``; removes everything.
 
     The baseline copies the same bytes before, between and after, since disks change speed; its mean counts. Times

@@ -5,12 +5,15 @@ Seconds are process CPU time without CUDA (other processes do not count) and CUD
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -23,12 +26,24 @@ def environment() -> dict[str, Any]:
     """Hardware and versions, to be kept beside every number."""
     on_gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "megatron_core": importlib.metadata.version("megatron-core"),
         "python": platform.python_version(),
         "clock": "cuda events" if on_gpu else "process CPU seconds",
     }
+
+
+def _processor() -> str:
+    """Name of the CPU, which ``platform`` does not know on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def seconds(run: Callable[[], Any]) -> float:

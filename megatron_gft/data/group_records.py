@@ -51,7 +51,7 @@ class ResponseRecord:
     model: str | None = None
     tokenizer: str | None = None  # fingerprint of the tokenizer of token_ids
     token_ids: list[int] | None = None  # without prompt; EOS may be the last one
-    logprobs: list[float] | None = None  # one per token_id, under the sampling policy
+    logprobs: list[float] | None = None  # one per token_id, of the sampling model at temperature 1
     sampling: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 

@@ -137,6 +137,8 @@ def score_group_file(
 ) -> ScoreSummary:
     """Judge every response of group files; write one group file with rewards and outcomes, whole or not at all.
 
+    What judged a group is recorded in its ``meta["verifier"]``, from where it goes into the manifest of a shard.
+
     Raises:
         InputError: a line that is not a group, a missing gold answer, an output that is an input, a bad verifier.
     """
@@ -167,6 +169,7 @@ def _scored(
 ) -> Iterator[GroupRecord]:
     """The records in order, with rewards; verdicts that the journal knows are not asked for again."""
     waiting: deque[tuple[GroupRecord, str, str]] = deque()
+    description = options.description()
 
     def cases() -> Iterator[Case | Verdict]:
         for record, place in records:
@@ -198,11 +201,13 @@ def _scored(
         advance(len(verdicts))
         if not key:
             summary.without_answer += 1
+            record.meta.pop("verifier", None)
             for response in record.responses:
                 response.reward = response.outcome = None
         else:
             if key not in journal:
                 journal.append(key, [[v.outcome, v.reward, v.detail] for v in verdicts])
+            record.meta["verifier"] = description
             for response, judged in zip(record.responses, verdicts, strict=True):
                 response.outcome, response.reward = judged.outcome, options.reward(judged)
                 summary.add(response.source, judged, response.reward, f"{place} id {record.id!r}")
