@@ -12,25 +12,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from memory_groups import MemoryGroups
 
 from megatron_gft.config import load_config
-from megatron_gft.data.group_source import GroupTable
 from megatron_gft.hf.config import read_model_shape
 from megatron_gft.parallel import destroy_parallel, initialize_parallel
 from megatron_gft.runtime import set_up_logging, start_process_group
 from megatron_gft.trainer import build_trainer
 
 
-class MemoryGroups:
-    """Random groups in memory: ragged sizes and lengths, one expert each, some groups of equal rewards."""
+class RandomGroups(MemoryGroups):
+    """Random groups: ragged sizes and lengths, one expert each, some groups of equal rewards."""
 
     def __init__(self, count: int, vocab_size: int, seed: int = 0):
         rng = np.random.default_rng(seed)
-        self.fingerprint = f"random-{count}-{vocab_size}-{seed}"
-        self.items = []
+        items = []
         for _ in range(count):
             size = int(rng.integers(2, 7))
-            self.items.append(
+            items.append(
                 {
                     "prompt": rng.integers(0, vocab_size, rng.integers(4, 60)),
                     "responses": [rng.integers(0, vocab_size, rng.integers(1, 80)) for _ in range(size)],
@@ -38,28 +37,11 @@ class MemoryGroups:
                     "rewards": rng.integers(0, 2, size).astype(np.float32),
                 }
             )
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.items[index]
-
-    def table(self, indices) -> GroupTable:
-        items = [self.items[index] for index in indices]
-        return GroupTable.of_groups(
-            [
-                (len(item["prompt"]), [len(tokens) for tokens in item["responses"]], item["sources"], item["rewards"])
-                for item in items
-            ]
-        )
-
-    def describe(self, index: int) -> str:
-        return f"g{index}"
+        super().__init__(items, f"random-{count}-{vocab_size}-{seed}")
 
 
 def run(model: str, output: str, overrides: list[str]) -> dict:
-    """Losses and gradient norms of each step of a run on :class:`MemoryGroups`."""
+    """Losses and gradient norms of each step of a run on :class:`RandomGroups`."""
     config = load_config(
         [],
         [
@@ -81,7 +63,7 @@ def run(model: str, output: str, overrides: list[str]) -> dict:
     p = config.parallel
     parallel = initialize_parallel(tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp)
     trainer = build_trainer(
-        config, shape, parallel, MemoryGroups(32, shape.vocab_size), MemoryGroups(8, shape.vocab_size, 1)
+        config, shape, parallel, RandomGroups(32, shape.vocab_size), RandomGroups(8, shape.vocab_size, 1)
     )
     code = trainer.run()
     trainer.close()

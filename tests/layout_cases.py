@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from memory_groups import MemoryGroups
 from ranks import run_ranks
 from tiny_models import write_tiny_model
 
 from megatron_gft.config import Config, load_config
-from megatron_gft.data.group_source import GroupTable
 from megatron_gft.hf.config import read_model_shape
 from megatron_gft.hf.mapping import HfMapping
 from megatron_gft.hf.weights import gather_to_hf, live_parameters
@@ -68,18 +68,16 @@ TAU = {
 }
 
 
-class TinyGroups:
+class TinyGroups(MemoryGroups):
     """Random groups that hold the awkward cases: one response, one token, equal rewards, a long prompt.
 
     Args:
         dead: indices whose rewards are all equal.
     """
 
-    fingerprint = "tiny"
-
     def __init__(self, count: int = GROUPS_PER_STEP * STEPS, *, dead: range | tuple[int, ...] = (3, 11), seed: int = 0):
         rng = np.random.default_rng(seed)
-        self.items = []
+        items = []
         for index in range(count):
             size = 1 if index % 10 == 5 else int(rng.integers(2, 6))
             prompt = int(rng.integers(30, 40)) if index % 7 == 2 else int(rng.integers(1, 12))
@@ -89,7 +87,7 @@ class TinyGroups:
                 rewards[0] = 1 - rewards[1]
             if index in dead:
                 rewards[:] = 1.0 if size > 1 else 0.0
-            self.items.append(
+            items.append(
                 {
                     "prompt": rng.integers(0, VOCAB_SIZE, prompt),
                     "responses": [rng.integers(0, VOCAB_SIZE, length) for length in lengths],
@@ -97,24 +95,7 @@ class TinyGroups:
                     "rewards": rewards,
                 }
             )
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
-
-    def table(self, indices) -> GroupTable:
-        items = [self.items[index] for index in indices]
-        return GroupTable.of_groups(
-            [
-                (len(item["prompt"]), [len(tokens) for tokens in item["responses"]], item["sources"], item["rewards"])
-                for item in items
-            ]
-        )
-
-    def describe(self, index: int) -> str:
-        return f"g{index}"
+        super().__init__(items, "tiny")
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def saved_for_backward(overrides: list[str]) -> tuple[int, int]:
     parallel = initialize_parallel()
     seed_everything(1, parallel)
     _, (model,) = build_model(shape, config.model, config.objective, config.parallel, parallel)
-    source = StepSource(device_run.MemoryGroups(16, shape.vocab_size), config, shape, parallel)
+    source = StepSource(device_run.RandomGroups(16, shape.vocab_size), config, shape, parallel)
     pack = source.packs(source.batch(0))[0]
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}

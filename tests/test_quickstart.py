@@ -50,11 +50,12 @@ def test_every_answer_is_right_and_every_line_of_work_holds():
         [meaning] = [i for i, (wording, _) in enumerate(MEANINGS) if re.search(wording, problem.question)]
         used.add(meaning)
         expected = MEANINGS[meaning][1](*map(int, re.findall(r"\d+", problem.question)))
-        work, answer = problem.solution.rsplit("\n#### ", 1)
-        assert int(answer) == expected > 0, problem
-        equations = re.findall(r"(\d+ [-+*/] \d+) = (\d+)", work)
+        assert int(problem.answer) == expected > 0, problem
+        equations = re.findall(r"(\d+ [-+*/] \d+) = (\d+)", problem.work)
         assert equations and all(eval(left) == int(right) for left, right in equations), problem
-        assert build_verifier("math")(Case(problem.solution, answer, problem.question)).outcome == "correct"
+        row = problem.row()
+        assert row["solution"].startswith(problem.work) and row["answer"] == problem.answer
+        assert build_verifier("math")(Case(row["solution"], row["answer"], row["question"])).outcome == "correct"
     assert used == set(range(len(MEANINGS)))
 
 
@@ -69,7 +70,10 @@ def test_held_out_problems_are_other_problems_and_do_not_depend_on_the_number_of
 
 
 def write_rows(path: Path, count: int) -> Path:
-    rows = [{"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(count)]
+    rows = [
+        {"question": f"What is {i} + 1?", "answer": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}
+        for i in range(count)
+    ]
     rows.append(dict(rows[0]))
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -85,7 +89,11 @@ def test_rows_of_a_file_are_split_without_overlap(tmp_path, name):
     assert split_rows.main(["--input", str(path), "--output", str(tmp_path / "out"), *tail]) == 0
     sets = [(tmp_path / "out" / f"{side}.jsonl").read_text().splitlines() for side in ("train", "held_out")]
     assert [len(rows) for rows in sets] == [20, 10]
-    assert len({json.loads(row)["question"] for rows in sets for row in rows}) == 30
+    rows = [json.loads(row) for rows in sets for row in rows]
+    assert len({row["question"] for row in rows}) == 30
+    for row in rows:
+        n = int(re.findall(r"\d+", row["question"])[0])
+        assert row["solution"] == f"{n} + 1 = {n + 1}\nThe answer is {n + 1}." and row["answer"] == str(n + 1)
     with pytest.raises(InputError, match="the file has 30 different problems"):
         split_rows.draw(split_rows.read_rows(path), 21, 10, seed=4)
 

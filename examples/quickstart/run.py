@@ -156,7 +156,9 @@ def before_stage(quick: Quickstart) -> Stage:
 def groups_stage(quick: Quickstart) -> Stage:
     """Each training problem with its worked solution (expert) and samples of the model (self)."""
     sizes, output = quick.sizes, quick.output / "groups.jsonl"
-    sampled = f"model={quick.hf} k={sizes.samples} max_tokens={sizes.max_tokens} batch_size=32 logprobs=true"
+    sampled = (
+        f"model={quick.hf} k={sizes.samples} max_tokens={sizes.max_tokens} temperature=0.7 batch_size=32 logprobs=true"
+    )
     return Stage(
         "groups",
         (
@@ -164,7 +166,7 @@ def groups_stage(quick: Quickstart) -> Stage:
             *("--input", str(quick.problems("train"))),
             *("--output", str(output)),
             *("--prompt-template", PROMPT_TEMPLATE),
-            *("--source", "kind=column source=expert column=answer"),
+            *("--source", "kind=column source=expert column=solution"),
             *("--source", f"kind=transformers source=self {sampled}"),
             *("--seed", str(quick.seed)),
         ),

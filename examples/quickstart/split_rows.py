@@ -2,17 +2,19 @@
 
     python examples/quickstart/split_rows.py --input train.parquet --output problems --train 48 --held-out 100
 
-writes the same two files as ``word_problems.py``. A question that occurs twice is taken once, so that none is in both.
+writes the same two files as ``word_problems.py``, without GSM8K's marks for a calculator (``<<48/2=24>>``). A question
+that occurs twice is taken once, so that none is in both.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 from pathlib import Path
 
-from word_problems import write_rows
+from word_problems import problem_row, write_rows
 
 from megatron_gft.atomic import atomic_directory
 from megatron_gft.data.group_records import gold_answer
@@ -20,6 +22,7 @@ from megatron_gft.errors import InputError, InputErrors, command
 from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
 
 PROBLEMS_SHOWN = 10
+CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -32,10 +35,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     wrong = []
     for row in iter_prompts(path, PromptColumns(prompt="question")):
         answer = row.columns.get("answer")
-        if not isinstance(row.prompt, str) or not isinstance(answer, str) or not gold_answer(answer):
+        gold = gold_answer(answer) if isinstance(answer, str) else None
+        if not isinstance(row.prompt, str) or not isinstance(answer, str) or not gold:
             wrong.append(f"{row.place}: needs the texts 'question' and 'answer', the answer ending in '#### 42'")
             continue
-        rows.setdefault(row.prompt, {"question": row.prompt, "answer": answer})
+        work = CALCULATOR_MARK.sub("", answer.rpartition("####")[0]).strip()
+        rows.setdefault(row.prompt, problem_row(row.prompt, work, gold))
     if wrong:
         raise InputErrors(f"{path}", wrong[:PROBLEMS_SHOWN])
     return list(rows.values())

@@ -1,9 +1,9 @@
-"""Arithmetic word problems with checkable answers: one or two steps, a worked solution ending in ``#### n``.
+"""Arithmetic word problems with checkable answers: one or two steps, and a worked solution.
 
     python examples/quickstart/word_problems.py --output problems --train 40 --held-out 100 --seed 1
 
-writes ``problems/train.jsonl`` and ``problems/held_out.jsonl`` with ``question`` and ``answer`` on each line, the form
-of GSM8K. No held-out problem shares template and numbers with a training problem, so that changing a name does not
+writes ``problems/train.jsonl`` and ``problems/held_out.jsonl`` with ``question``, ``solution`` and ``answer`` on each
+line. No held-out problem shares template and numbers with a training problem, so that changing a name does not
 make a training problem a held-out one. The same seed gives the same files everywhere.
 """
 
@@ -114,7 +114,22 @@ class WordProblem:
 
     key: tuple[str, tuple[int, ...]]
     question: str
-    solution: str
+    work: str
+    answer: str
+
+    def row(self) -> dict[str, str]:
+        """The problem as a line of the files."""
+        return problem_row(self.question, self.work, self.answer)
+
+
+def problem_row(question: str, work: str, answer: str) -> dict[str, str]:
+    """Columns ``question``, ``solution`` and ``answer``.
+
+    The solution ends in words that chat models use themselves. GFT scales the gradient of a token with p <= tau by p,
+    so a mark that the model never writes, such as "####", is hardly learned in a few steps; the model then goes on
+    calculating after its answer.
+    """
+    return {"question": question, "solution": f"{work}\nThe answer is {answer}.".lstrip(), "answer": answer}
 
 
 def solve(template: Template, numbers: dict[str, int]) -> list[tuple[str, int]] | None:
@@ -150,8 +165,7 @@ def _draw(template: Template, rng: random.Random) -> WordProblem:
     first, second = rng.sample(NAMES, 2)
     question = template.question.format(A=first, B=second, things=rng.choice(THINGS), **numbers)
     work = f"{lines[0][0]}." if len(lines) == 1 else f"First, {lines[0][0]}. Then {lines[1][0]}."
-    solution = f"{work}\n#### {lines[-1][1]}"
-    return WordProblem((template.name, tuple(numbers.values())), question, solution)
+    return WordProblem((template.name, tuple(numbers.values())), question, work, str(lines[-1][1]))
 
 
 def problem_sets(train: int, held_out: int, seed: int) -> tuple[list[WordProblem], list[WordProblem]]:
@@ -183,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     sets = problem_sets(options.train, options.held_out, options.seed)
     with atomic_directory(options.output) as folder:
         for name, problems in zip(("train", "held_out"), sets, strict=True):
-            write_rows(folder / f"{name}.jsonl", [{"question": p.question, "answer": p.solution} for p in problems])
+            write_rows(folder / f"{name}.jsonl", [problem.row() for problem in problems])
     print(f"{options.output}: {options.train} training and {options.held_out} held-out problems")
 
 
