@@ -136,6 +136,7 @@ def test_scores_are_added_and_nothing_else_changes(tmp_path):
     assert [[r.reward for r in record.responses] for record in scored] == [[1.0, 1.0, 0.0]] * 6
     assert [[r.outcome for r in record.responses] for record in scored] == [["correct", "correct", "wrong"]] * 6
     for record in scored:
+        assert record.meta.pop("verifier")["name"] == "math"
         for response in record.responses:
             response.reward = response.outcome = None
     assert scored == groups()

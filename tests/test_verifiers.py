@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_gft.errors import InputError
@@ -147,6 +147,9 @@ def test_only_the_very_number_is_accepted_however_it_is_written(gold, said):
 
 
 @given(st.text(max_size=200) | st.text(alphabet="\\boxed{}$^_0123456789.,-#%/= answeris", max_size=200))
+@example("$ $")
+@example("The answer is $$.")
+@example("#### $;$")
 @settings(max_examples=500, deadline=None)
 def test_no_text_breaks_the_extraction(text):
     answer = extract_answer(text)

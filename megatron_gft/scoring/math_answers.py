@@ -138,7 +138,7 @@ def _marked_answer(tail: str) -> str | None:
     if not lines or not lines[0].strip():
         return None
     line = lines[0].strip()
-    tokens = list(_TOKEN.finditer(line))
+    tokens = _matches(line)
     if len(tokens) == 1 and _ONLY_WORDS.fullmatch(line[: tokens[0].start()] + line[tokens[0].end() :]):
         return _token_text(tokens[0])
     return line
@@ -146,7 +146,7 @@ def _marked_answer(tail: str) -> str | None:
 
 def _anchored_answer(tail: str) -> str | None:
     """What "the answer is" introduces: a number or formula close by (after the last "=" if any), or a few words."""
-    tokens = list(_TOKEN.finditer(tail))
+    tokens = _matches(tail)
     if tokens:
         filler = tail[: tokens[0].start()]
         if len(filler) > _MAX_ANCHOR_FILLER or re.search(r"\bnot\b", filler):
@@ -159,7 +159,12 @@ def _anchored_answer(tail: str) -> str | None:
 
 
 def _tokens(text: str) -> list[str]:
-    return [_token_text(match) for match in _TOKEN.finditer(text.replace("{,}", ","))]
+    return [_token_text(match) for match in _matches(text.replace("{,}", ","))]
+
+
+def _matches(text: str) -> list[re.Match[str]]:
+    """Numbers and formulas of ``text``; empty ones ("$ $") say nothing."""
+    return [match for match in _TOKEN.finditer(text) if _token_text(match)]
 
 
 def _token_text(match: re.Match[str]) -> str:
