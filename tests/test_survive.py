@@ -59,12 +59,22 @@ def run_under_fire(
     raise AssertionError("the run never finished")
 
 
+def soak(*values):
+    return pytest.param(*values, marks=[pytest.mark.soak, pytest.mark.timeout(7200)])
+
+
 @pytest.mark.parametrize(
-    ("kills", "epochs"), [(3, 2), pytest.param(50, 60, marks=[pytest.mark.soak, pytest.mark.timeout(7200)])]
+    ("layout", "kills", "epochs"),
+    [
+        (["parallel.tp=2"], 3, 2),
+        soak(["parallel.tp=2"], 50, 60),
+        soak(["parallel.pp=2"], 50, 60),
+        soak(["parallel.tp=2", "parallel.pp=2"], 50, 60),
+    ],
 )
-def test_killed_ranks_do_not_change_the_weights(model, tmp_path, kills, epochs):
-    """DP, TP and PP on four processes: bit-equal to an undisturbed run, and every named checkpoint is whole."""
-    options = [*OPTIONS, "parallel.tp=2", "checkpoint.save_every=2", f"train.epochs={epochs}"]
+def test_killed_ranks_do_not_change_the_weights(model, tmp_path, layout, kills, epochs):
+    """Four processes, what TP and PP leave is DP: bit-equal to an undisturbed run, every named checkpoint whole."""
+    options = [*OPTIONS, *layout, "checkpoint.save_every=2", f"train.epochs={epochs}"]
     options += ["checkpoint.export_hf=last", "optimizer.lr=1e-4"]
     run_ranks(4, device_run.run, model, str(tmp_path / "whole"), options, timeout=600)
     (tmp_path / "fire").mkdir()
@@ -72,16 +82,6 @@ def test_killed_ranks_do_not_change_the_weights(model, tmp_path, kills, epochs):
     assert hit == kills
     assert exported_weights(tmp_path / "fire" / "run") == exported_weights(tmp_path / "whole")
     assert losses(tmp_path / "fire" / "run") == losses(tmp_path / "whole")
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(7200)
-def test_killed_ranks_with_pipeline_stages(model, tmp_path):
-    options = [*OPTIONS, "parallel.pp=2", "checkpoint.save_every=1", "train.epochs=10", "checkpoint.export_hf=last"]
-    run_ranks(4, device_run.run, model, str(tmp_path / "whole"), options, timeout=600)
-    (tmp_path / "fire").mkdir()
-    assert run_under_fire(model, tmp_path / "fire" / "run", 4, options, 10, seed=1, delay=(0.6, 4.0)) == 10
-    assert exported_weights(tmp_path / "fire" / "run") == exported_weights(tmp_path / "whole")
 
 
 def _limited(model: str, output: str, options: list[str], limit_bytes: int) -> dict:

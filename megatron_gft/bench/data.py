@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, _IndexWriter
 
-from megatron_gft.bench.timing import interleaved_seconds
+from megatron_gft.bench.timing import interleaved_seconds, summary
 from megatron_gft.data.encoded_groups import PROMPT_MODE
 from megatron_gft.data.encoding import ChunkEncoder, EncodingOptions
 from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
@@ -92,13 +92,13 @@ def _our_way(path: Path, tokenizer: HuggingFaceTokenizer, prefix: Path) -> int:
 
 
 def compare_preprocessing(
-    records: Sequence[GroupRecord], tokenizer_folder: Path, chat_template: str | None, *, repeats: int = 5
+    records: Sequence[GroupRecord], tokenizer_folder: Path, chat_template: str | None, *, repeats: int = 15
 ) -> dict[str, Any]:
     """Time both ways on the same text (process CPU seconds, one core).
 
     Returns:
-        ``speed_up``: their seconds / ours for the same groups; million tokens written per second of each; and
-        ``token_ratio``: tokens of our shard / tokens of theirs.
+        ``speed_up``: their seconds / ours for the same groups, median of the rounds, with quartiles; million tokens
+        written per second of each (fastest round); and ``token_ratio``: tokens of our shard / tokens of theirs.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = HuggingFaceTokenizer(tokenizer_folder, chat_template)
@@ -119,18 +119,20 @@ def compare_preprocessing(
             tokens["theirs"] = _megatron_way(lines, tokenizer._hf, folder / "theirs")
 
         times = interleaved_seconds({"ours": run_ours, "theirs": run_theirs}, repeats=repeats)
+    compared = summary(times, "ours")["theirs"]
     best = {way: min(seconds) for way, seconds in times.items()}
     return {
         "groups": len(records),
         "responses": len(lines),
-        "speed_up": best["theirs"] / best["ours"],
+        "speed_up": compared["ratio_median"],
+        "speed_up_quartiles": [compared["ratio_quartile_low"], compared["ratio_quartile_high"]],
         "token_ratio": tokens["ours"] / tokens["theirs"],
         "mtok_per_cpu_second": {way: tokens[way] / best[way] / 1e6 for way in best},
         "groups_per_cpu_second": len(records) / best["ours"],
     }
 
 
-def bench_preprocess(groups: int = 600, repeats: int = 5) -> dict[str, Any]:
+def bench_preprocess(groups: int = 600, repeats: int = 15) -> dict[str, Any]:
     """Flat text (one response a group) and groups of 8, synthetic text and tokenizer."""
     flat, grouped = synthetic_records(4 * groups, 1), synthetic_records(groups, 8)
     with tempfile.TemporaryDirectory() as name:
@@ -141,7 +143,7 @@ def bench_preprocess(groups: int = 600, repeats: int = 5) -> dict[str, Any]:
         }
 
 
-def bench_preprocess_workers(groups: int = 2000, workers: int = 2, repeats: int = 3) -> dict[str, Any]:
+def bench_preprocess_workers(groups: int = 4000, workers: int = 2, repeats: int = 5) -> dict[str, Any]:
     """Wall seconds with one process and with several, start and tokenizer included: meaningful on an idle machine.
 
     ``cpu_ratio`` is meaningful on a busy one too: CPU seconds of all processes with several workers / with one.

@@ -29,7 +29,7 @@ from megatron_gft.parallel import current_parallel, seed_everything
 from megatron_gft.step import StepRunner
 
 # Pairs of a comparison whose goal is within a percent.
-PAIRS = 11
+PAIRS = 31
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Interleaved timing: the runs of one comparison take turns, so that drift of the machine hits all alike.
+"""Interleaved timing: the runs of one comparison take turns, there and back, so that drift hits all alike.
 
 Seconds are process CPU time without CUDA (other processes do not count) and CUDA events with it.
 """
@@ -63,11 +63,14 @@ def seconds(run: Callable[[], Any]) -> float:
 def interleaved_seconds(
     runs: dict[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Durations of every run, ``repeats`` rounds in which each run has one turn, after ``warmup`` rounds."""
+    """Durations of every run, ``repeats`` rounds in which each run has one turn, after ``warmup`` rounds.
+
+    Every other round goes backwards: in "a b b a" a steady drift of the machine cancels.
+    """
     durations: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(warmup + repeats):
-        for name, run in runs.items():
-            taken = seconds(run)
+        for name in list(runs) if round_number % 2 else reversed(runs):
+            taken = seconds(runs[name])
             if round_number >= warmup:
                 durations[name].append(taken)
     return durations

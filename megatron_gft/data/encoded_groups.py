@@ -11,6 +11,7 @@ import numpy as np
 
 PROMPT_MODE = -1  # mode of the prompt's sequence; a response has its source's code
 UNKNOWN_OUTCOME = -1
+_META_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass
@@ -73,8 +74,7 @@ class GroupEncoder:
     _sizes: list[int] = field(default_factory=list)
     _rewards: list[float] = field(default_factory=list)
     _outcomes: list[str | None] = field(default_factory=list)
-    _logprobs: list[float] = field(default_factory=list)
-    _has_logprobs: bool = False
+    _logprobs: list[Sequence[float] | None] = field(default_factory=list)  # of each response
     _metas: list[bytes] = field(default_factory=list)
 
     def add(
@@ -94,13 +94,10 @@ class GroupEncoder:
         self._tokens.extend(prompt)
         self._lengths.append(len(prompt))
         self._modes.append(PROMPT_MODE)
-        for k, response in enumerate(responses):
+        for response in responses:
             self._tokens.extend(response)
             self._lengths.append(len(response))
-            known = None if logprobs is None else logprobs[k]
-            self._has_logprobs |= known is not None
-            self._logprobs.extend(known or ())
-            self._logprobs.extend([np.nan] * (len(response) - len(known or ())))
+        self._logprobs.extend(logprobs or [None] * len(responses))
         self._modes.extend(sources)
         self._sizes.append(1 + len(responses))
         self._rewards.extend(np.nan if reward is None else reward for reward in rewards)
@@ -108,7 +105,7 @@ class GroupEncoder:
         meta: dict[str, Any] = {"id": group_id, "answer": answer}
         if models is not None and any(model is not None for model in models):
             meta["models"] = list(models)
-        self._metas.append(json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode())
+        self._metas.append(_META_JSON.encode(meta).encode())
 
     def take(self) -> EncodedGroups:
         """The groups so far; the encoder is empty afterwards."""
@@ -119,8 +116,21 @@ class GroupEncoder:
             np.array(self._sizes, dtype=np.int32),
             np.array(self._rewards, dtype=np.float32),
             self._outcomes,
-            np.array(self._logprobs, dtype=np.float32) if self._has_logprobs else None,
+            self._known_logprobs(),
             self._metas,
         )
         self.__init__()  # type: ignore[misc]
         return groups
+
+    def _known_logprobs(self) -> np.ndarray | None:
+        """float32 [response tokens], NaN where unknown; None when none is known."""
+        if all(known is None for known in self._logprobs):
+            return None
+        lengths = [n for n, mode in zip(self._lengths, self._modes, strict=True) if mode != PROMPT_MODE]
+        values = np.full(sum(lengths), np.nan, dtype=np.float32)
+        start = 0
+        for length, known in zip(lengths, self._logprobs, strict=True):
+            if known is not None:
+                values[start : start + len(known)] = known
+            start += length
+        return values

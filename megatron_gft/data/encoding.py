@@ -6,10 +6,10 @@ All texts of a chunk are tokenized in two calls (prompts, responses). A prompt i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -256,9 +256,15 @@ def _are_logprobs(values: list[float], count: int) -> bool:
 
 def _lineage(record: ResponseRecord) -> str:
     """Source, model and sampling parameters but the seed, which differs from response to response."""
-    sampling = {name: value for name, value in (record.sampling or {}).items() if name != "seed"}
-    text = json.dumps({"source": record.source, "model": record.model, "sampling": sampling}, sort_keys=True)
-    return sys.intern(text)  # one object for all: it is pickled once a chunk
+    if record.sampling is None:
+        return _lineage_text(record.source, record.model)
+    sampling = {name: value for name, value in record.sampling.items() if name != "seed"}
+    return _lineage_text(record.source, record.model, json.dumps(sampling, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=1024)  # one object for all that are equal: it is pickled once a chunk
+def _lineage_text(source: str, model: str | None, sampling: str = "{}") -> str:
+    return f'{{"model": {json.dumps(model)}, "sampling": {sampling}, "source": {json.dumps(source)}}}'
 
 
 def id_digest(group_id: str) -> bytes:

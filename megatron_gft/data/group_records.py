@@ -22,19 +22,27 @@ SOURCE_CODES = {name: code for code, name in enumerate(SOURCES)}
 FINISH_REASONS = ("stop", "length")
 FLOAT32_MAX = 3.4028234663852886e38
 
-GROUP_FIELDS = ("id", "prompt", "answer", "responses", "meta")
-RESPONSE_FIELDS = (
-    "text",
-    "source",
-    "reward",
-    "outcome",
-    "finish_reason",
-    "model",
-    "tokenizer",
-    "token_ids",
-    "logprobs",
-    "sampling",
-)
+# Field -> type of its JSON value, and that type in words. null stands for "absent".
+_GROUP_TYPES: dict[str, tuple[Any, str]] = {
+    "id": ((str, int), "text"),
+    "prompt": ((str, list), "text or a list of messages"),
+    "answer": ((str, int, float), "text"),
+    "responses": (list, "a list"),
+    "meta": (dict, "an object"),
+}
+_RESPONSE_TYPES: dict[str, tuple[Any, str]] = {
+    "text": (str, "text"),
+    "source": (str, "text"),
+    "reward": ((int, float), "a number or null"),
+    "outcome": (str, "text"),
+    "finish_reason": (str, "text"),
+    "model": (str, "text"),
+    "tokenizer": (str, "text"),
+    "token_ids": (list, "a list of numbers"),
+    "logprobs": (list, "a list of numbers"),
+    "sampling": (dict, "an object"),
+}
+GROUP_FIELDS, RESPONSE_FIELDS = tuple(_GROUP_TYPES), tuple(_RESPONSE_TYPES)
 _PLAIN_FIELDS = (("question", "answer"), ("problem", "solution"))
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -146,16 +154,13 @@ def parse_group(value: dict[str, Any], place: str, problems: ProblemLog) -> Grou
     if group_id is None:
         return None
     try:
-        prompt = _prompt(value)
-        responses = _required(value, "responses", list, "a list")
-        answer = _optional(value, "answer", (str, int, float), "text")
-        meta = _optional(value, "meta", dict, "an object") or {}
-        _refuse_near_names(value, GROUP_FIELDS)
+        extra = _check_fields(value, _GROUP_TYPES, ("prompt", "responses"))
+        prompt, responses, answer = _prompt(value), value["responses"], value.get("answer")
     except _BadField as bad:
         problems.found(bad.kind, place, group_id, bad.detail)
         return None
-    extra = {name: item for name, item in value.items() if name not in GROUP_FIELDS}
-    record = GroupRecord(group_id, prompt, [], None if answer is None else str(answer), meta | extra)
+    meta = (value.get("meta") or {}) | extra
+    record = GroupRecord(group_id, prompt, [], None if answer is None else str(answer), meta)
     if not _has_text(prompt):
         problems.found("empty_prompt", place, group_id, "no text in the prompt")
         return None
@@ -258,12 +263,24 @@ def _near_name(name: str, known: tuple[str, ...]) -> str | None:
     return near[0] if near else None
 
 
-def _refuse_near_names(value: dict, known: tuple[str, ...]) -> None:
-    """An unknown field is the user's own, unless it looks like a misspelt one of ours."""
-    for name in value.keys() - set(known):
-        near = _near_name(name, known)
+def _check_fields(value: dict, types: dict[str, tuple[Any, str]], required: tuple[str, ...]) -> dict[str, Any]:
+    """Refuse missing fields, fields of a wrong type, and names that look like misspelt ones of ours; returns the
+    other fields, which are the user's own."""
+    for name in required:
+        if value.get(name) is None:
+            raise _BadField("missing_field", f"no {name!r}")
+    extra = {}
+    for name, item in value.items():
+        known = types.get(name)
+        if known is None:
+            extra[name] = item
+        elif item is not None and (not isinstance(item, known[0]) or isinstance(item, bool)):
+            raise _BadField("wrong_type", f"{name!r} is {_shown(item)}, expected {known[1]}")
+    for name in extra:
+        near = _near_name(name, tuple(types))
         if near is not None and near not in value:
             raise _BadField("wrong_type", f"unknown field {name!r}, did you mean {near!r}?")
+    return extra
 
 
 def _group_id(value: dict, place: str, problems: ProblemLog) -> str | None:
@@ -300,30 +317,28 @@ def _response(
     try:
         if not isinstance(value, dict):
             raise _BadField("wrong_type", f"a response is {_shown(value)}, expected an object")
-        text = "" if value.get("text") == "" else _required(value, "text", str, "text")
-        source = _required(value, "source", str, "text")
-        reward = _optional(value, "reward", (int, float), "a number or null")
-        finish_reason = _optional(value, "finish_reason", str, "text")
-        if finish_reason not in (None, *FINISH_REASONS):
+        extra = _check_fields(value, _RESPONSE_TYPES, ("text", "source"))
+        text, source, reward, token_ids = (value.get(name) for name in ("text", "source", "reward", "token_ids"))
+        finish_reason, logprobs = value.get("finish_reason"), value.get("logprobs")
+        if finish_reason is not None and finish_reason not in FINISH_REASONS:
             raise _BadField("wrong_type", f"finish_reason {finish_reason!r}, expected stop or length")
-        token_ids = _numbers(value, "token_ids", int)
-        response = ResponseRecord(
-            text,
-            source,
-            outcome=_optional(value, "outcome", str, "text"),
-            finish_reason=finish_reason,
-            model=_optional(value, "model", str, "text"),
-            tokenizer=_optional(value, "tokenizer", str, "text"),
-            token_ids=token_ids,
-            logprobs=_numbers(value, "logprobs", (int, float)),
-            sampling=_optional(value, "sampling", dict, "an object"),
-        )
-        _refuse_near_names(value, RESPONSE_FIELDS)
+        _refuse_other_than(int, "token_ids", token_ids)
+        _refuse_other_than((int, float), "logprobs", logprobs)
     except _BadField as bad:
         problems.found(bad.kind, place, group_id, bad.detail, position)
         return None, ERROR  # a broken response breaks its group, whatever the policy: the advantage needs all rewards
-    if len(value) > len(RESPONSE_FIELDS) or value.keys() - set(RESPONSE_FIELDS):
-        response.extra = {name: item for name, item in value.items() if name not in RESPONSE_FIELDS}
+    response = ResponseRecord(
+        text,
+        source,
+        outcome=value.get("outcome"),
+        finish_reason=finish_reason,
+        model=value.get("model"),
+        tokenizer=value.get("tokenizer"),
+        token_ids=token_ids,
+        logprobs=logprobs,
+        sampling=value.get("sampling"),
+        extra=extra,
+    )
     if not text and not token_ids:
         return None, problems.found("empty_response", place, group_id, "no text", position)
     if source not in SOURCE_CODES:
@@ -346,11 +361,9 @@ def _is_float32(value: float) -> bool:
     )
 
 
-def _numbers(value: dict, name: str, types: type | tuple[type, ...]) -> list | None:
-    items = _optional(value, name, list, "a list of numbers")
-    if items is not None and not all(isinstance(item, types) and not isinstance(item, bool) for item in items):
+def _refuse_other_than(types: type | tuple[type, ...], name: str, items: list | None) -> None:
+    if items and not all(isinstance(item, types) and not isinstance(item, bool) for item in items):
         raise _BadField("wrong_type", f"{name!r} holds something that is not a number")
-    return items
 
 
 def gold_answer(text: str) -> str | None:
