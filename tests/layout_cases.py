@@ -41,8 +41,9 @@ _SMALL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    # Positions matter within a few tokens; logits and activations of order 1, so that rounding stays near 1e-7.
-    "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+    # Positions matter within a few tokens; logits and activations of order 1, so that rounding stays near 1e-7. The
+    # softmax does not see a bias that all keys share, so only positions keep that bias's gradient from cancelling.
+    "rope_parameters": {"rope_theta": 10.0, "rope_type": "default"},
     "head_scale": 0.8,
     "trunk_scale": 0.4,
 }
@@ -59,12 +60,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Between two probabilities of the reference run, so that no rounding moves a token over it (asserted).
 TAU = {
-    "tied": 0.01721,
-    "untied": 0.02081,
-    "window": 0.02282,
-    "deep": 0.01938,
-    "qwen3_moe": 0.02316,
-    "mixtral": 0.02304,
+    "tied": 0.01551,
+    "untied": 0.01543,
+    "window": 0.01522,
+    "deep": 0.01961,
+    "qwen3_moe": 0.01526,
+    "mixtral": 0.02143,
 }
 
 
@@ -73,9 +74,11 @@ class TinyGroups(MemoryGroups):
 
     Args:
         dead: indices whose rewards are all equal.
+        seed: the default is a draw in which no gradient nearly cancels. With others that of the key bias comes out
+            small beside its terms, and float32 rounding alone is up to 2e-6 of it.
     """
 
-    def __init__(self, count: int = GROUPS_PER_STEP * STEPS, *, dead: range | tuple[int, ...] = (3, 11), seed: int = 0):
+    def __init__(self, count: int = GROUPS_PER_STEP * STEPS, *, dead: range | tuple[int, ...] = (3, 11), seed: int = 2):
         rng = np.random.default_rng(seed)
         items = []
         for index in range(count):

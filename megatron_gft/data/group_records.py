@@ -147,9 +147,9 @@ def _without_surrogates(value: dict, place: str, problems: ProblemLog) -> Any:
 def parse_group(value: dict[str, Any], place: str, problems: ProblemLog) -> GroupRecord | None:
     """Check one row and make it a group; None when a problem removes it (it is in ``problems`` then)."""
     if "responses" not in value:
-        for question, answer in _PLAIN_FIELDS:
-            if question in value and answer in value:
-                return _plain_group(value, question, answer, place, problems)
+        for names in _PLAIN_FIELDS:
+            if all(name in value for name in names):
+                return _plain_group(value, *names, place, problems)
     group_id = _group_id(value, place, problems)
     if group_id is None:
         return None
@@ -318,8 +318,8 @@ def _response(
         if not isinstance(value, dict):
             raise _BadField("wrong_type", f"a response is {_shown(value)}, expected an object")
         extra = _check_fields(value, _RESPONSE_TYPES, ("text", "source"))
-        text, source, reward, token_ids = (value.get(name) for name in ("text", "source", "reward", "token_ids"))
-        finish_reason, logprobs = value.get("finish_reason"), value.get("logprobs")
+        text, source, reward = value["text"], value["source"], value.get("reward")
+        finish_reason, token_ids, logprobs = value.get("finish_reason"), value.get("token_ids"), value.get("logprobs")
         if finish_reason is not None and finish_reason not in FINISH_REASONS:
             raise _BadField("wrong_type", f"finish_reason {finish_reason!r}, expected stop or length")
         _refuse_other_than(int, "token_ids", token_ids)
