@@ -60,6 +60,12 @@ def test_shared_prefix_reports_speed_against_the_formula_and_the_same_gradient(m
     assert rows[0]["formula"] > rows[1]["formula"]
 
 
+def test_padded_batches_waste_rows_and_give_the_same_gradient():
+    result = alone(bench_step.padded_batches, dataclasses.replace(TINY, groups=3, pack_rows=4096), pairs=1)
+    assert result["rows_ratio"]["shared_prefix"] > result["rows_ratio"]["packed"] > 1
+    assert max(result["gradient_error"].values()) <= 2e-6
+
+
 def test_the_breakdown_adds_up_and_counts_the_rows_in_the_head():
     result = alone(bench_step.step_breakdown, TINY, repeats=2)
     parts = {name: value for name, value in result["seconds"].items() if name not in ("head", "total")}

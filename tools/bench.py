@@ -28,6 +28,7 @@ BENCHMARKS = {
     "step_breakdown": "megatron_gft.bench.step:step_breakdown",
     "dead_groups": "megatron_gft.bench.step:dead_groups",
     "shared_prefix_step": "megatron_gft.bench.step:shared_prefix_step",
+    "padded_batches": "megatron_gft.bench.step:padded_batches",
     "preprocess": "megatron_gft.bench.data:bench_preprocess",
     "preprocess_workers": "megatron_gft.bench.data:bench_preprocess_workers",
     "shard_reading": "megatron_gft.bench.data:bench_shard_reading",

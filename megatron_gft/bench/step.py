@@ -7,7 +7,7 @@ the device itself and returns a JSON-able dict. Contestants take turns within on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from megatron_gft.batch import StepBatch, StepSource
 from megatron_gft.bench.head import single_rank
+from megatron_gft.bench.packing import lognormal_lengths
 from megatron_gft.bench.timing import interleaved_seconds, seconds, summary
 from megatron_gft.config import Config, load_config
 from megatron_gft.data.group_source import GroupTable
@@ -24,8 +25,9 @@ from megatron_gft.hf.config import ModelShape, model_shape_from_config
 from megatron_gft.model import build_model, unwrap
 from megatron_gft.objectives import Coefficient
 from megatron_gft.optimizer import apply_gradients, build_optimizer, reduce_gradients, wrap_data_parallel
-from megatron_gft.packing import Pack
+from megatron_gft.packing import Pack, build_pack
 from megatron_gft.parallel import current_parallel, seed_everything
+from megatron_gft.planning import GroupLengths, PackPlan
 from megatron_gft.step import StepRunner
 
 # Pairs of a comparison whose goal is within a percent.
@@ -75,42 +77,56 @@ def default_shape() -> StepShape:
     return StepShape(2, 256, 4, 2, 704, 4096, groups=4, prompt=60, response=100, responses=8, pack_rows=2048)
 
 
+# Responses in a padded batch.
+BATCH_SIZE = 8
+
 # (prompt, response, responses) of the shared-prefix comparison, and the share of the formula that is the goal.
 PREFIX_SHAPES = ((120, 200, 8, 0.90), (1000, 250, 8, 0.95), (2000, 125, 8, 0.95))
 
 
-class EqualGroups:
-    """Random tokens in groups of one size; the first ``dead`` groups have equal rewards."""
+class RandomGroups:
+    """Random tokens in groups of the given lengths; the first ``dead`` groups have equal rewards."""
 
     fingerprint = "bench"
 
-    def __init__(self, shape: StepShape, dead: int = 0):
+    def __init__(self, lengths: Sequence[GroupLengths], vocab: int, dead: int = 0):
         rng = np.random.default_rng(0)
-        self.shape, self.dead = shape, dead
-        self.prompts = rng.integers(0, shape.vocab, (shape.groups, shape.prompt))
-        self.responses = rng.integers(0, shape.vocab, (shape.groups, shape.responses, shape.response))
-        self.sources = np.array([0, 1, *[2] * shape.responses][: shape.responses], dtype=np.int8)
+        self.lengths, self.dead = lengths, dead
+        self.prompts = [rng.integers(0, vocab, group.prompt) for group in lengths]
+        self.responses = [[rng.integers(0, vocab, n) for n in group.responses] for group in lengths]
+
+    @classmethod
+    def equal(cls, shape: StepShape, dead: int = 0) -> RandomGroups:
+        """The groups of ``shape``."""
+        group = GroupLengths(shape.prompt, (shape.response,) * shape.responses)
+        return cls([group] * shape.groups, shape.vocab, dead)
 
     def __len__(self) -> int:
-        return self.shape.groups
+        return len(self.lengths)
 
     def rewards(self, index: int) -> np.ndarray:
         """1 and 0 in turns, or all 1."""
-        alternating = (np.arange(self.shape.responses) % 2 == 0).astype(np.float32)
+        alternating = (np.arange(len(self.responses[index])) % 2 == 0).astype(np.float32)
         return np.ones_like(alternating) if index < self.dead else alternating
+
+    def sources(self, index: int) -> np.ndarray:
+        """Expert, teacher, then the model's own."""
+        return np.minimum(np.arange(len(self.responses[index])), 2).astype(np.int8)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {
             "prompt": self.prompts[index],
-            "responses": list(self.responses[index]),
-            "sources": self.sources,
+            "responses": self.responses[index],
+            "sources": self.sources(index),
             "rewards": self.rewards(index),
         }
 
     def table(self, indices: np.ndarray) -> GroupTable:
-        lengths = np.full(self.shape.responses, self.shape.response)
         return GroupTable.of_groups(
-            [(self.shape.prompt, lengths, self.sources, self.rewards(int(index))) for index in indices]
+            [
+                (self.lengths[i].prompt, np.array(self.lengths[i].responses), self.sources(i), self.rewards(i))
+                for i in map(int, indices)
+            ]
         )
 
     def describe(self, index: int) -> str:
@@ -146,12 +162,12 @@ class Workbench:
             ],
         )
 
-    def plan(self, groups: EqualGroups, *overrides: str) -> tuple[StepSource, StepBatch]:
+    def plan(self, groups: RandomGroups, *overrides: str) -> tuple[StepSource, StepBatch]:
         """The source of a run over ``groups`` and its first step."""
         source = StepSource(groups, self.configure(*overrides), self.model_shape, self.parallel)
         return source, source.batch(0)
 
-    def packs(self, groups: EqualGroups, *overrides: str) -> tuple[list[Pack], StepBatch]:
+    def packs(self, groups: RandomGroups, *overrides: str) -> tuple[list[Pack], StepBatch]:
         """Microbatches of the first step."""
         source, batch = self.plan(groups, *overrides)
         return source.packs(batch), batch
@@ -195,7 +211,7 @@ def step_ratio(shape: StepShape | None = None, *, pairs: int = PAIRS) -> dict[st
     shape = shape or default_shape()
     with single_rank():
         bench = Workbench(shape)
-        packs, batch = bench.packs(EqualGroups(shape))
+        packs, batch = bench.packs(RandomGroups.equal(shape))
         plain = [dataclasses.replace(pack, token_weights=torch.ones_like(pack.token_weights)) for pack in packs]
 
         def step(rows: list[Pack], coefficient: Coefficient) -> None:
@@ -216,7 +232,7 @@ def dead_groups(shape: StepShape | None = None, *, pairs: int = 5) -> dict[str, 
     shape = shape or default_shape()
     with single_rank():
         bench = Workbench(shape)
-        live, half = EqualGroups(shape), EqualGroups(shape, dead=shape.groups // 2)
+        live, half = RandomGroups.equal(shape), RandomGroups.equal(shape, dead=shape.groups // 2)
         packs, batch = bench.packs(live)
         half_packs, half_batch = bench.packs(half)
         places = torch.from_numpy(np.repeat(batch.groups < half.dead, shape.responses))
@@ -275,7 +291,7 @@ def _prefix_row(bench: Workbench, prompt: int, response: int, responses: int, pa
         responses=responses,
         pack_rows=groups * responses * (prompt + response),
     )
-    data = EqualGroups(bench.shape)
+    data = RandomGroups.equal(bench.shape)
     made = {form: bench.packs(data, f"data.packing={form}") for form in ("shared_prefix", "packed")}
     gradients: dict[str, torch.Tensor] = {}
     runs: dict[str, Callable[[], Any]] = {}
@@ -303,6 +319,65 @@ def _prefix_row(bench: Workbench, prompt: int, response: int, responses: int, pa
     }
 
 
+def padded_batches(shape: StepShape | None = None, *, pairs: int = 5) -> dict[str, Any]:
+    """Forward and backward of the same responses packed, with shared prompts, and as padded batches.
+
+    Lengths are GSM8K's (``bench/packing.py``). A padded batch is what trainers without packing run: ``BATCH_SIZE``
+    responses, each with its prompt, in the order of the data, padded to the longest of the batch, logits of every
+    row. The rows ratio is what padding and repeated prompts cost where time goes with rows.
+    """
+    shape = shape or default_shape()
+    with single_rank():
+        bench = Workbench(shape)
+        data = RandomGroups(lognormal_lengths("gsm8k", shape.groups, shape.responses), shape.vocab)
+        made = {form: bench.packs(data, f"data.packing={form}") for form in ("packed", "shared_prefix")}
+        packs = {form: packs for form, (packs, _) in made.items()}
+        batch = made["packed"][1]
+        packs["padded"] = _padded(data, batch)
+        runs, gradients = {}, {}
+        for form, microbatches in packs.items():
+            runs[form] = partial(bench.forward_backward, microbatches, batch.denominator)
+            runs[form]()
+            gradients[form] = bench.gradients()
+        durations = interleaved_seconds(runs, repeats=pairs)
+    rows = {form: sum(len(pack.tokens) for pack in microbatches) for form, microbatches in packs.items()}
+    return {
+        "shape": dataclasses.asdict(shape) | {"prompt": "gsm8k", "response": "gsm8k"},
+        "batch_size": BATCH_SIZE,
+        "rows": rows,
+        "rows_ratio": {form: rows["padded"] / count for form, count in rows.items()},
+        "gradient_error": {form: relative_error(gradients[form], gradients["padded"]) for form in packs},
+        **{f"over_{form}": summary(durations, form)["padded"] for form in ("packed", "shared_prefix")},
+    }
+
+
+def _padded(data: RandomGroups, batch: StepBatch) -> list[Pack]:
+    """Padded batches as packs of segments of one length, with loss rows of weight 0 where others compute logits."""
+    order = [int(index) for index in batch.groups]
+    groups = [data[index] for index in order]
+    responses = [(g, k) for g, group in enumerate(groups) for k in range(len(group["responses"]))]
+    packs = []
+    for start in range(0, len(responses), BATCH_SIZE):
+        members = responses[start : start + BATCH_SIZE]
+        longest = max(len(groups[g]["prompt"]) + len(groups[g]["responses"][k]) for g, k in members)
+        plan = PackPlan("packed", tuple((g, (k,)) for g, k in members), longest * len(members), 0.0, 0)
+        pack = build_pack(plan, groups, batch.weights, batch.advantages, segment_multiple=longest)
+        unused = torch.tensor(np.setdiff1d(np.arange(len(pack.tokens)), pack.loss_rows.numpy()))
+        zeros = torch.zeros(len(unused))
+        packs.append(
+            dataclasses.replace(
+                pack,
+                loss_rows=torch.cat((pack.loss_rows, unused)),
+                labels=torch.cat((pack.labels, zeros.long())),
+                token_weights=torch.cat((pack.token_weights, zeros)),
+                sources=torch.cat((pack.sources, zeros.to(pack.sources.dtype))),
+                advantages=torch.cat((pack.advantages, zeros)),
+                response_index=torch.cat((pack.response_index, zeros.to(pack.response_index.dtype))),
+            ).to(torch.device(torch.cuda.current_device()))
+        )
+    return packs
+
+
 def step_breakdown(shape: StepShape | None = None, *, repeats: int = 5) -> dict[str, Any]:
     """Median seconds of each part of a GFT step, and how many of its rows reach the vocabulary matrix.
 
@@ -311,7 +386,7 @@ def step_breakdown(shape: StepShape | None = None, *, repeats: int = 5) -> dict[
     shape = shape or default_shape()
     with single_rank():
         bench = Workbench(shape)
-        groups = EqualGroups(shape)
+        groups = RandomGroups.equal(shape)
         source, batch = bench.plan(groups)
         packs = source.packs(batch)
         head = _TimedModule(unwrap(bench.chunks[-1]).output_layer)

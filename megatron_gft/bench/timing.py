@@ -9,7 +9,7 @@ import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def interleaved_seconds(
-    runs: dict[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1
+    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1
 ) -> dict[str, list[float]]:
     """Durations of every run, ``repeats`` rounds in which each run has one turn, after ``warmup`` rounds.
 
@@ -69,7 +69,7 @@ def interleaved_seconds(
     """
     durations: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(warmup + repeats):
-        for name in list(runs) if round_number % 2 else reversed(runs):
+        for name in list(runs) if round_number % 2 else reversed(list(runs)):
             taken = seconds(runs[name])
             if round_number >= warmup:
                 durations[name].append(taken)
