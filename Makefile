@@ -1,3 +1,4 @@
+# make install     an environment in .venv to work in
 # make test        the whole suite, on a machine with Python 3.11+ and git
 # make quickstart  the whole pipeline on a real 135M model: groups -> shards -> training -> Hugging Face export
 # make quickstart DATA=problems.parquet   the same on question/answer rows
@@ -12,7 +13,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test lint soak versions quickstart gpu-check clean
+.PHONY: install test lint soak versions quickstart gpu-check clean
 
 # torch first and by itself: its index decides whether the CPU or the CUDA build is taken, and Megatron-Core's
 # own requirement would take the newest.
@@ -28,6 +29,8 @@ $(STAMP): requirements.txt pyproject.toml
 $(DEV_STAMP): $(STAMP) requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	@touch $@
+
+install: $(STAMP)
 
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest
