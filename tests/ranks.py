@@ -12,6 +12,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 torch.set_num_threads(1)
 
@@ -34,6 +36,8 @@ def _child(rank: int, world_size: int, folder: Path, fn: Callable, args: tuple, 
     code = 1
     try:
         faulthandler.dump_traceback_later(timeout, exit=True, file=open(folder / f"error{rank}", "w"))
+        # tqdm's own lock is a semaphore that all forks share: a rank killed while it holds it would stop every later one.
+        tqdm.set_lock(threading.RLock())
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
