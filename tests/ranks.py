@@ -36,7 +36,7 @@ def _child(rank: int, world_size: int, folder: Path, fn: Callable, args: tuple, 
     code = 1
     try:
         faulthandler.dump_traceback_later(timeout, exit=True, file=open(folder / f"error{rank}", "w"))
-        # tqdm's own lock is a semaphore that all forks share: a rank killed while it holds it would stop every later one.
+        # tqdm's own lock is a semaphore that all forks share: a rank killed while holding it stops every later one.
         tqdm.set_lock(threading.RLock())
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
         store = dist.FileStore(str(folder / "store"), world_size)
