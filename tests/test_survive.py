@@ -42,7 +42,7 @@ def run_under_fire(
     for attempt in range(10 * kills):
         folder = output.parent / f"attempt-{attempt}"
         folder.mkdir()
-        group = RankGroup(folder, world_size, device_run.run, model, str(output), options, timeout=1800)
+        group = RankGroup(folder, world_size, device_run.run, model, str(output), options, timeout=600)
         if hit == kills:
             assert [result["code"] for result in group.wait()] == [0] * world_size
             return hit
