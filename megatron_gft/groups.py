@@ -66,6 +66,8 @@ __all__ = [
 ]
 _PARQUET_BATCH = 1024
 _PARTS_PER_READ = 16  # of many parts, chunks get smaller instead of reads larger
+# A worker holds some 40 times the text while it tokenizes, and the last chunk is worked on alone: keep chunks small.
+BYTES_PER_CHUNK = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +110,20 @@ def read_chunks(path: str | Path, rows_per_chunk: int = 256, *, part: int = 0, p
 
     Args:
         path: of the file.
-        rows_per_chunk: at most so many rows in a chunk.
+        rows_per_chunk: at most so many rows in a chunk; fewer when they are long (``BYTES_PER_CHUNK``).
         part, parts: give only every ``parts``-th row, beginning with row ``part`` (from 0).
 
     Raises:
         InputError: the file cannot be read or its format is unknown.
     """
     path = str(path)
-    read_rows = rows_per_chunk * min(parts, _PARTS_PER_READ)
+    at_once = min(parts, _PARTS_PER_READ)
+    read_rows, read_bytes = rows_per_chunk * at_once, BYTES_PER_CHUNK * at_once
     try:
         if path.endswith(".parquet"):
-            batches = _parquet_batches(path, read_rows)
+            batches = _parquet_batches(path, read_rows, read_bytes)
         elif path.endswith((".jsonl", ".json", ".jsonl.gz")):
-            batches = _line_batches(path, read_rows)
+            batches = _line_batches(path, read_rows, read_bytes)
         else:
             raise InputError(f"{path}: unknown kind of group file -> use .jsonl, .jsonl.gz or .parquet")
         first_row = 1
@@ -138,15 +141,23 @@ def _every(rows: Any, start: int, step: int) -> Any:
     return rows[start::step] if isinstance(rows, list) else rows.take(list(range(start, len(rows), step)))
 
 
-def _line_batches(path: str, rows: int) -> Iterator[tuple[list[bytes], float]]:
+def _line_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple[list[bytes], float]]:
     size = max(os.path.getsize(path), 1)
     with open(path, "rb") as stored:
         lines = gzip.GzipFile(fileobj=stored) if path.endswith(".gz") else stored
-        while batch := list(itertools.islice(lines, rows)):
-            yield batch, stored.tell() / size
+        batch: list[bytes] = []
+        held = 0
+        for line in lines:
+            batch.append(line)
+            held += len(line)
+            if len(batch) == max_rows or held >= max_bytes:
+                yield batch, stored.tell() / size
+                batch, held = [], 0
+        if batch:
+            yield batch, 1.0
 
 
-def _parquet_batches(path: str, rows: int) -> Iterator[tuple[Any, float]]:
+def _parquet_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple[Any, float]]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -155,9 +166,13 @@ def _parquet_batches(path: str, rows: int) -> Iterator[tuple[Any, float]]:
     try:
         read = 0
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=rows):
-                read += len(batch)
-                yield batch, read / file.metadata.num_rows
+            for batch in file.iter_batches(batch_size=max_rows):
+                rows = max(1, len(batch) * max_bytes // max(batch.nbytes, 1))
+                for start in range(0, len(batch), rows):
+                    # A slice would be pickled with the whole batch.
+                    part = batch if rows >= len(batch) else batch.take(list(range(start, len(batch)))[:rows])
+                    read += len(part)
+                    yield part, read / file.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable parquet file ({error}) -> check the file") from error
 

@@ -196,11 +196,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self._describe_template(template, self._hf.bos_token, adds_bos)
 
         pipeline = json.loads(backend.to_str())
-        pipeline["padding"] = pipeline["truncation"] = None
-        self._prompt_backend = _backend(pipeline)
+        # Nothing is added to what is encoded here; a post-processor would only go over offsets that nobody reads.
+        pipeline["padding"] = pipeline["truncation"] = pipeline["post_processor"] = None
+        prompt_pipeline = json.dumps(pipeline)
         for part in ("normalizer", "pre_tokenizer"):
             pipeline[part] = _without_dummy_prefix(pipeline[part])
-        self._special_backend, self._text_backend = _backend(pipeline), _backend(pipeline)
+        response_pipeline = json.dumps(pipeline)
+        self._prompt_backend, self._text_backend = _backend(prompt_pipeline), _backend(response_pipeline)
+        same = response_pipeline == prompt_pipeline  # nothing to take away: byte-level tokenizers
+        self._special_backend = self._prompt_backend if same else _backend(response_pipeline)
         self._text_backend.encode_special_tokens = True  # spelled special tokens become ordinary text
         self._check_boundary()
 
@@ -342,12 +346,12 @@ def _load_hugging_face(path: str | Path) -> Any:
     return tokenizer
 
 
-def _backend(pipeline: dict[str, Any]) -> Any:
+def _backend(pipeline: str) -> Any:
     """A fast tokenizer from its JSON form, with room for more words in its cache (10000 by default)."""
     from tokenizers import Tokenizer as Backend
     from tokenizers.models import BPE, Unigram
 
-    backend = Backend.from_str(json.dumps(pipeline))
+    backend = Backend.from_str(pipeline)
     model = backend.model
     if isinstance(model, BPE | Unigram):
         model._resize_cache(_CACHED_WORDS)

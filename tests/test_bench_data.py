@@ -9,6 +9,7 @@ from megatron_gft.bench.data import (
     synthetic_records,
     synthetic_tokenizer,
 )
+from megatron_gft.bench.timing import lockstep_seconds
 
 
 def test_both_ways_write_the_same_tokens_of_flat_text(tmp_path):
@@ -19,6 +20,19 @@ def test_both_ways_write_the_same_tokens_of_flat_text(tmp_path):
     assert 0.98 < flat["token_ratio"] < 1.02  # a prompt ends in a token of its own
     grouped = compare_preprocessing(synthetic_records(5, 8), folder, "none", repeats=1)
     assert grouped["token_ratio"] < 0.8
+
+
+def test_lockstep_takes_turns_until_both_have_ended():
+    turns = []
+
+    def run(name, steps):
+        for _ in range(steps):
+            turns.append(name)
+            yield
+
+    durations = lockstep_seconds({"a": lambda: run("a", 3), "b": lambda: run("b", 1)}, repeats=2, warmup=1)
+    assert turns == ["b", "a", "a", "a"] * 3
+    assert all(len(values) == 2 and min(values) > 0 for values in durations.values())
 
 
 def test_reading_and_opening(tmp_path):

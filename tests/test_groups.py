@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import itertools
 import json
+import pickle
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,12 +15,14 @@ from hypothesis import strategies as st
 from megatron_gft.data.problems import KINDS, ProblemCounts, ProblemLog, parse_policies, report_lines
 from megatron_gft.errors import InputError
 from megatron_gft.groups import (
+    BYTES_PER_CHUNK,
     GroupRecord,
     ResponseRecord,
     expand_inputs,
     gold_answer,
     iter_group_file,
     parse_chunk,
+    parse_json_line,
     read_chunks,
     record_from_json,
     record_to_json,
@@ -88,6 +93,53 @@ records = st.builds(
 @given(record=records)
 def test_record_survives_json(record):
     assert record_from_json(record_to_json(record)) == record
+
+
+json_pieces = st.sampled_from(
+    ["1", "-0", "-0.0", "1e5", "1E400", "-1e-400", "NaN", "-Infinity", "01", "1.", ".5", "null", "true", "[", "]", ","]
+    + ["9" * 30, "9" * 5000, "1.7976931348623159e308", "2.2250738585072011e-308", " ", "\t", "\x0b", "\ufeff"]
+    + ['"\\u00e9"', '"\\ud83d\\ude00"', '"\\ud800"', '"\x01"', '"\x7f"', '"\\/"', '{"b":', "}", "[" * 250 + "]" * 250]
+) | st.floats().map(repr)
+
+
+@settings(max_examples=400, deadline=None)
+@given(pieces=st.lists(json_pieces, max_size=5))
+def test_a_line_is_read_as_python_reads_json(pieces):
+    """Two parsers stand behind one line; nobody may see which one took it."""
+    text = '{"a":' + "".join(pieces) + "}"
+    log = ProblemLog()
+    value = parse_json_line(text.encode(), "here", log)
+    try:
+        expected = json.loads(text)
+    except (ValueError, RecursionError):
+        expected = None
+    if "ud800" in text and expected is not None:
+        assert value is None and log.problems[0].kind == "invalid_utf8"
+    else:
+        assert repr(value) == repr(expected)  # repr: type, sign of zero and NaN count
+        assert bool(log.problems) == (expected is None)
+
+
+def test_chunks_are_bounded_in_rows_and_in_bytes(tmp_path):
+    path = tmp_path / "long.jsonl"
+    long, short = line(prompt="x" * (BYTES_PER_CHUNK // 3)), line()
+    path.write_bytes(long * 7 + short * 20)
+    assert [len(chunk) for chunk in read_chunks(path, 8)] == [3, 3, 8, 8, 5]
+    assert [chunk.first_row for chunk in read_chunks(path, 8)] == [1, 4, 7, 15, 23]
+    parts = [row for part in range(2) for chunk in read_chunks(path, 8, part=part, parts=2) for row in chunk.rows]
+    assert sorted(parts) == sorted(path.read_bytes().splitlines(keepends=True))
+
+
+def test_chunks_of_parquet_are_bounded_too(tmp_path):
+    path = tmp_path / "long.parquet"
+    record = record_from_json(line(prompt="x" * (BYTES_PER_CHUNK // 3)))
+    write_group_file(path, [dataclasses.replace(record, id=str(i)) for i in range(20)])
+    chunks = list(read_chunks(path))
+    assert max(map(len, chunks)) <= 3 and chunks[-1].read_fraction == 1.0
+    assert all(len(pickle.dumps(chunk.rows)) < 2 * BYTES_PER_CHUNK for chunk in chunks)  # what goes to a worker
+    rows = [record.id for chunk in chunks for record, _ in parse_chunk(chunk, ProblemLog())]
+    assert rows == [str(i) for i in range(20)]
+    assert [chunk.first_row for chunk in chunks] == list(itertools.accumulate(map(len, chunks[:-1]), initial=1))
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,14 +13,14 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, _IndexWriter
 
-from megatron_gft.bench.timing import interleaved_seconds, summary
+from megatron_gft.bench.timing import interleaved_seconds, lockstep_seconds, summary
 from megatron_gft.data.encoded_groups import PROMPT_MODE
 from megatron_gft.data.encoding import ChunkEncoder, EncodingOptions
 from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
@@ -67,34 +67,36 @@ def synthetic_tokenizer(folder: Path, records: Sequence[GroupRecord], vocab_size
     return folder
 
 
-def _megatron_way(lines: Sequence[bytes], tokenizer: Any, prefix: Path) -> int:
-    """Tokenize each line by itself, one document each; returns tokens."""
+def _megatron_way(lines: Sequence[bytes], tokenizer: Any, prefix: Path, pieces: int) -> Iterator[int]:
+    """Tokenize each line by itself, one document each; yields the tokens of each of so many pieces."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(len(tokenizer)))
-    tokens = 0
-    for line in lines:
-        ids = tokenizer(json.loads(line)["text"]).input_ids
-        ids.append(tokenizer.eos_token_id)
-        builder.add_document(ids, [len(ids)])
-        tokens += len(ids)
+    size = -(-len(lines) // pieces)
+    for start in range(0, len(lines), size):
+        tokens = 0
+        for line in lines[start : start + size]:
+            ids = tokenizer(json.loads(line)["text"]).input_ids
+            ids.append(tokenizer.eos_token_id)
+            builder.add_document(ids, [len(ids)])
+            tokens += len(ids)
+        yield tokens
     builder.finalize(f"{prefix}.idx")
-    return tokens
 
 
-def _our_way(path: Path, tokenizer: HuggingFaceTokenizer, prefix: Path) -> int:
-    """What one process of preprocessing does, reading and writing included."""
+def _our_way(path: Path, tokenizer: HuggingFaceTokenizer, prefix: Path) -> Iterator[int]:
+    """What one process of preprocessing does, reading and writing included; yields the tokens of each chunk."""
     encoder = ChunkEncoder(tokenizer, EncodingOptions(DEFAULT_POLICIES))
     shutil.rmtree(prefix.parent, ignore_errors=True)
     with GroupShardWriter(prefix, tokenizer_stamp(tokenizer)) as writer:
         for chunk in read_chunks(path):
-            writer.add(encoder.encode(chunk).groups)
-    counts = GroupShard(prefix).manifest.counts
-    return counts.prompt_tokens + counts.response_tokens
+            groups = encoder.encode(chunk).groups
+            writer.add(groups)
+            yield len(groups.tokens)
 
 
 def compare_preprocessing(
     records: Sequence[GroupRecord], tokenizer_folder: Path, chat_template: str | None, *, repeats: int = 15
 ) -> dict[str, Any]:
-    """Time both ways on the same text (process CPU seconds, one core).
+    """Time both ways on the same text (process CPU seconds, one core), in turns of one chunk.
 
     Returns:
         ``speed_up``: their seconds / ours for the same groups, median of the rounds, with quartiles; million tokens
@@ -110,15 +112,13 @@ def compare_preprocessing(
             for record in records
             for response in record.responses
         ]
-        tokens: dict[str, int] = {}
-
-        def run_ours() -> None:
-            tokens["ours"] = _our_way(folder / "groups.jsonl", tokenizer, folder / "ours" / "shard")
-
-        def run_theirs() -> None:
-            tokens["theirs"] = _megatron_way(lines, tokenizer._hf, folder / "theirs")
-
-        times = interleaved_seconds({"ours": run_ours, "theirs": run_theirs}, repeats=repeats)
+        pieces = sum(1 for _ in read_chunks(folder / "groups.jsonl"))
+        ways: dict[str, Callable[[], Iterator[int]]] = {
+            "ours": lambda: _our_way(folder / "groups.jsonl", tokenizer, folder / "ours" / "shard"),
+            "theirs": lambda: _megatron_way(lines, tokenizer._hf, folder / "theirs", pieces),
+        }
+        tokens = {way: sum(run()) for way, run in ways.items()}
+        times = lockstep_seconds(ways, repeats=repeats)
     compared = summary(times, "ours")["theirs"]
     best = {way: min(seconds) for way, seconds in times.items()}
     return {

@@ -5,11 +5,12 @@ Seconds are process CPU time without CUDA (other processes do not count) and CUD
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,36 @@ def interleaved_seconds(
             if round_number >= warmup:
                 durations[name].append(taken)
     return durations
+
+
+def lockstep_seconds(
+    runs: Mapping[str, Callable[[], Iterator[Any]]], *, repeats: int = 7, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Durations of runs that advance in turns, one ``next`` each, until all have ended; otherwise as above.
+
+    For runs of many like pieces: a machine that is slow for a tenth of a second is slow for all of them.
+    """
+    durations: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(warmup + repeats):
+        taken = dict.fromkeys(runs, 0.0)
+        waiting = {name: run() for name, run in runs.items()}
+        turn = 0
+        while waiting:
+            for name in list(waiting) if turn % 2 else reversed(list(waiting)):
+                taken[name] += seconds(functools.partial(_advance, waiting, name))
+            turn += 1
+        if round_number >= warmup:
+            for name in runs:
+                durations[name].append(taken[name])
+    return durations
+
+
+def _advance(waiting: dict[str, Iterator[Any]], name: str) -> None:
+    """One step of one run; takes it out when it has ended."""
+    try:
+        next(waiting[name])
+    except StopIteration:
+        del waiting[name]
 
 
 def summary(durations: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:

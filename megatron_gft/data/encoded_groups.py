@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_json
 
 PROMPT_MODE = -1  # mode of the prompt's sequence; a response has its source's code
 UNKNOWN_OUTCOME = -1
-_META_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass
@@ -105,7 +104,7 @@ class GroupEncoder:
         meta: dict[str, Any] = {"id": group_id, "answer": answer}
         if models is not None and any(model is not None for model in models):
             meta["models"] = list(models)
-        self._metas.append(_META_JSON.encode(meta).encode())
+        self._metas.append(to_json(meta))
 
     def take(self) -> EncodedGroups:
         """The groups so far; the encoder is empty afterwards."""

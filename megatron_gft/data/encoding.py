@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +51,7 @@ class EncodedChunk:
     rows: int
 
 
-@dataclass
+@dataclass(slots=True)
 class _Pending:
     """A response on its way: its ids are known, or its text is still to be tokenized."""
 
@@ -64,7 +63,7 @@ class _Pending:
     logprobs: list[float] | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class _PendingGroup:
     record: GroupRecord
     place: str
@@ -97,7 +96,7 @@ class ChunkEncoder:
                 self._add(encoder, group, prompt, responses)
                 ids.append(group.record.id)
                 places.append(group.place)
-                lineages.append(dict(Counter(_lineage(response.record) for response in responses)))
+                lineages.append(_count_lineages(responses))
                 verifier = group.record.meta.get("verifier")
                 verifiers.append(None if verifier is None else json.dumps(verifier, sort_keys=True))
         return EncodedChunk(encoder.take(), ids, places, log.take(), lineages, verifiers, len(chunk))
@@ -252,6 +251,14 @@ def _are_logprobs(values: list[float], count: int) -> bool:
         return len(values) == count and all(math.isfinite(v) and v <= LOGPROB_SLACK for v in values)
     except OverflowError:  # an integer beyond float
         return False
+
+
+def _count_lineages(responses: list[_Pending]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for response in responses:
+        lineage = _lineage(response.record)
+        counts[lineage] = counts.get(lineage, 0) + 1
+    return counts
 
 
 def _lineage(record: ResponseRecord) -> str:

@@ -15,6 +15,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import from_json
+
 from megatron_gft.data.problems import DROP, ERROR, FIX, ProblemLog, raise_errors
 
 SOURCES = ("expert", "teacher", "self")
@@ -113,6 +115,23 @@ def record_to_json(record: GroupRecord) -> str:
 
 
 def parse_json_line(line: bytes, place: str, problems: ProblemLog) -> Any:
+    """The object of a line, or None when a problem removes it."""
+    try:
+        value = from_json(line)  # twice as fast as json, and refuses all that needs a closer look
+    except ValueError:
+        return _parse_doubtful_line(line, place, problems)
+    return _object(value, place, problems)
+
+
+def _object(value: Any, place: str, problems: ProblemLog) -> dict[str, Any] | None:
+    if isinstance(value, dict):
+        return value
+    problems.found("invalid_json", place, None, f"a JSON {type(value).__name__}, not an object")
+    return None
+
+
+def _parse_doubtful_line(line: bytes, place: str, problems: ProblemLog) -> Any:
+    """Name what is wrong with a line, mend what the policies say, and take what only Python's parser takes."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -124,12 +143,10 @@ def parse_json_line(line: bytes, place: str, problems: ProblemLog) -> Any:
     except (ValueError, RecursionError) as error:
         problems.found("invalid_json", place, None, str(error) or type(error).__name__)
         return None
-    if not isinstance(value, dict):
-        problems.found("invalid_json", place, None, f"a JSON {type(value).__name__}, not an object")
-        return None
-    if _SURROGATE_ESCAPE.search(line):
-        return _without_surrogates(value, place, problems)
-    return value
+    checked = _object(value, place, problems)
+    if checked is None or not _SURROGATE_ESCAPE.search(line):
+        return checked
+    return _without_surrogates(checked, place, problems)
 
 
 def _without_surrogates(value: dict, place: str, problems: ProblemLog) -> Any:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_json
 from tqdm import tqdm
 
 import megatron_gft
@@ -29,7 +30,7 @@ from megatron_gft.data.ordered_workers import OrderedWorkers
 from megatron_gft.data.problems import DEFAULT_POLICIES, FIX, Problem, ProblemCounts, ProblemLog, raise_errors
 from megatron_gft.data.shard_manifest import manifest_path
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.groups import RawChunk, expand_inputs, read_chunks
+from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_chunks
 from megatron_gft.hf.config import read_config
 from megatron_gft.sampling.staging import StagedShard, Staging, merge_problem_tables, shard_name
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
@@ -55,7 +56,8 @@ class PreprocessOptions:
         append: add shards to those that exist.
         part: ``(i, n)``: take every n-th row, the i-th of n (from 1), into shards ``PREFIX-part...``.
         max_groups_per_shard, max_bytes_per_shard: a shard is closed before it exceeds one of them (bytes of tokens).
-        rows_per_chunk: unit of work of a process; never changes what comes out but for shards cut by size.
+        rows_per_chunk: most rows of a chunk, the unit of work of a process (see ``groups.read_chunks``); it changes
+            only where shards are cut.
     """
 
     inputs: Sequence[str]
@@ -183,8 +185,8 @@ def _plan(options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStam
     """Hash of everything that decides the content of the shards; an interrupted run continues only when it is equal."""
     inputs = [[name, os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in files]
     limits = [options.max_prompt_tokens, options.max_response_tokens, dict(options.policies), options.part]
-    sizes = [options.max_groups_per_shard, options.max_bytes_per_shard, options.rows_per_chunk, options.append]
-    return sha256_json([megatron_gft.__version__, inputs, stamp.model_dump(), limits, sizes])
+    sizes = [options.max_groups_per_shard, options.max_bytes_per_shard, options.rows_per_chunk, BYTES_PER_CHUNK]
+    return sha256_json([megatron_gft.__version__, inputs, stamp.model_dump(), limits, sizes, options.append])
 
 
 # --- the stream ---------------------------------------------------------------------------------------------------
@@ -360,5 +362,5 @@ class _ShardBuilder:
         while (digest := id_digest(f"{chunk.ids[i]}#{number}")) in self._seen:
             number += 1
         meta["id"] = f"{chunk.ids[i]}#{number}"
-        chunk.groups.metas[i] = json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
+        chunk.groups.metas[i] = to_json(meta)
         return digest
