@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_gft.bench.data import (
     bench_open,
+    bench_preprocess_workers,
     bench_shard_reading,
     compare_preprocessing,
     synthetic_records,
@@ -33,6 +34,12 @@ def test_lockstep_takes_turns_until_both_have_ended():
     durations = lockstep_seconds({"a": lambda: run("a", 3), "b": lambda: run("b", 1)}, repeats=2, warmup=1)
     assert turns == ["b", "a", "a", "a"] * 3
     assert all(len(values) == 2 and min(values) > 0 for values in durations.values())
+
+
+def test_workers_are_compared_with_processes_apart():
+    result = bench_preprocess_workers(groups=6, repeats=2)
+    assert result["workers"] == 2 and result["wall_seconds"].keys() == {"one", "several", "apart"}
+    assert result["speed_up"] > 0 and result["ceiling"] > 0
 
 
 def test_reading_and_opening(tmp_path):

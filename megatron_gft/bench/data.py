@@ -8,9 +8,11 @@ Megatron-LM a group is one document per response, each with its prompt.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, _IndexWriter
 
-from megatron_gft.bench.timing import interleaved_seconds, lockstep_seconds, summary
+from megatron_gft.bench.timing import interleaved_seconds, lockstep_seconds, summary, wall_seconds
 from megatron_gft.data.encoded_groups import PROMPT_MODE
 from megatron_gft.data.encoding import ChunkEncoder, EncodingOptions
 from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
@@ -143,40 +145,49 @@ def bench_preprocess(groups: int = 600, repeats: int = 15) -> dict[str, Any]:
         }
 
 
-def bench_preprocess_workers(groups: int = 4000, workers: int = 2, repeats: int = 5) -> dict[str, Any]:
-    """Wall seconds with one process and with several, start and tokenizer included: meaningful on an idle machine.
+def bench_preprocess_workers(groups: int = 2000, workers: int = 2, repeats: int = 11) -> dict[str, Any]:
+    """Wall seconds with one process and with several, start and tokenizer included.
 
-    ``cpu_ratio`` is meaningful on a busy one too: CPU seconds of all processes with several workers / with one.
+    Cores share caches, memory and, on a lent machine, their hardware with strangers. ``ceiling`` shows what is left to
+    gain: the speed-up of as many processes that know nothing of each other, each with its part of the input.
     """
     records = synthetic_records(groups, 8)
     with tempfile.TemporaryDirectory() as name:
         folder = synthetic_tokenizer(Path(name) / "tokenizer", records[:300])
         write_group_file(Path(name) / "groups.jsonl", records)
-        wall: dict[int, float] = {}
-        cpu: dict[int, float] = {}
-        for number in range(repeats):
-            for count in (1, workers):
-                options = PreprocessOptions(
-                    [f"{name}/groups.jsonl"], str(folder), f"{name}/{number}-{count}/shard", "none", workers=count
-                )
-                before = _cpu_seconds()
-                seconds = preprocess(options, progress=False).seconds
-                wall[count] = min(wall.get(count, seconds), seconds)
-                cpu[count] = min(cpu.get(count, np.inf), _cpu_seconds() - before)
+
+        def run(count: int, out: str, part: tuple[int, int] = (1, 1)) -> None:
+            shutil.rmtree(f"{name}/{out}", ignore_errors=True)
+            options = PreprocessOptions(
+                [f"{name}/groups.jsonl"], str(folder), f"{name}/{out}/shard", NO_TEMPLATE, workers=count, part=part
+            )
+            preprocess(options, progress=False)
+
+        def run_apart() -> None:
+            context = multiprocessing.get_context("fork")
+            processes = [
+                context.Process(target=run, args=(1, f"apart{i}", (i, workers))) for i in range(1, workers + 1)
+            ]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+            if any(process.exitcode for process in processes):
+                raise RuntimeError("a process that preprocesses a part failed")
+
+        runs = {"one": lambda: run(1, "one"), "several": lambda: run(workers, "several"), "apart": run_apart}
+        times = interleaved_seconds(runs, repeats=repeats, measure=wall_seconds)
+    of_one = {way: [one / other for one, other in zip(times["one"], times[way], strict=True)] for way in times}
     return {
-        "wall_seconds": wall,
-        "cpu_seconds": cpu,
-        "speed_up": wall[1] / wall[workers],
-        "cpu_ratio": cpu[workers] / cpu[1],
+        "workers": workers,
+        "wall_seconds": {way: statistics.median(seconds) for way, seconds in times.items()},
+        "speed_up": statistics.median(of_one["several"]),
+        "speed_up_quartiles": statistics.quantiles(of_one["several"], n=4)[::2],
+        "ceiling": statistics.median(of_one["apart"]),
+        "ceiling_quartiles": statistics.quantiles(of_one["apart"], n=4)[::2],
         "cpus": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
     }
-
-
-def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def _write_random_shard(prefix: Path, groups: int, responses: int, mean_length: int) -> None:

@@ -61,8 +61,19 @@ def seconds(run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / 1000
 
 
+def wall_seconds(run: Callable[[], Any]) -> float:
+    """Duration of one call that is worked on by several processes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def interleaved_seconds(
-    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 7,
+    warmup: int = 1,
+    measure: Callable[[Callable[[], Any]], float] = seconds,
 ) -> dict[str, list[float]]:
     """Durations of every run, ``repeats`` rounds in which each run has one turn, after ``warmup`` rounds.
 
@@ -71,7 +82,7 @@ def interleaved_seconds(
     durations: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(warmup + repeats):
         for name in list(runs) if round_number % 2 else reversed(list(runs)):
-            taken = seconds(runs[name])
+            taken = measure(runs[name])
             if round_number >= warmup:
                 durations[name].append(taken)
     return durations
