@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from group_files import random_records
 from hypothesis import HealthCheck, given, settings
@@ -214,6 +215,56 @@ def test_workers_keep_the_order_and_report_failures():
         list(workers.map(range(10, 15)))
     with OrderedWorkers(_square_or_fail, 2) as workers, pytest.raises(WorkerError, match="by signal SIGKILL"):
         list(workers.map(range(16, 20)))
+
+
+def _pid_after(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_a_slow_item_holds_up_nobody():
+    with OrderedWorkers(_pid_after, 2) as workers:
+        slow, *others = workers.map([0.5, 0, 0, 0, 0, 0])
+    assert slow not in others and len(set(others)) == 1
+
+
+def _pid_and_much(_: int) -> tuple[int, bytes]:
+    return os.getpid(), bytes(1 << 20)  # more than a pipe holds
+
+
+def test_a_worker_that_dies_with_half_a_result_is_noticed():
+    with OrderedWorkers(_pid_and_much, 1) as workers:
+        results = workers.map(range(5))
+        pid, _ = next(results)
+        time.sleep(0.2)  # the next result is half in the pipe
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match="by signal SIGKILL"):
+            list(results)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    def parent():
+        with OrderedWorkers(_pid_and_much, 2) as workers:
+            results = workers.map(range(100))
+            pids = {next(results)[0] for _ in range(6)}
+            (tmp_path / "pids").write_text(" ".join(map(str, pids)))
+            time.sleep(60)
+
+    assert _in_child(parent, delay=1.5) == -signal.SIGKILL
+    pids = list(map(int, (tmp_path / "pids").read_text().split()))
+    deadline = time.monotonic() + 10
+    while (left := list(filter(_is_running, pids))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "a worker outlives its parent"
 
 
 # --- bad lines ------------------------------------------------------------------------------------------------------

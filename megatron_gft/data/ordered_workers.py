@@ -1,8 +1,8 @@
 """A function applied to a stream by several processes, results in order, memory bounded.
 
-Items go round robin to forked processes, a few ahead each, and results are taken in the same order; so nothing
-depends on timing. Processes inherit the function by fork: nothing large is pickled but items and results. They end
-with their parent, however it ends.
+Items lie in one queue, a few for each forked process, and whoever is free takes the next: a core that is slow for a
+while holds up nobody. Results are given in the order of the items, so nothing depends on timing. Processes inherit the
+function by fork: nothing large is pickled but items and results. They end with their parent, however it ends.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import os
 import queue
 import signal
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -35,26 +35,30 @@ class OrderedWorkers(Generic[Item, Result]):
     """
 
     def __init__(self, function: Callable[[Item], Result], count: int):
-        context = multiprocessing.get_context("fork")
-        self._tasks: list[Any] = [context.Queue() for _ in range(count)]
-        self._results: list[Any] = [context.Queue() for _ in range(count)]
-        self._processes = [
-            context.Process(target=_work, args=(function, tasks, results, os.getpid()), daemon=True)
-            for tasks, results in zip(self._tasks, self._results, strict=True)
-        ]
+        self._function, self._count = function, count
+        self._context = multiprocessing.get_context("fork")
+        self._tasks = self._context.Queue()
+        self._processes: list[Any] = []
+        self._results: list[Connection] = []  # a pipe for each: it ends when its process does, with half a result too
 
     def __enter__(self) -> OrderedWorkers[Item, Result]:
-        for process in self._processes:
-            process.start()
+        for _ in range(self._count):
+            reader, writer = self._context.Pipe(duplex=False)
+            self._results.append(reader)
+            arguments = (self._function, self._tasks, writer, self._results, os.getpid())
+            self._processes.append(self._context.Process(target=_work, args=arguments, daemon=True))
+            self._processes[-1].start()
+            writer.close()  # before the next fork: only this process may hold it
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.terminate()
             process.join()
-        for channel in (*self._tasks, *self._results):
-            channel.cancel_join_thread()
-            channel.close()
+        for reader in self._results:
+            reader.close()
+        self._tasks.cancel_join_thread()
+        self._tasks.close()
 
     def map(self, items: Iterable[Item]) -> Iterator[Result]:
         """Results in the order of the items, taken from the stream only as fast as results are used.
@@ -62,44 +66,56 @@ class OrderedWorkers(Generic[Item, Result]):
         Raises:
             WorkerError: the function raised, or a process died (for want of memory, say).
         """
-        waiting: deque[int] = deque()
-        for number, item in enumerate(items):
-            if len(waiting) == ITEMS_AHEAD * len(self._processes):
-                yield self._receive(waiting.popleft())
-            worker = number % len(self._processes)
-            self._tasks[worker].put(item)
-            waiting.append(worker)
-        while waiting:
-            yield self._receive(waiting.popleft())
+        early: dict[int, tuple[str | None, Any]] = {}  # results whose turn has not come
+        sent = received = 0
+        for item in items:
+            if sent - received == ITEMS_AHEAD * self._count:
+                yield self._receive(received, early)
+                received += 1
+            self._tasks.put((sent, item))
+            sent += 1
+        while received < sent:
+            yield self._receive(received, early)
+            received += 1
 
-    def _receive(self, worker: int) -> Result:
-        while True:
-            try:
-                failure, result = self._results[worker].get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                code = self._processes[worker].exitcode
-                if code is not None:
-                    how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-                    raise WorkerError(
-                        f"worker process {worker} ended {how} -> fewer workers need less memory"
-                    ) from None
-                continue
-            if failure is not None:
-                raise WorkerError(f"worker {worker} failed:\n{failure}")
-            return result
+    def _receive(self, number: int, early: dict[int, tuple[str | None, Any]]) -> Result:
+        while number not in early:
+            for reader in wait(self._results):
+                assert isinstance(reader, Connection)
+                try:
+                    done, failure, result = reader.recv()
+                except (EOFError, OSError):
+                    raise WorkerError(self._how_it_ended(self._results.index(reader))) from None
+                early[done] = failure, result
+        failure, result = early.pop(number)
+        if failure is not None:
+            raise WorkerError(f"a worker failed:\n{failure}")
+        return result
+
+    def _how_it_ended(self, worker: int) -> str:
+        self._processes[worker].join()
+        code = self._processes[worker].exitcode
+        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return f"worker process {worker} ended {how} -> fewer workers need less memory"
 
 
-def _work(function: Callable[[Any], Any], tasks: Any, results: Any, parent: int) -> None:
+def _work(
+    function: Callable[[Any], Any], tasks: Any, out: Connection, readers: Sequence[Connection], parent: int
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for reader in readers:  # the parent's: who writes to a dead parent must notice
+        reader.close()
     gc.freeze()  # what came with the fork (torch, transformers) is never garbage: do not look at it again and again
     while True:
         try:
-            item = tasks.get(timeout=POLL_SECONDS)
+            number, item = tasks.get(timeout=POLL_SECONDS)
         except queue.Empty:
             if os.getppid() != parent:  # it was killed: nobody will ever ask again
                 return
             continue
         try:
-            results.put((None, function(item)))
+            out.send((number, None, function(item)))
+        except BrokenPipeError:
+            return
         except Exception:
-            results.put((traceback.format_exc(), None))
+            out.send((number, traceback.format_exc(), None))
