@@ -33,30 +33,47 @@ def exported_weights(output: Path) -> dict[str, str]:
 
 
 def run_under_fire(
-    model: str, output: Path, world_size: int, options: list[str], kills: int, seed: int, delay: tuple[float, float]
-) -> int:
-    """Start the run again and again, killing one random rank (SIGKILL) after a random time, ``kills`` times; then let
-    it finish. Returns the number of kills that hit a running process."""
+    model: str, output: Path, world_size: int, options: list[str], kills: int, seed: int
+) -> tuple[int, int]:
+    """Start the run again and again, killing one random rank (SIGKILL) at a random moment, ``kills`` times; then let
+    it finish. Returns the number of kills that hit a running process, and of those that came after steps of that start.
+    """
     rng = random.Random(seed)
-    hit = 0
+    hit = in_training = 0
     for attempt in range(10 * kills):
         folder = output.parent / f"attempt-{attempt}"
         folder.mkdir()
         group = RankGroup(folder, world_size, device_run.run, model, str(output), options, timeout=600)
         if hit == kills:
             assert [result["code"] for result in group.wait()] == [0] * world_size
-            return hit
-        until = time.monotonic() + rng.uniform(*delay)
-        while time.monotonic() < until and group.running and group.poll() is None:
-            time.sleep(0.005)
+            return hit, in_training
+        steps = wait_for_a_moment(group, output / "metrics.jsonl", rng)
         if not group.running:
-            return hit  # finished before its time: the caller's counts are too low for this machine
+            return hit, in_training  # finished before its time: the caller's counts are too low for this machine
         group.send(signal.SIGKILL, rng.choice(sorted(group.running.values())))
         hit += 1
+        in_training += steps > 0
         group.end()
         for complete in list_checkpoints(output / "checkpoints"):
             assert find_damage(complete) == []
     raise AssertionError("the run never finished")
+
+
+def wait_for_a_moment(group: RankGroup, metrics: Path, rng: random.Random) -> int:
+    """Every other time a moment after the start, else one after some steps; returns how many steps were seen."""
+
+    def written() -> int:
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    wanted = rng.choice((0, rng.randint(1, 5)))
+    steps, size, until = 0, written(), time.monotonic() + rng.uniform(0.6, 4.0)
+    while group.running and group.poll() is None and (steps < wanted or time.monotonic() < until):
+        time.sleep(0.005)
+        if (now := written()) != size:
+            steps, size = steps + (now > size), now
+            if steps == wanted:
+                until = time.monotonic() + rng.uniform(0, 0.3)
+    return steps
 
 
 def soak(*values):
@@ -66,7 +83,7 @@ def soak(*values):
 @pytest.mark.parametrize(
     ("layout", "kills", "epochs"),
     [
-        (["parallel.tp=2"], 3, 2),
+        (["parallel.tp=2"], 3, 6),
         soak(["parallel.tp=2"], 50, 60),
         soak(["parallel.pp=2"], 50, 60),
         soak(["parallel.tp=2", "parallel.pp=2"], 50, 60),
@@ -78,8 +95,9 @@ def test_killed_ranks_do_not_change_the_weights(model, tmp_path, layout, kills, 
     options += ["checkpoint.export_hf=last", "optimizer.lr=1e-4"]
     run_ranks(4, device_run.run, model, str(tmp_path / "whole"), options, timeout=600)
     (tmp_path / "fire").mkdir()
-    hit = run_under_fire(model, tmp_path / "fire" / "run", 4, options, kills, seed=kills, delay=(0.6, 4.0))
-    assert hit == kills
+    hit, in_training = run_under_fire(model, tmp_path / "fire" / "run", 4, options, kills, seed=kills)
+    print(f"{hit} kills, {in_training} of them after steps of their start")
+    assert hit == kills and in_training >= kills // 4
     assert exported_weights(tmp_path / "fire" / "run") == exported_weights(tmp_path / "whole")
     assert losses(tmp_path / "fire" / "run") == losses(tmp_path / "whole")
 
