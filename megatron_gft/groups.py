@@ -170,7 +170,7 @@ def _parquet_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple
                 rows = max(1, len(batch) * max_bytes // max(batch.nbytes, 1))
                 for start in range(0, len(batch), rows):
                     # A slice would be pickled with the whole batch.
-                    part = batch if rows >= len(batch) else batch.take(list(range(start, len(batch)))[:rows])
+                    part = batch if rows >= len(batch) else batch.take(list(range(start, min(start + rows, len(batch)))))
                     read += len(part)
                     yield part, read / file.metadata.num_rows
     except pyarrow.ArrowException as error:
