@@ -169,8 +169,9 @@ def _parquet_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple
             for batch in file.iter_batches(batch_size=max_rows):
                 rows = max(1, len(batch) * max_bytes // max(batch.nbytes, 1))
                 for start in range(0, len(batch), rows):
+                    chosen = range(start, min(start + rows, len(batch)))
                     # A slice would be pickled with the whole batch.
-                    part = batch if rows >= len(batch) else batch.take(list(range(start, min(start + rows, len(batch)))))
+                    part = batch if len(chosen) == len(batch) else batch.take(list(chosen))
                     read += len(part)
                     yield part, read / file.metadata.num_rows
     except pyarrow.ArrowException as error:
