@@ -145,11 +145,12 @@ def bench_preprocess(groups: int = 600, repeats: int = 15) -> dict[str, Any]:
         }
 
 
-def bench_preprocess_workers(groups: int = 2000, workers: int = 2, repeats: int = 11) -> dict[str, Any]:
-    """Wall seconds with one process and with several, start and tokenizer included.
+def bench_preprocess_workers(groups: int = 12_000, workers: int = 2, repeats: int = 5) -> dict[str, Any]:
+    """Wall seconds with one process and with several, start and tokenizer included: some 20 s of work for one.
 
-    Cores share caches, memory and, on a lent machine, their hardware with strangers. ``ceiling`` shows what is left to
-    gain: the speed-up of as many processes that know nothing of each other, each with its part of the input.
+    Much less would measure what is the same for every size (loading the tokenizer, starting, stopping). Cores share
+    caches, memory and, on a lent machine, their hardware with strangers. ``ceiling`` shows what is left to gain: the
+    speed-up of as many processes that know nothing of each other, each with its part of the input.
     """
     records = synthetic_records(groups, 8)
     with tempfile.TemporaryDirectory() as name:
