@@ -11,8 +11,8 @@ tool that reads and writes groups loses nothing. Plain rows ``{question, answer}
 are read as groups with one expert response; the gold answer is what follows ``####``, or the ``answer`` beside a
 ``solution``.
 
-In a parquet file a prompt of messages is in the column ``messages``; ``meta``, ``sampling`` and ``extra`` are JSON
-text.
+In a parquet file a prompt of messages is in the column ``messages``; ``meta``, ``sampling`` and ``extra`` (further
+fields of a response or message) are JSON text. Cells that JSON cannot hold (dates, bytes) are read as text.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import IO, Any, cast
 from megatron_gft.atomic import atomic_file
 from megatron_gft.data.group_records import (
     FINISH_REASONS,
+    GROUP_FIELDS,
     RESPONSE_FIELDS,
     SOURCE_CODES,
     SOURCES,
@@ -44,8 +45,8 @@ from megatron_gft.data.group_records import (
     record_to_dict,
     record_to_json,
 )
-from megatron_gft.data.problems import ProblemLog, raise_errors
-from megatron_gft.errors import InputError
+from megatron_gft.data.problems import ERROR, ProblemLog
+from megatron_gft.errors import InputError, InputErrors
 
 __all__ = [
     "FINISH_REASONS",
@@ -57,11 +58,14 @@ __all__ = [
     "expand_inputs",
     "gold_answer",
     "iter_group_file",
+    "iter_rows",
+    "json_value",
     "parse_chunk",
     "read_chunks",
     "record_from_json",
     "record_to_dict",
     "record_to_json",
+    "refuse_problems",
     "write_group_file",
 ]
 _PARQUET_BATCH = 1024
@@ -180,21 +184,26 @@ def _parquet_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple
 
 def parse_chunk(chunk: RawChunk, problems: ProblemLog) -> Iterator[tuple[GroupRecord, str]]:
     """Parse rows into groups; yield ``(record, "file:line")`` of the good ones, note the others in ``problems``."""
-    is_lines = isinstance(chunk.rows, list)
-    for offset in range(len(chunk.rows)):
-        place = f"{chunk.path}:{chunk.first_row + offset * chunk.step}"
-        if is_lines:
-            line = chunk.rows[offset]
-            if line.isspace():
-                continue
-            value = parse_json_line(line, place, problems)
-        else:
-            value = _parquet_row(chunk.rows, offset, place, problems)
-        if value is None:
-            continue
-        record = parse_group(value, place, problems)
+    for row, place in iter_rows(chunk, problems):
+        record = parse_group(row, place, problems)
         if record is not None:
             yield record, place
+
+
+def iter_rows(chunk: RawChunk, problems: ProblemLog) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield ``(row, "file:line")`` as JSON values, groups or not; note unreadable rows in ``problems``.
+
+    A row with ``responses`` in parquet is a group as :func:`write_group_file` writes them, and reads as in JSONL.
+    """
+    rows = chunk.rows if isinstance(chunk.rows, list) else _parquet_rows(chunk.rows)
+    for offset, row in enumerate(rows):
+        place = f"{chunk.path}:{chunk.first_row + offset * chunk.step}"
+        if isinstance(row, bytes):
+            value = None if row.isspace() else parse_json_line(row, place, problems)
+        else:
+            value = _parquet_row(row, place, problems)
+        if value is not None:
+            yield value, place
 
 
 def iter_group_file(path: str | Path) -> Iterator[tuple[GroupRecord, str]]:
@@ -206,9 +215,20 @@ def iter_group_file(path: str | Path) -> Iterator[tuple[GroupRecord, str]]:
     problems = ProblemLog()
     for chunk in read_chunks(path, _PARQUET_BATCH):
         for item in parse_chunk(chunk, problems):
-            raise_errors(problems.take())
+            refuse_problems(problems)
             yield item
-        raise_errors(problems.take())
+        refuse_problems(problems)
+
+
+def refuse_problems(problems: ProblemLog) -> None:
+    """Forget the findings so far, if none is an error.
+
+    Raises:
+        InputErrors: some are. It names no policy: this is for tools that have none, only preprocessing has.
+    """
+    errors = [problem for problem in problems.take() if problem.action == ERROR]
+    if errors:
+        raise InputErrors("bad rows -> correct or remove them", [str(problem) for problem in errors])
 
 
 def write_group_file(path: str | Path, records: Iterable[GroupRecord]) -> int:
@@ -240,32 +260,65 @@ def _open_to_write(path: Path, compressed: bool) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _parquet_row(batch: Any, offset: int, place: str, problems: ProblemLog) -> Any:
+# --- parquet -----------------------------------------------------------------------------------------------------
+
+
+def json_value(value: Any) -> Any:
+    """A cell as JSON can hold it: dates and the like become text."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    return json.loads(json.dumps(value, default=str))
+
+
+def _parquet_rows(batch: Any) -> list[dict[str, Any] | Exception]:
+    """Rows of a batch; the error in place of a row whose cells Python cannot hold."""
     try:
-        row = batch.slice(offset, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        problems.found("invalid_utf8", place, None, str(error))
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # bad UTF-8, nanoseconds, dates beyond the year 9999
+        if len(batch) == 1:
+            return [error]
+    return [row for i in range(len(batch)) for row in _parquet_rows(batch.slice(i, 1))]
+
+
+def _parquet_row(row: dict[str, Any] | Exception, place: str, problems: ProblemLog) -> dict[str, Any] | None:
+    """One row as the same group in JSONL; None when a problem removes it."""
+    if isinstance(row, Exception):
+        kind = "invalid_utf8" if isinstance(row, UnicodeDecodeError) else "wrong_type"
+        problems.found(kind, place, None, str(row))
         return None
+    if "responses" not in row:
+        return {name: json_value(value) for name, value in row.items()}
     messages = row.pop("messages", None)
     if row.get("prompt") is None and messages is not None:
         row["prompt"] = messages
     try:
-        if isinstance(row.get("meta"), str):
-            row["meta"] = json.loads(row["meta"])
-        for response in row["responses"] if isinstance(row.get("responses"), list) else ():
-            if not isinstance(response, dict):
-                continue
-            if isinstance(response.get("sampling"), str):
-                response["sampling"] = json.loads(response["sampling"])
-            extra = response.pop("extra", None)
-            response.update(json.loads(extra) if isinstance(extra, str) else {})
+        row["meta"] = _unpacked(row.get("meta"))
+        for message in _objects(row.get("prompt")):
+            _add_extra(message, ("role", "content"))
+        for response in _objects(row["responses"]):
+            response["sampling"] = _unpacked(response.get("sampling"))
+            _add_extra(response, RESPONSE_FIELDS)
     except (ValueError, RecursionError) as error:
         problems.found("invalid_json", place, None, f"in a column of JSON text: {error}")
         return None
-    return row
+    return {name: value if name in GROUP_FIELDS else json_value(value) for name, value in row.items()}
 
 
-# --- parquet -----------------------------------------------------------------------------------------------------
+def _objects(items: Any) -> list[dict[str, Any]]:
+    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+
+
+def _unpacked(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else json_value(value)
+
+
+def _add_extra(item: dict[str, Any], own: Sequence[str]) -> None:
+    """Put the fields of ``extra`` (JSON text) into ``item``; the columns of others than us are fields too."""
+    extra = _unpacked(item.pop("extra", None)) or {}
+    if not isinstance(extra, dict):
+        raise ValueError(f"extra is {extra!r}, not an object")
+    columns = {name: json_value(item.pop(name)) for name in [name for name in item if name not in own]}
+    item.update({name: value for name, value in columns.items() if value is not None} | extra)
 
 
 def _write_parquet(path: str | Path, records: Iterable[GroupRecord]) -> int:
@@ -276,7 +329,7 @@ def _write_parquet(path: str | Path, records: Iterable[GroupRecord]) -> int:
     response = [(name, text) for name in ("text", "source", "outcome", "finish_reason", "model", "tokenizer")]
     response += [("reward", pyarrow.float64()), ("token_ids", pyarrow.list_(pyarrow.int32()))]
     response += [("logprobs", pyarrow.list_(pyarrow.float64())), ("sampling", text), ("extra", text)]
-    message = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))
+    message = pyarrow.list_(pyarrow.struct([("role", text), ("content", text), ("extra", text)]))
     schema = pyarrow.schema(
         [("id", text), ("prompt", text), ("messages", message), ("answer", text), ("meta", text)]
         + [("responses", pyarrow.list_(pyarrow.struct(response)))]
@@ -290,7 +343,7 @@ def _write_parquet(path: str | Path, records: Iterable[GroupRecord]) -> int:
 
 
 def _parquet_value(record: GroupRecord) -> dict[str, Any]:
-    is_text = isinstance(record.prompt, str)
+    text, messages = (record.prompt, None) if isinstance(record.prompt, str) else (None, record.prompt)
     responses = []
     for response in record.responses:
         value = {name: getattr(response, name) for name in RESPONSE_FIELDS}
@@ -299,9 +352,14 @@ def _parquet_value(record: GroupRecord) -> dict[str, Any]:
         responses.append(value)
     return {
         "id": record.id,
-        "prompt": record.prompt if is_text else None,
-        "messages": None if is_text else record.prompt,
+        "prompt": text,
+        "messages": None if messages is None else [_parquet_message(message) for message in messages],
         "answer": record.answer,
         "responses": responses,
         "meta": json.dumps(record.meta) if record.meta else None,
     }
+
+
+def _parquet_message(message: dict[str, Any]) -> dict[str, Any]:
+    extra = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return {"role": message["role"], "content": message["content"], "extra": json.dumps(extra) if extra else None}

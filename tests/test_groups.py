@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import gzip
 import itertools
 import json
 import pickle
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -76,9 +79,11 @@ responses = st.builds(
     sampling=st.none() | st.dictionaries(texts, json_values, max_size=2),
     extra=st.dictionaries(st.sampled_from(["seed_of_mine", "zzz"]), json_values, max_size=2),
 )
-prompts = texts | st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["system", "user"]), "content": texts}), min_size=1, max_size=3
+messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user"]), "content": texts},
+    optional={"name": texts, "extra": texts, "tool_calls": st.lists(json_values, max_size=2)},
 )
+prompts = texts | st.lists(messages, min_size=1, max_size=3)
 records = st.builds(
     GroupRecord,
     id=texts,
@@ -169,15 +174,51 @@ def test_plain_rows_become_expert_groups(tmp_path):
 
 
 def test_plain_rows_from_parquet(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     path = tmp_path / "train.parquet"
     rows = [{"question": f"q{i}", "answer": f"a\n#### {i}"} for i in range(3)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     found = list(iter_group_file(path))
     assert [record.answer for record, _ in found] == ["0", "1", "2"]
     assert [place for _, place in found] == [f"{path}:{n}" for n in (1, 2, 3)]
+
+
+def test_columns_of_others_in_parquet_become_what_json_can_hold(tmp_path):
+    path, day = tmp_path / "theirs.parquet", datetime.datetime(2020, 1, 2)
+    response = {"text": "E", "source": "expert", "made": day, "extra": '{"zzz": 1}', "blank": None}
+    message = {"role": "user", "content": "hi", "name": None, "at": day}
+    row = {"id": "1", "messages": [message], "responses": [response], "created": day, "blob": b"x", "meta": {"at": day}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    ((record, _),) = iter_group_file(path)
+    stamp = "2020-01-02 00:00:00"
+    assert record.prompt == [{"role": "user", "content": "hi", "at": stamp}]
+    assert record.responses[0].extra == {"made": stamp, "zzz": 1}
+    assert record.meta == {"created": stamp, "blob": "b'x'", "at": stamp}
+    assert record_from_json(record_to_json(record)) == record
+
+
+@pytest.mark.parametrize(
+    "column,kind",
+    [
+        (pyarrow.array([b"ok", b"\xff\xfe", b"end"]).view(pyarrow.string()), "invalid_utf8"),
+        (pyarrow.array([0, 1, 1000], pyarrow.timestamp("ns")), "wrong_type"),
+        (pyarrow.array([0, 10**8, 1], pyarrow.date32()), "wrong_type"),
+        (pyarrow.array(["{}", "5", "{}"]), "invalid_json"),
+    ],
+)
+def test_cells_that_cannot_be_read_cost_their_row_only(tmp_path, column, kind):
+    path = tmp_path / "bad.parquet"
+    responses = [[{"text": "E", "source": "expert"}]] * 3
+    columns = {"id": ["0", "1", "2"], "prompt": ["p"] * 3}
+    if kind == "invalid_json":
+        responses = [[{"text": "E", "source": "expert", "extra": extra}] for extra in column.to_pylist()]
+    else:
+        columns["mine"] = column
+    pyarrow.parquet.write_table(pyarrow.table(columns | {"responses": responses}), path)
+    log = ProblemLog()
+    found = [record.id for chunk in read_chunks(path) for record, _ in parse_chunk(chunk, log)]
+    assert found == ["0", "2"] and [(p.kind, p.place) for p in log.problems] == [(kind, f"{path}:2")]
+    with pytest.raises(InputError, match=f"bad rows -> correct or remove them.*\n.*{path}:2: {kind}"):
+        list(iter_group_file(path))
 
 
 def test_gold_answer():
