@@ -68,6 +68,7 @@ __all__ = [
     "refuse_problems",
     "write_group_file",
 ]
+GROUP_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # that can be written
 _PARQUET_BATCH = 1024
 _PARTS_PER_READ = 16  # of many parts, chunks get smaller instead of reads larger
 # A worker holds some 40 times the text while it tokenizes, and the last chunk is worked on alone: keep chunks small.
@@ -240,8 +241,8 @@ def write_group_file(path: str | Path, records: Iterable[GroupRecord]) -> int:
     name, count = str(path), 0
     if name.endswith(".parquet"):
         return _write_parquet(path, records)
-    if not name.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(f"{path}: unknown kind of group file -> use .jsonl, .jsonl.gz or .parquet")
+    if not name.endswith(GROUP_FILE_SUFFIXES):
+        raise InputError(f"{path}: unknown kind of group file -> use {', '.join(GROUP_FILE_SUFFIXES)}")
     with atomic_file(path) as temporary:
         with _open_to_write(temporary, name.endswith(".gz")) as file:
             for record in records:
