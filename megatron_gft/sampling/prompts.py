@@ -1,46 +1,67 @@
 """Prompts to sample from: rows of JSONL or parquet files, or of a Hugging Face dataset folder.
 
 A row gives a prompt (text or messages), a gold answer if it has one, an id, and whatever else it holds (an expert's
-solution in some column). A row that is already a group keeps its responses, so a group file can be enlarged.
+solution in some column). A row with ``responses`` is one of a group file: it keeps them, so a group file can be
+enlarged, and so can be a file in which some groups have none yet.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_gft.data.group_records import ResponseRecord, gold_answer, parse_json_line
-from megatron_gft.data.problems import ProblemLog, raise_errors
+from megatron_gft.data.group_records import ResponseRecord, gold_answer, parse_group
+from megatron_gft.data.problems import ProblemLog
 from megatron_gft.errors import InputError
-from megatron_gft.groups import RawChunk, iter_group_file, read_chunks
+from megatron_gft.groups import RawChunk, iter_rows, read_chunks, refuse_problems
 from megatron_gft.sampling.settings import Prompt
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
-_SPLITS = ("train", "test", "valid", "dev")  # names of data files in a dataset folder begin with their split
+_SPLITS = (  # names of a split in names of files, as the hub reads them; one line means the same
+    ("train", "training"),
+    ("test", "testing", "eval", "evaluation"),
+    ("validation", "valid", "val", "dev"),
+)
+_SUFFIXES = (".parquet", ".jsonl", ".arrow")
+_FILE_NUMBER = re.compile(r"[-._]?(part|shard)?[-._]?\d+([-._]of[-._]\d+)?(-[0-9a-f]{16})?$")
 _ROWS_PER_CHUNK = 512
 
 
 @dataclass(frozen=True)
 class PromptColumns:
-    """Where things are in a row; ``None`` finds them by the usual names.
+    """Where things are in a row; ``None`` finds them by the usual names. Rows of a group file allow only ``None``.
 
     Args:
         prompt: column of the prompt; default: the first present of ``prompt, question, problem, messages``.
         answer: column of the gold answer; default ``answer``. Of a solution with ``####`` only the answer is taken.
         id: column of the id; default ``id``, else a hash of the prompt.
         template: text with ``{prompt}`` in it, put around every text prompt.
+        duplicates: what becomes of a row whose id an earlier one has (without ids: the same prompt again): ``keep``
+            gives it as it is (a generation run refuses it), ``drop`` leaves it out, ``number`` appends #2, #3, ...
+            to its id.
+
+    Raises:
+        InputError: a template without ``{prompt}``.
     """
 
     prompt: str | None = None
     answer: str | None = None
     id: str | None = None
     template: str | None = None
+    duplicates: Literal["keep", "drop", "number"] = "keep"
+
+    def __post_init__(self) -> None:
+        if self.template is not None and "{prompt}" not in self.template:
+            raise InputError(
+                f"--prompt-template {self.template!r}: all prompts would be this text -> put {{prompt}} in it"
+            )
 
 
 @dataclass(frozen=True)
@@ -60,80 +81,167 @@ class PromptRow:
         return hashlib.blake2b(json.dumps(self.prompt, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-def iter_prompts(path: str | Path, columns: PromptColumns, split: str = "train") -> Iterator[PromptRow]:
+def iter_prompts(
+    path: str | Path, columns: PromptColumns, split: str = "train", seen: Counter[str] | None = None
+) -> Iterator[PromptRow]:
     """Rows of a file or dataset folder, in order.
+
+    Args:
+        path: of the file or folder.
+        columns: how a row is read.
+        split: of a folder.
+        seen: how often each id came; share one between the paths of a run, so that ``columns.duplicates`` holds for
+            all of them. Counted unless duplicates are kept.
 
     Raises:
         InputError: nothing readable there, or a row without a usable prompt (``file:line``).
     """
+    seen = Counter() if seen is None else seen
+    problems = ProblemLog()
     for file in prompt_files(path, split):
-        rows = _rows(file)
-        first = next(rows, None)
-        if first is not None and first[1].get("responses"):
-            for record, place in iter_group_file(file):
-                yield PromptRow(record.id, record.prompt, record.answer, place, {}, record.responses, record.meta)
-        elif first is not None:
-            for place, row in itertools.chain([first], rows):
-                yield _prompt_row(row, place, columns)
+        for chunk in _arrow_chunks(file) if file.endswith(".arrow") else read_chunks(file, _ROWS_PER_CHUNK):
+            for value, place in iter_rows(chunk, problems):
+                refuse_problems(problems)
+                row = _group_row(value, place, columns) if "responses" in value else _prompt_row(value, place, columns)
+                unique = row if columns.duplicates == "keep" else _with_own_id(row, seen, columns.duplicates)
+                if unique is not None:
+                    yield unique
+            refuse_problems(problems)
+
+
+def _with_own_id(row: PromptRow, seen: Counter[str], duplicates: str) -> PromptRow | None:
+    seen[row.id] += 1
+    number = seen[row.id]
+    if number == 1:
+        return row
+    if duplicates == "drop":
+        return None
+    while (name := f"{row.id}#{number}") in seen:
+        number += 1
+    seen[name] += 1
+    return replace(row, id=name)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def prompt_files(path: str | Path, split: str = "train") -> list[str]:
     """Data files of ``path``: itself, or those of ``split`` in a dataset folder (hub layout or ``save_to_disk``).
 
+    The split is a folder, or a whole word in the names of files (``gsm8k-train.arrow``, ``train-00000-of-00002``).
+    Where no name says a split, all is train.
+
     Raises:
-        InputError: no such file, or no data files of the split in the folder.
+        InputError: no such file, no data files of the split in the folder, or those of several splits.
     """
     path = Path(path)
     if path.is_file():
         return [str(path)]
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder of prompts -> check the path")
-    folder = path / split if (path / split).is_dir() else path
+    own_folder = (path / split).is_dir()
+    folder = path / split if own_folder else path
     if (folder / "state.json").is_file():
+        return [str(file) for file in _saved_files(folder, None if own_folder else split)]
+    files = [
+        file for suffix in _SUFFIXES for part in (folder, folder / "data") for file in sorted(part.glob(f"*{suffix}"))
+    ]
+    found = files if own_folder else _of_split(files, split, path)
+    if not found:
+        labels = ", ".join(sorted({_label(file) for file in files} - {""})) or "none"
+        folders = ", ".join(sorted(item.name for item in path.iterdir() if item.is_dir())) or "none"
+        raise InputError(
+            f"{path}: no parquet, jsonl or arrow files of the split {split!r} in this folder "
+            f"(files: {labels}; folders: {folders}) -> set --split, or name a file or another folder"
+        )
+    return [str(file) for file in found if file.suffix == found[0].suffix]  # not the same rows in two formats
+
+
+def _saved_files(folder: Path, split: str | None) -> list[Path]:
+    """Files of ``Dataset.save_to_disk``; ``split`` is compared with the one it was, unless it is ``None``."""
+    try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [str(folder / part["filename"]) for part in state["_data_files"]]
-    for suffix in (".parquet", ".jsonl", ".arrow"):
-        files = sorted(glob.glob(str(folder / f"*{suffix}")) + glob.glob(str(folder / "data" / f"*{suffix}")))
-        of_splits = [file for file in files if Path(file).name.startswith(_SPLITS)]
-        found = [file for file in of_splits if Path(file).name.startswith(split)] if of_splits else files
-        if found:
-            return found
-    raise InputError(f"{path}: no parquet, jsonl or arrow files of the split {split!r} in this folder -> set --split")
+        files = [folder / part["filename"] for part in state["_data_files"]]
+        saved = re.split(r"\W", state.get("_split") or "train")[0]  # it may be a slice, train[:100]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}/state.json: not that of a saved dataset ({error!r}) -> save it again") from error
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f"{missing[0]}: not there, but in state.json beside it -> copy the whole folder")
+    if split is not None and saved not in _synonyms(split):
+        raise InputError(f"{folder}: this is the split {saved}, not {split!r} -> set --split {saved}")
+    return files
 
 
-def _rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, row) of one data file."""
-    if file.endswith(".arrow"):
-        yield from _arrow_rows(file)
-        return
-    problems = ProblemLog()
-    for chunk in read_chunks(file, _ROWS_PER_CHUNK):
-        for offset, row in enumerate(_chunk_rows(chunk)):
-            place = f"{file}:{chunk.first_row + offset}"
-            if isinstance(row, bytes):
-                if row.isspace():
-                    continue
-                row = parse_json_line(row, place, problems)
-                raise_errors(problems.take())
-            yield place, row
+def _of_split(files: Sequence[Path], split: str, folder: Path) -> list[Path]:
+    """Files whose names say the split, the exact name before its synonyms.
+
+    Raises:
+        InputError: they are files of several splits, such as train_sft and train_gen.
+    """
+    found = [file for file in files if _label(file) == split]
+    found = found or [file for file in files if _says(file, _synonyms(split))]
+    if not found and split in _SPLITS[0] and not any(_says(file, sum(_SPLITS, ())) for file in files):
+        found = list(files)
+        if not any(re.search(r"-\d+-of-\d+", file.name) for file in files):
+            return found  # chosen by somebody who knows no splits: algebra.jsonl, geometry.jsonl
+    labels = sorted({_label(file) for file in found})
+    if len(labels) > 1:
+        raise InputError(
+            f"{folder}: the split {split!r} may be {' or '.join(labels)} -> set --split to one of them, or name files"
+        )
+    return found
 
 
-def _chunk_rows(chunk: RawChunk) -> list[Any]:
-    return chunk.rows if isinstance(chunk.rows, list) else chunk.rows.to_pylist()
+def _label(file: Path) -> str:
+    """Name of a data file without its number: in the layouts of the hub, the split."""
+    return _FILE_NUMBER.sub("", file.stem)
 
 
-def _arrow_rows(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
+def _synonyms(split: str) -> tuple[str, ...]:
+    return next((names for names in _SPLITS if split in names), (split,))
 
-    number = 0
+
+def _says(file: Path, names: Iterable[str]) -> bool:
+    words = "|".join(map(re.escape, names))
+    return re.search(rf"(^|[-._])({words})($|[-._])", _label(file)) is not None
+
+
+def _arrow_chunks(file: str) -> Iterator[RawChunk]:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise InputError(f"{file}: reading arrow files needs pyarrow -> pip install pyarrow") from error
+    first_row = 1
     try:
         with pyarrow.memory_map(file) as source, pyarrow.ipc.open_stream(source) as reader:
             for batch in reader:
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}:{number}", row
-    except pyarrow.ArrowException as error:
+                for start in range(0, len(batch), _ROWS_PER_CHUNK):
+                    rows = batch.slice(start, _ROWS_PER_CHUNK)
+                    yield RawChunk(file, first_row, rows)
+                    first_row += len(rows)
+    except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{file}: not a readable arrow file ({error}) -> check the dataset folder") from error
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _group_row(value: dict[str, Any], place: str, columns: PromptColumns) -> PromptRow:
+    options = [name for name in ("prompt", "answer", "id", "template") if getattr(columns, name) is not None]
+    if options:
+        raise InputError(
+            f"{place}: a group (it has 'responses'), for which the options of columns and the template do nothing "
+            f"(given: {', '.join(options)}) -> leave them out"
+        )
+    if not value["responses"]:
+        return _prompt_row(value, place, columns)
+    problems = ProblemLog()
+    record = parse_group(value, place, problems)
+    refuse_problems(problems)
+    assert record is not None  # under the default policies only an error loses a group
+    _refuse_answered(record.prompt, place, "prompt")
+    return PromptRow(record.id, record.prompt, record.answer, place, {}, record.responses, record.meta)
 
 
 def _prompt_row(row: dict[str, Any], place: str, columns: PromptColumns) -> PromptRow:
@@ -144,35 +252,59 @@ def _prompt_row(row: dict[str, Any], place: str, columns: PromptColumns) -> Prom
     prompt = _checked_prompt(row[name], place, name)
     if columns.template is not None and isinstance(prompt, str):
         prompt = columns.template.replace("{prompt}", prompt)
-    answer_column = columns.answer or "answer"
+    answer_column, id_column = columns.answer or "answer", columns.id or "id"
     if columns.answer and columns.answer not in row:
         raise InputError(f"{place}: no column {columns.answer} -> set --answer-column")
-    answer = row.get(answer_column)
+    answer = scalar_text(row.get(answer_column), place, answer_column)
     if answer is not None:
-        answer = gold_answer(str(answer)) or str(answer)
-    id_column = columns.id or "id"
-    if columns.id and row.get(columns.id) is None:
-        raise InputError(f"{place}: no column {columns.id} -> set --id-column")
-    group_id = row.get(id_column)
-    if group_id is None or group_id == "":
+        answer = gold_answer(answer) or answer
+    group_id = scalar_text(row.get(id_column), place, id_column)
+    if columns.id and not group_id:
+        raise InputError(f"{place}: no id in column {columns.id} -> set --id-column")
+    if not group_id:
         group_id = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
     used = {name, answer_column, id_column, "responses"}
-    meta = {key: _jsonable(value) for key, value in row.items() if key not in used and value is not None}
-    return PromptRow(str(group_id), prompt, answer, place, row, meta=meta)
+    meta = {key: value for key, value in row.items() if key not in used and value is not None}
+    if isinstance(meta.get("meta"), dict):  # as in a group file
+        meta = meta.pop("meta") | meta
+    return PromptRow(group_id, prompt, answer, place, row, meta=meta)
 
 
-def _jsonable(value: Any) -> Any:
-    """A cell as JSON can hold it: dates and the like become text."""
-    return value if isinstance(value, (str, int, float)) else json.loads(json.dumps(value, default=str))
+def scalar_text(value: Any, place: str, column: str) -> str | None:
+    """Text of a cell that holds text or a number; ``None`` of an empty one (null, NaN).
+
+    Raises:
+        InputError: it holds something else, which has no one text: a list, true, ...
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise InputError(
+        f"{place}: column {column!r} holds {str(value)[:60]!r} ({type(value).__name__}), neither text nor a number "
+        "-> make it text, or choose another column"
+    )
 
 
 def _checked_prompt(value: Any, place: str, name: str) -> Prompt:
     if isinstance(value, str) and value.strip():
         return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-    ):
-        return value
-    raise InputError(f"{place}: {name} is neither text nor messages with role and content ({str(value)[:60]!r})")
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        # Every message of a parquet column has all fields that one of them has.
+        messages = [{key: item for key, item in message.items() if item is not None} for message in value]
+        texts = [message.get(key) for message in messages for key in ("role", "content")]
+        if all(isinstance(text, str) for text in texts) and any(message["content"].strip() for message in messages):
+            _refuse_answered(messages, place, name)
+            return messages
+    raise InputError(
+        f"{place}: {name} is neither text nor messages with a text as role and as content ({str(value)[:60]!r}) "
+        "-> correct it or set --prompt-column"
+    )
+
+
+def _refuse_answered(prompt: Prompt, place: str, name: str) -> None:
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise InputError(
+            f"{place}: {name} ends with the assistant's answer, which a model would then continue -> leave the last "
+            "message out (as a column of its own it can be the expert's response), or set --prompt-column"
+        )

@@ -1,0 +1,281 @@
+"""Prompts from rows and folders: groups among them, messages, gold answers, splits, and what is refused."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_gft.errors import InputError
+from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
+from megatron_gft.sampling.prompts import PromptColumns, iter_prompts, prompt_files
+
+USER = {"role": "user", "content": "2+2?"}
+EXPERT = {"text": "It is 4.", "source": "expert"}
+
+
+def rows_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path, split="train", **columns):
+    return list(iter_prompts(path, PromptColumns(**columns), split))
+
+
+def read_rows(tmp_path, *rows, **columns):
+    return read(rows_file(tmp_path / "p.jsonl", rows), **columns)
+
+
+def arrow_file(path, rows):
+    table = rows if isinstance(rows, pyarrow.Table) else pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return path
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_each_row_says_itself_whether_it_is_a_group(tmp_path, suffix):
+    path = tmp_path / f"mixed{suffix}"
+    if suffix == ".jsonl":
+        first = {"id": "0", "prompt": "a", "answer": "1", "responses": [], "meta": {"x": 1}}
+        rows_file(path, [first, {"id": "1", "prompt": "b", "responses": [EXPERT], "meta": {"y": 2}, "level": 3}])
+    else:
+        write_group_file(
+            path,
+            [
+                GroupRecord("0", "a", [], "1", {"x": 1}),
+                GroupRecord("1", "b", [ResponseRecord(**EXPERT)], None, {"y": 2, "level": 3}),
+            ],
+        )
+    empty, group = read(path)
+    assert (empty.id, empty.prompt, empty.answer, empty.responses, empty.meta) == ("0", "a", "1", [], {"x": 1})
+    assert (group.id, group.prompt, group.answer) == ("1", "b", None)
+    assert group.responses == [ResponseRecord("It is 4.", "expert")] and group.meta == {"y": 2, "level": 3}
+    assert [row.place for row in (empty, group)] == [f"{path}:1", f"{path}:2"]
+
+
+@pytest.mark.parametrize("responses", [[], [EXPERT]])
+@pytest.mark.parametrize(
+    "option", [{"prompt": "prompt"}, {"answer": "answer"}, {"id": "id"}, {"template": "X {prompt}"}]
+)
+def test_options_that_would_do_nothing_for_a_group_are_refused(tmp_path, option, responses):
+    group = {"id": "0", "prompt": "a", "answer": "1", "responses": responses}
+    with pytest.raises(InputError, match=rf"p.jsonl:1: a group .*\(given: {next(iter(option))}\) -> leave them out"):
+        read_rows(tmp_path, group, **option)
+
+
+def test_a_broken_group_is_refused_without_a_policy_that_the_tool_lacks(tmp_path):
+    with pytest.raises(InputError, match="p.jsonl:2: id '1' response 0 missing_field: no 'source'") as caught:
+        read_rows(tmp_path, {"prompt": "a"}, {"id": "1", "prompt": "b", "responses": [{"text": "x"}]})
+    assert "missing_field=" not in str(caught.value)
+    (tmp_path / "bad.jsonl").write_text("{nope\n")
+    with pytest.raises(InputError, match="bad.jsonl:1: invalid_json") as caught:
+        read(tmp_path / "bad.jsonl")
+    assert "invalid_json=" not in str(caught.value)
+
+
+ANSWER = {"role": "assistant", "content": "The answer is 4."}
+
+
+@pytest.mark.parametrize(
+    "row,message",
+    [
+        ({"messages": [USER, ANSWER]}, "messages ends with the assistant's answer"),
+        ({"id": "1", "prompt": [USER, ANSWER], "responses": []}, "prompt ends with the assistant's answer"),
+        ({"id": "1", "prompt": [USER, ANSWER], "responses": [EXPERT]}, "prompt ends with the assistant's answer"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages is neither text nor messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}, "messages is neither text"),
+        ({"messages": [{"role": None, "content": "hi"}]}, "messages is neither text nor messages"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages is neither text nor messages"),
+        ({"messages": [USER, "text"]}, "messages is neither text nor messages"),
+        ({"messages": []}, "messages is neither text nor messages"),
+        ({"prompt": " "}, "prompt is neither text nor messages"),
+    ],
+)
+def test_what_cannot_be_sampled_from_or_written_is_refused_at_once(tmp_path, row, message):
+    with pytest.raises(InputError, match=f"p.jsonl:2: {message}"):
+        read_rows(tmp_path, {"prompt": "good"}, row)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_fields_of_messages_reach_the_group_file_and_null_ones_do_not(tmp_path, suffix):
+    messages = [{"role": "system", "content": "Be brief.", "name": None}, {**USER, "name": "bob"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "in.parquet")
+    (row,) = read(tmp_path / "in.parquet")
+    assert row.prompt == [{"role": "system", "content": "Be brief."}, {**USER, "name": "bob"}]
+    write_group_file(tmp_path / f"out{suffix}", [GroupRecord(row.id, row.prompt, [ResponseRecord(**EXPERT)])])
+    ((record, _),) = iter_group_file(tmp_path / f"out{suffix}")
+    assert record.prompt == row.prompt
+    (again,) = read(tmp_path / f"out{suffix}")
+    assert (again.id, again.digest()) == (row.id, row.digest())
+
+
+@pytest.mark.parametrize(
+    "value,text", [("so\n#### 1,042", "1042"), (2, "2"), (1.5, "1.5"), (None, None), (math.nan, None)]
+)
+def test_gold_answers_are_text_or_numbers(tmp_path, value, text):
+    (row,) = read_rows(tmp_path, {"prompt": "a", "gold": value}, answer="gold")
+    assert row.answer == text
+
+
+@pytest.mark.parametrize("column", ["answer", "id"])
+@pytest.mark.parametrize("value", [["2"], True, {"value": 2}])
+def test_other_answers_and_ids_are_refused(tmp_path, column, value):
+    with pytest.raises(InputError, match=rf"p.jsonl:1: column '{column}' holds .*\({type(value).__name__}\)"):
+        read_rows(tmp_path, {"prompt": "a", column: value})
+
+
+def test_an_id_that_is_no_number_is_no_id(tmp_path):
+    (row, other) = read_rows(tmp_path, {"prompt": "a", "id": math.nan}, {"prompt": "a"})
+    assert row.id == other.id and len(row.id) == 16
+    with pytest.raises(InputError, match="p.jsonl:1: no id in column id -> set --id-column"):
+        read_rows(tmp_path, {"prompt": "a", "id": math.nan}, id="id")
+
+
+def test_a_template_without_the_prompt_is_refused():
+    with pytest.raises(InputError, match=r"--prompt-template 'Solve: \{question\}': all prompts would be this text"):
+        PromptColumns(template="Solve: {question}")
+
+
+def test_duplicates_are_kept_dropped_or_numbered_in_all_files_of_a_run(tmp_path):
+    first = rows_file(tmp_path / "a.jsonl", [{"id": i, "prompt": "same"} for i in ("x", "x#2", "x", "y")])
+    second = rows_file(tmp_path / "b.jsonl", [{"id": "x", "prompt": "other"}])
+
+    def ids(duplicates):
+        seen: Counter[str] = Counter()
+        columns = PromptColumns(duplicates=duplicates)
+        found = [row.id for path in (first, second) for row in iter_prompts(path, columns, seen=seen)]
+        return found, seen
+
+    assert ids("keep")[0] == ["x", "x#2", "x", "y", "x"]
+    found, seen = ids("drop")
+    assert found == ["x", "x#2", "y"] and seen.total() - len(seen) == 2
+    assert ids("number")[0] == ["x", "x#2", "x#3", "y", "x#4"]
+    plain = rows_file(tmp_path / "c.jsonl", [{"problem": "p"}] * 3)
+    found = [row.id for row in read(plain, duplicates="number")]
+    assert found == [found[0], found[0] + "#2", found[0] + "#3"]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def folder_of(path, *names):
+    """Each file has one row: its name."""
+    for name in names:
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        row = {"question": name}
+        if name.endswith(".arrow"):
+            arrow_file(file, [row])
+        elif name.endswith(".parquet"):
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), file)
+        else:
+            rows_file(file, [row])
+    return path
+
+
+@pytest.mark.parametrize(
+    "names,split,chosen",
+    [
+        (["gsm8k-train.arrow", "gsm8k-test.arrow"], "train", [0]),
+        (["gsm8k-train.arrow", "gsm8k-test.arrow"], "test", [1]),
+        (
+            ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"],
+            "train",
+            [0, 1],
+        ),
+        (["data/train-00000-of-00001-0123456789abcdef.parquet", "data/test-00000-of-00001.parquet"], "train", [0]),
+        (["data/train_sft-00000-of-00001.parquet", "data/train_gen-00000-of-00001.parquet"], "train_gen", [1]),
+        (["train1.jsonl", "train2.jsonl", "contest.jsonl"], "train", [0, 1]),
+        (["train/0000.parquet", "train/0001.parquet", "test/0000.parquet"], "test", [2]),
+        (["dev.jsonl", "validation.jsonl"], "dev", [0]),
+        (["validation.jsonl", "train.jsonl"], "valid", [0]),
+        (["algebra.jsonl", "geometry.jsonl"], "train", [0, 1]),
+        (["part-0.parquet", "part-1.parquet"], "train", [0, 1]),
+        (["train.parquet", "train.jsonl"], "train", [0]),
+    ],
+)
+@pytest.mark.parametrize("name", ["plain", "[1]*"])
+def test_files_of_a_split(tmp_path, name, names, split, chosen):
+    found = read(folder_of(tmp_path / name, *names), split)
+    assert [row.prompt for row in found] == [names[i] for i in chosen]
+
+
+@pytest.mark.parametrize(
+    "names,split,message",
+    [
+        (
+            ["data/train_sft-00000-of-00001.parquet", "data/train_gen-00000-of-00001.parquet"],
+            "train",
+            "train_gen or train_sft",
+        ),
+        (["data/cot-00000-of-00001.parquet", "data/tir-00000-of-00001.parquet"], "train", "cot or tir -> set --split"),
+        (["part-0.parquet"], "test", "no parquet, jsonl or arrow files of the split 'test'"),
+        (["gsm8k-test.arrow"], "train", "files: gsm8k-test; .* -> set --split"),
+        (["contest.jsonl"], "test", "files: contest;"),
+        (["main/train-0.parquet", "socratic/train-0.parquet"], "train", "folders: main, socratic"),
+    ],
+)
+def test_no_split_is_guessed(tmp_path, names, split, message):
+    with pytest.raises(InputError, match=message):
+        prompt_files(folder_of(tmp_path / "set", *names), split)
+
+
+def saved(path, state):
+    arrow_file(folder_of(path, "data-0.arrow") / "data-0.arrow", [{"question": "q"}])
+    (path / "state.json").write_text(state)
+    return path
+
+
+def test_a_saved_dataset_knows_its_split(tmp_path):
+    state = {"_data_files": [{"filename": "data-0.arrow"}], "_split": "train[:10]"}
+    path = saved(tmp_path / "set", json.dumps(state))
+    assert len(read(path)) == 1
+    with pytest.raises(InputError, match="this is the split train, not 'test' -> set --split train"):
+        read(path, "test")
+    assert len(read(saved(tmp_path / "dict" / "test", json.dumps(state | {"_split": None})).parent, "test")) == 1
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"_data_files": [{"filename": 1}]}',
+        '{"_data_files": [{"filename": "gone.arrow"}]}',
+        '{"_data_files": [], "_split": 3}',
+    ],
+)
+def test_a_broken_saved_dataset_is_refused(tmp_path, state):
+    with pytest.raises(InputError, match="state.json"):
+        read(saved(tmp_path / "set", state))
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.arrow"])
+def test_cells_of_columnar_files(tmp_path, name):
+    """Dates become text; bad UTF-8 names its row."""
+
+    def write(table):
+        if name == "p.parquet":
+            pyarrow.parquet.write_table(table, tmp_path / name)
+            return tmp_path / name
+        return arrow_file(tmp_path / name, table)
+
+    (row,) = read(write(pyarrow.table({"question": ["q"], "day": [datetime.date(2020, 1, 2)]})))
+    assert row.meta == {"day": "2020-01-02"} and row.columns == {"question": "q", "day": "2020-01-02"}
+    bad = pyarrow.array([b"ok", b"\xff\xfe"]).view(pyarrow.string())
+    with pytest.raises(InputError, match=f"{name}:2: invalid_utf8"):
+        read(write(pyarrow.table({"question": bad})))
+    (tmp_path / name).write_bytes(b"PAR1 or arrow, but damaged")
+    with pytest.raises(InputError, match=f"{name}: not a readable"):
+        read(tmp_path / name)
