@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 
 EXIT_BAD_INPUT = 2
 
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells give it."""
+
 EXIT_REQUEUE = 75
 """Exit code after a requested stop that wants to go on later (EX_TEMPFAIL); the Slurm script requeues on it."""
 
@@ -32,6 +35,8 @@ class InputErrors(InputError):
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Turn a tool's ``main(argv=None)`` into one that returns 2 with one message on :class:`InputError`.
 
+    Ctrl-C gives a line and 130; every tool may be run again then, and goes on where it keeps finished work.
+
     Use as ``sys.exit(main())`` with ``@command`` on ``main``. Other exceptions are our bugs and keep their
     traceback. Warnings of Megatron-Core and torch are left out: they speak to us ("Apex is not installed",
     "ShardedTensor is deprecated"; what is used instead is our choice), not to the user of a tool.
@@ -45,5 +50,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return EXIT_BAD_INPUT
+        except KeyboardInterrupt:
+            print("interrupted -> run the same command again to go on", file=sys.stderr, flush=True)
+            return EXIT_INTERRUPTED
 
     return run

@@ -32,11 +32,15 @@ class FaultyServer:
         delay: seconds before each reply.
         stall: seconds of a stall; longer than the client's time-out.
         status: when set, every request is answered with it.
+        token_ids: what ids the server gives to a text, when asked for ids.
+        answer: when set, gives status and bytes of the reply to the body of a request.
     """
 
-    def __init__(self, fault_share=0.0, seed=0, delay=0.0, stall=1.0, status=None, faults=FAULTS, token_ids=None):
+    def __init__(
+        self, fault_share=0.0, seed=0, delay=0.0, stall=1.0, status=None, faults=FAULTS, token_ids=None, answer=None
+    ):
         self.fault_share, self.delay, self.stall, self.status, self.faults = fault_share, delay, stall, status, faults
-        self.token_ids = token_ids
+        self.token_ids, self.answer = token_ids, answer
         self.seen: Counter[str] = Counter()  # fault or "ok" -> requests
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
@@ -85,7 +89,9 @@ class FaultyServer:
             self.headers.append(dict(http.headers))
         fault = self._choose_fault()
         time.sleep(self.delay)
-        if self.status is not None:
+        if self.answer is not None:
+            self._send(http, *self.answer(body))
+        elif self.status is not None:
             self._send(http, self.status, b'{"error": "as configured"}')
         elif fault == "500":
             self._send(http, 500, b"internal error")

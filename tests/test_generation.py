@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from generation_runs import collect, run, server_options, write_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai_server import FAULTS, FaultyServer, expected_text
@@ -94,18 +95,6 @@ def test_two_runs_never_share_a_journal_and_a_key_is_written_once(tmp_path):
 
 
 # --- the client ------------------------------------------------------------------------------------------------------
-
-
-def server_options(server, **changes):
-    return ServerOptions(
-        **{"url": server.url, "model": "m", "backoff": 0.01, "timeout": 5.0, "concurrency": 4} | changes
-    )
-
-
-def collect(backend, count, params=None, prompt="hi"):
-    params = params or SamplingParams()
-    requests = [SampleRequest(str(i), prompt, i) for i in range(count)]
-    return {outcome.key: outcome for outcome in backend.generate(requests, params, lambda key: False)}
 
 
 def test_a_healthy_server_is_asked_once_per_response_with_all_parameters():
@@ -193,12 +182,6 @@ def test_ids_and_logprobs_come_with_the_tokenizer_that_vouches_for_them(tmp_path
 # --- restarts --------------------------------------------------------------------------------------------------------
 
 
-def write_prompts(path, count):
-    rows = ({"question": f"Q{i}: {i}+{i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(count))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def journal_lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -241,15 +224,10 @@ def test_sigkill_at_random_points_loses_and_doubles_nothing(tmp_path):
         GenerationRun(PromptSet([prompts]), twin, load_sources(undisturbed), 5).execute(progress=False)
     assert output.read_bytes() == twin.read_bytes()
     keys = Counter(json.loads(line[17:])["key"] for line in journal.read_bytes().splitlines()[1:])
-    assert set(keys.values()) == {1} and len(keys) == 60 * 8 + 3  # and three descriptions of sources
+    assert set(keys.values()) == {1} and len(keys) == 60 * 8 + 2  # and two descriptions of sources
     records = [record for record, _ in iter_group_file(output)]
     assert len(records) == 60 and all(len(record.responses) == 9 for record in records)
     assert len({r.sampling["seed"] for record in records for r in record.responses[1:]}) == 480
-
-
-def run(prompts, output, *sources, seed=0, **options):
-    made = GenerationRun(PromptSet([prompts]), output, load_sources(sources), seed)
-    return made.execute(progress=False, **options)
 
 
 def test_a_finished_run_is_recognised_and_may_be_enlarged(tmp_path):
@@ -313,6 +291,7 @@ def test_vllm_is_called_as_it_wants_to_be(tmp_path, monkeypatch):
     """Against a stand-in that takes only what vLLM's interface takes."""
     folder = byte_level_folder(tmp_path / "model")
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
     tokenizer, calls = load_tokenizer(folder), []
 
     class Params:

@@ -3,22 +3,24 @@
 A run is prompts x sources x k. Every sampled response goes into a journal beside the output at once
 (``OUTPUT.journal``); a run that was killed continues from it. When all responses are there the group file is written
 in the order of the prompts, whole or not at all, then ``OUTPUT.summary.json``. The journal stays: with it, a later run
-may raise K, add prompts or add sources and samples only what is new.
+may raise K, add prompts or add sources and samples only what is new. A response that an input group carries already
+(the same source, settings and seed made it) is not sampled again.
 
 The seed of a response depends on the run's seed, the prompt's id, the source's name and k, on nothing else.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import json
 import queue
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -26,24 +28,21 @@ from megatron_gft import __version__
 from megatron_gft.atomic import sha256_file, sha256_json, write_json
 from megatron_gft.data.group_records import GroupRecord, ResponseRecord
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.groups import write_group_file
+from megatron_gft.groups import GROUP_FILE_SUFFIXES, write_group_file
 from megatron_gft.sampling.journal import Journal
 from megatron_gft.sampling.prompts import PromptColumns, PromptRow, iter_prompts, prompt_files
+from megatron_gft.sampling.responses import FAILED, ResponseMaker, journal_value, sample_key
 from megatron_gft.sampling.settings import (
     Backend,
     Outcome,
     Prompt,
-    Sample,
     SampleFailure,
     SampleRequest,
-    model_fingerprint,
-    sample_seed,
 )
 from megatron_gft.sampling.sources import (
     ColumnSource,
     OpenAISource,
     SampledSource,
-    Source,
     SourceList,
     TransformersSource,
     VllmSource,
@@ -52,6 +51,7 @@ from megatron_gft.sampling.sources import (
 JOURNAL_FORMAT = 1
 SHOWN_PROBLEMS = 20
 _SOURCE_KEY = "source/"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,13 @@ class PromptSet:
                 left -= 1
                 yield row
 
+    def files(self) -> list[str]:
+        """The data files, in order."""
+        return [file for path in self.inputs for file in prompt_files(path, self.split)]
+
     def fingerprint(self) -> str:
         """Changes with any byte of the files and with how they are read."""
-        files = [sha256_file(file) for path in self.inputs for file in prompt_files(path, self.split)]
-        return sha256_json([files, repr(self.columns), self.limit])
+        return sha256_json([[sha256_file(file) for file in self.files()], repr(self.columns), self.limit])
 
 
 @dataclass
@@ -86,6 +89,7 @@ class Summary:
     groups: int = 0
     responses: dict[str, dict[str, int]] = field(default_factory=dict)  # source name -> counts by finish reason
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> count
+    notes: dict[str, int] = field(default_factory=dict)  # what else is not as one might expect -> count
     plan: str = ""
     sha256: str = ""
     sources: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +110,8 @@ class GenerationRun:
         num_prompts, num_samples: size of the plan; ``num_samples`` counts sampled responses only.
 
     Raises:
-        InputErrors: no prompts, an id twice, or rows that a source cannot use.
+        InputErrors: whatever can be known before the first request: an output that cannot be written or is an input,
+            missing models or packages, bad urls, no prompts, an id twice, rows that a source cannot use.
     """
 
     def __init__(self, prompts: PromptSet, output: str | Path, sources: SourceList, seed: int = 0):
@@ -114,45 +119,64 @@ class GenerationRun:
         self._columns = [source for source in sources if isinstance(source, ColumnSource)]
         self._sampled = [source for source in sources if not isinstance(source, ColumnSource)]
         self._sources = list(sources)
-        self.num_prompts = self._scan()
-        self.num_samples = self.num_prompts * sum(source.k for source in self._sampled)
-        self._identities = {source.name: self._identity(source) for source in sources}
+        self._identities: dict[str, dict[str, Any]] = {}
+        self._makers: dict[str, ResponseMaker] = {}
+        self._servers: dict[str, Backend] = {}
+        self.num_prompts = self.num_samples = 0
+        problems = _output_problems(self.output)
+        for check in (self._source_problems, self._prompt_problems):
+            try:
+                problems.extend(itertools.islice(check(), SHOWN_PROBLEMS))
+            except InputError as error:
+                problems.append(str(error))
+        if problems:
+            raise InputErrors("cannot begin", problems)
 
-    def _scan(self) -> int:
+    def _source_problems(self) -> Iterator[str]:
+        """Find out what each source is, by the contents of its files: what must not change while a journal grows."""
+        for source in self._sources:
+            try:
+                self._identities[source.name] = source.identity() | {"seed": self._seed}
+                if isinstance(source, SampledSource):
+                    self._makers[source.name] = ResponseMaker(source, self._identities[source.name])
+                if isinstance(source, OpenAISource):
+                    self._servers[source.name] = build_backend(source)
+            except InputError as error:
+                yield f"source {source.name}: {error}"
+
+    def _prompt_problems(self) -> Iterator[str]:
+        """Read the prompts once and count what there is to do."""
+        if any(self.output.resolve() == Path(file).resolve() for file in self._prompts.files()):
+            yield f"{self.output}: is an input too -> choose another output"
         seen: dict[str, str] = {}
-        problems = []
         for row in self._prompts:
             if row.id in seen:
-                problems.append(f"{row.place}: id {row.id!r} is that of {seen[row.id]} too -> ids must differ")
+                yield f"{row.place}: id {row.id!r} is that of {seen[row.id]} too -> ids must differ"
             seen[row.id] = row.place
-            problems += _column_problems(row, self._columns)
-            if len(problems) >= SHOWN_PROBLEMS:
-                break
-        if problems:
-            raise InputErrors("prompts", problems)
+            yield from _column_problems(row, self._columns)
+            self.num_samples += sum(len(maker.wanted(row)) for maker in self._makers.values())
+        self.num_prompts = len(seen)
         if not seen:
-            raise InputError(f"{', '.join(map(str, self._prompts.inputs))}: no prompts in there -> check the input")
-        return len(seen)
-
-    def _identity(self, source: Source) -> dict[str, Any]:
-        """What must not change while a journal grows: everything that decides what a sample is."""
-        identity = source.identity() | {"seed": self._seed}
-        if isinstance(source, (TransformersSource, VllmSource)):
-            identity["checkpoint"] = model_fingerprint(source.model)
-        return identity
+            yield f"{', '.join(map(str, self._prompts.inputs))}: no prompts in there -> check the input"
 
     def plan_fingerprint(self) -> str:
         """Of everything that decides the output file."""
         shape = [[source.name, source.source, getattr(source, "k", 1)] for source in self._sources]
         return sha256_json([self._prompts.fingerprint(), self._identities, shape, __version__])
 
-    def finished_summary(self) -> Summary | None:
-        """The summary of an output that is complete and unchanged, made by this very plan; else ``None``."""
+    def finished_summary(self, allow_failures: bool = False) -> Summary | None:
+        """The summary of an output that is complete and unchanged, made by this very plan; else ``None``.
+
+        Args:
+            allow_failures: an output that lacks responses which were given up counts as complete.
+        """
         path = summary_path(self.output)
         if not path.is_file() or not self.output.is_file():
             return None
         summary = _read_summary(path)
-        if summary is None or summary.plan != self.plan_fingerprint():
+        if summary is None or (summary.dropped.get(FAILED) and not allow_failures):
+            return None
+        if summary.plan != self.plan_fingerprint():
             return None
         return summary if summary.sha256 == sha256_file(self.output) else None
 
@@ -166,11 +190,11 @@ class GenerationRun:
             InputErrors: requests were given up; run again to try them once more.
             InputError: the journal was made with other settings, is in use, or a backend cannot work.
         """
-        finished = self.finished_summary()
+        finished = self.finished_summary(allow_failures)
         if finished is not None:
             return finished
         with Journal(journal_path(self.output), {"format": JOURNAL_FORMAT}) as journal:
-            self._register_sources(journal)
+            self._check_journal(journal)
             failures = self._sample(journal, progress)
             if failures and not allow_failures:
                 shown = [f"{failure.key}: {failure.reason}" for failure in failures[:SHOWN_PROBLEMS]]
@@ -179,17 +203,21 @@ class GenerationRun:
                     "these once more, or pass --allow-failures. First of them",
                     shown,
                 )
-            return self._assemble(journal, progress)
+            try:
+                return self._assemble(journal, progress)
+            except OSError as error:
+                raise InputError(
+                    f"{self.output}: cannot be written ({error.strerror or error}) -> see to the place and its space, "
+                    "then run again: all responses are kept"
+                ) from error
 
-    def _register_sources(self, journal: Journal) -> None:
+    def _check_journal(self, journal: Journal) -> None:
         if journal.header.get("format") != JOURNAL_FORMAT:
             raise InputError(f"{journal.path}: format {journal.header.get('format')} -> made by another version")
         problems = []
-        for name, identity in self._identities.items():
-            key = _SOURCE_KEY + name
-            if key not in journal:
-                journal.append(key, identity)
-            elif (before := journal[key]) != identity:
+        for name in self._makers:
+            key, identity = _SOURCE_KEY + name, self._identities[name]
+            if key in journal and (before := journal[key]) != identity:
                 changed = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
                 was = ", ".join(f"{k}={before.get(k)!r} (now {identity.get(k)!r})" for k in changed)
                 problems.append(f"source {name}: {was}")
@@ -203,11 +231,11 @@ class GenerationRun:
     # --- sampling --------------------------------------------------------------------------------------------
 
     def _requests(self, source: SampledSource) -> Iterator[SampleRequest]:
+        maker = self._makers[source.name]
         for row in self._prompts:
             prompt = with_system(row.prompt, source.system)
-            for k in range(source.k):
-                seed = sample_seed(self._seed, row.id, source.name, k)
-                yield SampleRequest(sample_key(source, k, row), prompt, seed)
+            for k in maker.wanted(row):
+                yield SampleRequest(sample_key(source, k, row), prompt, maker.seed(row, k))
 
     def _sample(self, journal: Journal, progress: bool) -> list[SampleFailure]:
         """Fill the journal; servers are asked side by side, models in this process one after the other."""
@@ -223,21 +251,25 @@ class GenerationRun:
         bar = tqdm(total=self.num_samples, initial=done, desc="sampling", unit="response", disable=not progress)
         with bar:
             streams = [self._stream(source, journal) for source in remote]
-            runs: list[Iterator[Outcome]] = [merged(streams)] if streams else []
+            runs: list[Iterator[tuple[str, Outcome]]] = [merged(streams)] if streams else []
             runs += [self._stream(source, journal) for source in local]
             for run in runs:
-                for outcome in run:
+                for name, outcome in run:
                     if isinstance(outcome, SampleFailure):
                         failures.append(outcome)
                         bar.set_postfix(failed=len(failures))
-                    else:
-                        journal.append(outcome.key, _journal_value(outcome))
-                        bar.update()
+                        continue
+                    if _SOURCE_KEY + name not in journal:  # not before: settings that never worked may be corrected
+                        journal.append(_SOURCE_KEY + name, self._identities[name])
+                    journal.append(outcome.key, journal_value(outcome))
+                    bar.update()
         return failures
 
-    def _stream(self, source: SampledSource, journal: Journal) -> Iterator[Outcome]:
-        backend = build_backend(source)
-        yield from backend.generate(self._requests(source), source.params(), journal.__contains__)
+    def _stream(self, source: SampledSource, journal: Journal) -> Iterator[tuple[str, Outcome]]:
+        """Outcomes, each with the name of its source."""
+        backend = self._servers.get(source.name) or build_backend(source)
+        for outcome in backend.generate(self._requests(source), source.params(), journal.__contains__):
+            yield source.name, outcome
 
     # --- writing ---------------------------------------------------------------------------------------------
 
@@ -245,13 +277,20 @@ class GenerationRun:
         summary = Summary(str(self.output), plan=self.plan_fingerprint(), sources=self._identities, seed=self._seed)
         counts: dict[str, Counter[str]] = {source.name: Counter() for source in self._sources}
         dropped: Counter[str] = Counter()
-        describe = {source.name: _Lineage(source, self._identities[source.name]) for source in self._sampled}
+        notes: Counter[str] = Counter()
+        if journal.damaged:
+            notes["damaged lines of the journal, sampled again"] = journal.damaged
+        if journal.torn:
+            notes["bytes of a torn last line of the journal, sampled again"] = journal.torn
 
         def groups() -> Iterator[GroupRecord]:
             for row in tqdm(self._prompts, total=self.num_prompts, desc="writing", unit="group", disable=not progress):
                 responses = list(row.responses)
                 for source in self._sources:
-                    made = self._responses_of(source, row, journal, describe, dropped)
+                    if isinstance(source, ColumnSource):
+                        made = [ResponseRecord(str(row.columns[source.column]), source.source, finish_reason="stop")]
+                    else:
+                        made = self._makers[source.name].responses(row, journal, dropped, notes)
                     counts[source.name].update(response.finish_reason or "stop" for response in made)
                     responses += made
                 if responses:
@@ -261,57 +300,10 @@ class GenerationRun:
 
         summary.groups = write_group_file(self.output, groups())
         summary.responses = {name: dict(count) for name, count in counts.items()}
-        summary.dropped = dict(dropped)
+        summary.dropped, summary.notes = dict(dropped), dict(notes)
         summary.sha256 = sha256_file(self.output)
         write_json(summary_path(self.output), vars(summary))
         return summary
-
-    def _responses_of(
-        self,
-        source: Source,
-        row: PromptRow,
-        journal: Journal,
-        describe: dict[str, _Lineage],
-        dropped: Counter[str],
-    ) -> list[ResponseRecord]:
-        if isinstance(source, ColumnSource):
-            return [ResponseRecord(str(row.columns[source.column]), source.source, finish_reason="stop")]
-        made = []
-        for k in range(source.k):
-            key = sample_key(source, k, row)
-            if key not in journal:
-                dropped["request failed"] += 1
-                continue
-            value = journal[key]
-            if not value["text"] and not value.get("token_ids"):
-                dropped["empty response"] += 1
-                continue
-            made.append(describe[source.name].record(value, sample_seed(self._seed, row.id, source.name, k)))
-        return made
-
-
-class _Lineage:
-    """Makes the records of one source: who sampled, from which checkpoint, how."""
-
-    def __init__(self, source: SampledSource, identity: dict[str, Any]):
-        self._source, self._identity = source, identity
-        self._tokenizer = functools.cache(source.tokenizer_fingerprint)
-
-    def record(self, value: dict[str, Any], seed: int) -> ResponseRecord:
-        source, ids = self._source, value.get("token_ids")
-        sampling = source.params().as_dict() | {"seed": seed, "backend": source.kind, "name": source.name}
-        if "checkpoint" in self._identity:
-            sampling["checkpoint"] = self._identity["checkpoint"]
-        return ResponseRecord(
-            value["text"],
-            source.source,
-            finish_reason=value["finish_reason"],
-            model=source.model,
-            tokenizer=self._tokenizer() if ids is not None else None,
-            token_ids=ids,
-            logprobs=value.get("logprobs"),
-            sampling=sampling,
-        )
 
 
 def build_backend(source: SampledSource) -> Backend:
@@ -332,12 +324,12 @@ def build_backend(source: SampledSource) -> Backend:
     return TransformersBackend(model, source.batch_size)
 
 
-def merged(streams: Sequence[Iterable[Outcome]]) -> Iterator[Outcome]:
+def merged(streams: Sequence[Iterable[Item]]) -> Iterator[Item]:
     """Items of several iterators, each consumed by a thread of its own; the first exception is raised here."""
     results: queue.Queue[Any] = queue.Queue(maxsize=1024)
     end = object()
 
-    def consume(stream: Iterable[Outcome]) -> None:
+    def consume(stream: Iterable[Item]) -> None:
         try:
             for item in stream:
                 results.put(item)
@@ -356,11 +348,6 @@ def merged(streams: Sequence[Iterable[Outcome]]) -> Iterator[Outcome]:
             raise item
         else:
             yield item
-
-
-def sample_key(source: SampledSource, k: int, row: PromptRow) -> str:
-    """Name of one response in the journal."""
-    return f"{source.name}/{k}/{row.digest()}/{row.id}"
 
 
 def with_system(prompt: Prompt, system: str | None) -> Prompt:
@@ -386,13 +373,18 @@ def _read_summary(path: Path) -> Summary | None:
         return None
 
 
-def _journal_value(sample: Sample) -> dict[str, Any]:
-    value: dict[str, Any] = {"text": sample.text, "finish_reason": sample.finish_reason}
-    if sample.token_ids is not None:
-        value["token_ids"] = sample.token_ids
-    if sample.logprobs is not None:
-        value["logprobs"] = sample.logprobs
-    return value
+def _output_problems(output: Path) -> list[str]:
+    """What speaks against writing there, found out without leaving anything behind."""
+    if not output.name.endswith(GROUP_FILE_SUFFIXES):
+        return [f"{output}: unknown kind of group file -> use {', '.join(GROUP_FILE_SUFFIXES)}"]
+    if output.is_dir():
+        return [f"{output}: is a folder -> choose another output"]
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return []
+    except OSError as error:
+        return [f"{output}: cannot be written in {folder} ({error.strerror}) -> choose another output"]
 
 
 def _column_problems(row: PromptRow, sources: Iterable[ColumnSource]) -> list[str]:

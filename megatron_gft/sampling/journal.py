@@ -3,11 +3,13 @@
 One line is the checksum of a JSON value, a space, the value: ``{"key": ..., "value": ...}``; the first value is a
 header that says what the journal is for. A line goes to the file in one ``write``, so a killed process loses no
 line that it appended; ``fsync`` every so often bounds what a power cut can take. When a journal is opened, a torn
-last line is cut off and a line whose checksum is wrong is left out and counted: its work is simply done again.
+last line is cut off and a line whose checksum is wrong is left out and counted: its work is simply done again. A file
+that is anything else is refused untouched.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -36,29 +38,36 @@ class Journal:
         torn: bytes cut off at the end.
 
     Raises:
-        InputError: another process has the journal open, or the file is not a journal.
+        InputError: another process has the journal open, the file is not a journal, or it cannot be written (here and
+            in every method that writes).
     """
 
     def __init__(self, path: str | os.PathLike, header: Mapping[str, Any]):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise self._not_writable(error) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._offsets: dict[str, int] = {}
+            self.damaged = self.torn = 0
+            self._end = 0
+            self._synced_at = time.monotonic()
+            found = self._load(_line({"header": dict(header)}))
+            if found is None:
+                found = dict(header)
+                self._write({"header": found})
+                self.sync()
+            self.header: dict[str, Any] = found
+        except BaseException as error:
             os.close(self._file)
-            raise InputError(f"{path}: in use by another run -> wait for it, or choose another output") from None
-        self._offsets: dict[str, int] = {}
-        self.damaged = self.torn = 0
-        self._end = 0
-        self._synced_at = time.monotonic()
-        found = self._load()
-        if found is None:
-            self.header = dict(header)
-            self._write({"header": self.header})
-            self.sync()
-        else:
-            self.header = found
+            if isinstance(error, BlockingIOError):
+                raise InputError(f"{path}: in use by another run -> wait for it, or choose another output") from None
+            if isinstance(error, OSError):
+                raise self._not_writable(error) from error
+            raise
 
     def __enter__(self) -> Journal:
         return self
@@ -98,49 +107,76 @@ class Journal:
 
     def sync(self) -> None:
         """Force what was appended to the disk."""
-        os.fsync(self._file)
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise self._not_writable(error) from error
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
         """Sync and release the lock."""
         if self._file >= 0:
-            self.sync()
-            os.close(self._file)
-            self._file = -1
+            try:
+                self.sync()
+            finally:
+                os.close(self._file)
+                self._file = -1
 
     def _write(self, record: Mapping[str, Any]) -> int:
-        payload = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
-        line = _checksum(payload) + b" " + payload + b"\n"
-        offset = self._end
-        written = os.write(self._file, line)
-        if written != len(line):  # a full disk: leave no half line that the next append would be glued to
-            os.ftruncate(self._file, offset)
-            raise OSError(f"{self.path}: only {written} of {len(line)} bytes written; is the disk full?")
+        line, offset = _line(record), self._end
+        try:
+            written = os.write(self._file, line)
+            if written != len(line):  # a full disk: leave no half line that the next append would be glued to
+                os.ftruncate(self._file, offset)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise self._not_writable(error) from error
         self._end += len(line)
         return offset
 
-    def _load(self) -> dict[str, Any] | None:
-        """Index the records; cut off a torn end. The header, or ``None`` for a new file."""
+    def _not_writable(self, error: OSError) -> InputError:
+        return InputError(
+            f"{self.path}: cannot be written ({error.strerror}) -> see to the place and its space, then run again: "
+            "what is in there already is kept"
+        )
+
+    def _load(self, header_line: bytes) -> dict[str, Any] | None:
+        """Index the records; cut off a torn end. The header, or ``None`` for a new file.
+
+        Args:
+            header_line: as this run would write it; what may be cut off when the first line is torn.
+        """
         header = None
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):
-                if not line.endswith(b"\n"):
+                is_torn = not line.endswith(b"\n")
+                record = None if is_torn else _decode(line)
+                is_ours = header_line.startswith(line) if is_torn else record is not None and "header" in record
+                if number == 0 and not is_ours:
+                    raise InputError(f"{self.path}:1: not a journal of this program -> choose another output")
+                if is_torn:
                     self.torn = len(line)
                     break
-                record = _decode(line)
                 if number == 0:
-                    if record is None or "header" not in record:
-                        os.close(self._file)
-                        raise InputError(f"{self.path}:1: not a journal of this program -> choose another output")
-                    header = record["header"]
+                    header = record["header"] if record else None
                 elif record is None:
                     self.damaged += 1
+                elif "key" not in record:
+                    raise InputError(
+                        f"{self.path}:{number + 1}: a second journal begins here -> keep the lines above, or those "
+                        "from here on"
+                    )
                 else:
                     self._offsets.setdefault(record["key"], self._end)
                 self._end += len(line)
         if self.torn:
             os.ftruncate(self._file, self._end)
         return header
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    payload = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return _checksum(payload) + b" " + payload + b"\n"
 
 
 def _checksum(payload: bytes) -> bytes:

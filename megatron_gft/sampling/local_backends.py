@@ -15,7 +15,6 @@ from megatron_gft.sampling.settings import (
     SampleFailure,
     SampleRequest,
     SamplingParams,
-    model_fingerprint,
     with_own_eos,
 )
 from megatron_gft.tokenizer import ChatTemplateError, Tokenizer, load_tokenizer
@@ -32,12 +31,6 @@ class TransformersBackend:
 
     def __init__(self, model: LocalModel, batch_size: int = 16):
         self.model, self._batch_size = model, batch_size
-        self.tokenizer_fingerprint: str | None = model.tokenizer.fingerprint
-        self.lineage: dict[str, Any] = {
-            "backend": "transformers",
-            "model": model.path,
-            "checkpoint": model_fingerprint(model.path),
-        }
 
     def generate(
         self, requests: Iterable[SampleRequest], params: SamplingParams, is_done: Callable[[str], bool]
@@ -124,12 +117,6 @@ class VllmBackend:
         self._tokenizer = load_tokenizer(path, chat_template)
         self._engine = vllm.LLM(model=path, **engine)
         self._longest = self._engine.llm_engine.model_config.max_model_len
-        self.tokenizer_fingerprint: str | None = self._tokenizer.fingerprint
-        self.lineage: dict[str, Any] = {
-            "backend": f"vllm {vllm.__version__}",
-            "model": path,
-            "checkpoint": model_fingerprint(path),
-        }
 
     def generate(
         self, requests: Iterable[SampleRequest], params: SamplingParams, is_done: Callable[[str], bool]

@@ -8,7 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_gft.errors import InputError
+
 Prompt = str | list[dict[str, Any]]
+
+WEIGHT_STRIDE = 16 << 20
+MODEL_FILES = (  # beside the weights, what decides the tokens that a model samples
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,8 @@ class Sample:
     """One sampled response.
 
     ``token_ids`` are the ids that were sampled (a final EOS included), or ``None`` when they are unknown or do not
-    spell ``text``; ``logprobs`` are the model's at temperature 1, one per id.
+    spell ``text``; ``logprobs`` are the model's at temperature 1, one per id. ``without_reasoning``: the server kept
+    the model's thoughts apart from the text, and they were left out.
     """
 
     key: str
@@ -50,14 +68,19 @@ class Sample:
     finish_reason: str  # "stop" or "length"
     token_ids: list[int] | None = None
     logprobs: list[float] | None = None
+    without_reasoning: bool = False
 
 
 @dataclass(frozen=True)
 class SampleFailure:
-    """A request that was given up: what happened, in one line."""
+    """A request that was given up: what happened, in one line.
+
+    ``transient``: another time it might work, so several in a row speak of the backend, not of their prompts.
+    """
 
     key: str
     reason: str
+    transient: bool = False
 
 
 Outcome = Sample | SampleFailure
@@ -70,9 +93,6 @@ class Backend(Protocol):
     any more, and yields the outcomes of the others in any order. A backend whose samples depend on what shares their
     batch forms its batches from all requests, so that a continued run samples what an undisturbed one would have.
     """
-
-    lineage: dict[str, Any]
-    tokenizer_fingerprint: str | None
 
     def generate(
         self, requests: Iterable[SampleRequest], params: SamplingParams, is_done: Callable[[str], bool]
@@ -95,18 +115,25 @@ def sample_seed(seed: int, prompt_id: str, source: str, k: int) -> int:
 
 
 def model_fingerprint(path: str | Path) -> str:
-    """Identity of a model folder for lineage: sha256 of its config and of size, first and last MiB of each weight file.
+    """Identity of a model folder: sha256 over its configuration, tokenizer and a sixteenth of its weights.
 
-    Cheap at any size, and different for two checkpoints of one run.
+    Of each weight file the size, the first MiB of every 16 MiB and the last MiB are read, so a change of any large
+    matrix shows, and the cost stays well below that of loading the model.
+
+    Raises:
+        InputError: no weights there.
     """
-    folder, digest, edge = Path(path), hashlib.sha256(), 1 << 20
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        if not file.is_file():
-            continue
+    folder, digest, piece = Path(path), hashlib.sha256(), 1 << 20
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not weights:
+        raise InputError(f"{path}: no weights (*.safetensors, *.bin) in there -> give a Hugging Face model folder")
+    for file in [folder / name for name in MODEL_FILES if (folder / name).is_file()]:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    for file in weights:
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
         with open(file, "rb") as stream:
-            digest.update(stream.read(edge))
-            stream.seek(max(0, size - edge))
-            digest.update(stream.read(edge))
+            for start in [*range(0, size, WEIGHT_STRIDE), max(0, size - piece)]:
+                stream.seek(start)
+                digest.update(stream.read(piece if size > WEIGHT_STRIDE else size))
     return digest.hexdigest()

@@ -5,16 +5,21 @@
       - {kind: openai, source: teacher, url: "http://host:8000/v1", model: Qwen/Qwen2.5-72B-Instruct, k: 3}
       - {kind: transformers, source: self, model: models/student, k: 4, max_tokens: 512, logprobs: true}
 
-The same on the command line: ``--source "kind=column source=expert column=solution"``.
+The same on the command line: ``--source "kind=column source=expert column=solution"``. There, text is taken as it is;
+lists, numbers and switches are YAML, and quotes inside a list need quotes around it: ``stop='["\\n\\n", "####"]'``.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import shlex
+import sys
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -23,8 +28,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from megatron_gft.config import Section
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.sampling.openai_client import ServerOptions
-from megatron_gft.sampling.settings import SamplingParams
-from megatron_gft.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
+from megatron_gft.sampling.settings import SamplingParams, model_fingerprint
+from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
 
 Role = Literal["expert", "teacher", "self"]
 
@@ -44,7 +49,8 @@ class ColumnSource(Section):
 class SampledSource(Section):
     """Answers to be sampled. Fields named in ``operational`` may change while a journal grows."""
 
-    operational: ClassVar[frozenset[str]] = frozenset({"name", "k"})
+    model_config = pydantic.ConfigDict(allow_inf_nan=False)
+    operational: ClassVar[frozenset[str]] = frozenset({"name", "k", "tokenizer", "chat_template"})
 
     kind: str
     name: str = Field("", description="default: the source, numbered when there are several")
@@ -73,13 +79,28 @@ class SampledSource(Section):
             self.temperature, self.top_p, self.top_k, self.max_tokens, tuple(self.stop), self.logprobs
         )
 
-    def identity(self) -> dict[str, Any]:
-        """All that decides what is sampled."""
-        return {key: value for key, value in self.model_dump(mode="json").items() if key not in self.operational}
+    @abstractmethod
+    def load_tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer with the chat template that renders prompts, if there is one on this side.
 
-    def tokenizer_fingerprint(self) -> str:
-        """Of the tokenizer whose ids are recorded."""
-        return tokenizer_fingerprint(self.model)
+        Raises:
+            InputError: it cannot be loaded.
+        """
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what is sampled; files by their contents.
+
+        Raises:
+            InputError: files that the source needs are not there.
+        """
+        identity = {key: value for key, value in self.model_dump(mode="json").items() if key not in self.operational}
+        tokenizer = self.load_tokenizer()
+        if tokenizer is None:
+            return identity
+        return identity | {
+            "tokenizer": tokenizer.fingerprint,
+            "chat_template": tokenizer.chat_template_fingerprint,
+        }
 
 
 class OpenAISource(SampledSource):
@@ -88,7 +109,6 @@ class OpenAISource(SampledSource):
     operational: ClassVar[frozenset[str]] = SampledSource.operational | {
         "url",
         "api_key_env",
-        "tokenizer",
         "concurrency",
         "timeout",
         "attempts",
@@ -141,39 +161,51 @@ class OpenAISource(SampledSource):
     def load_tokenizer(self) -> Tokenizer | None:
         if self.tokenizer is None:
             return None
-        return load_tokenizer(self.tokenizer, self.chat_template if self.api == "completions" else "none")
-
-    def tokenizer_fingerprint(self) -> str:
-        assert self.tokenizer is not None  # ids are kept only when it is given
-        return tokenizer_fingerprint(self.tokenizer)
+        return load_tokenizer(self.tokenizer, self.chat_template if self.api == "completions" else NO_TEMPLATE)
 
 
-class TransformersSource(SampledSource):
+class LocalSource(SampledSource):
+    """A model folder sampled in this process."""
+
+    source: Role = "self"
+    model: str = Field(description="Hugging Face folder")
+    chat_template: str | None = Field(None, description="template file or none; default: the folder's own")
+
+    def load_tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.model, self.chat_template)
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"checkpoint": model_fingerprint(self.model)}
+
+
+class TransformersSource(LocalSource):
     """A Hugging Face folder sampled in this process by batches; for CPUs and small runs."""
 
     kind: Literal["transformers"]
-    source: Role = "self"
     batch_size: PositiveInt = Field(16, description="responses at a time; part of what decides the rounding")
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="default: fp32 on a CPU, else the folder's")
     device: str | None = Field(None, description="default: cuda when there is one")
-    chat_template: str | None = Field(None, description="template file or none; default: the folder's own")
 
 
-class VllmSource(SampledSource):
+class VllmSource(LocalSource):
     """vLLM's offline engine in this process."""
 
     operational: ClassVar[frozenset[str]] = SampledSource.operational | {"engine", "requests_per_call"}
 
     kind: Literal["vllm"]
-    source: Role = "self"
     engine: dict[str, Any] = Field(default_factory=dict, description="arguments of vllm.LLM")
     requests_per_call: PositiveInt = Field(1024, description="responses between two writes to the journal")
-    chat_template: str | None = Field(None, description="template file or none; default: the folder's own")
+
+    def identity(self) -> dict[str, Any]:
+        if "vllm" not in sys.modules and importlib.util.find_spec("vllm") is None:
+            raise InputError("the vllm package is not installed -> pip install vllm, or use kind openai")
+        return super().identity()
 
 
 Source = ColumnSource | SampledSource
 SourceList = Sequence[Source]
 _AnySource = Annotated[ColumnSource | OpenAISource | TransformersSource | VllmSource, Field(discriminator="kind")]
+_QUOTING = """quote a list twice: stop='["\\n\\n", "####"]'"""
 _KINDS: dict[str, type[Section]] = {
     "column": ColumnSource,
     "openai": OpenAISource,
@@ -214,7 +246,7 @@ def _read_file(file: str | Path) -> list[Any]:
 
 
 def _read_argument(argument: str) -> dict[str, Any]:
-    described = {}
+    texts: dict[str, str] = {}
     try:
         words = shlex.split(argument)
     except ValueError as error:
@@ -223,11 +255,36 @@ def _read_argument(argument: str) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not equals:
             raise InputError(f"--source {argument!r}: {word!r} is not key=value -> write kind=... key=value ...")
-        try:
-            described[key] = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            described[key] = text
-    return described
+        if key in texts:
+            raise InputError(f"--source {argument!r}: {key} is given twice -> give it once")
+        texts[key] = text
+    kind = _KINDS.get(texts.get("kind", ""))
+    fields = {} if kind is None else kind.model_fields
+    return {
+        key: text if key not in fields or _is_text(fields[key].annotation) else _read_value(key, text)
+        for key, text in texts.items()
+    }
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a field holds nothing but text: ``str``, a choice of words, either of them or None."""
+    if get_origin(annotation) is Literal:
+        return True
+    if get_origin(annotation) in (Union, UnionType):
+        return all(part is NoneType or _is_text(part) for part in get_args(annotation))
+    return annotation is str
+
+
+def _read_value(key: str, text: str) -> Any:
+    """A list, mapping, number or switch of the command line, as YAML."""
+    is_collection = text.lstrip().startswith(("[", "{"))
+    try:
+        # shlex took unprotected quotes away, and a plain \n is two characters: better no list than another one.
+        if is_collection and "\\" in text and '"' not in text:
+            raise yaml.YAMLError
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--source: {key}={text}: not valid YAML -> {_QUOTING}") from None
 
 
 def _with_names(sources: Sequence[Any]) -> SourceList:
@@ -258,4 +315,6 @@ def _explain(problem: Any) -> str:
         return f"{place}: unknown key -> {hint}"
     if problem["type"] == "missing":
         return f"{place}: missing -> set it"
+    if problem["type"] == "list_type":
+        return f"{place}: not a list (got {problem['input']!r}) -> {_QUOTING}"
     return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {str(problem['input'])[:80]})"

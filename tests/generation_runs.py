@@ -1,0 +1,33 @@
+"""Short ways to run the generation of groups in tests."""
+
+from __future__ import annotations
+
+import json
+
+from megatron_gft.sampling.generation import GenerationRun, PromptSet
+from megatron_gft.sampling.openai_client import ServerOptions
+from megatron_gft.sampling.settings import SampleRequest, SamplingParams
+from megatron_gft.sampling.sources import load_sources
+
+
+def server_options(server, **changes):
+    return ServerOptions(
+        **{"url": server.url, "model": "m", "backoff": 0.01, "timeout": 5.0, "concurrency": 4} | changes
+    )
+
+
+def collect(backend, count, params=None, prompt="hi"):
+    params = params or SamplingParams()
+    requests = [SampleRequest(str(i), prompt, i) for i in range(count)]
+    return {outcome.key: outcome for outcome in backend.generate(requests, params, lambda key: False)}
+
+
+def write_prompts(path, count):
+    rows = ({"question": f"Q{i}: {i}+{i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(prompts, output, *sources, seed=0, **options):
+    made = GenerationRun(PromptSet([prompts]), output, load_sources(sources), seed)
+    return made.execute(progress=False, **options)
