@@ -31,6 +31,7 @@ from megatron_gft.data.shard_manifest import (
     expand_shards,
     read_manifest,
     verify_shard,
+    verify_shards,
     write_manifest,
 )
 from megatron_gft.data.shard_writer import GroupShardWriter, reward_stats, tokenizer_stamp, write_judgement
@@ -46,6 +47,7 @@ __all__ = [
     "expand_shards",
     "tokenizer_stamp",
     "verify_shard",
+    "verify_shards",
 ]
 
 

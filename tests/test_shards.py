@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_gft.data.encoded_groups import GroupEncoder
 from megatron_gft.data.shard_manifest import ShardSet
-from megatron_gft.errors import InputError
+from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import SOURCES
 from megatron_gft.shards import (
     GroupShard,
@@ -22,11 +23,18 @@ from megatron_gft.shards import (
     check_sets,
     expand_shards,
     verify_shard,
+    verify_shards,
 )
 
 
 def nan_equal(array: np.ndarray, expected: list) -> bool:
     return np.array_equal(array, np.array(expected, dtype=np.float32), equal_nan=True)
+
+
+def flip_bit(path: Path, position: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
 
 
 def test_groups_come_back(tmp_path):
@@ -135,6 +143,23 @@ def test_any_changed_or_missing_byte_is_found(tmp_path):
             GroupShard(tmp_path / "a")
         path.write_bytes(content)
     verify_shard(tmp_path / "a")
+
+
+def test_several_shards_report_every_damage_together(tmp_path):
+    names = [tmp_path / name for name in "abcde"]
+    for index, name in enumerate(names):
+        write_shard(name, groups=2, seed=index, shard_set=ShardSet(id="s", index=index, count=5))
+    verify_shards(names)
+    flip_bit(tmp_path / "a.bin", 5)
+    (tmp_path / "b.meta.idx").unlink()
+    flip_bit(tmp_path / "d.json", 200)
+    with pytest.raises(InputErrors) as caught:
+        verify_shards(names[:4])
+    found = caught.value.problems
+    assert [problem.split(":")[0] for problem in found] == [
+        f"{tmp_path}/{name}" for name in ("a.bin", "b.meta.idx", "d.json", "a")
+    ]
+    assert "content differs" in found[0] and "missing" in found[1] and "3 of its 5 shards" in found[3]
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path):

@@ -168,18 +168,7 @@ def check_sizes(prefix: str | Path, manifest: ShardManifest) -> None:
     Raises:
         InputErrors: names each file that differs.
     """
-    problems = []
-    for name, entry in manifest.files.items():
-        path = Path(prefix).with_name(name)
-        try:
-            size = path.stat().st_size
-        except OSError:
-            problems.append(f"{path}: missing")
-            continue
-        if size != entry.bytes:
-            problems.append(f"{path}: {size} bytes, the manifest says {entry.bytes}")
-    if problems:
-        raise InputErrors(f"{prefix}: damaged shard -> copy it again or preprocess again", problems)
+    _raise_damage(prefix, _file_problems(prefix, manifest, contents=False))
 
 
 def verify_shard(prefix: str | Path) -> ShardManifest:
@@ -189,15 +178,51 @@ def verify_shard(prefix: str | Path) -> ShardManifest:
         InputErrors: names each file that is missing or differs.
     """
     manifest = read_manifest(prefix)
-    check_sizes(prefix, manifest)
-    problems = [
-        f"{path}: content differs from the manifest"
-        for path, entry in ((Path(prefix).with_name(name), entry) for name, entry in manifest.files.items())
-        if sha256_file(path) != entry.sha256
-    ]
+    _raise_damage(prefix, _file_problems(prefix, manifest, contents=True))
+    return manifest
+
+
+def verify_shards(prefixes: Iterable[str | Path]) -> None:
+    """Read every byte of shards that are used together; sets of shards must be complete.
+
+    Raises:
+        InputErrors: one line for each damaged manifest, damaged file and incomplete set, of all shards.
+    """
+    problems, shards = [], []
+    for prefix in prefixes:
+        try:
+            manifest = read_manifest(prefix)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        shards.append((str(prefix), manifest))
+        problems += _file_problems(prefix, manifest, contents=True)
+    problems += _incomplete_sets(shards)
+    if problems:
+        raise InputErrors("damaged or incomplete shards -> copy them again or preprocess again", problems)
+
+
+def _file_problems(prefix: str | Path, manifest: ShardManifest, contents: bool) -> list[str]:
+    """A line for each file that is missing or has another size or, when asked, other contents."""
+    problems = []
+    for name, entry in manifest.files.items():
+        path = Path(prefix).with_name(name)
+        try:
+            size = path.stat().st_size
+            if size != entry.bytes:
+                problems.append(f"{path}: {size} bytes, the manifest says {entry.bytes}")
+            elif contents and sha256_file(path) != entry.sha256:
+                problems.append(f"{path}: content differs from the manifest")
+        except FileNotFoundError:
+            problems.append(f"{path}: missing")
+        except OSError as error:
+            problems.append(f"{path}: cannot be read ({error.strerror})")
+    return problems
+
+
+def _raise_damage(prefix: str | Path, problems: Sequence[str]) -> None:
     if problems:
         raise InputErrors(f"{prefix}: damaged shard -> copy it again or preprocess again", problems)
-    return manifest
 
 
 def content_fingerprint(manifest: ShardManifest) -> str:
@@ -246,16 +271,20 @@ def check_sets(shards: Iterable[tuple[str, ShardManifest]]) -> None:
     Raises:
         InputErrors: names each incomplete set.
     """
+    problems = _incomplete_sets(shards)
+    if problems:
+        raise InputErrors("incomplete sets of shards -> name them all, e.g. PREFIX*", problems)
+
+
+def _incomplete_sets(shards: Iterable[tuple[str, ShardManifest]]) -> list[str]:
     seen: dict[str, tuple[str, int, set[int]]] = {}
     for prefix, manifest in shards:
         part = manifest.shard_set
         if part is not None:
             seen.setdefault(part.id, (prefix, part.count, set()))[2].add(part.index)
-    problems = [
+    return [
         f"{prefix}: {len(indices)} of its {count} shards are given, missing number "
         f"{', '.join(str(i) for i in sorted(set(range(count)) - indices))}"
         for prefix, count, indices in seen.values()
         if len(indices) < count
     ]
-    if problems:
-        raise InputErrors("incomplete sets of shards -> name them all, e.g. PREFIX*", problems)
