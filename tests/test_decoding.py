@@ -1,8 +1,11 @@
 """Batched sampling against ``model.generate`` and unbatched twins; teacher-forced log-probs against fp64."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_language_model import language_model_folder
 
 from megatron_gft.errors import InputError
@@ -162,6 +165,17 @@ def test_stop_texts_end_a_response_and_leave_no_ids_that_spell_more(local):
     assert (cut.finish_reason, cut.token_ids, cut.logprobs) == ("stop", None, None)
 
 
+@pytest.mark.parametrize("stop", ["終わり終わり終わり", "\U0001f600" * 5, "####"])
+def test_a_stop_text_is_seen_whatever_its_number_of_tokens(local, monkeypatch, stop):
+    tokens = [local.tokenizer.encode_response(text) for text in ("so 8. ", stop, " and more")]
+    script = iter(sum(tokens, []))
+    monkeypatch.setattr("megatron_gft.sampling.decoding.pick_tokens", lambda *_: torch.tensor([next(script)]))
+    params = SamplingParams(max_tokens=100, stop=("never said", stop))
+    (sample,) = TransformersBackend(local).generate([SampleRequest("k", "a", 1)], params, lambda key: False)
+    assert (sample.text, sample.finish_reason) == ("so 8. ", "stop")
+    assert sum(1 for _ in script) == len(tokens[2])
+
+
 def test_prompts_that_do_not_fit_are_failures_not_crashes(local):
     backend = TransformersBackend(local)
     requests = [SampleRequest("long", "word " * 600, 1), SampleRequest("fits", "word", 1)]
@@ -178,3 +192,55 @@ def test_what_is_no_model_is_refused(tmp_path, folder):
     (other / "config.json").unlink()
     with pytest.raises(InputError, match="no config.json|tokenizer"):
         LocalModel(other)
+
+
+@pytest.mark.parametrize("device", ["graphics", "xpu", "meta"])
+def test_a_device_that_is_not_there_is_refused(folder, device):
+    with pytest.raises(InputError, match=f"device '{device}' cannot be used .* -> set cpu"):
+        LocalModel(folder, device=device)
+
+
+def edit_config(model, **changes):
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def leave_out(model, name):
+    weights = load_file(model / "model.safetensors")
+    del weights[name]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def cut(model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def no_safetensors(model):
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(b"junk")
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (lambda model: leave_out(model, "lm_head.weight"), r"1 weights are in no file .*\(lm_head.weight\)"),
+        (lambda model: edit_config(model, num_hidden_layers=3), "9 weights are in no file .*, ...\\): they would be"),
+        (lambda model: edit_config(model, intermediate_size=32), r"not in the shape .*mlp.down_proj"),
+        (cut, "cannot load a causal language model .* -> check config.json and the weight files"),
+        (no_safetensors, "cannot load a causal language model .* -> check config.json and the weight files"),
+    ],
+)
+def test_a_model_folder_that_is_not_whole_is_refused(tmp_path, damage, message):
+    model = language_model_folder(tmp_path)
+    damage(model)
+    with pytest.raises(InputError, match=message):
+        LocalModel(model, device="cpu")
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    model = language_model_folder(tmp_path)
+    leave_out(model, "lm_head.weight")
+    edit_config(model, tie_word_embeddings=True)
+    weights = LocalModel(model, device="cpu").model
+    assert torch.equal(weights.lm_head.weight, load_file(model / "model.safetensors")["model.embed_tokens.weight"])

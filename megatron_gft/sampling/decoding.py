@@ -8,6 +8,8 @@ every row draws from its own seed, so a sample does not depend on what else is s
 from __future__ import annotations
 
 import inspect
+import pickle
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -26,6 +29,17 @@ COMPACT_SHARE = 1 / 8  # ended rows leave the batch once they are this share of 
 MAX_BATCH_TOKENS = 4096  # of one teacher-forced batch
 MAX_LOGITS_BYTES = 1 << 29
 TOP_P_CANDIDATES = 1024
+SHOWN_WEIGHTS = 5  # of those that are missing
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,7 +62,7 @@ class LocalModel:
         chat_template: file, ``none``, or ``None`` for the folder's own.
 
     Raises:
-        InputError: the folder holds no causal language model or no tokenizer.
+        InputError: no such device, or the folder holds no whole causal language model or no tokenizer.
     """
 
     def __init__(
@@ -60,7 +74,7 @@ class LocalModel:
         chat_template: str | None = None,
     ):
         self.path = str(path)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer: Tokenizer = load_tokenizer(path, chat_template)
         chosen = DTYPES[dtype] if dtype else torch.float32 if self.device.type == "cpu" else "auto"
         self.model = _load_model(path, chosen).eval()
@@ -159,7 +173,8 @@ class LocalModel:
     def _stopped(self, prompt: Sequence[int], ids: list[int], stop: Sequence[str]) -> bool:
         if not stop:
             return False
-        tail = ids[-(8 + max(len(text) for text in stop)) :]
+        # A token is one byte at least; the last one may go on after the stop text, a cut character may come before.
+        tail = ids[-(8 + max(len(text.encode()) for text in stop)) :]
         text = self.response_text(prompt, tail)
         return any(word in text for word in stop)
 
@@ -254,10 +269,34 @@ def _load_model(path: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     if not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: no config.json -> give a Hugging Face model folder")
+    try:  # what the folder lacks is refused below, by name
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except _LOAD_ERRORS as error:
+        raise InputError(
+            f"{path}: transformers cannot load a causal language model ({error or type(error).__name__}) "
+            "-> check config.json and the weight files"
+        ) from error
+    model, found = loaded
+    missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if missing:  # tied weights are not among them
+        shown = ", ".join(missing[:SHOWN_WEIGHTS]) + (", ..." if len(missing) > SHOWN_WEIGHTS else "")
+        raise InputError(
+            f"{path}: {len(missing)} weights are in no file of this folder, or not in the shape that config.json says "
+            f"({shown}): they would be random -> copy the whole model"
+        )
+    return model
+
+
+def _usable_device(name: str) -> torch.device:
     try:
-        return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: transformers cannot load a causal language model: {error}") from error
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter: torch is built without CUDA
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used ({reason}) -> set cpu, or cuda where there is one") from error
+    return device
 
 
 def _eos_ids(model: PreTrainedModel) -> list[int]:
