@@ -153,6 +153,18 @@ def test_limits_drop_or_truncate_what_exceeds(shards, policy, limit):
         assert train.limited.dropped_groups == 30 - len(train)
 
 
+@pytest.mark.parametrize("policy", ["drop", "truncate"])
+def test_reading_a_group_under_limits_makes_no_array_of_all_groups(shards, policy, monkeypatch):
+    train = build_group_datasets(
+        [str(shards / "math")], limits=LengthLimits(max_response_tokens=5, policy=policy)
+    ).train
+    expected = [[r.tolist() for r in train[i]["responses"]] for i in range(len(train))]
+    for name, value in vars(GroupShard).items():
+        if isinstance(value, property):
+            monkeypatch.setattr(GroupShard, name, property(lambda _, name=name: pytest.fail(f"reads {name}")))
+    assert [[r.tolist() for r in train[i]["responses"]] for i in range(len(train))] == expected
+
+
 def test_over_long_responses_are_an_error_that_names_shard_and_group(shards):
     with pytest.raises(InputError, match=r"code: group \d+ \(id 'g-\d+-é'\) has a prompt of \d+ and responses of"):
         build_group_datasets([str(shards / "code")], limits=LengthLimits(max_response_tokens=3))

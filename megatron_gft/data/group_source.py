@@ -179,7 +179,7 @@ class _LimitedPart(_Part):
         original = self.shard_index(i)
         group = self.shard[original]
         if self.keep is not None:
-            first = self.shard.response_offsets[original]
+            first = int(self.shard.spans(np.array([original]))[1][0])  # response_offsets would be made of all groups
             stays = np.flatnonzero(self.keep[first : first + len(group.responses)])
             group.responses = [group.responses[k] for k in stays]
             group.sources, group.rewards = group.sources[stays], group.rewards[stays]
