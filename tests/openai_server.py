@@ -45,6 +45,7 @@ class FaultyServer:
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.random, self.lock = random.Random(seed), threading.Lock()
         server = self
 
@@ -87,6 +88,7 @@ class FaultyServer:
             self.requests.append(body)
             self.times.append(time.monotonic())
             self.headers.append(dict(http.headers))
+            self.paths.append(http.path)
         fault = self._choose_fault()
         time.sleep(self.delay)
         if self.answer is not None:

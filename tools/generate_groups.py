@@ -36,6 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt-column", help="default: prompt, question, problem or messages")
     parser.add_argument("--answer-column", help="gold answer (default: answer)")
     parser.add_argument("--id-column", help="default: id, else a hash of the prompt")
+    parser.add_argument(
+        "--duplicates",
+        choices=["error", "drop", "number"],
+        default="error",
+        help="rows with an id (without ids: a prompt) that came before: refuse, leave out, or append #2 to the id",
+    )
     parser.add_argument("--prompt-template", help="text with {prompt} in it, put around every prompt")
     parser.add_argument("--allow-failures", action="store_true", help="write the file without responses given up")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -47,7 +53,11 @@ def main(argv: list[str] | None = None) -> None:
 
     sources = load_sources(options.source, options.config)
     columns = PromptColumns(
-        options.prompt_column, options.answer_column, options.id_column, template=options.prompt_template
+        options.prompt_column,
+        options.answer_column,
+        options.id_column,
+        template=options.prompt_template,
+        duplicates="keep" if options.duplicates == "error" else options.duplicates,
     )
     prompts = PromptSet(options.input, columns, options.split, options.limit)
     run = GenerationRun(prompts, options.output, sources, options.seed)

@@ -64,9 +64,13 @@ class PromptSet:
     limit: int | None = None
 
     def __iter__(self) -> Iterator[PromptRow]:
+        return self.rows(Counter())
+
+    def rows(self, seen: Counter[str]) -> Iterator[PromptRow]:
+        """The prompts; counts in ``seen`` how often each id came, unless duplicates are kept."""
         left = self.limit if self.limit is not None else -1
         for path in self.inputs:
-            for row in iter_prompts(path, self.columns, self.split):
+            for row in iter_prompts(path, self.columns, self.split, seen):
                 if left == 0:
                     return
                 left -= 1
@@ -122,13 +126,13 @@ class GenerationRun:
         self._identities: dict[str, dict[str, Any]] = {}
         self._makers: dict[str, ResponseMaker] = {}
         self._servers: dict[str, Backend] = {}
-        self.num_prompts = self.num_samples = 0
+        self.num_prompts = self.num_samples = self._num_duplicates = 0
         problems = _output_problems(self.output)
         for check in (self._source_problems, self._prompt_problems):
             try:
                 problems.extend(itertools.islice(check(), SHOWN_PROBLEMS))
             except InputError as error:
-                problems.append(str(error))
+                problems += error.problems if isinstance(error, InputErrors) else [str(error)]
         if problems:
             raise InputErrors("cannot begin", problems)
 
@@ -149,13 +153,16 @@ class GenerationRun:
         if any(self.output.resolve() == Path(file).resolve() for file in self._prompts.files()):
             yield f"{self.output}: is an input too -> choose another output"
         seen: dict[str, str] = {}
-        for row in self._prompts:
+        ids: Counter[str] = Counter()
+        for row in self._prompts.rows(ids):
             if row.id in seen:
-                yield f"{row.place}: id {row.id!r} is that of {seen[row.id]} too -> ids must differ"
+                yield f"{row.place}: id {row.id!r} is that of {seen[row.id]} too -> ids must differ, or --duplicates"
             seen[row.id] = row.place
             yield from _column_problems(row, self._columns)
             self.num_samples += sum(len(maker.wanted(row)) for maker in self._makers.values())
         self.num_prompts = len(seen)
+        if self._prompts.columns.duplicates == "drop":
+            self._num_duplicates = ids.total() - len(ids)
         if not seen:
             yield f"{', '.join(map(str, self._prompts.inputs))}: no prompts in there -> check the input"
 
@@ -276,8 +283,9 @@ class GenerationRun:
     def _assemble(self, journal: Journal, progress: bool) -> Summary:
         summary = Summary(str(self.output), plan=self.plan_fingerprint(), sources=self._identities, seed=self._seed)
         counts: dict[str, Counter[str]] = {source.name: Counter() for source in self._sources}
-        dropped: Counter[str] = Counter()
-        notes: Counter[str] = Counter()
+        dropped, notes = Counter[str](), Counter[str]()
+        if self._num_duplicates:
+            dropped["prompt given before"] = self._num_duplicates
         if journal.damaged:
             notes["damaged lines of the journal, sampled again"] = journal.damaged
         if journal.torn:

@@ -9,7 +9,6 @@ that is anything else is refused untouched.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -126,10 +125,10 @@ class Journal:
         line, offset = _line(record), self._end
         try:
             written = os.write(self._file, line)
-            if written != len(line):  # a full disk: leave no half line that the next append would be glued to
-                os.ftruncate(self._file, offset)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while written < len(line):  # next time the system says why
+                written += os.write(self._file, line[written:])
         except OSError as error:
+            os.ftruncate(self._file, offset)  # no half line that the next append would be glued to
             raise self._not_writable(error) from error
         self._end += len(line)
         return offset

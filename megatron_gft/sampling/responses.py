@@ -100,7 +100,7 @@ class ResponseMaker:
         if record.text != value["text"]:
             yield "half a character replaced by U+FFFD"
         if value.get("without_reasoning"):
-            yield "reasoning left out"
+            yield "reasoning, which the server kept apart, left out"
         if self._source.logprobs and record.logprobs is None:
             yield "without log-probs"
         elif self._identity.get("token_ids") and record.token_ids is None:
