@@ -368,7 +368,7 @@ def test_the_time_limit_is_for_the_whole_request_however_it_trickles(first, drop
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         began = time.monotonic()
         (outcome,) = collect(OpenAIBackend(ServerOptions(url, "m", timeout=0.4, attempts=1)), 1).values()
-    assert "no reply within 0.4 s" in outcome.reason and 0.3 < time.monotonic() - began < 1.0
+    assert "no reply within 0.4 s" in outcome.reason and 0.3 < time.monotonic() - began < 2.0
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,11 @@ class SampledSource(Section):
 
 
 class OpenAISource(SampledSource):
-    """A server with the OpenAI interface: vLLM, SGLang, a hosted one."""
+    """A server with the OpenAI interface: vLLM, SGLang, a hosted one.
+
+    Thoughts that the server keeps apart from the answer (``reasoning_content``) are left out, and counted in the
+    summary; to keep them in the responses as the model wrote them, start the server without a reasoning parser.
+    """
 
     operational: ClassVar[frozenset[str]] = SampledSource.operational | {
         "url",
