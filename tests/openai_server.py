@@ -51,6 +51,7 @@ class FaultyServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # headers and body go in two writes, which would wait for each other
 
             def do_POST(self) -> None:
                 server.handle(self)
