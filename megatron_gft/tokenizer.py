@@ -52,7 +52,8 @@ class Tokenizer(ABC):
         special_pattern: matches the spelling of any special token in a text.
         fingerprint: sha256 of what ids mean (vocabulary, EOS, BOS); the same after ``save_pretrained``, on another
             machine or library version, and for a SentencePiece model and its Hugging Face twin.
-        chat_template_fingerprint: sha256 of the chat template, or ``"none"``.
+        chat_template_fingerprint: sha256 of the chat template, or ``"none"``, or ``"none+bos"`` with BOS before raw
+            text: what renders a prompt.
     """
 
     path: str
@@ -81,12 +82,11 @@ class Tokenizer(ABC):
 
     def _describe_template(self, template: str | None, bos_token: str | None, adds_bos: bool) -> None:
         self.chat_template = template
-        self.chat_template_fingerprint = (
-            NO_TEMPLATE if template is None else hashlib.sha256(template.encode()).hexdigest()
-        )
         dated = template is not None and "strftime_now" in template
         self._rendered_template = _FIXED_DATE_MACRO + (template or "") if dated else template
         self._raw_prefix = bos_token if adds_bos and bos_token else ""
+        raw = f"{NO_TEMPLATE}+bos" if self._raw_prefix else NO_TEMPLATE
+        self.chat_template_fingerprint = raw if template is None else hashlib.sha256(template.encode()).hexdigest()
 
     def _check_boundary(self) -> None:
         for prompt, response in _BOUNDARY_PROBES:
