@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import glob
+import io
 import json
 import re
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from group_files import random_records
+from group_shards import write_shard
 from tiny_tokenizers import byte_level_folder
 
-from megatron_gft.data.inspection import PackingQuestion, inspect_group_files, inspect_shards
+from megatron_gft.data.inspection import PackingQuestion, estimate_packing, inspect_group_files, inspect_shards
 from megatron_gft.data.inspection_sources import open_source
 from megatron_gft.data.inspection_view import group_text, html_page, report_text, view_tokens
 from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
+from megatron_gft.data.problems import parse_policies
+from megatron_gft.data.shard_manifest import ShardSet
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
-from megatron_gft.planning import GroupLengths, plan_step
+from megatron_gft.planning import DEFAULT_FLOP_MODEL
 from megatron_gft.shards import GroupShard, GroupShardWriter, add_rewards_sidecar
 from megatron_gft.tokenizer import load_tokenizer
 
@@ -37,6 +44,29 @@ def case(tmp_path_factory):
     write_group_file(base / "in.jsonl", records)
     preprocess(PreprocessOptions([str(base / "in.jsonl")], str(folder), str(base / "train")), progress=False)
     return base, folder, records
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory, case):
+    """Groups as generation writes them, with ids and log-probs, as a file and as a shard; the log-probs by response."""
+    base, (_, folder, _) = tmp_path_factory.mktemp("generated"), case
+    tokenizer = load_tokenizer(folder)
+    known, records = [], []
+    for g, texts in enumerate((["one", "two \ufffd \ufffd"], ["three four", "", ""])):
+        responses = []
+        for k, text in enumerate(texts):
+            ids = tokenizer.encode_response(text) or tokenizer.encode("漢")[:1]
+            cut_off = k == 1
+            ids = ids if cut_off else [*ids, tokenizer.eos_id] if text else [tokenizer.eos_id]
+            known.append([-(100 * g + 10 * k + i + 1) / 1000 for i in range(len(ids))])
+            reward, outcome = ((1.0, "correct"), (0.0, "wrong"), (0.0, "unparsed"))[k]
+            response = ResponseRecord(text, "self", reward, outcome, "length" if cut_off else "stop")
+            response.tokenizer, response.token_ids, response.logprobs = tokenizer.fingerprint, ids, known[-1]
+            responses.append(response)
+        records.append(GroupRecord(f"made{g}", "how\tmany?", responses, "7"))
+    write_group_file(base / "in.jsonl", records)
+    preprocess(PreprocessOptions([str(base / "in.jsonl")], str(folder), str(base / "train")), progress=False)
+    return base, folder, known
 
 
 @pytest.fixture
@@ -83,6 +113,7 @@ def test_duplicates_and_inner_end_markers_are_found(case, tmp_path):
         writer.add_group([5, eos, 5], [[6, eos]], ["self"], [0.0], group_id="prompt may have them")
         writer.add_group([5], [[0, 6, eos]], ["self"], [0.0], group_id="bos")
     found = inspect_shards([str(tmp_path / "b")])
+    assert found["zero_variance_groups"] == 0  # one response alone has nothing to be equal to
     assert found["problems"]["special_tokens"] == 2
     assert [line.split("id ")[1] for line in found["examples"]["special_tokens"]] == ["'inner'", "'bos'"]
 
@@ -116,19 +147,67 @@ def test_a_file_without_any_group(tmp_path):
     assert "invalid_json" in report_text(report) and "<svg" not in html_page(report)
 
 
-def test_packing_is_that_of_the_planner(case):
+@pytest.mark.parametrize("groups_per_step, steps", [(32, 1), (8, 3)])
+def test_packing_of_groups_that_fill_one_pack_a_step(case, groups_per_step, steps):
     base, _, _ = case
-    report = inspect_shards([str(base / "train")], PackingQuestion(max_tokens_per_pack=256, groups_per_step=32))
+    limit = 100_000
+    packing = inspect_shards([str(base / "train")], PackingQuestion(limit, groups_per_step))["packing"]
     shard = GroupShard(base / "train")
-    lengths = [GroupLengths(p, tuple(r)) for p, r in map(shard.lengths, range(len(shard)))]
-    for form in ("packed", "shared_prefix"):
-        plan = plan_step(lengths, 1, 256, packing=form)
-        assert report["packing"]["fill"][form] == pytest.approx(plan.fill, abs=0.08)
-    packed = sum(g.prompt + r - 1 for g in lengths for r in g.responses)
-    shared = sum(g.prompt + sum(r - 1 for r in g.responses) for g in lengths)
-    assert report["packing"]["token_ratio"] == pytest.approx(packed / shared, rel=0.15)
-    assert report["packing"]["token_ratio"] > 1.2
-    assert inspect_shards([str(base / "train")], PackingQuestion(20))["packing"]["unfit_groups"] == 22
+    lengths = [shard.lengths(i) for i in range(len(shard))]
+    packed = sum(prompt + r - 1 for prompt, responses in lengths for r in responses)
+    shared = sum(prompt + sum(r - 1 for r in responses) for prompt, responses in lengths)
+    assert packing["fill"] == pytest.approx({"packed": packed / limit / steps, "shared_prefix": shared / limit / steps})
+    assert packing["token_ratio"] == pytest.approx(packed / shared) and packed > 1.2 * shared
+    assert packing["sampled_groups"] == 22 and packing["unfit_groups"] == 0
+
+    def flops(rows: int, before: int = 0, loss_rows: int = 0) -> float:
+        return DEFAULT_FLOP_MODEL.flops(rows, DEFAULT_FLOP_MODEL.pairs(rows, before), loss_rows)
+
+    packed_flops = sum(flops(prompt + r - 1, 0, r) for prompt, responses in lengths for r in responses)
+    shared_flops = sum(flops(p) + sum(flops(r - 1, p, r) for r in responses) for p, responses in lengths)
+    assert packing["flop_ratio"] == pytest.approx(packed_flops / shared_flops, rel=1e-9)
+
+
+def test_groups_that_fit_no_pack_are_counted_among_all_not_in_the_sample():
+    prompts, counts = np.full(6000, 5, np.int32), np.tile([1, 2], 3000)
+    lengths = np.full(counts.sum(), 6, np.int32)
+    lengths[[4999, 8999]] = 997  # 5 + 997 - 1 rows
+    estimate = estimate_packing(prompts, counts, lengths, PackingQuestion(1000))
+    assert estimate["unfit_groups"] == 2 and estimate["sampled_groups"] == 2048
+    assert estimate_packing(prompts, counts, lengths, PackingQuestion(1001))["unfit_groups"] == 0
+    nothing = estimate_packing(prompts, counts, lengths, PackingQuestion(9))
+    assert nothing["unfit_groups"] == 6000 and nothing["token_ratio"] is None
+
+
+def test_generated_file_without_tokenizer_has_no_problem_of_its_token_ids(generated):
+    base, folder, known = generated
+    report = inspect_group_files([str(base / "in.jsonl")])
+    assert set(report["problems"]) == {"no_expert", "truncated", "duplicate_response"}
+    assert report["responses"] == len(known) == 5 and report["by_source"]["self"]["truncated"] == 2
+    assert report["response_length"]["min"] == 1 and report["response_length"]["max"] == len("three four") + 1
+    with_tokenizer = inspect_group_files([str(base / "in.jsonl")], load_tokenizer(folder))
+    assert with_tokenizer["problems"] == report["problems"]
+    assert with_tokenizer["total_response_length"] == sum(map(len, known))
+
+
+def test_many_problems_cost_no_more_than_their_number(tmp_path):
+    seconds = {}
+    for finish in ("length", "stop"):
+        responses = [ResponseRecord(str(k), "expert", float(k + 1), finish_reason=finish) for k in range(16)]
+        write_group_file(tmp_path / "a.jsonl", [GroupRecord(str(i), "p", responses) for i in range(1000)])
+        start = time.process_time()
+        report = inspect_group_files([str(tmp_path / "a.jsonl")])
+        seconds[finish] = time.process_time() - start
+        assert report["problems"] == ({"truncated": 16000} if finish == "length" else {})
+    assert seconds["length"] < 4 * seconds["stop"]
+
+
+@pytest.mark.parametrize("reward", [0.0, 1e15, 1e17, -3e38])
+def test_rewards_all_equal_make_a_histogram(tmp_path, reward):
+    responses = [ResponseRecord("a", "expert", reward), ResponseRecord("b", "self", reward)]
+    write_group_file(tmp_path / "a.jsonl", [GroupRecord("1", "p", responses)])
+    report = inspect_group_files([str(tmp_path / "a.jsonl")])
+    assert sum(report["rewards"]["histogram"]["counts"]) == 2 and "<svg" in html_page(report)
 
 
 def test_new_judgement_shows(case, tmp_path):
@@ -152,6 +231,20 @@ def test_tokens_add_up_to_the_text(case):
     assert "".join(v.text for v in view_tokens(tokenizer, [], prompt)) == tokenizer.decode(prompt)
 
 
+@pytest.mark.parametrize(
+    "text", ["a\ufffd", "\ufffd", "\ufffdb", "a\ufffd\ufffdb \ufffd", "\ufffd" * 20, "é\ufffd漢", ""]
+)
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_literal_replacement_character_is_shown(case, text, ends):
+    tokenizer = load_tokenizer(case[1])
+    prompt = tokenizer.encode("what is \ufffd")
+    views = view_tokens(tokenizer, prompt, [*tokenizer.encode_response(text), *([tokenizer.eos_id] if ends else [])])
+    assert "".join(view.text for view in views) == text + ("<|im_end|>" if ends else "")
+    assert not ends or views[-1].text == "<|im_end|>"
+    cut_short = view_tokens(tokenizer, prompt, tokenizer.encode_response("漢")[:1])
+    assert "".join(view.text for view in cut_short) == "\ufffd"
+
+
 @pytest.mark.parametrize("source", ["train", "in.jsonl"])
 def test_one_group_for_the_terminal(case, tool, capsys, source):
     base, folder, records = case
@@ -161,10 +254,15 @@ def test_one_group_for_the_terminal(case, tool, capsys, source):
     assert records[0].prompt in plain.replace("|", "") and "gold answer: " + records[0].answer in plain
     for k, response in enumerate(records[0].responses):
         end = "cut off, no EOS" if response.finish_reason == "length" else "ends with EOS"
-        assert re.search(rf"response {k}: {response.source}, reward {response.reward:g} .*{end}", plain)
+        judged = rf"reward {response.reward:g} \({response.outcome}\)"
+        assert re.search(rf"response {k}: {response.source}, {judged}, .*{end}", plain)
     assert tool([*command, "--color", "always"]) == 0
     coloured = capsys.readouterr().out
-    assert "\033[32m" in coloured and "\033[31m" in coloured and "\033[7m<|im_end|>" in coloured
+    blocks = coloured.split("\033[1mresponse ")[1:]
+    assert "\033[7m<|im_end|>" in coloured and len(blocks) == len(records[0].responses)
+    green, red, grey = "\033[32m", "\033[31m", "\033[90m"
+    for block, response in zip(blocks, records[0].responses, strict=True):
+        assert {c for c in (green, red, grey) if c in block} == {green if response.reward else red}
     assert re.sub(r"\033\[\d+m", "", coloured) == re.sub(r"(?<!<)\|(?!im_|>)", "", plain).replace("||", "|")
 
 
@@ -195,32 +293,155 @@ def test_page_stands_alone_and_escapes_the_data(case, tool, tmp_path):
     assert "shared prefix: fewer tokens" in text and "id odd" in text and "id q1" in text
 
 
-def test_json_and_verify_and_exit_codes(case, tool, capsys, tmp_path):
+@pytest.mark.parametrize("source", ["train", "in.jsonl"])
+def test_log_probs_outcomes_and_roles_are_those_of_their_response(generated, tool, tmp_path, source):
+    base, folder, known = generated
+    out = [str(tmp_path / "new" / name) for name in ("r.html", "r.json")]
+    command = [str(base / source), "--tokenizer", str(folder), "--group", "1", "--group", "0"]
+    assert tool([*command, "--html", out[0], "--json", out[1]]) == 0
+    views = json.loads(Path(out[1]).read_text(encoding="utf-8"))["views"]
+    responses = [response for view in (views[1], views[0]) for response in view["responses"]]
+    assert [[round(t["logprob"], 6) for t in r["tokens"]] for r in responses] == known
+    assert [r["outcome"] for r in responses] == ["correct", "wrong", "correct", "wrong", "unparsed"]
+    assert [r["advantage"] > 0 for r in responses] == [True, False, True, False, False]
+    page = Path(out[0]).read_text(encoding="utf-8")
+    assert page.index("id made1") < page.index("id made0")
+    shown = re.findall(r'class="(plus|minus)[^"]*" title="id \d+, sampling log-prob (-?\d+\.\d+)"', page)
+    expected = [("plus" if k in (0, 2) else "minus", f"{p:.3f}") for k, row in enumerate(known) for p in row]
+    assert sorted(shown) == sorted(expected)
+
+
+def test_json_and_exit_codes(case, tool, capsys, tmp_path):
     base, folder, _ = case
     assert tool([str(base / "train"), "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["groups"] == 22
-    assert tool([str(base / "tra*"), "--verify"]) == 0
-    assert "every byte is as written" in capsys.readouterr().out
-    for path in base.glob("train*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    content = bytearray((tmp_path / "train.bin").read_bytes())
-    content[100] ^= 1
-    (tmp_path / "train.bin").write_bytes(content)
-    assert tool([str(tmp_path / "train")]) == 0  # sizes agree, so it opens
-    assert tool([str(tmp_path / "train"), "--verify"]) == 2
-    assert "train.bin: content differs" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    named = ["--tokenizer", str(folder), "--group"]
     bad = [
         ([str(base / "train"), "--group", "0"], "needs --tokenizer"),
-        ([str(base / "train"), "--group", "22", "--tokenizer", str(folder)], "there are groups 0 to 21"),
-        ([str(base / "in.jsonl"), "--group", "22", "--tokenizer", str(folder)], "there are groups 0 to 21"),
+        ([str(base / "train"), *named, "22"], "there are groups 0 to 21"),
+        ([str(base / "in.jsonl"), *named, "22"], "there are groups 0 to 21"),
+        ([str(base / "in.jsonl"), *named, "-1"], "there are groups 0 to 21"),
         ([str(base / "in.jsonl"), "--verify"], "no manifest"),
         ([str(base / "in.jsonl"), str(base / "train")], "at once"),
         ([str(base / "absent")], "no such group shard"),
         ([str(base / "train"), "--max-tokens-per-pack", "0"], "at least 1"),
+        ([str(base / "train"), "--html", str(tmp_path / "file" / "x.html")], "no folder can be made"),
+        ([str(base / "train"), "--json", str(tmp_path)], "exists and is no file"),
+        ([str(base / "train"), "--html", "-"], "needs a file"),
     ]
     for command, message in bad:
         assert tool(command) == 2
         assert message in capsys.readouterr().err
+
+
+def test_outputs_are_checked_before_the_work(case, tool, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("megatron_gft.data.inspection_sources.open_source", lambda *_: pytest.fail("too late"))
+    for option in ("--html", "--json"):
+        assert tool([str(case[0] / "train"), option, str(tmp_path)]) == 2
+
+
+def test_verify_names_every_damage_and_leaves_stdout_to_the_json(case, tool, capsys, tmp_path):
+    base, _, _ = case
+    assert tool([str(base / "tra*"), "--verify"]) == 0
+    assert "every byte is as written" in capsys.readouterr().out
+    assert tool([str(base / "train"), "--verify", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["groups"] == 22 and "every byte is as written" in captured.err
+    for i in range(3):
+        write_shard(tmp_path / f"s-{i}", groups=3, seed=i, shard_set=ShardSet(id="s", index=i, count=4))
+    _flip(tmp_path / "s-0.bin", 10)
+    assert tool([str(tmp_path / "s-0")]) == 0  # sizes agree, so it opens
+    assert "missing number 1, 2, 3" in capsys.readouterr().out
+    (tmp_path / "s-1.meta.bin").write_bytes(b"")
+    assert tool([str(tmp_path / "s-*"), "--verify"]) == 2
+    error = capsys.readouterr().err
+    assert "s-0.bin: content differs" in error and "s-1.meta.bin: 0 bytes" in error and "missing number 3" in error
+
+
+def _flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0xC0
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "suffix, position, options, message",
+    [
+        (".bin", 3, ["--group", "0"], "train.bin: content differs"),  # a negative token
+        (".meta.bin", 3, ["--group", "0"], "--verify"),
+        (".meta.bin", 3, [], "--verify"),
+        (".idx", 48, [], "--verify"),
+    ],
+)
+def test_damage_is_named_when_it_is_run_into(case, tool, capsys, tmp_path, suffix, position, options, message):
+    base, folder, _ = case
+    for path in base.glob("train*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    _flip(tmp_path / f"train{suffix}", position)
+    assert tool([str(tmp_path / "train"), "--tokenizer", str(folder), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_bug_of_ours_is_not_called_damage(case, monkeypatch):
+    monkeypatch.setattr("megatron_gft.data.inspection_sources.inspect_shards", lambda *_: {}["bug"])
+    with pytest.raises(KeyError, match="bug"):
+        open_source([str(case[0] / "train")], None, None).report(None, 1)
+
+
+def test_group_numbers_count_what_the_report_counts(case, tool, capsys, tmp_path):
+    base, folder, _ = case
+    lines = (base / "in.jsonl").read_text(encoding="utf-8").splitlines()
+    name = str(tmp_path / "blank.jsonl")
+    Path(name).write_text("\n".join(["", lines[0], "", "not json", *lines[1:]]) + "\n", encoding="utf-8")
+    drop = parse_policies(["invalid_json=drop"])
+    options = PreprocessOptions([name], str(folder), str(tmp_path / "train"), policies=drop)
+    preprocess(options, progress=False)
+    assert inspect_group_files([name])["groups"] == inspect_shards([str(tmp_path / "train")])["groups"] == 22
+    of_file, of_shard = (open_source([source], str(folder), None) for source in (name, str(tmp_path / "train")))
+    for view, twin in zip(of_file.groups([21, 0, 1]), of_shard.groups([21, 0, 1]), strict=True):
+        assert (view.prompt, view.responses) == (twin.prompt, twin.responses)
+    assert of_file.groups([1])[0].title == f"{name}:5 group 1, id q1"
+    Path(name).write_text("\nnot json\n")
+    assert tool([name, "--tokenizer", str(folder), "--group", "0"]) == 2
+    assert "--group 0: there is no usable group" in capsys.readouterr().err
+
+
+def test_text_of_models_does_not_steer_the_terminal(case, tool, capsys, tmp_path, monkeypatch):
+    _, folder, _ = case
+    responses = [ResponseRecord("\x1b[31mred\x9b2J\r\n\tnext 漢", "self", 1.0, "bad\x1b[2J")]
+    name = str(tmp_path / "a.jsonl")
+    write_group_file(name, [GroupRecord("\x1b]0;title\x07", "\x1b[2Jp", responses, "\x1b[0m")])
+    command = [name, "--tokenizer", str(folder)]
+    assert tool([*command, "--group", "0", "--color", "never"]) == 0 and tool(command) == 0
+    shown = capsys.readouterr().out
+    assert {c for c in shown if ord(c) < 32 or 127 <= ord(c) < 160} == {"\n", "\t"}
+    plain = shown.replace("|", "")
+    for spelled in ("\\x1b[31mred\\x9b2J\\x0d\n\tnext 漢", "\\x1b]0;title\\x07", "(bad\\x1b[2J)", "answer: \\x1b[0m"):
+        assert spelled in plain
+    assert "bad\\x1b[2J 1" in plain  # an outcome, in the table of sources
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert tool([*command, "--group", "0"]) == 0
+    ascii_only.flush()
+    assert b"\\u6f22" in ascii_only.buffer.getvalue()
+
+
+def test_any_file_of_a_shard_stands_for_it(case, tool, capsys, tmp_path):
+    base, _, _ = case
+    for path in base.glob("train*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    expanded = sorted(glob.glob(str(tmp_path / "train*")))  # as a shell does; with the report of preprocessing
+    assert len(expanded) > 6
+    for inputs in (expanded, *([name] for name in expanded if ".report." not in name)):
+        assert tool([*inputs, "--json", "-"]) == 0
+        assert json.loads(capsys.readouterr().out)["inputs"] == [str(tmp_path / "train")]
+    (tmp_path / "train.json").unlink()
+    assert tool([str(tmp_path / "train.bin")]) == 2
+    assert "no manifest of a shard is beside it" in capsys.readouterr().err
+    (tmp_path / "lines.json").write_bytes((base / "in.jsonl").read_bytes())
+    for name in ("lines.json", "line*.json"):
+        assert open_source([str(tmp_path / name)], None, None).report(None, 1)["groups"] == 22
 
 
 def test_another_tokenizer_is_refused(case, tmp_path):
@@ -231,10 +452,10 @@ def test_another_tokenizer_is_refused(case, tmp_path):
     with pytest.raises(InputError, match="of different tokenizers"):
         inspect_shards([str(base / "train"), str(tmp_path / "a")])
     with pytest.raises(InputError, match="made with another tokenizer"):
-        open_source([str(base / "train")], str(other), None).group(0)
+        open_source([str(base / "train")], str(other), None).groups([0])
 
 
 def test_group_text_marks_boundaries_without_colour(case):
     base, folder, _ = case
-    view = open_source([str(base / "train")], str(folder), None).group(0)
+    view = open_source([str(base / "train")], str(folder), None).groups([0])[0]
     assert "|" in group_text(view, colour=False) and "\033" not in group_text(view, colour=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,11 @@ import numpy as np
 
 from megatron_gft.data.encoded_groups import PROMPT_MODE, EncodedGroups
 from megatron_gft.data.encoding import ChunkEncoder, EncodingOptions, id_digest
-from megatron_gft.data.problems import DROP, KEEP, KINDS, Problem
-from megatron_gft.errors import InputError
-from megatron_gft.groups import SOURCES, expand_inputs, read_chunks
+from megatron_gft.data.problems import DROP, KEEP, KINDS, ProblemLog
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.groups import SOURCES, GroupRecord, expand_inputs, read_chunks
 from megatron_gft.planning import GroupLengths, plan_step
-from megatron_gft.shards import GroupShard
+from megatron_gft.shards import GroupShard, check_sets
 from megatron_gft.tokenizer import Tokenizer
 
 GROUPS_PER_SLICE = 2048
@@ -60,6 +60,22 @@ class CharacterTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._decode(list(map(int, ids)))
+
+
+class CharacterEncoder(ChunkEncoder):
+    """Counts characters also where a file has token ids: without their tokenizer they mean nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(CharacterTokenizer(), EncodingOptions(LENIENT))
+
+    def _prepare(self, record: GroupRecord, place: str, log: ProblemLog) -> Any:
+        for response in record.responses:
+            if response.token_ids is not None:
+                # No text is a lone EOS, or a cut-off piece of a character.
+                alone = 0xFFFD if response.finish_reason == "length" else self.tokenizer.eos_id
+                response.token_ids = list(map(ord, response.text)) or [alone]
+                response.tokenizer, response.logprobs = self.tokenizer.fingerprint, None
+        return super()._prepare(record, place, log)
 
 
 @dataclass
@@ -181,6 +197,7 @@ def inspect_shards(prefixes: Sequence[str], packing: PackingQuestion | None = No
     report["problems"] = dict(sorted(facts.problems.items()))
     report["examples"] = facts.examples
     report["inputs"] = [shard.prefix for shard in shards]
+    report["incomplete_sets"] = _incomplete_sets(shards)
     report["tokenizer"] = stamp.model_dump()
     report["shards"] = [
         {
@@ -195,6 +212,15 @@ def inspect_shards(prefixes: Sequence[str], packing: PackingQuestion | None = No
     return report
 
 
+def _incomplete_sets(shards: Sequence[GroupShard]) -> list[str]:
+    """One shard of several may be looked at alone; the report says that it is not all."""
+    try:
+        check_sets((shard.prefix, shard.manifest) for shard in shards)
+        return []
+    except InputErrors as error:
+        return error.problems
+
+
 def inspect_group_files(
     patterns: Sequence[str], tokenizer: Tokenizer | None = None, packing: PackingQuestion | None = None
 ) -> dict[str, Any]:
@@ -204,25 +230,24 @@ def inspect_group_files(
         InputError: a file cannot be read. Bad rows are counted, not raised.
     """
     files = expand_inputs(patterns)
-    used = tokenizer or CharacterTokenizer()
-    encoder = ChunkEncoder(used, EncodingOptions(LENIENT))
-    facts = _Facts(used.eos_id, used.bos_id)
-    found: list[Problem] = []
+    encoder = CharacterEncoder() if tokenizer is None else ChunkEncoder(tokenizer, EncodingOptions(LENIENT))
+    facts = _Facts(encoder.tokenizer.eos_id, encoder.tokenizer.bos_id)
     counts: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
     for name in files:
         for chunk in read_chunks(name):
             encoded = encoder.encode(chunk)
             facts.add(encoded.groups, name)
-            counts.update(problem.kind for problem in encoded.problems)
-            found += [p for p in encoded.problems if sum(q.kind == p.kind for q in found) < EXAMPLES_PER_KIND]
-    if facts.problems["duplicate_id"]:
+            for problem in encoded.problems:
+                counts[problem.kind] += 1
+                if counts[problem.kind] <= EXAMPLES_PER_KIND:
+                    examples.setdefault(problem.kind, []).append(str(problem))
+    if facts.problems["duplicate_id"]:  # seen over all chunks; the encoder sees one at a time
         counts["duplicate_id"] = facts.problems["duplicate_id"]
+        examples["duplicate_id"] = facts.examples["duplicate_id"]
     report = _report(facts, "characters" if tokenizer is None else "tokens", packing)
     report["problems"] = dict(sorted(counts.items()))
-    examples: dict[str, list[str]] = {"duplicate_id": facts.examples.get("duplicate_id", [])}
-    for problem in found:
-        examples.setdefault(problem.kind, []).append(str(problem))
-    report["examples"] = {kind: lines[:EXAMPLES_PER_KIND] for kind, lines in examples.items() if lines}
+    report["examples"] = examples
     report["inputs"] = files
     return report
 
@@ -261,7 +286,7 @@ def _report(facts: _Facts, unit: str, packing: PackingQuestion | None) -> dict[s
         "zero_variance_share": facts.zero_variance / groups if groups else 0.0,
     }
     if packing is not None and groups:
-        report["packing"] = estimate_packing(_group_lengths(prompts, counts, lengths), packing)
+        report["packing"] = estimate_packing(prompts, counts, lengths, packing)
     return report
 
 
@@ -271,7 +296,8 @@ def _summary(values: np.ndarray) -> dict[str, Any] | None:
         return None
     values = values.astype(np.float64)
     low, high = float(values.min()), float(values.max())
-    counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=(low, high if high > low else low + 1))
+    span = (low, high if high > low else low + max(1.0, abs(low) * 1e-6))  # wide enough for bins of large values
+    counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=span)
     median, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99]).tolist()
     return {
         "mean": float(values.mean()),
@@ -284,31 +310,35 @@ def _summary(values: np.ndarray) -> dict[str, Any] | None:
     }
 
 
-def _group_lengths(prompts: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> Iterator[GroupLengths]:
-    """A random sample of groups, the same every time."""
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    chosen = np.random.RandomState(0).permutation(len(prompts))[:PACKED_SAMPLE]
-    for g in chosen.tolist():
-        yield GroupLengths(int(prompts[g]), tuple(lengths[offsets[g] : offsets[g + 1]].astype(int).tolist()))
+def estimate_packing(
+    prompts: np.ndarray, counts: np.ndarray, lengths: np.ndarray, question: PackingQuestion
+) -> dict[str, Any]:
+    """Plan steps of a random sample of groups (the same every time) in both forms.
 
-
-def estimate_packing(groups: Iterable[GroupLengths], question: PackingQuestion) -> dict[str, Any]:
-    """Plan a sample of steps in both forms.
+    Args:
+        prompts: int [G], tokens of each prompt.
+        counts: int [G], responses of each group.
+        lengths: int [M], tokens of each response.
+        question: what to plan.
 
     Returns:
         fill of the packs by form, and what sharing prompts saves: ``token_ratio`` = packed rows / shared rows,
-        ``flop_ratio`` likewise (expected speed-up of compute-bound training); ``unfit_groups`` do not fit a pack.
+        ``flop_ratio`` likewise (expected speed-up of compute-bound training); ``unfit_groups``, of all, do not fit a
+        pack.
     """
-    sample = list(groups)
     limit = question.max_tokens_per_pack
-    fitting = [g for g in sample if g.prompt + max(g.responses) - 1 <= limit]
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    longest = np.maximum.reduceat(lengths, offsets[:-1])
+    fits = prompts.astype(np.int64) + longest - 1 <= limit
+    chosen = np.random.RandomState(0).permutation(np.flatnonzero(fits))[:PACKED_SAMPLE].tolist()
+    sample = [GroupLengths(int(prompts[g]), tuple(lengths[offsets[g] : offsets[g + 1]].tolist())) for g in chosen]
     totals: dict[str, dict[str, float]] = {}
     for form in ("packed", "shared_prefix"):
         rows = flops = packs = 0.0
-        for first in range(0, len(fitting), question.groups_per_step):
-            step = fitting[first : first + question.groups_per_step]
+        for first in range(0, len(sample), question.groups_per_step):
+            step = sample[first : first + question.groups_per_step]
             plan = plan_step(step, 1, limit, packing=form)  # type: ignore[arg-type]
-            rows += plan.tokens - plan.padding
+            rows += plan.tokens
             flops += plan.flops
             packs += plan.packs_per_rank
         totals[form] = {"rows": rows, "flops": flops, "packs": packs, "fill": rows / (packs * limit) if packs else 0.0}
@@ -316,8 +346,8 @@ def estimate_packing(groups: Iterable[GroupLengths], question: PackingQuestion) 
     return {
         "max_tokens_per_pack": limit,
         "groups_per_step": question.groups_per_step,
-        "sampled_groups": len(fitting),
-        "unfit_groups": len(sample) - len(fitting),
+        "sampled_groups": len(sample),
+        "unfit_groups": int((~fits).sum()),
         "fill": {form: values["fill"] for form, values in totals.items()},
         "token_ratio": packed["rows"] / shared["rows"] if shared["rows"] else None,
         "flop_ratio": packed["flops"] / shared["flops"] if shared["flops"] else None,

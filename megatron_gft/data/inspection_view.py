@@ -68,15 +68,22 @@ class GroupView:
 def view_tokens(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> list[TokenView]:
     """Each token of ``ids`` as the text that it adds after ``before``.
 
-    Of a character made of several tokens, the last one carries the text.
+    Of a character made of several tokens, the last one carries the text; so it is for U+FFFD and what follows it,
+    because an unfinished character decodes to U+FFFD, too.
     """
     every = [*before, *ids]
-    views = []
+    views: list[TokenView] = []
+    shown = len(before)  # tokens whose text has been shown
     for position in range(len(before), len(every)):
-        window = every[max(0, position - _CONTEXT_TOKENS) : position]
-        text = tokenizer.decode([*window, every[position]]).rstrip("\ufffd")
-        known = tokenizer.decode(window).rstrip("\ufffd")
-        views.append(TokenView(every[position], text[len(known) :], every[position] in tokenizer.special_ids))
+        start = max(0, shown - _CONTEXT_TOKENS)
+        text = tokenizer.decode(every[start : position + 1])
+        final = position + 1 == len(every) or every[position + 1] in tokenizer.special_ids
+        if text.endswith("\ufffd") and not final:
+            added = ""  # perhaps a character that the next token goes on with
+        else:
+            added = text[len(tokenizer.decode(every[start:shown])) :]
+            shown = position + 1
+        views.append(TokenView(every[position], added, every[position] in tokenizer.special_ids))
     return views
 
 
@@ -103,6 +110,15 @@ def view_group(
     return GroupView(title, answer, view_tokens(tokenizer, [], prompt), responses)
 
 
+# Text of models and files must not steer a terminal: control characters are spelled.
+_SPELLED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+_SPELLED_IN_LINES = {code: text for code, text in _SPELLED.items() if chr(code) not in "\t\n"}
+
+
+def _visible(text: str) -> str:
+    return text.translate(_SPELLED_IN_LINES)
+
+
 def _headline(number: int, response: ResponseView) -> str:
     """``response 2: self, reward 0 (wrong), advantage -0.87, 31 tokens, cut off``."""
     parts = [response.source]
@@ -117,10 +133,10 @@ def _headline(number: int, response: ResponseView) -> str:
 
 def group_text(view: GroupView, colour: bool) -> str:
     """A group for the terminal; without colour, token boundaries are marked by ``|``."""
-    lines = [_styled(view.title, _BOLD, colour), f"gold answer: {view.answer}", ""]
+    lines = [_styled(_visible(view.title), _BOLD, colour), _visible(f"gold answer: {view.answer}"), ""]
     lines += [_styled(f"prompt: {len(view.prompt)} tokens", _BOLD, colour), _token_line(view.prompt, "prompt", colour)]
     for number, response in enumerate(view.responses):
-        lines += ["", _styled(_headline(number, response), _BOLD, colour)]
+        lines += ["", _styled(_visible(_headline(number, response)), _BOLD, colour)]
         lines.append(_token_line(response.tokens, response.role, colour))
     return "\n".join(lines) + "\n"
 
@@ -131,9 +147,9 @@ def _styled(text: str, style: str, colour: bool) -> str:
 
 def _token_line(tokens: Sequence[TokenView], role: str, colour: bool) -> str:
     if not colour:
-        return "|".join(token.text for token in tokens)
+        return "|".join(_visible(token.text) for token in tokens)
     return "".join(
-        f"{_ANSI[role]}{_UNDERLINE if i % 2 else ''}{_INVERSE if token.special else ''}{token.text}{_RESET}"
+        f"{_ANSI[role]}{_UNDERLINE if i % 2 else ''}{_INVERSE if token.special else ''}{_visible(token.text)}{_RESET}"
         for i, token in enumerate(tokens)
     )
 
@@ -151,6 +167,7 @@ def report_text(report: dict[str, Any]) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    rows = [[cell.translate(_SPELLED) for cell in row] for row in rows]
     widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
     return [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
 
@@ -188,6 +205,8 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     problems = [["kind", "found", "meaning"]]
     problems += [[kind, _number(count), KINDS[kind].meaning] for kind, count in report["problems"].items()]
     tables = [("Counts", counts), ("Lengths and rewards", [heading, *spans]), ("Sources", sources)]
+    if report.get("incomplete_sets"):
+        tables.append(("Incomplete sets", [["shards"], *([line] for line in report["incomplete_sets"])]))
     if "packing" in report:
         tables.append(("Packing", _packing_rows(report["packing"])))
     if len(problems) > 1:
@@ -230,13 +249,17 @@ pre span:nth-child(even){text-decoration:underline dotted}
 """
 
 
+def _escaped(text: str) -> str:
+    return html.escape(_visible(text))
+
+
 def html_page(report: dict[str, Any], views: Sequence[GroupView] = ()) -> str:
     """One page without any other file: tables, plots (inline SVG) and groups. Text of the data is escaped."""
     title = "Groups: " + ", ".join(report["inputs"])
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width,initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>",
+        f"<title>{_escaped(title)}</title><style>{_STYLE}</style></head><body><h1>{_escaped(title)}</h1>",
     ]
     plots = [
         (f"prompt length ({report['unit']})", report["prompt_length"]),
@@ -247,14 +270,14 @@ def html_page(report: dict[str, Any], views: Sequence[GroupView] = ()) -> str:
     figures = "".join(_svg_histogram(name, summary) for name, summary in plots if summary)
     parts.append(f"<h2>Distributions</h2><div class=plots>{figures}</div>")
     for name, rows in _tables(report):
-        parts.append(f"<h2>{html.escape(name)}</h2>{_html_table(rows)}")
+        parts.append(f"<h2>{_escaped(name)}</h2>{_html_table(rows)}")
     parts += [_html_group(view) for view in views]
     return "\n".join([*parts, "</body></html>"]) + "\n"
 
 
 def _html_table(rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{_escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
 
@@ -272,18 +295,16 @@ def _svg_histogram(title: str, summary: dict[str, Any], width: int = 320, height
         )
     axis = f'<text x="0" y="{height + 12}">{edges[0]:.4g}</text>'
     axis += f'<text x="{width}" y="{height + 12}" text-anchor="end">{edges[-1]:.4g}</text>'
-    caption = f"{html.escape(title)}; mean {_number(summary['mean'])}, median {_number(summary['median'])}"
+    caption = f"{_escaped(title)}; mean {_number(summary['mean'])}, median {_number(summary['median'])}"
     svg = f'<svg viewBox="0 0 {width} {height + 16}" width="{width}" role="img">{"".join(bars)}{axis}</svg>'
     return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
 
 
 def _html_group(view: GroupView) -> str:
-    parts = [f"<h2>{html.escape(view.title)}</h2><p>gold answer: {html.escape(str(view.answer))}</p>"]
+    parts = [f"<h2>{_escaped(view.title)}</h2><p>gold answer: {_escaped(str(view.answer))}</p>"]
     parts.append(f"<h3>prompt: {len(view.prompt)} tokens</h3>{_html_tokens(view.prompt, 'prompt')}")
     for number, response in enumerate(view.responses):
-        parts.append(
-            f"<h3>{html.escape(_headline(number, response))}</h3>{_html_tokens(response.tokens, response.role)}"
-        )
+        parts.append(f"<h3>{_escaped(_headline(number, response))}</h3>{_html_tokens(response.tokens, response.role)}")
     return "".join(parts)
 
 
@@ -292,5 +313,5 @@ def _html_tokens(tokens: Sequence[TokenView], role: str) -> str:
     for token in tokens:
         tip = f"id {token.id}" + ("" if token.logprob is None else f", sampling log-prob {token.logprob:.3f}")
         style = f"{role} special" if token.special else role
-        spans.append(f'<span class="{style}" title="{tip}">{html.escape(token.text)}</span>')
+        spans.append(f'<span class="{style}" title="{tip}">{_escaped(token.text)}</span>')
     return f"<pre>{''.join(spans)}</pre>"
