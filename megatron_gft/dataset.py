@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -212,7 +212,7 @@ def build_group_datasets(
         train: shard prefixes or globs; each entry is one part of the blend.
         weights: share of each entry in the blend, which then has as many groups as all entries together: an entry
             below its size leaves groups out, one above repeats them. None: every group once.
-        valid: shards to validate on; the split must then give everything to train.
+        valid: shards to validate on, none of them in ``train``; the split must then give everything to train.
         split: train, valid and test shares of every entry, contiguous in the order of its groups.
         seed: of the choice and order within a weighted entry.
         cache: folder for Megatron's blend indices; used only with torch.distributed (which Megatron needs for it).
@@ -221,36 +221,38 @@ def build_group_datasets(
         limits: longest prompts and responses, and what to do with longer ones.
 
     Raises:
-        InputError: missing, damaged or mixed shards, another tokenizer, an impossible split, over-long groups.
+        InputError: missing, damaged, repeated or mixed shards, another tokenizer, an impossible split, over-long
+            groups, or limits that leave no group.
     """
     limits = limits or LengthLimits()
     entries = _open_entries([*train], tokenizer_fingerprint, vocab_size)
     valid_entries = _open_entries([*valid], tokenizer_fingerprint, vocab_size)
     if not entries:
         raise InputError("data.train: no shards -> set at least one prefix or glob")
+    _check_distinct(entries + valid_entries)
     _check_tokenizers(entries + valid_entries)
-    if weights is not None and (len(weights) != len(entries) or min(weights) <= 0):
-        raise InputError(f"data.train_weights: {list(weights)} for {len(entries)} entries -> one positive weight each")
+    if weights is not None:
+        _check_weights(weights, len(entries))
     if weights is None or len(entries) == 1:
         weights, entries = None, [[shard for entry in entries for shard in entry]]
-    sources = {_ALL if weights is None else f"entry {n}": GroupSource(e, limits) for n, e in enumerate(entries)}
+    sources = {_ALL if weights is None else f"entry {n}": _source(e, limits) for n, e in enumerate(entries)}
     merged_valid = [shard for entry in valid_entries for shard in entry]
+    valid_sources = {_ALL: _source(merged_valid, limits)} if merged_valid else {}
     prints = [[shard.fingerprint for shard in entry] for entry in [*entries, merged_valid]]
-    limits_bite = any(any(asdict(source.limited).values()) for source in sources.values())
+    limits_bite = any(any(asdict(source.limited).values()) for source in [*sources.values(), *valid_sources.values()])
     content = [prints, weights and list(weights), split, seed, asdict(limits) if limits_bite else None]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     config = _config(sources, weights, split, seed, cache, fingerprint)
     sizes = _split_sizes(config, sources, split)
-    if valid_entries and sizes[1:] != [0, 0]:
+    if valid_sources and sizes[1:] != [0, 0]:
         raise InputError(f"data.split: {split!r} beside data.valid -> set 100,0,0, or leave data.valid empty")
     splits = _build(config, sizes, weights is not None)
-    if valid_entries:
-        valid_sources = {_ALL: GroupSource(merged_valid, limits)}
+    if valid_sources:
         valid_config = _config(valid_sources, None, "100,0,0", seed, cache, fingerprint)
         splits[1] = _build(valid_config, _split_sizes(valid_config, valid_sources, "100,0,0"), weighted=False)[0]
     named = []
     for name, dataset in zip(("train", "valid", "test"), splits, strict=True):
-        parts = valid_sources if name == "valid" and valid_entries else sources
+        parts = valid_sources if name == "valid" and valid_sources else sources
         limited = sum((source.limited for source in parts.values()), LimitedCounts())
         digest = hashlib.sha256(f"{fingerprint} {name}".encode()).hexdigest()
         named.append(None if dataset is None else GroupSplit(name, dataset, digest, limited))
@@ -263,9 +265,6 @@ def _open_entries(
     """Shards of each entry, checked against the model."""
     entries = [[GroupShard(prefix) for prefix in expand_shards(pattern)] for pattern in patterns]
     shards = [shard for entry in entries for shard in entry]
-    twice = [prefix for prefix, count in Counter(shard.prefix for shard in shards).items() if count > 1]
-    if twice:
-        raise InputError(f"{twice[0]}: shard named by two entries -> name each shard once")
     check_sets((shard.prefix, shard.manifest) for shard in shards)
     problems = []
     for shard in shards:
@@ -282,6 +281,45 @@ def _open_entries(
     if problems:
         raise InputErrors("shards do not fit the model -> preprocess again with the model's tokenizer", problems)
     return entries
+
+
+def _check_distinct(entries: list[list[GroupShard]]) -> None:
+    """No shard is in the data twice, for training or for training and validation: by its content, so that neither
+    another spelling of its path nor a copy passes."""
+    by_print: dict[str, str] = {}
+    for shard in (shard for entry in entries for shard in entry):
+        if shard.fingerprint in by_print:
+            raise InputError(
+                f"{shard.prefix}: the same groups as {by_print[shard.fingerprint]} in data.train or data.valid -> name "
+                "each shard once; data.train_weights repeat an entry, data.split sets groups apart for validation"
+            )
+        by_print[shard.fingerprint] = shard.prefix
+
+
+def _check_weights(weights: Sequence[float], entries: int) -> None:
+    if len(weights) != entries or not min(weights) > 0 or not math.isfinite(sum(weights)):
+        raise InputError(
+            f"data.train_weights: {list(weights)} for {entries} entries -> one positive, finite weight each"
+        )
+
+
+def _source(shards: list[GroupShard], limits: LengthLimits) -> GroupSource:
+    """The shards as one source, in which the limits leave something.
+
+    Raises:
+        InputError: names the limits that leave nothing.
+    """
+    source = GroupSource(shards, limits)
+    if len(source):
+        return source
+    given = {name: value for name, value in asdict(limits).items() if name != "policy" and value is not None}
+    guilty = [n for n, v in given.items() if not len(GroupSource(shards, LengthLimits(**{n: v}, policy="drop")))]
+    named = ", ".join(f"{name}={given[name]}" for name in guilty or given)
+    others = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
+    raise InputError(
+        f"{shards[0].prefix}{others}: {named} leaves none of {source.limited.dropped_groups} groups -> raise the limit "
+        "(that of a prompt with its response: data.max_tokens_per_pack), or set data.overlong to truncate"
+    )
 
 
 def _check_tokenizers(entries: list[list[GroupShard]]) -> None:
@@ -332,7 +370,9 @@ def _split_sizes(config: GroupDatasetConfig, sources: dict[str, GroupSource], sp
             first, end = (0.0, 0.0) if bounds is None else bounds
             counts.append(int(round(end * len(source))) - int(round(first * len(source))))
             if bounds is not None and counts[-1] < 1:
-                problems.append(f"{name}: no group of {len(source)} for {kind.name}")
+                dropped = source.limited.dropped_groups
+                after = f" ({dropped} more were dropped as over-long)" if dropped else ""
+                problems.append(f"{name}: no group of {len(source)}{after} for {kind.name}")
         sizes.append(sum(counts))
     if problems:
         raise InputErrors(f"data.split: {split!r} leaves splits empty -> give them a larger share, or 0", problems)

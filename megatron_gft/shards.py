@@ -9,10 +9,12 @@ Files and how they are written: :mod:`megatron_gft.data.shard_writer`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import struct
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,13 @@ from megatron_gft.data.shard_manifest import (
     content_fingerprint,
     expand_shards,
     read_manifest,
+    update_manifest,
     verify_shard,
     verify_shards,
-    write_manifest,
 )
 from megatron_gft.data.shard_writer import GroupShardWriter, reward_stats, tokenizer_stamp, write_judgement
 from megatron_gft.errors import InputError
+from megatron_gft.groups import SOURCES
 
 __all__ = [
     "Group",
@@ -105,7 +108,7 @@ class GroupShard:
         path = Path(self.prefix).with_name(name)
         try:
             values = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError, SyntaxError, tokenize.TokenError) as error:  # numpy parses its header
             raise InputError(f"{path}: cannot be read ({error}) -> preprocess again") from error
         if values.shape != (size,) or values.dtype != dtype:
             raise InputError(f"{path}: {values.dtype} {values.shape}, expected {dtype.__name__} ({size},)")
@@ -113,6 +116,10 @@ class GroupShard:
 
     def __getitem__(self, i: int) -> Group:
         first, end = self._bounds(i)
+        with self._reading():
+            return self._group(i, first, end)
+
+    def _group(self, i: int, first: int, end: int) -> Group:
         lengths = self._lengths[first:end].tolist()
         # A copy, because Megatron unmaps the file when its dataset goes, whoever still looks at it.
         tokens = self._data.bin_reader.read(np.int32, sum(lengths), int(self._pointers[first])).copy()
@@ -125,6 +132,19 @@ class GroupShard:
         rewards = self.rewards[response : response + len(responses)].copy()
         logprobs = None if self._logprobs is None else self._group_logprobs(i, first, lengths)
         return Group(tokens[: lengths[0]], responses, self._modes[first + 1 : end].copy(), rewards, logprobs)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Name the shard when an index that was damaged since it was written leads nowhere."""
+        try:
+            yield
+        except InputError:
+            raise
+        except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{self.prefix}: damaged shard ({type(error).__name__}: {error}) -> see what is damaged with "
+                f"tools/inspect_groups.py {self.prefix} --verify; copy it again or preprocess again"
+            ) from error
 
     def _bounds(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
@@ -140,7 +160,8 @@ class GroupShard:
     def meta(self, i: int) -> dict[str, Any]:
         """``{"id", "answer"}`` of group ``i``, and ``"models"`` of its responses when known."""
         self._bounds(i)
-        return json.loads(self._metas[i].tobytes())
+        with self._reading():
+            return _parse_meta(self._metas[i].tobytes())
 
     @functools.cached_property
     def _metas(self) -> IndexedDataset:
@@ -152,34 +173,43 @@ class GroupShard:
         codes = self.outcome_codes
         names = [*self.manifest.rewards.outcome_names, None]  # code -1
         chosen = [-1] * (end - first - 1) if codes is None else codes[first - i : end - i - 1].tolist()
-        return [names[code] for code in chosen]
+        with self._reading():
+            return [names[code] for code in chosen]
 
     def spans(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of groups int64 [N]: prompt lengths, position of the first response among all, number of responses."""
-        first = self._documents[groups]
-        return self._lengths[first], first - groups, self._documents[groups + 1] - first - 1
+        with self._reading():
+            first = self._documents[groups]
+            return self._lengths[first], first - groups, self._documents[groups + 1] - first - 1
 
     def columns(self, responses: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Lengths, sources and rewards of responses at these positions, of these groups (int64 [M] both)."""
         sequences = responses + groups + 1  # each group up to its own has one prompt
-        return self._lengths[sequences], self._modes[sequences], self.rewards[responses]
+        with self._reading():
+            return self._lengths[sequences], self._modes[sequences], self.rewards[responses]
 
     def encoded(self, first: int, end: int) -> EncodedGroups:
         """Groups ``first`` to ``end`` (exclusive) in the form they were written in; log-probs are left out."""
         end = min(end, len(self))
-        begin, stop = int(self._documents[first]), int(self._documents[end])
-        lengths = self._lengths[begin:stop].copy()
-        tokens = self._data.bin_reader.read(np.int32, int(lengths.sum()), int(self._pointers[begin]))
-        return EncodedGroups(
-            tokens.copy(),
-            lengths,
-            self._modes[begin:stop].copy(),
-            np.diff(self._documents[first : end + 1]).astype(np.int32),
-            self.rewards[begin - first : stop - end].copy(),
-            [outcome for i in range(first, end) for outcome in self.outcomes(i)],
-            None,
-            [self._metas[i].tobytes() for i in range(first, end)],
-        )
+        with self._reading():
+            begin, stop = int(self._documents[first]), int(self._documents[end])
+            lengths, modes = self._lengths[begin:stop].copy(), self._modes[begin:stop].copy()
+            sizes = np.diff(self._documents[first : end + 1]).astype(np.int32)
+            _check_sequences(lengths, modes, sizes)
+            tokens = self._data.bin_reader.read(np.int32, int(lengths.sum()), int(self._pointers[begin]))
+            metas = [self._metas[i].tobytes() for i in range(first, end)]
+            for meta in metas:
+                _parse_meta(meta)
+            return EncodedGroups(
+                tokens.copy(),
+                lengths,
+                modes,
+                sizes,
+                self.rewards[begin - first : stop - end].copy(),
+                [outcome for i in range(first, end) for outcome in self.outcomes(i)],
+                None,
+                metas,
+            )
 
     # --- bulk arrays, for planning ----------------------------------------------------------------------------------
 
@@ -196,17 +226,26 @@ class GroupShard:
     @functools.cached_property
     def prompt_lengths(self) -> np.ndarray:
         """int32 [G]: tokens of each prompt."""
-        return self._lengths[self._documents[:-1]]
+        with self._reading():
+            return self._lengths[self._documents[:-1]]
+
+    @functools.cached_property
+    def _is_response(self) -> np.ndarray:
+        with self._reading():
+            chosen = self._modes != PROMPT_MODE
+            if int(chosen.sum()) != self.manifest.counts.responses:
+                raise ValueError("another number of responses")
+            return chosen
 
     @functools.cached_property
     def response_lengths(self) -> np.ndarray:
         """int32 [M]: tokens of each response, in shard order."""
-        return self._lengths[self._modes != PROMPT_MODE]
+        return self._lengths[self._is_response]
 
     @functools.cached_property
     def sources(self) -> np.ndarray:
         """int8 [M]: source code of each response."""
-        return self._modes[self._modes != PROMPT_MODE]
+        return self._modes[self._is_response]
 
     @functools.cached_property
     def outcome_codes(self) -> np.ndarray | None:
@@ -239,10 +278,31 @@ class GroupShard:
         return content_fingerprint(self.manifest)
 
 
+def _parse_meta(text: bytes) -> dict[str, Any]:
+    meta = json.loads(text)
+    if not isinstance(meta["id"], str) or not isinstance(meta["answer"], str | None):
+        raise ValueError("a group without id and answer")
+    return meta
+
+
+def _check_sequences(lengths: np.ndarray, modes: np.ndarray, sizes: np.ndarray) -> None:
+    """Each group, of ``sizes`` sequences, is a prompt and then responses of known sources."""
+    prompts = np.flatnonzero(modes == PROMPT_MODE)
+    known = (modes >= PROMPT_MODE) & (modes < len(SOURCES))
+    if not (np.array_equal(prompts, np.cumsum(sizes) - sizes) and known.all() and (lengths > 0).all()):
+        raise ValueError("sequences that are no groups")
+
+
+class _Indexed(IndexedDataset):
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # Megatron's expects that opening the files went well
+            super().__del__()
+
+
 def _open_indexed(prefix: str, multimodal: bool) -> IndexedDataset:
     try:
-        return IndexedDataset(prefix, multimodal=multimodal)
-    except (AssertionError, ValueError, OSError, struct.error) as error:
+        return _Indexed(prefix, multimodal=multimodal)
+    except (AssertionError, IndexError, KeyError, ValueError, OSError, struct.error) as error:
         raise InputError(
             f"{prefix}.idx: damaged index ({error or type(error).__name__}) -> preprocess again"
         ) from error
@@ -278,8 +338,9 @@ def add_rewards_sidecar(
     stats = reward_stats(values, shard.sources, shard.response_counts)
     sidecar, files = write_judgement(Path(prefix), values, outcomes, verifier, stats)
     fsync_path(Path(prefix).parent)
-    manifest = read_manifest(prefix)
-    judgements = [j for j in manifest.judgements if j != sidecar] + [sidecar]
-    manifest = manifest.model_copy(update={"files": manifest.files | files, "judgements": judgements})
-    write_manifest(prefix, manifest)
-    return manifest
+
+    def judged(manifest: ShardManifest) -> ShardManifest:
+        judgements = [j for j in manifest.judgements if j != sidecar] + [sidecar]
+        return manifest.model_copy(update={"files": manifest.files | files, "judgements": judgements})
+
+    return update_manifest(prefix, judged)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -21,6 +23,12 @@ def shards(tmp_path):
     for seed, name in enumerate(("math", "math-00001", "code")):
         write_shard(tmp_path / name, groups=(20, 10, 15)[seed], seed=seed)
     return tmp_path
+
+
+def write_equal_groups(prefix, groups: int) -> None:
+    with GroupShardWriter(prefix, STAMP) as writer:
+        for i in range(groups):
+            writer.add_group([3, 4], [[5, 2]], ["expert"], [None], group_id=str(i))
 
 
 def prompts(split) -> list[list[int]]:
@@ -90,6 +98,10 @@ def test_separate_validation_shards(shards):
     data = build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")])
     assert len(data.train) == 30 and prompts(data.valid) == shard_prompts(shards / "code") and data.test is None
     check_table(data.valid)
+    limits = LengthLimits(max_response_tokens=5, policy="drop")
+    limited = build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")], limits=limits)
+    alone = build_group_datasets([str(shards / "code")], limits=limits).train.limited
+    assert limited.valid.limited == alone != limited.train.limited
     with pytest.raises(InputError, match="beside data.valid"):
         build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")], split="90,10,0")
 
@@ -172,6 +184,55 @@ def test_over_long_responses_are_an_error_that_names_shard_and_group(shards):
     assert len(build_group_datasets([str(shards / "code")], limits=long_enough).train) == 15
 
 
+BAD_WEIGHTS = [[1], [1, 0], [math.inf, 1], [1, math.inf], [math.nan, 1], [1, math.nan], [1e308, 1e308]]
+
+
+@pytest.mark.parametrize(
+    "spelled", ["{0}/code", "{0}/./code", "{0}/code.json", "{0}/../{1}/code", "{0}/cod*", "copy/code"]
+)
+@pytest.mark.parametrize("where", ["train", "valid"])
+def test_no_shard_is_used_twice_however_it_is_named(shards, spelled, where, monkeypatch):
+    monkeypatch.chdir(shards)
+    shutil.copytree(shards, shards / "copy")
+    again, train = [spelled.format(shards, shards.name)], [str(shards / "code"), str(shards / "math")]
+    arguments = dict(train=train + again) if where == "train" else dict(train=train, valid=again)
+    with pytest.raises(InputError, match="code: the same groups as .*code in data.train or data.valid"):
+        build_group_datasets(**arguments)
+
+
+@pytest.mark.parametrize(
+    "limits, named",
+    [
+        (dict(max_response_tokens=1), "code: max_response_tokens=1 leaves none of 15 groups"),
+        (dict(max_response_tokens=1, max_prompt_tokens=9), "code: max_response_tokens=1 leaves"),
+        (dict(max_sequence_tokens=2, max_prompt_tokens=4), "code: max_sequence_tokens=2 leaves"),
+    ],
+)
+@pytest.mark.parametrize("where", ["train", "weighted", "valid"])
+def test_limits_that_drop_everything_are_named(tmp_path, limits, named, where):
+    write_equal_groups(tmp_path / "code", 15)
+    with GroupShardWriter(tmp_path / "fits", STAMP) as writer:
+        writer.add_group([3], [[2]], ["expert"], [None], group_id="x")
+    names = [str(tmp_path / name) for name in ("fits", "code")]
+    arguments = {
+        "train": dict(train=names[1:]),
+        "weighted": dict(train=names, weights=[1, 1]),
+        "valid": dict(train=names[:1], valid=names[1:]),
+    }[where]
+    with pytest.raises(InputError, match=named):
+        build_group_datasets(**arguments, limits=LengthLimits(**limits, policy="drop"))
+
+
+def test_a_split_emptied_by_limits_says_so(tmp_path):
+    with GroupShardWriter(tmp_path / "a", STAMP) as writer:
+        for i in range(20):
+            writer.add_group([3], [[4] * i + [2]], ["expert"], [None], group_id=str(i))
+    with pytest.raises(InputError, match=r"no group of 2 \(18 more were dropped as over-long\) for valid"):
+        build_group_datasets(
+            [str(tmp_path / "a")], split="90,10,0", limits=LengthLimits(max_response_tokens=2, policy="drop")
+        )
+
+
 def test_what_does_not_fit_is_refused(shards):
     code = [str(shards / "code")]
     other = STAMP.model_copy(update={"fingerprint": "0" * 64})
@@ -190,9 +251,10 @@ def test_what_does_not_fit_is_refused(shards):
         (dict(train=code, split="0,1,0"), "train > 0"),
         (dict(train=code, split="a,b"), "train > 0"),
         (dict(train=code, split="1,1,1,1"), "train > 0"),
-        (dict(train=code + [str(shards / "math")], weights=[1]), "one positive weight each"),
-        (dict(train=code + [str(shards / "math")], weights=[1, 0]), "one positive weight each"),
-        (dict(train=code + code), "named by two entries"),
+        *(
+            (dict(train=code + [str(shards / "math")], weights=w), "one positive, finite weight each")
+            for w in BAD_WEIGHTS
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(InputError, match=message):
@@ -221,22 +283,24 @@ def _build_on_rank(folder, cache):
 
 
 def test_regenerated_shards_never_meet_a_stale_cache(tmp_path):
+    """Same paths and counts, other contents: only the content in the key of the cache tells them apart."""
     cache = tmp_path / "cache"
-    results = []
-    for seed, groups in ((0, 30), (1, 12)):
+    results, cached = [], []
+    for seed in (0, 1):
         for name in ("a", "b"):
             for path in tmp_path.glob(f"{name}.*"):
                 path.unlink()
-            write_shard(tmp_path / name, groups=groups, seed=seed + 10 * (name == "b"))
+            write_shard(tmp_path / name, groups=12, seed=seed + 10 * (name == "b"))
         per_rank = run_ranks(2, _build_on_rank, str(tmp_path), str(cache))
         assert per_rank[0] == per_rank[1]
         assert (
             build_group_datasets([f"{tmp_path}/a", f"{tmp_path}/b"], weights=[1, 2]).train.fingerprint == per_rank[0][0]
         )
         results.append(per_rank[0])
+        cached.append({path.name for path in cache.iterdir()})
     assert results[0][0] != results[1][0] and len(results[1][1]) == 24
     assert all(prompt in shard_prompts(tmp_path / "a", tmp_path / "b") for prompt in results[1][1])
-    assert list(cache.iterdir())
+    assert cached[0] and len(cached[1]) == 2 * len(cached[0])
 
 
 def test_a_shard_with_one_group(tmp_path):

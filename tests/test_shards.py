@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import pickle
 import re
 from pathlib import Path
@@ -35,6 +36,22 @@ def flip_bit(path: Path, position: int, bit: int = 0) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1 << bit
     path.write_bytes(content)
+
+
+def open_all(prefixes) -> None:
+    for prefix in prefixes:
+        GroupShard(prefix)
+
+
+def read_all(prefix: Path) -> None:
+    shard = GroupShard(prefix)
+    for i in range(len(shard)):
+        shard[i], shard.meta(i), shard.outcomes(i)
+    for column in ("prompt_lengths", "response_lengths", "sources"):
+        getattr(shard, column)
+    _, responses, counts = shard.spans(np.arange(len(shard)))
+    shard.columns(responses + counts - 1, np.arange(len(shard)))
+    shard.encoded(0, len(shard))
 
 
 def test_groups_come_back(tmp_path):
@@ -123,26 +140,72 @@ def test_shard_without_logprobs_and_logprobs_that_begin_late(tmp_path):
     assert all(values[0] == np.float32(-0.5) for values in second.logprobs)
 
 
-def test_any_changed_or_missing_byte_is_found(tmp_path):
+@pytest.mark.parametrize("named", ["a", "a*"])
+def test_any_changed_or_missing_byte_is_found(tmp_path, named):
+    """By its name, or by a glob that must not pass over it; beside a sound shard."""
     write_shard(tmp_path / "a", groups=4)
+    write_shard(tmp_path / "a-00001", groups=1)
+    read = [lambda: verify_shards(expand_shards(tmp_path / named)), lambda: open_all(expand_shards(tmp_path / named))]
     rng = np.random.default_rng(1)
-    for path in sorted(tmp_path.iterdir()):
+    for path in sorted(tmp_path.glob("a.*")):
         content = path.read_bytes()
-        for position in {0, len(content) - 1, *rng.integers(0, len(content), 20).tolist()}:
-            changed = bytearray(content)
-            changed[position] ^= 1 << int(rng.integers(8))
-            path.write_bytes(changed)
+        for position in {0, 20, len(content) - 1, *rng.integers(0, len(content), 20).tolist()}:
+            flip_bit(path, position, int(rng.integers(8)))
             with pytest.raises(InputError):
-                verify_shard(tmp_path / "a")
-        for broken in (content[:-1], content + b"\n", b""):
-            path.write_bytes(broken)
-            with pytest.raises(InputError):
-                GroupShard(tmp_path / "a")
-        path.unlink()
-        with pytest.raises(InputError, match=re.escape(path.name)):
-            GroupShard(tmp_path / "a")
+                read[0]()
+            path.write_bytes(content)
+        for broken in (content[:-1], content + b"\n", b"", None):
+            path.unlink() if broken is None else path.write_bytes(broken)
+            for check in read:
+                with pytest.raises(InputError, match=re.escape(path.name)):
+                    check()
         path.write_bytes(content)
-    verify_shard(tmp_path / "a")
+    for check in read:
+        check()
+
+
+def test_a_changed_line_end_of_the_manifest_is_found(tmp_path):
+    write_shard(tmp_path / "a", groups=1)
+    path = tmp_path / "a.json"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
+    with pytest.raises(InputError, match="not match its own hash"):
+        verify_shard(tmp_path / "a")
+
+
+def test_manifests_that_changed_places_are_refused(tmp_path):
+    for seed, name in enumerate("ab"):
+        write_shard(tmp_path / name, groups=2, seed=seed)
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    first, second = a.read_bytes(), b.read_bytes()
+    a.write_bytes(second)
+    b.write_bytes(first)
+    with pytest.raises(InputErrors) as caught:
+        verify_shards([tmp_path / "a", tmp_path / "b"])
+    assert ["files of another prefix" in problem for problem in caught.value.problems] == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:Data type alias", "error::pytest.PytestUnraisableExceptionWarning")
+def test_reading_a_damaged_shard_names_it(tmp_path):
+    """A flipped bit is a value read wrong or one message: never another exception."""
+    write_shard(tmp_path / "a", groups=5)
+    rng = np.random.default_rng(2)
+    refused = dict.fromkeys(("idx", "meta.bin", "meta.idx", "outcomes", "rewards", "logprobs"), 0)
+    for path in sorted(tmp_path.glob("a.*")):
+        kind = path.name[2:].split("-")[0]
+        content = path.read_bytes()
+        for position in rng.integers(0, len(content), 60 if kind in refused else 0).tolist():
+            flip_bit(path, position, int(rng.integers(8)))
+            try:
+                read_all(tmp_path / "a")
+            except InputError as error:
+                refused[kind] += 1
+                assert str(tmp_path / "a") in str(error)
+            path.write_bytes(content)
+    assert all(refused.values())
+    flip_bit(tmp_path / "a.meta.bin", 3)  # in the name of a key
+    for read in (lambda: GroupShard(tmp_path / "a").meta(0), lambda: GroupShard(tmp_path / "a").encoded(0, 5)):
+        with pytest.raises(InputError, match="damaged shard .*inspect_groups.py .*a --verify"):
+            read()
 
 
 def test_several_shards_report_every_damage_together(tmp_path):
@@ -172,6 +235,28 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="no such group shard"):
         GroupShard(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["a.meta", "a.json", "b.meta"])
+def test_a_prefix_with_files_of_another_shard_is_refused(tmp_path, name):
+    write_shard(tmp_path / "a")
+    with pytest.raises(InputError, match=f"such as {tmp_path}/{name[0]}$"):
+        GroupShardWriter(tmp_path / name, STAMP)
+    verify_shard(tmp_path / "a")
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_fingerprint_is_of_everything_that_training_reads(tmp_path):
+    def fingerprint(name: str, **changed) -> str:
+        group = {"prompt": [7], "responses": [[8, 2]], "sources": ["self"], "rewards": [1.0], "logprobs": [[-0.5]]}
+        with GroupShardWriter(tmp_path / name, STAMP) as writer:
+            writer.add_group(**{**group, **changed}, group_id=name)  # ids and names of shards are not part of it
+        return GroupShard(tmp_path / name).fingerprint
+
+    assert fingerprint("same") == fingerprint("other.name")
+    different = [dict(prompt=[6]), dict(responses=[[9, 2]]), dict(rewards=[0.0]), dict(logprobs=[[-0.25]])]
+    different += [dict(logprobs=None), dict(sources=["expert"]), dict(prompt=[7, 8], responses=[[2]])]
+    assert len({fingerprint("same again"), *(fingerprint(f"x{n}", **of) for n, of in enumerate(different))}) == 8
 
 
 def test_existing_shard_is_not_overwritten(tmp_path):
@@ -210,6 +295,28 @@ def test_new_judgement_is_a_new_sidecar_and_the_old_one_stays(tmp_path):
     assert len(again.manifest.judgements) == 2
 
 
+def _judge(prefix: Path, number: int, start) -> None:
+    count = GroupShard(prefix).manifest.counts.responses
+    start.wait()
+    for again in range(3):
+        add_rewards_sidecar(prefix, np.full(count, number + again / 4), verifier={"name": f"{number}.{again}"})
+
+
+def test_judgements_of_several_processes_all_stay(tmp_path):
+    write_shard(tmp_path / "a", groups=3)
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(4)
+    judges = [context.Process(target=_judge, args=(tmp_path / "a", number, start)) for number in range(4)]
+    for judge in judges:
+        judge.start()
+    for judge in judges:
+        judge.join(60)
+    assert [judge.exitcode for judge in judges] == [0] * 4
+    names = {judgement.verifier.get("name") for judgement in verify_shard(tmp_path / "a").judgements}
+    assert names == {None, *(f"{number}.{again}" for number in range(4) for again in range(3))}
+    assert expand_shards(tmp_path / "*") == expand_shards(tmp_path / "a*") == [str(tmp_path / "a")]
+
+
 def test_bad_judgements_are_refused(tmp_path):
     write_shard(tmp_path / "a")
     count = GroupShard(tmp_path / "a").manifest.counts.responses
@@ -224,6 +331,8 @@ def test_globs_and_incomplete_sets(tmp_path):
     for index, name in enumerate(names):
         write_shard(tmp_path / name, groups=2, seed=index, shard_set=ShardSet(id="s", index=index, count=3))
     (tmp_path / "train-other.json").write_text("{}")
+    for suffix in (".idx", ".bin"):
+        (tmp_path / f"train-other_text_document{suffix}").write_bytes(b"")  # a plain data set of Megatron
     prefixes = expand_shards(tmp_path / "train*")
     assert prefixes == [str(tmp_path / name) for name in names]
     check_sets((p, GroupShard(p).manifest) for p in prefixes)
@@ -233,6 +342,32 @@ def test_globs_and_incomplete_sets(tmp_path):
         expand_shards(tmp_path / "valid*")
     with pytest.raises(InputError, match="named twice"):
         expand_shards([tmp_path / "train", tmp_path / "train*"])
+
+
+def test_one_shard_under_two_spellings_is_named_twice(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a", groups=1)
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for other in ("a", "./a", "a.json", "link/a", "a*", str(tmp_path / "a")):
+        with pytest.raises(InputError, match=r"named twice \(as a before\)"):
+            expand_shards(["a", other])
+
+
+def test_a_glob_misses_no_part(tmp_path):
+    for part in (1, 2, 3):
+        write_shard(tmp_path / f"train-part{part:05d}-of-00003", groups=1, seed=part)
+    write_shard(tmp_path / "train-part00002-of-00003-00001", groups=1, seed=4)
+    assert len(expand_shards(tmp_path / "train*")) == 4
+    for path in tmp_path.glob("train-part00003*"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"train: 2 of 3 parts, missing 3"):
+        expand_shards(tmp_path / "train*")
+    second = tmp_path / "train-part00002-of-00003"
+    assert expand_shards(f"{second}*") == [str(second), f"{second}-00001"]
+    assert expand_shards([f"{tmp_path}/train-part00001-of-00003", second]) == [
+        f"{tmp_path}/train-part00001-of-00003",
+        str(second),
+    ]
 
 
 def test_shard_survives_pickling(tmp_path):

@@ -7,10 +7,13 @@ byte of it is found when it is read. Nothing here needs torch or megatron.
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -133,9 +136,14 @@ def read_manifest(prefix: str | Path) -> ShardManifest:
     """
     path = manifest_path(prefix)
     try:
-        text = path.read_text(encoding="ascii")
+        text = path.read_bytes().decode("ascii")  # text mode would let a changed line end pass
         value = json.loads(text)
     except FileNotFoundError as error:
+        if _has_data(str(prefix)):
+            raise InputError(
+                f"{path}: missing, so not all shards are given: its other files are there -> copy it too, or run the "
+                "interrupted preprocessing again"
+            ) from error
         raise InputError(
             f"{prefix}: no such group shard ({path} is missing) -> make it with tools/preprocess_groups.py"
         ) from error
@@ -155,6 +163,23 @@ def read_manifest(prefix: str | Path) -> ShardManifest:
         raise InputError(f"{path}: damaged manifest ({error}) -> preprocess again") from error
     if manifest_text(manifest) != text or not manifest.judgements:
         raise InputError(f"{path}: the manifest does not match its own hash -> preprocess again, do not edit it")
+    if not {f"{Path(prefix).name}.bin", f"{Path(prefix).name}.idx"} <= manifest.files.keys():
+        raise InputError(f"{path}: lists the files of another prefix -> give it its name back, shards keep theirs")
+    return manifest
+
+
+def update_manifest(prefix: str | Path, change: Callable[[ShardManifest], ShardManifest]) -> ShardManifest:
+    """Replace ``PREFIX.json`` by what ``change`` makes of it; of several processes, one after another.
+
+    The lock is an empty hidden file beside the shard, ``.NAME.lock``. It stays: removing it would let two in.
+
+    Raises:
+        InputError: see :func:`read_manifest`.
+    """
+    with open(Path(prefix).with_name(f".{Path(prefix).name}.lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        manifest = change(read_manifest(prefix))
+        write_manifest(prefix, manifest)
     return manifest
 
 
@@ -228,41 +253,75 @@ def _raise_damage(prefix: str | Path, problems: Sequence[str]) -> None:
 def content_fingerprint(manifest: ShardManifest) -> str:
     """Hex sha256 of what training reads: tokens, index, rewards in force, log-probs. Names and provenance are out."""
     names = {"rewards": manifest.rewards.rewards, "logprobs": manifest.logprobs}
+    for kind in ("bin", "idx"):
+        names[kind] = min((name for name in manifest.files if name.endswith(f".{kind}")), key=len)  # not .meta.bin
     hashes = {role: manifest.files[name].sha256 for role, name in names.items() if name}
-    for name, entry in manifest.files.items():
-        if name.endswith((".bin", ".idx")) and not name.endswith((".meta.bin", ".meta.idx")):
-            hashes[name[-3:]] = entry.sha256
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def expand_shards(patterns: Sequence[str | Path] | str | Path) -> list[str]:
-    """Prefixes of the shards that prefixes and globs name; a glob matches manifests and gives them sorted.
+    """Prefixes of the shards that prefixes and globs name; a glob gives them sorted.
+
+    A glob also gives shards whose manifest is damaged or gone, which reading them then reports. Of shards made with
+    ``--part I/N`` it must match every part, unless it spells the part (``train-part00001-of-00003*``); a part given
+    by its prefix may be used alone.
 
     Raises:
-        InputError: a pattern names no shard, or one shard is named twice.
+        InputError: a pattern names no shard, a glob misses parts, or one shard is named twice.
     """
     prefixes: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
         name = str(pattern).removesuffix(".json")
         found = [name]
         if glob.has_magic(name) and not manifest_path(name).exists():
-            found = sorted(path.removesuffix(".json") for path in glob.glob(f"{name}.json") if is_manifest(path))
+            found = _glob_shards(name)
             if not found:
                 raise InputError(f"{pattern}: no group shard matches -> check the path")
+            if not re.search(r"-part\d{5}", name):
+                _check_parts(str(pattern), found)
         prefixes.extend(found)
-    twice = sorted({name for name in prefixes if prefixes.count(name) > 1})
-    if twice:
-        raise InputError(f"{twice[0]}: shard named twice -> name each shard once")
+    named: dict[str, str] = {}
+    for prefix in prefixes:
+        path = os.path.realpath(manifest_path(prefix))
+        if path in named:
+            raise InputError(f"{prefix}: shard named twice (as {named[path]} before) -> name each shard once")
+        named[path] = prefix
     return prefixes
 
 
-def is_manifest(path: str | Path) -> bool:
+def _glob_shards(pattern: str) -> list[str]:
+    """Prefixes of manifests, and of data files that miss theirs; not of other files that end with ``.json``."""
+    manifests = {path.removesuffix(".json") for path in glob.glob(f"{pattern}.json")}
+    whole = {prefix for prefix in manifests if _is_manifest(f"{prefix}.json") or _has_data(prefix)}
+    orphans = {path.removesuffix(".meta.idx") for path in glob.glob(f"{pattern}.meta.idx")} - manifests
+    return sorted(whole | orphans)
+
+
+def _is_manifest(path: str) -> bool:
     """Whether a file begins as a shard manifest does."""
     try:
         with open(path, "rb") as file:
             return FORMAT.encode() in file.read(100)
     except OSError:
         return False
+
+
+def _has_data(prefix: str) -> bool:
+    return os.path.exists(f"{prefix}.idx") or os.path.exists(f"{prefix}.bin")
+
+
+def _check_parts(pattern: str, prefixes: Sequence[str]) -> None:
+    """Of shards made with ``--part I/N``, all N parts are there."""
+    seen: dict[tuple[str, int], set[int]] = {}
+    for prefix in prefixes:
+        if part := re.search(r"-part(\d{5,})-of-(\d{5,})", prefix):
+            seen.setdefault((prefix[: part.start()], int(part[2])), set()).add(int(part[1]))
+    problems = []
+    for (prefix, count), parts in seen.items():
+        if missing := sorted(set(range(1, count + 1)) - parts):
+            problems.append(f"{prefix}: {len(parts)} of {count} parts, missing {', '.join(map(str, missing))}")
+    if problems:
+        raise InputErrors(f"{pattern}: parts of shards are missing -> make them, or name each part to use", problems)
 
 
 def check_sets(shards: Iterable[tuple[str, ShardManifest]]) -> None:

@@ -47,6 +47,17 @@ from megatron_gft.tokenizer import Tokenizer
 HASH_DIGITS = 12
 
 
+def check_prefix(prefix: str | Path) -> None:
+    """Refuse prefixes whose files would be taken for those of another shard.
+
+    Raises:
+        InputError: the prefix ends with ``.meta`` or ``.json``.
+    """
+    if str(prefix).endswith((".meta", ".json")):
+        other = str(prefix)[: -len(".meta")]
+        raise InputError(f"{prefix}: the shard {other} has files of such names -> another prefix, such as {other}")
+
+
 def tokenizer_stamp(tokenizer: Tokenizer) -> TokenizerStamp:
     """What a shard remembers of its tokenizer."""
     return TokenizerStamp(
@@ -69,7 +80,7 @@ class GroupShardWriter:
         shard_set: place among the shards of one run.
 
     Raises:
-        InputError: the shard exists already, or no group was added.
+        InputError: the shard exists already, its name is that of other files, or no group was added.
     """
 
     def __init__(
@@ -83,6 +94,7 @@ class GroupShardWriter:
     ):
         self.prefix, self.tokenizer, self.shard_set = Path(prefix), tokenizer, shard_set
         self.provenance, self.verifier = provenance or {}, verifier or {}
+        check_prefix(prefix)
         if manifest_path(prefix).exists():
             raise InputError(f"{prefix}: the shard exists already -> choose another prefix, or append")
         self._folder = temporary_name(self.prefix)
