@@ -12,11 +12,13 @@ are read as groups with one expert response; the gold answer is what follows ``#
 ``solution``.
 
 In a parquet file a prompt of messages is in the column ``messages``; ``meta``, ``sampling`` and ``extra`` (further
-fields of a response or message) are JSON text. Cells that JSON cannot hold (dates, bytes) are read as text.
+fields of a response or message) are JSON text. Cells that JSON cannot hold are read as text (dates and the like) or as
+``{"base64": "..."}`` (bytes).
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import glob
 import gzip
@@ -265,10 +267,14 @@ def _open_to_write(path: Path, compressed: bool) -> Iterator[IO[bytes]]:
 
 
 def json_value(value: Any) -> Any:
-    """A cell as JSON can hold it: dates and the like become text."""
+    """A cell as JSON can hold it; bytes become an object, lest they pass for somebody's text."""
     if value is None or isinstance(value, (str, int, float)):
         return value
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(json.dumps(value, default=_json_twin))
+
+
+def _json_twin(value: Any) -> Any:
+    return {"base64": base64.b64encode(value).decode("ascii")} if isinstance(value, bytes) else str(value)
 
 
 def _parquet_rows(batch: Any) -> list[dict[str, Any] | Exception]:

@@ -192,7 +192,7 @@ def test_columns_of_others_in_parquet_become_what_json_can_hold(tmp_path):
     stamp = "2020-01-02 00:00:00"
     assert record.prompt == [{"role": "user", "content": "hi", "at": stamp}]
     assert record.responses[0].extra == {"made": stamp, "zzz": 1}
-    assert record.meta == {"created": stamp, "blob": "b'x'", "at": stamp}
+    assert record.meta == {"created": stamp, "blob": {"base64": "eA=="}, "at": stamp}
     assert record_from_json(record_to_json(record)) == record
 
 

@@ -219,7 +219,7 @@ def test_files_of_a_split(tmp_path, name, names, split, chosen):
             "train_gen or train_sft",
         ),
         (["data/cot-00000-of-00001.parquet", "data/tir-00000-of-00001.parquet"], "train", "cot or tir -> set --split"),
-        (["part-0.parquet"], "test", "no parquet, jsonl or arrow files of the split 'test'"),
+        (["part-0.parquet"], "test", "of the split 'test' in this folder .files: part-0.parquet;"),
         (["gsm8k-test.arrow"], "train", "files: gsm8k-test; .* -> set --split"),
         (["contest.jsonl"], "test", "files: contest;"),
         (["main/train-0.parquet", "socratic/train-0.parquet"], "train", "folders: main, socratic"),
@@ -276,6 +276,8 @@ def test_cells_of_columnar_files(tmp_path, name):
     bad = pyarrow.array([b"ok", b"\xff\xfe"]).view(pyarrow.string())
     with pytest.raises(InputError, match=f"{name}:2: invalid_utf8"):
         read(write(pyarrow.table({"question": bad})))
+    with pytest.raises(InputError, match=f"{name}:1: question is neither text nor messages"):
+        read(write(pyarrow.table({"question": pyarrow.array([b"text?"])})))
     (tmp_path / name).write_bytes(b"PAR1 or arrow, but damaged")
     with pytest.raises(InputError, match=f"{name}: not a readable"):
         read(tmp_path / name)

@@ -148,7 +148,7 @@ def prompt_files(path: str | Path, split: str = "train") -> list[str]:
     ]
     found = files if own_folder else _of_split(files, split, path)
     if not found:
-        labels = ", ".join(sorted({_label(file) for file in files} - {""})) or "none"
+        labels = ", ".join(sorted({_label(file) or file.name for file in files})) or "none"
         folders = ", ".join(sorted(item.name for item in path.iterdir() if item.is_dir())) or "none"
         raise InputError(
             f"{path}: no parquet, jsonl or arrow files of the split {split!r} in this folder "
