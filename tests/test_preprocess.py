@@ -219,7 +219,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, folder):
     assert all(len(shard) <= 80 for shard in shards)
     data = build_group_datasets([str(tmp_path / "w3" / "train*")]).train
     assert len(data) == 198
-    report = [json.loads(line) for line in outputs[0]["train.report.jsonl"].decode().splitlines()]
+    report = [json.loads(line) for line in outputs[0]["train.report.ndjson"].decode().splitlines()]
     assert [(p["kind"], p["action"], p["id"], p["place"].rpartition(":")[2]) for p in report] == [
         ("duplicate_id", "drop", "q1", "8"),
         ("duplicate_id", "drop", "q1", "151"),
@@ -305,9 +305,9 @@ def test_errors_name_every_problem_of_a_chunk_and_leave_nothing(tmp_path, folder
 def test_nothing_left_is_an_error_with_a_report(tmp_path, folder):
     (tmp_path / "in.jsonl").write_text("nope\n")
     options = PreprocessOptions([str(tmp_path / "in.jsonl")], str(folder), str(tmp_path / "out" / "train"))
-    with pytest.raises(InputError, match="no group is left to write -> see .*train.report.jsonl"):
+    with pytest.raises(InputError, match="no group is left to write -> see .*train.report.ndjson"):
         preprocess(replace(options, policies=parse_policies(["invalid_json=drop"])), progress=False)
-    assert list(contents(tmp_path / "out")) == ["train.report.jsonl"]
+    assert list(contents(tmp_path / "out")) == ["train.report.ndjson"]
 
 
 def test_model_vocabulary_must_hold_the_tokenizer(tmp_path, folder, tokenizer):

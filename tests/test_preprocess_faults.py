@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level_folder
 
-from megatron_gft.data.ordered_workers import OrderedWorkers, WorkerError
+from megatron_gft.data.ordered_workers import OrderedWorkers, WorkerDied, WorkerError
 from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
 from megatron_gft.data.problems import KINDS
 from megatron_gft.dataset import build_group_datasets
@@ -222,7 +222,7 @@ def test_workers_keep_the_order_and_report_failures():
         assert list(workers.map(range(13))) == [n * n for n in range(13)]
     with OrderedWorkers(_square_or_fail, 2) as workers, pytest.raises(WorkerError, match="(?s)failed.*thirteen"):
         list(workers.map(range(10, 15)))
-    with OrderedWorkers(_square_or_fail, 2) as workers, pytest.raises(WorkerError, match="by signal SIGKILL"):
+    with OrderedWorkers(_square_or_fail, 2) as workers, pytest.raises(WorkerDied, match="by signal SIGKILL"):
         list(workers.map(range(16, 20)))
 
 
@@ -247,7 +247,7 @@ def test_a_worker_that_dies_with_half_a_result_is_noticed():
         pid, _ = next(results)
         time.sleep(0.2)  # the next result is half in the pipe
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(WorkerError, match="by signal SIGKILL"):
+        with pytest.raises(WorkerDied, match="by signal SIGKILL"):
             list(results)
 
 

@@ -15,7 +15,9 @@ EXAMPLES = """examples:
       --output-prefix data/train --workers 16 --max-response-tokens 2048 --policy long_response=truncate
   sbatch --array=1-32 ... --part $SLURM_ARRAY_TASK_ID/32       (32 independent sets of shards; train on data/train*)
 
-problems and their policies (the default first); what is dropped or fixed is listed in PREFIX.report.jsonl:
+Parts need the same --input; a part of which no group is left writes PREFIX.empty and ends well.
+
+problems and their policies (the default first); what is dropped or fixed is listed in PREFIX.report.ndjson:
 """
 
 
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 when every shard is published."""
+    """Exit code 0 when every shard is published, or this part of the input has none."""
     arguments = _parser().parse_args(argv)
     policies, part = parse_policies(arguments.policy), _part(arguments.part)
     from megatron_gft.data.preprocessing import PreprocessOptions, preprocess  # imports megatron: seconds
@@ -87,7 +89,10 @@ def main(argv: list[str] | None = None) -> int:
         f"shard(s) in {summary.seconds:.1f} s; report: {summary.report}",
         file=sys.stderr,
     )
-    print("\n".join(summary.prefixes))
+    if not summary.prefixes:
+        print(f"part {arguments.part} of the input has no group: nothing to write", file=sys.stderr)
+    for prefix in summary.prefixes:
+        print(prefix)
     return 0
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from megatron_gft.errors import InputError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -25,7 +27,11 @@ POLL_SECONDS = 2.0
 
 
 class WorkerError(RuntimeError):
-    """A worker process failed; the message has its traceback or how it ended."""
+    """The function raised in a worker process: a bug; the message has its traceback."""
+
+
+class WorkerDied(InputError):
+    """A worker process was ended from outside, mostly for want of memory."""
 
 
 class OrderedWorkers(Generic[Item, Result]):
@@ -64,7 +70,8 @@ class OrderedWorkers(Generic[Item, Result]):
         """Results in the order of the items, taken from the stream only as fast as results are used.
 
         Raises:
-            WorkerError: the function raised, or a process died (for want of memory, say).
+            WorkerError: the function raised.
+            WorkerDied: a process died.
         """
         early: dict[int, tuple[str | None, Any]] = {}  # results whose turn has not come
         sent = received = 0
@@ -85,7 +92,7 @@ class OrderedWorkers(Generic[Item, Result]):
                 try:
                     done, failure, result = reader.recv()
                 except (EOFError, OSError):
-                    raise WorkerError(self._how_it_ended(self._results.index(reader))) from None
+                    raise WorkerDied(self._how_it_ended(self._results.index(reader))) from None
                 early[done] = failure, result
         failure, result = early.pop(number)
         if failure is not None:
@@ -96,7 +103,7 @@ class OrderedWorkers(Generic[Item, Result]):
         self._processes[worker].join()
         code = self._processes[worker].exitcode
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return f"worker process {worker} ended {how} -> fewer workers need less memory"
+        return f"worker process {worker} ended {how}, for want of memory? -> run again to go on, with fewer workers"
 
 
 def _work(

@@ -3,15 +3,18 @@
     read rows in chunks -> workers: parse, check, render, tokenize -> in order: duplicates, shards -> publish
 
 Memory is bounded by chunks in flight, 60 bytes per group id (for duplicates) and the index of the shard being
-written. See :mod:`megatron_gft.sampling.staging` for what an interruption leaves.
+written: tokens, log-probs and the report go to the disk at once. See :mod:`megatron_gft.sampling.staging` for what an
+interruption leaves.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,14 +30,15 @@ import megatron_gft
 from megatron_gft.atomic import sha256_json
 from megatron_gft.data.encoding import ChunkEncoder, EncodedChunk, EncodingOptions, id_digest
 from megatron_gft.data.ordered_workers import OrderedWorkers
-from megatron_gft.data.problems import DEFAULT_POLICIES, FIX, Problem, ProblemCounts, ProblemLog, raise_errors
+from megatron_gft.data.problems import DEFAULT_POLICIES, FIX, ProblemCounts, ProblemLog, raise_errors
 from megatron_gft.data.shard_manifest import manifest_path
+from megatron_gft.data.shard_writer import check_prefix
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_chunks
 from megatron_gft.hf.config import read_config
 from megatron_gft.sampling.staging import StagedShard, Staging, merge_problem_tables, shard_name
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
-from megatron_gft.tokenizer import load_tokenizer
+from megatron_gft.tokenizer import NO_TEMPLATE, load_tokenizer
 
 MAX_LINEAGES = 100  # distinct (source, model, sampling) listed in a manifest
 
@@ -54,7 +58,8 @@ class PreprocessOptions:
         policies: what to do with each kind of problem.
         max_prompt_tokens, max_response_tokens: limits; None = any length.
         append: add shards to those that exist.
-        part: ``(i, n)``: take every n-th row, the i-th of n (from 1), into shards ``PREFIX-part...``.
+        part: ``(i, n)``: take every n-th row, the i-th of n (from 1), into shards ``PREFIX-part...``. Which rows
+            depends on nothing but a file's name and the row's number; each manifest has the hash of all inputs.
         max_groups_per_shard, max_bytes_per_shard: a shard is closed before it exceeds one of them (bytes of tokens).
         rows_per_chunk: most rows of a chunk, the unit of work of a process (see ``groups.read_chunks``); it changes
             only where shards are cut.
@@ -79,7 +84,7 @@ class PreprocessOptions:
 
 @dataclass(frozen=True)
 class PreprocessSummary:
-    """What came out."""
+    """What came out; of a part of the input that has no group, nothing."""
 
     prefixes: list[str]
     report: str
@@ -94,31 +99,31 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
     """Make group shards from group files, all or none of them readable.
 
     Raises:
-        InputError: bad options, bad input under policy ``error``, an output that exists, nothing left to write.
+        InputError: bad options, bad input under policy ``error``, an output that exists, nothing left to write (of
+            all the input; a part may be empty), a disk that is full, a worker process that was killed.
     """
     started = time.monotonic()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the work is spread over processes already
-    files = expand_inputs(options.inputs)
     _check_options(options)
+    files = expand_inputs(options.inputs)
+    if options.workers > 1:  # whatever the user's setting: threads of the library would hang in forked processes
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     prefix = output_prefix(options)
     tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.add_bos)
     stamp = tokenizer_stamp(tokenizer)
     _check_vocabulary(options, stamp)
     existing = _existing_shards(prefix)
     if not Staging.waits_to_publish(prefix):
-        _check_existing(existing, options.append, stamp)
-    staging = Staging(prefix, _plan(options, files, stamp), len(existing))
+        _check_existing(prefix, existing, options.append, stamp)
+    encoder = ChunkEncoder(
+        tokenizer, EncodingOptions(options.policies, options.max_prompt_tokens, options.max_response_tokens)
+    )
     try:
-        if not staging.publishing:
-            encoder = ChunkEncoder(
-                tokenizer,
-                EncodingOptions(options.policies, options.max_prompt_tokens, options.max_response_tokens),
-            )
-            _write_shards(options, files, stamp, staging, existing[: staging.first_index], encoder, progress)
-        report = str(staging.report_path)
-        prefixes = staging.publish()
-    finally:
-        staging.close()
+        prefixes, report, unwritten = _make_shards(options, files, stamp, existing, encoder, progress)
+    except OSError as error:
+        raise InputError(
+            f"{prefix}: cannot be written ({error}) -> see to it (room on the disk, limits, rights), then run the same "
+            "command again; finished shards are kept"
+        ) from error
     counts = [GroupShard(name).manifest for name in prefixes]
     return PreprocessSummary(
         prefixes,
@@ -126,7 +131,7 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
         groups=sum(manifest.counts.groups for manifest in counts),
         responses=sum(manifest.counts.responses for manifest in counts),
         tokens=sum(manifest.counts.prompt_tokens + manifest.counts.response_tokens for manifest in counts),
-        problems=merge_problem_tables([manifest.provenance["problems"] for manifest in counts]),
+        problems=merge_problem_tables([*(manifest.provenance["problems"] for manifest in counts), unwritten]),
         seconds=time.monotonic() - started,
     )
 
@@ -139,7 +144,9 @@ def output_prefix(options: PreprocessOptions) -> Path:
 
 def _check_options(options: PreprocessOptions) -> None:
     part, parts = options.part
-    problems = []
+    problems = list(_prefix_problems(options.output_prefix))
+    if options.add_bos is not None and options.chat_template != NO_TEMPLATE:
+        problems.append(f"BOS {options.add_bos} with a chat template, which spells BOS itself -> chat template none")
     if not 1 <= part <= parts:
         problems.append(f"part {part}/{parts} -> I/N with 1 <= I <= N")
     for name in ("workers", "max_groups_per_shard", "max_bytes_per_shard", "rows_per_chunk"):
@@ -151,6 +158,21 @@ def _check_options(options: PreprocessOptions) -> None:
             problems.append(f"{name}={value} -> at least 1")
     if problems:
         raise InputErrors("bad options", problems)
+
+
+def _prefix_problems(prefix: str) -> Iterator[str]:
+    """What is wrong with the name of the shards."""
+    if os.path.basename(prefix) in ("", ".", ".."):
+        yield f"output prefix {prefix!r}: a folder -> add a name, as in {os.path.join(prefix, 'train')!r}"
+    try:
+        check_prefix(prefix)
+    except InputError as error:
+        yield str(error)
+    parent = next(parent for parent in Path(prefix).absolute().parents if os.path.exists(parent))
+    if not parent.is_dir():
+        yield f"output prefix {prefix!r}: {parent} is a file -> a place in a folder"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield f"output prefix {prefix!r}: no right to write in {parent} -> another place"
 
 
 def _check_vocabulary(options: PreprocessOptions, stamp: TokenizerStamp) -> None:
@@ -172,13 +194,23 @@ def _existing_shards(prefix: Path) -> list[GroupShard]:
     return shards
 
 
-def _check_existing(shards: Sequence[GroupShard], append: bool, stamp: TokenizerStamp) -> None:
-    """There are none, or they are of the same tokenizer and ``append`` is set."""
+def _check_existing(prefix: Path, shards: Sequence[GroupShard], append: bool, stamp: TokenizerStamp) -> None:
+    """There are none, or they are of the same tokenizer and ``append`` is set; none is after a gap."""
+    taken = re.compile(re.escape(prefix.name) + r"-(\d{5,})\.json")
+    names = os.listdir(prefix.parent) if prefix.parent.is_dir() else []
+    later = sorted(name for name in names if (match := taken.fullmatch(name)) and int(match[1]) >= len(shards))
+    if later:
+        raise InputError(
+            f"{prefix.with_name(later[0])}: left of an earlier run, a shard before it is missing -> remove all shards "
+            "of the prefix, or choose another"
+        )
     if shards and not append:
         raise InputError(f"{shards[0].prefix}: the shard exists already -> append, choose another prefix, or remove it")
     for shard in shards:
         if shard.manifest.tokenizer != stamp:
-            raise InputError(f"{shard.prefix}: made with another tokenizer or chat template -> append with the same")
+            raise InputError(
+                f"{shard.prefix}: made with another tokenizer, chat template or choice of BOS -> append with the same"
+            )
 
 
 def _plan(options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStamp) -> str:
@@ -192,15 +224,44 @@ def _plan(options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStam
 # --- the stream ---------------------------------------------------------------------------------------------------
 
 
+def _make_shards(
+    options: PreprocessOptions,
+    files: Sequence[str],
+    stamp: TokenizerStamp,
+    existing: Sequence[GroupShard],
+    encoder: ChunkEncoder,
+    progress: bool,
+) -> tuple[list[str], str, dict[str, dict[str, int]]]:
+    """Write and publish; prefixes of the shards, path of the report, problems of rows of which no shard was made."""
+    staging = Staging(output_prefix(options), _plan(options, files, stamp), len(existing))
+    try:
+        unwritten: dict[str, dict[str, int]] = {}
+        if not staging.publishing:
+            existing = existing[: staging.first_index]
+            unwritten = _write_shards(options, files, stamp, staging, existing, encoder, progress)
+        report = str(staging.report_path)
+        return staging.publish() if staging.publishing else [], report, unwritten
+    finally:
+        staging.close()
+
+
+def _rotation(name: str, parts: int) -> int:
+    """The part that takes the first row of a file: another for each file, so that many small files are spread too.
+
+    It depends on nothing but the file's name, as parts that saw other files beside it must still share its rows.
+    """
+    digest = hashlib.blake2b(os.fsencode(Path(name).name), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % parts
+
+
 def _chunks(options: PreprocessOptions, files: Sequence[str], bar: tqdm) -> Iterator[RawChunk]:
     """All chunks of the input in order; the bar shows the bytes read."""
     part, parts = options.part
     rows = min(options.rows_per_chunk, options.max_groups_per_shard)
     before = 0
-    for number, name in enumerate(files):
+    for name in files:
         size = os.path.getsize(name)
-        # Each file begins with another part, so that many small files are spread too.
-        for chunk in read_chunks(name, rows, part=(part - 1 + number) % parts, parts=parts):
+        for chunk in read_chunks(name, rows, part=(part - 1 + _rotation(name, parts)) % parts, parts=parts):
             yield chunk
             bar.n = before + int(size * chunk.read_fraction)
         before += size
@@ -215,8 +276,8 @@ def _write_shards(
     existing: Sequence[GroupShard],
     encoder: ChunkEncoder,
     progress: bool,
-) -> None:
-    """Write all shards that are not done yet into the staging folder."""
+) -> dict[str, dict[str, int]]:
+    """Write all shards that are not done yet into the staging folder; problems of rows of which none was made."""
     builder = _ShardBuilder(options, files, stamp, staging)
     for shard in existing:
         builder.remember_ids(shard)
@@ -235,7 +296,7 @@ def _write_shards(
             groups += len(result.groups)
             bar.set_postfix_str(f"{groups} groups, {groups / (time.monotonic() - started):.0f}/s", refresh=False)
             bar.update(0)
-        builder.finish()
+        return builder.finish()
 
 
 class _ShardBuilder:
@@ -245,6 +306,7 @@ class _ShardBuilder:
         self._options, self._stamp, self._staging = options, stamp, staging
         self._inputs = [{"name": Path(name).name, "bytes": os.path.getsize(name)} for name in files]
         self._seen: set[bytes] = set()
+        self._next_number: dict[bytes, int] = {}  # of ids that came again: all lower numbers are taken
         self._writer: GroupShardWriter | None = None
         self._next_chunk = staging.done[-1].next_chunk if staging.done else 0
         self._begin()
@@ -252,7 +314,7 @@ class _ShardBuilder:
             self.remember_ids(GroupShard(staging.folder / shard.name))
 
     def _begin(self) -> None:
-        self._problems: list[Problem] = []
+        self._problems = ProblemCounts()
         self._lineage: Counter[str] = Counter()
         self._verifiers: Counter[str] = Counter()
         self._rows = 0
@@ -288,7 +350,8 @@ class _ShardBuilder:
         ):
             self._close()
         self._next_chunk += 1
-        self._problems += chunk.problems
+        self._problems.add(chunk.problems)
+        self._staging.note(chunk.problems)
         for lineage in chunk.lineages:
             self._lineage.update(lineage)
         self._verifiers.update(verifier for verifier in chunk.verifiers if verifier is not None)
@@ -298,20 +361,27 @@ class _ShardBuilder:
                 self._writer = GroupShardWriter(self._staging.next_prefix, self._stamp)
             self._writer.add(groups)
 
-    def finish(self) -> None:
-        """No more chunks: close the last shard."""
+    def finish(self) -> dict[str, dict[str, int]]:
+        """No more chunks: close the last shard. When there is none, the problems that left none.
+
+        Raises:
+            InputError: there is none, and this is the whole input; of a part that may be.
+        """
         if self._writer is not None:
             self._close()
-        if not self._staging.done:
-            self._staging.write_report(self._problems)
-            raise InputError(f"no group is left to write -> see {self._staging.report_path}, relax the policies")
-        self._staging.finish(self._problems)
+        if self._staging.done:
+            self._staging.finish()
+        elif self._options.part[1] > 1:
+            self._staging.publish_empty(self._provenance())
+        else:
+            self._staging.write_report()
+            way_out = f"see {self._staging.report_path}, relax the policies" if self._rows else "the input has no rows"
+            raise InputError(f"no group is left to write -> {way_out}")
+        return self._problems.as_dict()
 
     def _close(self) -> None:
         assert self._writer is not None
-        counts = ProblemCounts()
-        counts.add(self._problems)
-        self._writer.provenance = self._provenance(counts)
+        self._writer.provenance = self._provenance()
         verifiers = [
             {"verifier": json.loads(text), "groups": n} for text, n in self._verifiers.most_common(MAX_LINEAGES)
         ]
@@ -319,22 +389,23 @@ class _ShardBuilder:
         self._writer.finish()
         self._writer = None
         name = self._staging.next_prefix.name
-        self._staging.add(StagedShard(name, self._next_chunk, self._rows, counts.as_dict()), self._problems)
+        self._staging.add(StagedShard(name, self._next_chunk, self._rows, self._problems.as_dict()))
         self._begin()
 
-    def _provenance(self, counts: ProblemCounts) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, Any]:
         options = self._options
         listed = sorted(self._lineage.most_common(MAX_LINEAGES))
         changed = {kind: policy for kind, policy in options.policies.items() if policy != DEFAULT_POLICIES[kind]}
         return {
             "inputs": self._inputs,
+            "input_set": sha256_json(sorted([i["name"], i["bytes"]] for i in self._inputs)),  # equal in all parts
             "part": "{}/{}".format(*options.part),
             "rows": self._rows,
             "responses": [{**json.loads(text), "count": count} for text, count in listed],
             "responses_unlisted": sum(self._lineage.values()) - sum(count for _, count in listed),
             "policies": changed,
             "limits": {"prompt": options.max_prompt_tokens, "response": options.max_response_tokens},
-            "problems": counts.as_dict(),
+            "problems": self._problems.as_dict(),
         }
 
     def _leave_duplicates_out(self, chunk: EncodedChunk) -> None:
@@ -358,9 +429,11 @@ class _ShardBuilder:
 
     def _rename(self, chunk: EncodedChunk, i: int) -> bytes:
         """Give group ``i`` of the chunk a free id."""
-        meta, number = json.loads(chunk.groups.metas[i]), 2
+        meta, own = json.loads(chunk.groups.metas[i]), id_digest(chunk.ids[i])
+        number = self._next_number.get(own, 2)
         while (digest := id_digest(f"{chunk.ids[i]}#{number}")) in self._seen:
             number += 1
+        self._next_number[own] = number + 1
         meta["id"] = f"{chunk.ids[i]}#{number}"
         chunk.groups.metas[i] = to_json(meta)
         return digest

@@ -12,12 +12,12 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_gft.atomic import atomic_file, fsync_path, sha256_json, write_json
+from megatron_gft.atomic import fsync_path, sha256_json, write_json
 from megatron_gft.data.problems import Problem, report_lines
 from megatron_gft.data.shard_manifest import (
     ShardSet,
@@ -28,7 +28,7 @@ from megatron_gft.data.shard_manifest import (
 )
 from megatron_gft.errors import InputError
 
-_TAIL = "tail"  # report of what came after the last shard
+_NEXT_REPORT = "next.report"  # of the shard that is being written
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Staging:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         run = self._read_json("run.json")
-        self.publishing = (self.folder / "publish.json").exists()
+        self.publishing = self.waits_to_publish(prefix)
         if run is None or run.get("plan") != plan:
             if self.publishing:
                 self.close()
@@ -72,7 +72,9 @@ class Staging:
                     f"{self.folder}: a finished run with other inputs or options waits to be published -> run it again "
                     "as it was, or remove that folder"
                 )
+            (self.folder / "run.json").unlink(missing_ok=True)  # first: without it nothing in the folder counts
             self._clear(keep=set())
+            empty_part_path(prefix).unlink(missing_ok=True)
             write_json(self.folder / "run.json", {"plan": plan, "first_index": first_index})
         else:
             self.first_index = run["first_index"]
@@ -83,7 +85,8 @@ class Staging:
     @staticmethod
     def waits_to_publish(prefix: Path) -> bool:
         """Whether a run was interrupted while it published its shards."""
-        return (prefix.with_name(f".{prefix.name}.staging") / "publish.json").exists()
+        folder = prefix.with_name(f".{prefix.name}.staging")
+        return (folder / "run.json").exists() and (folder / "publish.json").exists()
 
     def _take_lock(self) -> IO[str]:
         lock = open(self.folder / "lock", "w")
@@ -133,17 +136,21 @@ class Staging:
         """Where the next shard is written."""
         return self.folder / self.shard_name(len(self.done))
 
-    def add(self, shard: StagedShard, problems: list[Problem]) -> None:
-        """Remember a shard that was written to :attr:`next_prefix`, and the report of its problems."""
-        with atomic_file(self.folder / f"{shard.name}.report") as temporary:
-            temporary.write_text(report_lines(problems), encoding="ascii")
+    def note(self, problems: Iterable[Problem]) -> None:
+        """Add to the report of the shard that is being written."""
+        with open(self.folder / _NEXT_REPORT, "a", encoding="ascii") as report:
+            report.write(report_lines(problems))
+
+    def add(self, shard: StagedShard) -> None:
+        """Remember a shard that was written to :attr:`next_prefix`, and its report."""
+        self.note([])  # there is a report even of nothing
+        fsync_path(self.folder / _NEXT_REPORT)
+        os.replace(self.folder / _NEXT_REPORT, self.folder / f"{shard.name}.report")
         write_json(self.folder / f"{shard.name}.state", asdict(shard))
         self.done.append(shard)
 
-    def finish(self, problems: list[Problem]) -> None:
-        """All shards are there; ``problems`` came after the last one."""
-        with atomic_file(self.folder / f"{_TAIL}.report") as temporary:
-            temporary.write_text(report_lines(problems), encoding="ascii")
+    def finish(self) -> None:
+        """All shards are there."""
         manifests = [read_manifest(self.folder / shard.name) for shard in self.done]
         set_id = sha256_json([content_fingerprint(manifest) for manifest in manifests])[:16]
         write_json(self.folder / "publish.json", {"set": set_id})
@@ -152,7 +159,7 @@ class Staging:
     @property
     def report_path(self) -> Path:
         """The report that :meth:`publish` writes."""
-        return self.prefix.with_name(f"{self.shard_name(0)}.report.jsonl")
+        return self.prefix.with_name(f"{self.shard_name(0)}.report.ndjson")  # no glob over group files finds it
 
     def publish(self) -> list[str]:
         """Move everything to its name; return the shards' prefixes. The folder is gone afterwards."""
@@ -181,18 +188,30 @@ class Staging:
         shutil.rmtree(self.folder)
         return prefixes
 
-    def write_report(self, problems: Sequence[Problem] = ()) -> None:
-        """Write what was found in the input, beside the shards; ``problems`` come last."""
-        names = [*(shard.name for shard in self.done), _TAIL]
+    def publish_empty(self, provenance: dict[str, Any]) -> None:
+        """Say in ``PREFIX.empty`` that this part of the input gave no group: it is not missing."""
+        self.write_report()
+        write_json(self.folder / "empty", provenance)
+        os.replace(self.folder / "empty", empty_part_path(self.prefix))
+        fsync_path(self.prefix.parent)
+
+    def write_report(self) -> None:
+        """Write what was found in the input, beside the shards."""
+        names = [*(f"{shard.name}.report" for shard in self.done), _NEXT_REPORT]
         whole = self.folder / "report"
         with open(whole, "wb") as report:
-            for name in names:
-                part = self.folder / f"{name}.report"
+            for part in (self.folder / name for name in names):
                 if part.exists():
-                    report.write(part.read_bytes())
-            report.write(report_lines(problems).encode("ascii"))
+                    with open(part, "rb") as lines:
+                        shutil.copyfileobj(lines, report)
         fsync_path(whole)
         os.replace(whole, self.report_path)
+        fsync_path(self.prefix.parent)
+
+
+def empty_part_path(prefix: Path) -> Path:
+    """File of a part (``--part I/N``) of which no group is left: readers that want all parts miss none."""
+    return prefix.with_name(f"{prefix.name}.empty")
 
 
 def shard_name(prefix: Path, index: int) -> str:
