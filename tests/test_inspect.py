@@ -184,7 +184,7 @@ def test_generated_file_without_tokenizer_has_no_problem_of_its_token_ids(genera
     report = inspect_group_files([str(base / "in.jsonl")])
     assert set(report["problems"]) == {"no_expert", "truncated", "duplicate_response"}
     assert report["responses"] == len(known) == 5 and report["by_source"]["self"]["truncated"] == 2
-    assert report["response_length"]["min"] == 1 and report["response_length"]["max"] == len("three four") + 1
+    assert report["total_response_length"] == len("one.") + len("two ? ?") + len("three four.") + 1 + 1
     with_tokenizer = inspect_group_files([str(base / "in.jsonl")], load_tokenizer(folder))
     assert with_tokenizer["problems"] == report["problems"]
     assert with_tokenizer["total_response_length"] == sum(map(len, known))
@@ -402,6 +402,10 @@ def test_group_numbers_count_what_the_report_counts(case, tool, capsys, tmp_path
     for view, twin in zip(of_file.groups([21, 0, 1]), of_shard.groups([21, 0, 1]), strict=True):
         assert (view.prompt, view.responses) == (twin.prompt, twin.responses)
     assert of_file.groups([1])[0].title == f"{name}:5 group 1, id q1"
+    second = str(tmp_path / "second.jsonl")
+    write_group_file(second, random_records(1))
+    titles = [view.title for view in open_source([name, second], str(folder), None).groups([22, 1])]
+    assert titles == [f"{second}:1 group 22, id q0", f"{name}:5 group 1, id q1"]
     Path(name).write_text("\nnot json\n")
     assert tool([name, "--tokenizer", str(folder), "--group", "0"]) == 2
     assert "--group 0: there is no usable group" in capsys.readouterr().err
@@ -436,6 +440,8 @@ def test_any_file_of_a_shard_stands_for_it(case, tool, capsys, tmp_path):
     for inputs in (expanded, *([name] for name in expanded if ".report." not in name)):
         assert tool([*inputs, "--json", "-"]) == 0
         assert json.loads(capsys.readouterr().out)["inputs"] == [str(tmp_path / "train")]
+    assert tool([name for name in expanded if ".report." in name]) == 2
+    assert "no such group shard" in capsys.readouterr().err
     (tmp_path / "train.json").unlink()
     assert tool([str(tmp_path / "train.bin")]) == 2
     assert "no manifest of a shard is beside it" in capsys.readouterr().err
