@@ -95,6 +95,7 @@ def test_one_weighted_entry_is_that_entry(shards):
 
 
 def test_separate_validation_shards(shards):
+    write_equal_groups(shards / "fits", 2)
     data = build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")])
     assert len(data.train) == 30 and prompts(data.valid) == shard_prompts(shards / "code") and data.test is None
     check_table(data.valid)
@@ -102,6 +103,11 @@ def test_separate_validation_shards(shards):
     limited = build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")], limits=limits)
     alone = build_group_datasets([str(shards / "code")], limits=limits).train.limited
     assert limited.valid.limited == alone != limited.train.limited
+    bite_only_there = [
+        build_group_datasets([str(shards / "fits")], valid=[str(shards / "code")], limits=some)
+        for some in (None, limits)
+    ]
+    assert len({data.valid.fingerprint for data in bite_only_there}) == 2
     with pytest.raises(InputError, match="beside data.valid"):
         build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")], split="90,10,0")
 
