@@ -277,7 +277,7 @@ def expand_shards(patterns: Sequence[str | Path] | str | Path) -> list[str]:
             found = _glob_shards(name)
             if not found:
                 raise InputError(f"{pattern}: no group shard matches -> check the path")
-            if not re.search(r"-part\d{5}", name):
+            if not re.search(r"-part\d{5}", os.path.basename(name)):
                 _check_parts(str(pattern), found)
         prefixes.extend(found)
     named: dict[str, str] = {}
@@ -314,12 +314,13 @@ def _check_parts(pattern: str, prefixes: Sequence[str]) -> None:
     """Of shards made with ``--part I/N``, all N parts are there."""
     seen: dict[tuple[str, int], set[int]] = {}
     for prefix in prefixes:
-        if part := re.search(r"-part(\d{5,})-of-(\d{5,})", prefix):
+        if part := re.search(r"-part(\d{5,})-of-(\d{5,})(-\d{5})?$", prefix):
             seen.setdefault((prefix[: part.start()], int(part[2])), set()).add(int(part[1]))
     problems = []
     for (prefix, count), parts in seen.items():
         if missing := sorted(set(range(1, count + 1)) - parts):
-            problems.append(f"{prefix}: {len(parts)} of {count} parts, missing {', '.join(map(str, missing))}")
+            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            problems.append(f"{prefix}: {len(parts)} of {count} parts, missing {shown}")
     if problems:
         raise InputErrors(f"{pattern}: parts of shards are missing -> make them, or name each part to use", problems)
 
