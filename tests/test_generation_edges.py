@@ -105,6 +105,34 @@ def test_everything_wrong_is_told_together_before_the_first_request(tmp_path, mo
     assert len(caught.value.problems) == 6 and all(text in str(caught.value) for text in wanted)
 
 
+@pytest.mark.parametrize("value", [True, ["5"], float("nan"), None, "  "])
+def test_an_expert_answer_is_text_or_a_number(tmp_path, value):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"question": "1?", "solution": value}) + "\n")
+    with pytest.raises(InputError, match=r"p\.jsonl:1: column 'solution'"):
+        run(prompts, tmp_path / "g.jsonl", "kind=column column=solution")
+
+
+def test_two_system_messages_are_refused(tmp_path):
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1?"}]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"messages": messages}) + "\n")
+    with FaultyServer() as server:
+        with pytest.raises(InputError, match=r"p\.jsonl:1: the prompt begins with a system message, source teacher"):
+            run(prompts, tmp_path / "g.jsonl", served(server, 'system="be long"'))
+        run(prompts, tmp_path / "g.jsonl", served(server))
+        assert [body["messages"] for body in server.requests] == [messages]
+
+
+def test_a_limit_takes_the_first_prompts_and_looks_at_no_more(tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", 2)
+    with prompts.open("a") as file:
+        file.write("not json\n")
+    assert [row.place for row in PromptSet([prompts], limit=2)] == [f"{prompts}:1", f"{prompts}:2"]
+    with pytest.raises(InputError, match="--limit -3"):
+        PromptSet([prompts], limit=-3)
+
+
 @pytest.mark.parametrize(
     "output, message",
     [

@@ -30,7 +30,7 @@ from megatron_gft.data.group_records import GroupRecord, ResponseRecord
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import GROUP_FILE_SUFFIXES, write_group_file
 from megatron_gft.sampling.journal import Journal
-from megatron_gft.sampling.prompts import PromptColumns, PromptRow, iter_prompts, prompt_files
+from megatron_gft.sampling.prompts import PromptColumns, PromptRow, iter_prompts, prompt_files, scalar_text
 from megatron_gft.sampling.responses import FAILED, ResponseMaker, journal_value, sample_key
 from megatron_gft.sampling.settings import (
     Backend,
@@ -56,25 +56,28 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where prompts come from: files or folders, how their rows are read, and at most how many."""
+    """Where prompts come from: files or folders, how their rows are read, and at most how many.
+
+    Raises:
+        InputError: a limit below 1.
+    """
 
     inputs: Sequence[str | Path]
     columns: PromptColumns = PromptColumns()
     split: str = "train"
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"--limit {self.limit}: no prompts would be left -> at least 1, or leave it out for all")
+
     def __iter__(self) -> Iterator[PromptRow]:
         return self.rows(Counter())
 
     def rows(self, seen: Counter[str]) -> Iterator[PromptRow]:
         """The prompts; counts in ``seen`` how often each id came, unless duplicates are kept."""
-        left = self.limit if self.limit is not None else -1
-        for path in self.inputs:
-            for row in iter_prompts(path, self.columns, self.split, seen):
-                if left == 0:
-                    return
-                left -= 1
-                yield row
+        rows = (row for path in self.inputs for row in iter_prompts(path, self.columns, self.split, seen))
+        return itertools.islice(rows, self.limit)
 
     def files(self) -> list[str]:
         """The data files, in order."""
@@ -159,6 +162,7 @@ class GenerationRun:
                 yield f"{row.place}: id {row.id!r} is that of {seen[row.id]} too -> ids must differ, or --duplicates"
             seen[row.id] = row.place
             yield from _column_problems(row, self._columns)
+            yield from _system_problems(row, self._sampled)
             self.num_samples += sum(len(maker.wanted(row)) for maker in self._makers.values())
         self.num_prompts = len(seen)
         if self._prompts.columns.duplicates == "drop":
@@ -359,7 +363,7 @@ def merged(streams: Sequence[Iterable[Item]]) -> Iterator[Item]:
 
 
 def with_system(prompt: Prompt, system: str | None) -> Prompt:
-    """The prompt as messages that begin with a system message, if there is one to add."""
+    """The prompt, which has none of its own, as messages that begin with a system message, if there is one to add."""
     if system is None:
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -395,13 +399,25 @@ def _output_problems(output: Path) -> list[str]:
         return [f"{output}: cannot be written in {folder} ({error.strerror}) -> choose another output"]
 
 
-def _column_problems(row: PromptRow, sources: Iterable[ColumnSource]) -> list[str]:
-    problems = []
+def _column_problems(row: PromptRow, sources: Iterable[ColumnSource]) -> Iterator[str]:
     for source in sources:
-        value = row.columns.get(source.column)
         if source.column not in row.columns:
             names = ", ".join(row.columns) or "none: it is a group already"
-            problems.append(f"{row.place}: no column {source.column!r} for source {source.name} (columns: {names})")
-        elif not isinstance(value, (str, int, float)) or not str(value).strip():
-            problems.append(f"{row.place}: column {source.column!r} holds {value!r}, not an answer")
-    return problems
+            yield f"{row.place}: no column {source.column!r} for source {source.name} (columns: {names})"
+            continue
+        try:
+            if not (scalar_text(row.columns[source.column], row.place, source.column) or "").strip():
+                yield f"{row.place}: column {source.column!r} is empty, there is no answer of source {source.name}"
+        except InputError as error:
+            yield str(error)
+
+
+def _system_problems(row: PromptRow, sources: Iterable[SampledSource]) -> Iterator[str]:
+    if isinstance(row.prompt, str) or row.prompt[0]["role"] != "system":
+        return
+    for source in sources:
+        if source.system is not None:
+            yield (
+                f"{row.place}: the prompt begins with a system message, source {source.name} would add another "
+                "-> leave system= out of the source, or the message out of the prompt"
+            )
