@@ -18,13 +18,13 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 import megatron_gft
-from megatron_gft.atomic import fsync_path, sha256_file, temporary_name
+from megatron_gft.atomic import fsync_path, temporary_name
 from megatron_gft.data.encoded_groups import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups, GroupEncoder
 from megatron_gft.data.shard_manifest import (
     FORMAT,
@@ -104,7 +104,7 @@ class GroupShardWriter:
         self._metas = IndexedDatasetBuilder(self._path(".meta.bin"), dtype=np.uint8)
         self._rewards: list[np.ndarray] = []
         self._outcomes: list[str | None] = []
-        self._logprobs: list[np.ndarray | int] = []  # an int stands for so many unknown ones
+        self._logprobs = _LogprobFile(Path(self._path(".logprobs.npy")))
         self.groups, self.bytes, self._truncated, self._max_token = 0, 0, 0, 0
 
     def __enter__(self) -> GroupShardWriter:
@@ -156,7 +156,7 @@ class GroupShardWriter:
         self._metas.document_indices.extend(range(len(self._metas.document_indices), self.groups + 1))
         self._rewards.append(groups.rewards)
         self._outcomes.extend(groups.outcomes)
-        self._logprobs.append(groups.response_tokens if groups.logprobs is None else groups.logprobs)
+        self._logprobs.add(groups.response_tokens if groups.logprobs is None else groups.logprobs)
         last_tokens = groups.tokens[np.cumsum(lengths)[is_response] - 1]
         self._truncated += int((last_tokens != self.tokenizer.eos_id).sum())
         self._max_token = max(self._max_token, int(groups.tokens.max()))
@@ -182,8 +182,9 @@ class GroupShardWriter:
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        for builder in (self._tokens, self._metas):
-            builder.data_file.close()
+        for file in (self._tokens.data_file, self._metas.data_file, self._logprobs):
+            with contextlib.suppress(OSError):  # a full disk: what cannot be written out is not wanted either
+                file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _manifest(self) -> ShardManifest:
@@ -212,7 +213,10 @@ class GroupShardWriter:
         target = self._folder / self.prefix.name
         judgement, more = write_judgement(target, rewards, self._outcomes, self.verifier, stats)
         files |= more
-        logprobs = self._write_logprobs(target, files)
+        logprobs = None
+        if self._logprobs.finish():
+            logprobs, files_entry = _place_array(self._logprobs.path, target, "logprobs")
+            files[logprobs] = files_entry
         return ShardManifest(
             format=FORMAT,
             format_version=FORMAT_VERSION,
@@ -226,13 +230,56 @@ class GroupShardWriter:
             shard_set=self.shard_set,
         )
 
-    def _write_logprobs(self, target: Path, files: dict[str, FileEntry]) -> str | None:
-        if all(isinstance(part, int) for part in self._logprobs):
-            return None
-        parts = [np.full(p, np.nan, np.float32) if isinstance(p, int) else p for p in self._logprobs]
-        name, entry = _write_array(target, "logprobs", np.concatenate(parts))
-        files[name] = entry
-        return name
+
+class _LogprobFile:
+    """Log-probs that go to an ``.npy`` file as they come, as ``np.save`` of all would write it.
+
+    There is no file while none is known.
+    """
+
+    _PIECE = 1 << 20
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._count = 0
+        self._file: IO[bytes] | None = None
+
+    def add(self, values: np.ndarray | int) -> None:
+        """Add float32 values, or so many unknown ones."""
+        if isinstance(values, np.ndarray):
+            if self._file is None:
+                self._file = open(self.path, "wb")
+                self._write_header()
+                self._fill(self._count)
+            self._file.write(values.astype("<f4", copy=False).tobytes())
+            self._count += len(values)
+        else:
+            self._fill(values)
+            self._count += values
+
+    def _fill(self, count: int) -> None:
+        if self._file is not None:
+            for start in range(0, count, self._PIECE):
+                self._file.write(np.full(min(self._PIECE, count - start), np.nan, "<f4").tobytes())
+
+    def _write_header(self) -> None:
+        """It has the same size for any count: numpy leaves room for the digits."""
+        assert self._file is not None
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self._count,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def finish(self) -> bool:
+        """Complete the file; whether there is one."""
+        if self._file is not None:
+            self._file.seek(0)
+            self._write_header()
+            self._file.close()
+        return self._file is not None
+
+    def close(self) -> None:
+        """Give up, if it was not finished."""
+        if self._file is not None:
+            self._file.close()
 
 
 def reward_stats(rewards: np.ndarray, sources: np.ndarray, responses_per_group: np.ndarray) -> RewardStats:
@@ -282,11 +329,16 @@ def _write_array(prefix: Path, kind: str, values: np.ndarray) -> tuple[str, File
     with _temporary_beside(prefix.with_name(f"{prefix.name}.{kind}.npy")) as temporary:
         with open(temporary, "wb") as file:
             np.save(file, values, allow_pickle=False)
-        digest = sha256_file(temporary)
-        path = prefix.with_name(f"{prefix.name}.{kind}-{digest[:HASH_DIGITS]}.npy")
-        fsync_path(temporary)
-        os.replace(temporary, path)
-    return path.name, FileEntry(bytes=path.stat().st_size, sha256=digest)
+        return _place_array(temporary, prefix, kind)
+
+
+def _place_array(written: Path, prefix: Path, kind: str) -> tuple[str, FileEntry]:
+    """Give an ``.npy`` file its name ``PREFIX.<kind>-<hash>.npy``."""
+    entry = file_entry(written)
+    path = prefix.with_name(f"{prefix.name}.{kind}-{entry.sha256[:HASH_DIGITS]}.npy")
+    fsync_path(written)
+    os.replace(written, path)
+    return path.name, entry
 
 
 @contextlib.contextmanager
