@@ -25,7 +25,7 @@ from megatron_gft.objectives import OBJECTIVES, Advantage, Coefficient, Normaliz
 class Section(pydantic.BaseModel):
     """A section of the tree: unknown keys are errors, values are fixed once read."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):

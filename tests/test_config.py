@@ -78,6 +78,8 @@ def test_a_preset_in_a_file_can_be_refined_by_overrides(tmp_path):
         (["parallel.tp=0"], ["parallel.tp: ", "greater than 0", "(got 0)"]),
         (["parallel.vpp=1"], ["parallel.vpp: ", "greater than or equal to 2"]),
         (["optimizer.lr=fast"], ["optimizer.lr: ", "(got 'fast')"]),
+        (["optimizer.lr=.inf", "objective.tau=.nan"], ["optimizer.lr: ", "finite number (got inf)", "objective.tau: "]),
+        (["data.train=[a]", "data.train_weights=[.inf]"], ["data.train_weights", "finite number"]),
         (["objective.tau=1.5"], ["objective.tau: ", "less than or equal to 1", "(got 1.5)"]),
         (["objective=gtf"], ["objective.name: ", "'gft', 'sft' or 'dft'"]),
         (["objective.sources=[human]"], ["objective.sources.0: ", "'human'"]),
