@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import time
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level_folder
 
+from megatron_gft.data.encoding import ChunkEncoder
 from megatron_gft.data.ordered_workers import OrderedWorkers, WorkerDied, WorkerError
 from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
 from megatron_gft.data.problems import KINDS
@@ -28,6 +30,7 @@ from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
 from megatron_gft.sampling.staging import Staging
 from megatron_gft.shards import GroupShard, verify_shard
+from megatron_gft.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -99,37 +102,67 @@ def _has_all(folder: Path, complete: dict[str, bytes]) -> bool:
     return all(path.is_file() and path.read_bytes() == complete[name] for name, path in files.items())
 
 
-def _dying_at(options: PreprocessOptions, fatal: int) -> None:
-    """Preprocess, but end like ``kill -9`` at the ``fatal``-th rename."""
-    rename, count = os.replace, 0
+def _dying_at(options: PreprocessOptions, fatal: int, log: Path | None = None) -> None:
+    """Preprocess, but end like ``kill -9`` at the ``fatal``-th rename or removal; write each into ``log``."""
+    count = 0
 
-    def replace_or_die(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == fatal:
-            os._exit(9)
-        return rename(*args, **kwargs)
+    def or_die(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == fatal:
+                os._exit(9)
+            if log is not None:
+                with open(log, "a") as lines:
+                    lines.write(f"{function.__name__} {args[0]}\n")
+            return function(*args, **kwargs)
 
-    os.replace = replace_or_die
+        return call
+
+    os.replace, os.unlink, os.rmdir = map(or_die, (os.replace, os.unlink, os.rmdir))
     preprocess(options, progress=False)
     os._exit(0)
 
 
-def test_killed_at_any_rename_it_completes_to_the_same_bytes(interrupted_case, tmp_path):
+def _changes(options: PreprocessOptions, folder: Path) -> list[str]:
+    """Renames and removals of an undisturbed run."""
+    chosen = replace(options, output_prefix=str(folder / "train"))
+    assert _in_child(lambda: _dying_at(chosen, 0, folder.with_suffix(".log")), None) == 0
+    return folder.with_suffix(".log").read_text().splitlines()
+
+
+def test_killed_at_any_rename_or_removal_it_completes_to_the_same_bytes(interrupted_case, tmp_path):
     options, complete, _ = interrupted_case
-    fatal, deaths = 1, 0
-    while True:
+    changes = _changes(options, tmp_path / "log")
+    published = max(i for i, change in enumerate(changes, 1) if re.fullmatch("unlink .*/run.json", change))
+    more = tmp_path / "more.jsonl"
+    write_group_file(more, [replace(record, id=f"more-{i}") for i, record in enumerate(random_records(3))])
+    assert published > 70 and len(changes) > published + 5
+    for fatal in (*range(1, published, 13), *range(published - 1, len(changes) + 1, 3)):
         out = tmp_path / f"out{fatal}"
         chosen = replace(options, output_prefix=str(out / "train"))
-        code = _in_child(lambda o=chosen, n=fatal: _dying_at(o, n), None)
+        assert _in_child(lambda o=chosen, n=fatal: _dying_at(o, n), None) == 9
         _check_nothing_partial(out, complete)
-        if code == 0:
-            break
-        deaths += 1
-        preprocess(chosen, progress=False)
-        assert contents(out) == complete, fatal
-        fatal += 9
-    assert deaths >= 7
+        if fatal > published:  # all is there but the folder of the run is not gone yet
+            with pytest.raises(InputError, match="train: the shard exists already"):
+                preprocess(chosen, progress=False)
+            preprocess(replace(chosen, append=True, inputs=[str(more)]), progress=False)
+            assert _has_all(out, complete) and not list(out.glob(".*"))
+        else:
+            preprocess(chosen, progress=False)
+            assert contents(out) == complete, fatal
+
+
+def test_killed_while_it_begins_anew_it_takes_nothing_of_the_old_run(interrupted_case, tmp_path):
+    """What is left of a folder that was half cleared must never be continued."""
+    options, complete, _ = interrupted_case
+    options = replace(options, output_prefix=str(tmp_path / "out" / "train"))
+    other = replace(options, max_response_tokens=500)
+    for fatal in (2, 5):
+        _in_child(lambda: _dying_at(options, 60), None)
+        assert _in_child(lambda n=fatal: _dying_at(other, n), None) == 9
+    preprocess(options, progress=False)
+    assert contents(tmp_path / "out") == complete
 
 
 def test_a_resumed_run_keeps_finished_shards(interrupted_case, tmp_path):
@@ -188,14 +221,25 @@ def _peak_mebibytes(options: PreprocessOptions, scratch: Path) -> int:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(("groups", "responses", "words"), [(125_000, 8, 1), (400, 16, 4000)])
-def test_memory_stays_flat(tmp_path, folder, groups, responses, words):
-    """A million short responses; and long chains of thought, of which a few fill a worker's hands."""
+@pytest.mark.parametrize(
+    ("groups", "responses", "words", "sampled"),
+    [(125_000, 8, 1, 0), (400, 16, 4000, 0), (25_000, 8, 1, 1000)],
+    ids=["short", "long", "logprobs"],
+)
+def test_memory_stays_flat(tmp_path, folder, groups, responses, words, sampled):
+    """A million short responses; long chains of thought, of which a few fill a worker's hands; 200 M log-probs."""
+    tokens = {"finish_reason": "length", "token_ids": [9] * sampled, "logprobs": [-0.5] * sampled}
+    tokens["tokenizer"] = load_tokenizer(folder).fingerprint
 
     def records():
         for i in range(groups):
             made = [
-                ResponseRecord(f"the answer is {i} or {k}" + " so" * (words - 1), "self", float(k % 2))
+                ResponseRecord(
+                    f"the answer is {i} or {k}" + " so" * (words - 1),
+                    "self",
+                    float(k % 2),
+                    **(tokens if sampled else {}),
+                )
                 for k in range(responses)
             ]
             yield GroupRecord(f"group-{i}", f"what is {i}?", made)
@@ -203,7 +247,42 @@ def test_memory_stays_flat(tmp_path, folder, groups, responses, words):
     write_group_file(tmp_path / "in.jsonl", records())
     options = PreprocessOptions([str(tmp_path / "in.jsonl")], str(folder), str(tmp_path / "out" / "train"), workers=2)
     assert _peak_mebibytes(options, tmp_path) < 2048
-    assert GroupShard(tmp_path / "out" / "train").manifest.counts.responses == groups * responses
+    manifest = GroupShard(tmp_path / "out" / "train").manifest
+    assert manifest.counts.responses == groups * responses and (manifest.logprobs is not None) == bool(sampled)
+
+
+# --- disk and environment -------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(interrupted_case, tmp_path):
+    options, complete, _ = interrupted_case
+    options = replace(options, output_prefix=str(tmp_path / "out" / "train"))
+    largest = max(map(len, complete.values()))
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, resource.RLIM_INFINITY))
+        with pytest.raises(InputError, match="(?s)train: cannot be written .*File too large.* the same command again"):
+            preprocess(options, progress=False)
+
+    assert _in_child(limited, None) == 0
+    assert not list((tmp_path / "out").glob("train*"))
+    preprocess(options, progress=False)
+    assert contents(tmp_path / "out") == complete
+
+
+@pytest.mark.parametrize("setting", ["true", "1"])
+def test_threads_of_tokenizers_do_not_hang_workers(setting, interrupted_case, tmp_path, monkeypatch):
+    options, complete, _ = interrupted_case
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", setting)
+    encode = ChunkEncoder.encode
+
+    def without_threads(encoder, chunk):
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"  # else the first batch waits for ever
+        return encode(encoder, chunk)
+
+    monkeypatch.setattr(ChunkEncoder, "encode", without_threads)
+    preprocess(replace(options, output_prefix=str(tmp_path / "out" / "train"), workers=2), progress=False)
+    assert contents(tmp_path / "out") == complete
 
 
 # --- workers --------------------------------------------------------------------------------------------------------
@@ -224,6 +303,17 @@ def test_workers_keep_the_order_and_report_failures():
         list(workers.map(range(10, 15)))
     with OrderedWorkers(_square_or_fail, 2) as workers, pytest.raises(WorkerDied, match="by signal SIGKILL"):
         list(workers.map(range(16, 20)))
+
+
+def test_a_killed_worker_ends_a_run_with_a_message(interrupted_case, tmp_path, monkeypatch):
+    options, complete, _ = interrupted_case
+    options = replace(options, output_prefix=str(tmp_path / "out" / "train"), workers=2)
+    monkeypatch.setattr(ChunkEncoder, "encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(InputError, match="worker process . ended by signal SIGKILL.* -> run again"):
+        preprocess(options, progress=False)
+    monkeypatch.undo()
+    preprocess(options, progress=False)
+    assert contents(tmp_path / "out") == complete
 
 
 def _pid_after(seconds: float) -> int:
