@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
-from megatron_gft.errors import InputError, command
+from megatron_gft.errors import command
 
 EPILOG = """example:
   python tools/measure_verifier.py --input gsm8k/train.parquet gsm8k/test.parquet --solution-column answer
@@ -15,38 +13,22 @@ EPILOG = """example:
 """
 
 
-def read_rows(path: Path) -> list[dict]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", required=True, type=Path, help="JSONL or parquet files of one data set")
-    parser.add_argument("--solution-column", required=True, help="full solution; the gold follows #### without answers")
+    parser.add_argument("--input", nargs="+", required=True, help="JSONL (also .gz) or parquet files of one data set")
+    parser.add_argument("--solution-column", required=True, help="full solution, its answer in \\boxed{} or after ####")
     parser.add_argument("--answer-column", help="gold answer; default: what follows #### in the solution")
     parser.add_argument("--limit", type=int, help="use only the first rows")
     parser.add_argument("--time-limit", type=float, default=10.0, help="seconds per response (default %(default)s)")
     parser.add_argument("--show", type=int, default=3, help="examples of errors per kind (default %(default)s)")
     options = parser.parse_args(argv)
 
-    from megatron_gft.scoring.verifier_accuracy import Solution, measure
+    from megatron_gft.scoring.verifier_accuracy import measure, read_solutions
 
-    missing = [str(path) for path in options.input if not path.is_file()]
-    if missing:
-        raise InputError(f"no such file: {', '.join(missing)}")
-    rows = [row for path in options.input for row in read_rows(path)][: options.limit]
-    solutions = []
-    for row in rows:
-        text = row[options.solution_column]
-        gold = str(row[options.answer_column]) if options.answer_column else text.rsplit("####", 1)[-1].strip()
-        solutions.append(Solution(text, gold))
+    solutions = read_solutions(options.input, options.solution_column, options.answer_column, options.limit)
     table = measure(solutions, {}, options.time_limit)
     print(f"{'kind':<26}{'count':>8}{'accepted':>10}{'share':>10}{'per CPU s':>12}")
     for row in table:

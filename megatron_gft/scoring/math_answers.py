@@ -1,19 +1,17 @@
-r"""Final answers of mathematical responses: find the answer in a text, decide whether two answers are equal.
+r"""Mathematical answers: decide whether two are equal. Finding them in responses: ``final_answers.py``.
 
-Finding (first rule that applies): the last ``\boxed{...}``; the line after the last ``####``; what follows the
-last "answer is" or "answer:"; the last number or formula of the text. A box that is never closed means that the
-response was cut off: there is no answer, whatever numbers stand before it.
+Numbers are compared as exact fractions, words as words, all else by the ``math-verify`` library (sympy). Policies are
+explicit and strict unless asked otherwise, since a verifier that forgives too much trains wrong answers:
 
-Comparing: numbers as exact fractions, words as words, all else by the ``math-verify`` library (sympy). Policies
-are explicit and strict unless asked otherwise, since a verifier that forgives too much trains wrong answers:
-
-- ``percent``: ``off`` (a percent sign stands on both sides or on none), ``ignore`` (the sign is dropped),
+- ``percent``: ``off`` (a percent sign, or the word, stands on both sides or on none), ``ignore`` (it is dropped),
   ``value`` (50% is 0.5). Never is x taken for x/100 or 100x without a percent sign.
-- ``units``: ``off`` (unit words are part of the answer), ``ignore`` (unit words after a value are dropped).
+- ``units``: ``off`` (unit words are part of the answer), ``ignore`` (words after a value are dropped unless they
+  change it: "2 million", "5 or more"; of one and two letters only units: in "12 cm", not in "12ab").
 - A currency or degree sign is never part of a number.
+- ``x = 5`` answers ``5``, and ``x=3 or x=5`` answers ``3,5``; several names answer nothing but themselves.
 
 ``math-verify`` imports sympy (a second) and may run for ever on hostile input (``10^{10^{10}}``); it is imported on
-first need, its own signal-based limits are off, and the limit is that of the worker pool in ``scoring.py``.
+first need, its own signal-based limits are off, and the limit is that of the worker pool in ``verifier_pool.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +23,9 @@ import re
 from fractions import Fraction
 from typing import Any, Literal
 
+from megatron_gft.errors import InputError
+from megatron_gft.scoring.final_answers import MAGNITUDE, MULTIPLIERS, SPACES, without_delimiters
+
 PercentPolicy = Literal["off", "ignore", "value"]
 UnitPolicy = Literal["off", "ignore"]
 
@@ -32,27 +33,11 @@ MAX_ANSWER_CHARS = 400  # longer "answers" are not parsed
 NON_TERMINATING_TOLERANCE = 2e-6  # 0.333333 for 1/3
 SYMBOLIC_TOLERANCE = 1e-5  # guards math-verify's rounding to 6 decimals, under which 1e-8 equals 2e-8
 
-_ONLY_WORDS = re.compile(r"[A-Za-z\s.,;:'*]*")
-_BOX = re.compile(r"\\(?:boxed|fbox)\b")
-_UNBRACED_BOX = re.compile(r"\s*([^\s{}$\\.,;]+)")
-_ANCHOR = re.compile(r"\banswer\b(?:\s+(?:is|equals)\b|\s*[:=])(?P<tail>[^\n]*)", re.IGNORECASE)
-_MAX_ANCHOR_FILLER = 40
-# Every span is bounded and every repetition unambiguous: no response may make the search take more than a moment.
-_MATH_SPAN = (
-    r"\$\$(?P<display>[^$]{1,400})\$\$|\\\((?P<paren>.{1,400}?)\\\)|\\\[(?P<bracket>.{1,400}?)\\\]|"
-    r"(?<![\\\d$])\$(?P<inline>[\d\s.,+\-*/()]{1,400}+|(?=[^$\n]{0,400}?[\\^_={])[^$\n]{1,400}+)(?<!\\)\$(?!\d)"
+_NUMBER = re.compile(rf"[+-]?(?:{MAGNITUDE}|\d+\.)")
+_SCIENTIFIC = re.compile(
+    r"(?P<mantissa>[+-]?[\d.]+)\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*\{?(?P<exponent>[+-]?\d{1,3})\}?"
 )
-# at most three digits of exponent: 1e999999 must not become a million digits
-_MAGNITUDE = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?"
-_TOKEN = re.compile(
-    rf"{_MATH_SPAN}|(?P<frac>-?(?:(?<![\w.])\d+\s?)?\\[dt]?frac\s?(?:\{{[^{{}}]+\}}|\d)\s?(?:\{{[^{{}}]+\}}|\d(?!\d)))|"
-    rf"(?<![A-Za-z_^\\{{}}\d.])(?P<sign>(?<![\w)\]}}%.,])[-\u2212])?(?:\\?[$\u20ac\u00a3\u00a5]\s?)?(?P<sign2>-(?=\d))?"
-    rf"(?P<number>(?>{_MAGNITUDE}(?:/\d+(?![\d/]))?))(?P<percent>\s?\\?%)?(?!(?:st|nd|rd|th)\b)",
-    re.DOTALL,
-)
-
-_NUMBER = re.compile(rf"[+-]?(?:{_MAGNITUDE}|\d+\.)")
-_SCIENTIFIC = re.compile(r"(?P<mantissa>[+-]?[\d.]+)(?:\\times|\\cdot|\*)10(?:\^|\*\*)\{?(?P<exponent>[+-]?\d{1,3})\}?")
+_MULTIPLIED = re.compile(rf"(?P<count>.*\d)\s*(?:\\text\{{)?\b(?P<word>{'|'.join(MULTIPLIERS)})\}}?")
 _RATIO = re.compile(
     r"(?P<sign>[+-]?)(?P<whole>\d+(?=\\frac|\s\d+/))?\s?(?:\\frac\{?(?P<p>-?\d+?)\}?\{?(?P<q>\d+)\}?|(?P<n>\d+)/(?P<d>\d+))"
 )
@@ -61,8 +46,27 @@ _SIMPLE_FRAC = re.compile(r"\\frac(?:\{-?\d+\}\{\d+\}|\d\{\d+\}|\d\d|\{-?\d+\}\d
 _TEXT_WRAPPER = re.compile(r"\\(?:text|mbox|mathrm|textbf|textit|textrm|mathbf|operatorname|mathit)\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\[!,;: ]|\\q?quad\b|~|\\displaystyle\b|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])")
 _UNIT_TAIL = re.compile(
-    r"(?<=[\d})])\s*(?:\\text\{[^{}]*\}|(?<![\\A-Za-z])[A-Za-z]{2,}\.?(?:\s+[A-Za-z]+\.?)*)(?:\^\{?\d\}?)?$"
+    r"(?<=[\d})])(?P<space>\s*+)(?:\\text\{(?P<text>[^{}]*+)\}|(?P<words>[A-Za-z][A-Za-z. ]*+))(?:\^\{?\d\}?)?$"
 )
+_SHORT_UNITS = frozenset(
+    "mm cm dm m km in ft yd mi sq cu mg g kg lb oz t ml mL cl dl l L s sec min h hr hrs ms mph kph kWh kW W V A J N Pa "
+    "Hz K C F of a an to".split()
+)
+_NO_UNITS = frozenset(  # words that make another value of the one before them
+    "zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy "
+    "eighty ninety dozen dozens half halves third thirds fourth fourths fifth fifths quarter quarters tenth tenths "
+    "percent squared cubed factorial times plus minus over mod modulo and not more less least most fewer than about "
+    "or sin cos tan cot csc arcsin arccos arctan log exp sqrt lim max gcd lcm pairs pair score".split()
+) | {form for word in MULTIPLIERS for form in (word, word + "s")}
+_LIST_WORD = re.compile(
+    r"\s*(?:\\text\{\s*,?\s*(?:or|and)\s*\}|(?<![A-Za-z\\])(?:or|and)(?![A-Za-z])|\\lor(?![A-Za-z]))\s*"
+)
+_RELATION = re.compile(r"[<>]|\\(?:n?[lg]eq?|neq?|approx|sim|equiv)(?![A-Za-z])|[\u2260\u2264\u2265\u2248]")
+_NAME = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\{?\w+\}?)?'*(?:\(\w\))?|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")
+_COMMAND_WORDS = re.compile(
+    r"\\(?:d?frac|sqrt|times|cdot|div|pm|pi|text|left|right|infty|log|ln|sin|cos|tan)(?![A-Za-z])"
+)
+_CALCULATION_TOLERANCE = 0.01  # of "10/3 = 3.33", where the last side is the answer
 _DEGREES = re.compile(r"\^\{?\\circ\}?|\u00b0|\\degree\b")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z .'\-]*")
 _BASE = re.compile(r"[\dA-Za-z]+_\{?(\d+)\}?")
@@ -71,7 +75,10 @@ _UNICODE = str.maketrans(
         "\u2212": "-",
         "\u2013": "-",
         "\u00a0": " ",
+        "\u2009": " ",
         "\u202f": " ",
+        "\u00b7": r"\cdot ",
+        "\u00f7": "/",
         "\u00d7": r"\times ",
         "\u03c0": r"\pi ",
         "\u221e": r"\infty ",
@@ -80,179 +87,180 @@ _UNICODE = str.maketrans(
 )
 
 
-def extract_answer(text: str) -> str | None:
-    """The final answer of ``text`` as written there, or ``None`` when there is none (or its box was cut off)."""
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed or None
-    if "####" in text:
-        return _marked_answer(text.rsplit("####", 1)[1])
-    anchors = list(_ANCHOR.finditer(text))
-    if anchors:
-        answer = _anchored_answer(anchors[-1]["tail"])
-        if answer is not None:
-            return answer
-    tokens = _tokens(text)
-    return tokens[-1] if tokens else None
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last non-empty ``\boxed{}``; "" when the last box is not closed; ``None`` without a box."""
-    for box in reversed(list(_BOX.finditer(text))):
-        start = box.end()
-        brace = text[start:].lstrip()[:1]
-        if brace != "{":
-            unbraced = _UNBRACED_BOX.match(text, start)
-            if unbraced:
-                return unbraced[1]
-            continue
-        start = text.index("{", start) + 1
-        end = _closing_brace(text, start)
-        if end is None:
-            return ""
-        if text[start:end].strip():
-            return text[start:end].strip()
-    return None
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one before ``start``; escaped braces do not count."""
-    depth, position = 1, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return position
-        position += 1
-    return None
-
-
-def _marked_answer(tail: str) -> str | None:
-    """The line after ``####``, or its number where only words surround it: "#### 18 dollars" says 18."""
-    lines = tail.strip().splitlines()
-    if not lines or not lines[0].strip():
-        return None
-    line = lines[0].strip()
-    tokens = _matches(line)
-    if len(tokens) == 1 and _ONLY_WORDS.fullmatch(line[: tokens[0].start()] + line[tokens[0].end() :]):
-        return _token_text(tokens[0])
-    return line
-
-
-def _anchored_answer(tail: str) -> str | None:
-    """What "the answer is" introduces: a number or formula close by (after the last "=" if any), or a few words."""
-    tokens = _matches(tail)
-    if tokens:
-        filler = tail[: tokens[0].start()]
-        if len(filler) > _MAX_ANCHOR_FILLER or re.search(r"\bnot\b", filler):
-            return None
-        sentence = re.split(r"(?<=[^\d\s])\.\s|\.\s+(?=[A-Z])", tail)[0]
-        within = _tokens(sentence) or [_token_text(tokens[0])]
-        return within[-1] if "=" in sentence else within[0]
-    words = tail.strip(" .*:!\t")
-    return words if 0 < len(words) <= _MAX_ANCHOR_FILLER else None
-
-
-def _tokens(text: str) -> list[str]:
-    return [_token_text(match) for match in _matches(text.replace("{,}", ","))]
-
-
-def _matches(text: str) -> list[re.Match[str]]:
-    """Numbers and formulas of ``text``; empty ones ("$ $") say nothing."""
-    return [match for match in _TOKEN.finditer(text) if _token_text(match)]
-
-
-def _token_text(match: re.Match[str]) -> str:
-    for span in ("display", "paren", "bracket", "inline", "frac"):
-        if match[span] is not None:
-            return match[span].strip().rstrip(".,;")
-    sign = "-" if match["sign"] or match["sign2"] else ""
-    return sign + match["number"] + ("%" if match["percent"] else "")
-
-
 def same_answer(gold: str, answer: str, percent: PercentPolicy = "off", units: UnitPolicy = "off") -> bool | None:
-    """Whether two answers are equal under the policies; ``None`` when ``answer`` cannot be read as mathematics."""
+    """Whether two answers are equal under the policies; ``None`` when ``answer`` cannot be read as mathematics.
+
+    Raises:
+        InputError: ``gold`` cannot be read.
+    """
     if len(answer) > MAX_ANSWER_CHARS and answer.strip() != gold.strip():
         return None
-    left, right = _normalize(gold, units), _normalize(answer, units)
-    left, right = _unwrap_assignment(left, right)
+    left, right = _unwrap_assignment(_normalize(gold, units), _normalize(answer, units))
     left_percent, right_percent = left.endswith("%"), right.endswith("%")
     left, right = left.rstrip("% "), right.rstrip("% ")
+    same_text = bool(left) and _key(left) == _key(right)
+    left_number, right_number = parse_number(left), parse_number(right)
+    if not (same_text or left_number is not None or _is_words(left) or _parsed_gold(left)):
+        raise InputError(f"gold answer {gold!r} cannot be read as mathematics -> correct it, or use another verifier")
     if not right:
         return None
-    if percent == "off" and left_percent != right_percent:
-        return False
-    as_value = percent == "value" and left_percent != right_percent
-    if as_value:
-        left = f"({left})/100" if left_percent else left
-        right = f"({right})/100" if right_percent else right
-    elif _key(left) == _key(right):
+    if left_percent != right_percent:
+        if percent == "off":
+            return False
+        if percent == "value":
+            left, left_number = _of_hundred(left, left_number) if left_percent else (left, left_number)
+            right, right_number = _of_hundred(right, right_number) if right_percent else (right, right_number)
+            same_text = False
+    if same_text:
         return True
-    left_number, right_number = parse_number(left), parse_number(right)
     if left_number is not None and right_number is not None:
         return _same_number(left_number, right_number)
     if _is_words(left) or _is_words(right):
         return _plain_words(left) == _plain_words(right)
-    if _base_of(left) != _base_of(right):
+    if right_number is None and (re.search(r"\d\s+\d", right) or _open_brackets(right)):  # to sympy "1 2" is 3
+        return None
+    if _base_of(left) != _base_of(right) or _equations(left) != _equations(right) or _is_tuple_and_set(left, right):
         return False
     return _same_expression(left, right)
 
 
+def _of_hundred(text: str, number: Fraction | None) -> tuple[str, Fraction | None]:
+    return f"({text})/100", None if number is None else number / 100
+
+
 def _normalize(answer: str, units: UnitPolicy) -> str:
     """One spelling for what is only presentation: delimiters, spacing, fraction variants, currency, unicode."""
-    text = answer.translate(_UNICODE).strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")):
-        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
-            text = text[len(opening) : -len(closing)].strip()
+    text = without_delimiters(answer.translate(_UNICODE))
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = text.replace("{,}", ",").replace(r"\%", "%")
-    text = _SPACING.sub(lambda m: "" if m[0] in (r"\!", r"\,") or m[0][1:2].isalpha() else " ", text)
+    text = _SPACING.sub(
+        lambda m: "" if m[0] == r"\!" or re.match(r"\\(?:left|right|big|dis)", m[0], re.I) else " ", text
+    )
     text = _TEXT_WRAPPER.sub(lambda m: rf"\text{{{m[1].strip()}}}", text)
     text = re.sub(r"\\?[$\u20ac\u00a3\u00a5]", "", text)
     text = re.sub(r"(?<=\d),\s+(?=\d{3}\b)", ",", text) if r",\!" in answer else text
+    text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])", lambda m: m[0].replace(" ", ""), text)
+    text = re.sub(r"(?<=[\d)}])\s*(?:\\text\{)?per ?cent\b\}?", "%", text)
+    text = _from_plain_text(text)
+    if re.search(r"[\d=]", text):
+        text = re.sub(r",(?:\s*,)+", ",", _LIST_WORD.sub(", ", text))
     text = text.strip().rstrip(".,;").strip()
     text = _DEGREES.sub("", text)
-    return _UNIT_TAIL.sub("", text).strip() if units == "ignore" else text.strip()
+    return _without_unit(text) if units == "ignore" else text.strip()
+
+
+def _from_plain_text(text: str) -> str:
+    """LaTeX for what people write without it: ``2 x 3``, ``2**3``, ``10^-5``, ``x^(1/2)``, ``sqrt(2)``, ``3pi``."""
+    text = re.sub(r"(?<=\d)\s+[xX]\s+(?=\d)", r" \\times ", text)
+    text = re.sub(r"(?<=[\w)])\*\*(?=[\w(-])", "^", text)
+    text = re.sub(r"\^(-\d+)|\^\(([^()]*)\)", lambda m: f"^{{{m[1] or m[2]}}}", text)
+    text = re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", text)
+    return re.sub(r"(?<![\\A-Za-z])(pi(?![A-Za-z])|(?:sin|cos|tan|log|ln|exp)(?=\())", r"\\\1", text)
+
+
+def _without_unit(text: str) -> str:
+    tail = _UNIT_TAIL.search(text)
+    if not tail:
+        return text.strip()
+    words = re.findall("[A-Za-z]+", tail["text"] or tail["words"] or "")
+    if tail["words"] and not tail["space"] and (len(words) > 1 or len(words[0]) < 2 or words[0] not in _SHORT_UNITS):
+        return text.strip()  # 2k, 12ab, 3pi
+    if all(word in _SHORT_UNITS or (len(word) > 2 and word.lower() not in _NO_UNITS) for word in words):
+        return text[: tail.start()].strip()
+    return text.strip()
 
 
 def _unwrap_assignment(gold: str, answer: str) -> tuple[str, str]:
     """``x = 5`` answers ``5`` and the reverse; two equations are left alone."""
-    if answer.count("=") and "=" not in gold and not re.search(r"[<>!\\]=|\\[lg]eq?", answer):
-        answer = answer.rsplit("=", 1)[1].strip()
-    elif "=" not in answer and re.match(r"[A-Za-z](?:_\{?\w+\}?)?\s*=[^=]*$", gold):
-        gold = gold.split("=", 1)[1].strip()
+    if "=" in answer and "=" not in gold:
+        return gold, _assigned(answer) or answer
+    if "=" in gold and "=" not in answer and all(_NAME.fullmatch(part.split("=")[0].strip()) for part in _parts(gold)):
+        return _assigned(gold) or gold, answer
     return gold, answer
 
 
+def _assigned(text: str) -> str | None:
+    """The values that ``text`` gives to one name (``x=3, x=5``); ``None`` if that is not what it does."""
+    if _RELATION.search(text):
+        return None
+    values: list[str] = []
+    names: set[str] = set()
+    for part in _parts(text):
+        *names_and_steps, value = (side.strip() for side in part.split("="))
+        values.append(value)
+        if not names_and_steps and not names:
+            return None
+        for side in names_and_steps:
+            if not re.search("[A-Za-z]", _COMMAND_WORDS.sub("", side)):
+                if not _comes_to(side, value):
+                    return None
+            elif value == "0" and not _NAME.fullmatch(side):
+                return None  # an equation
+            else:
+                names.add(_key(side))
+    return ", ".join(values) if len(names) <= 1 and all(values) else None
+
+
+def _comes_to(calculation: str, value: str) -> bool:
+    """Whether ``calculation`` has about the value that stands behind its "="."""
+    numbers = [
+        _numeric_value(parsed[0]) if (parsed := _math_verify()[0](side)) else None for side in (calculation, value)
+    ]
+    if numbers[0] is None or numbers[1] is None:
+        return False
+    return abs(numbers[0] - numbers[1]) <= _CALCULATION_TOLERANCE * abs(numbers[1])
+
+
+def _parts(text: str) -> list[str]:
+    """The items of a list: between commas outside of brackets; those of thousands (1,000) part nothing."""
+    parts, depth, start = [], 0, 0
+    for position, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0 and not re.match(r",\d{3}(?!\d)", text[position : position + 5]):
+            parts.append(text[start:position])
+            start = position + 1
+    return [*parts, text[start:]]
+
+
+def _equations(text: str) -> bool:
+    return "=" in re.sub(r"[<>!]=", "", text)
+
+
+def _open_brackets(text: str) -> bool:
+    """Not as many brackets close as open, of whatever kind, as in ``(3,4]``; the parser may brood over those."""
+    return sum(map(text.count, "([")) != sum(map(text.count, ")]"))
+
+
+def _is_tuple_and_set(left: str, right: str) -> bool:
+    """One is ``(1,2)`` and the other ``\\{1,2\\}``: math-verify takes an open interval for the set of its ends."""
+    return any(a.startswith("(") and a.endswith(")") and b.startswith(r"\{") for a, b in ((left, right), (right, left)))
+
+
 def _key(text: str) -> str:
-    """Spelling without spaces and braces around single characters, for the equality that needs no parsing."""
-    key = re.sub(r"\s+", "", text)
+    """Spelling without needless spaces and braces, for the equality that needs no parsing; "1 2" is not "12"."""
+    key = re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text)
     return re.sub(r"\{(\w)\}", r"\1", key)
 
 
 def parse_number(text: str) -> Fraction | None:
-    """An integer, decimal, ``a/b``, ``\\frac{a}{b}``, mixed number or ``a \\times 10^b`` as an exact fraction."""
-    value, divisor = text.strip(), 1
-    if value.startswith("(") and value.endswith(")/100"):
-        value, divisor = value[1:-5], 100
+    """An integer, decimal, fraction, mixed number, ``a \\times 10^b`` or ``2 million`` as an exact fraction."""
+    text = text.strip()
+    if multiplied := _MULTIPLIED.fullmatch(text):
+        number = parse_number(multiplied["count"])
+        return None if number is None else number * MULTIPLIERS[multiplied["word"]]
     for read in (_decimal, _scientific, _ratio):
-        number = read(value)
+        number = read(text)
         if number is not None:
-            return number / divisor
+            return number
     return None
 
 
 def _decimal(text: str) -> Fraction | None:
-    return Fraction(text.replace(",", "").rstrip(".")) if _NUMBER.fullmatch(text) else None
+    return Fraction(re.sub(rf"[,{SPACES}]", "", text).rstrip(".")) if _NUMBER.fullmatch(text) else None
 
 
 def _scientific(text: str) -> Fraction | None:
-    match = _SCIENTIFIC.fullmatch(re.sub(r"\s+", "", text))
+    match = _SCIENTIFIC.fullmatch(text)
     mantissa = _decimal(match["mantissa"]) if match else None
     return mantissa * Fraction(10) ** int(match["exponent"]) if match and mantissa is not None else None
 
@@ -309,7 +317,7 @@ def _base_of(text: str) -> str | None:
 def _same_expression(gold: str, answer: str) -> bool | None:
     """The verdict of ``math-verify``, with a relative tolerance on top of its absolute rounding."""
     parse, verify = _math_verify()
-    parsed_gold, parsed_answer = parse(gold), parse(answer)
+    parsed_gold, parsed_answer = _parsed_gold(gold), parse(answer)
     if not parsed_answer:
         return None
     if not parsed_gold or not verify(parsed_gold, parsed_answer):
@@ -318,6 +326,11 @@ def _same_expression(gold: str, answer: str) -> bool | None:
     if values[0] is None or values[1] is None:
         return True
     return abs(values[0] - values[1]) <= SYMBOLIC_TOLERANCE * max(abs(values[0]), abs(values[1]))
+
+
+@functools.lru_cache(maxsize=1024)  # responses of a group have one gold answer
+def _parsed_gold(gold: str) -> list[Any]:
+    return _math_verify()[0](gold)
 
 
 def _numeric_value(expression: Any) -> complex | None:

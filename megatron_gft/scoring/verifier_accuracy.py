@@ -8,11 +8,20 @@ falsified (+-1, other sign, x10, x100, two digits swapped, another problem's gol
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from megatron_gft.scoring.math_answers import last_boxed, parse_number, same_answer
+from megatron_gft.data.group_records import gold_answer
+from megatron_gft.data.problems import ProblemLog
+from megatron_gft.errors import InputError
+from megatron_gft.groups import iter_rows, read_chunks, refuse_problems
+from megatron_gft.sampling.prompts import scalar_text
+from megatron_gft.scoring.final_answers import last_boxed, replace_boxed
+from megatron_gft.scoring.math_answers import parse_number, same_answer
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case
 
@@ -21,19 +30,64 @@ _INTEGER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Solution:
-    """A full solution and its gold answer as a short text."""
+    """A full solution and its gold answer as a short text; ``place`` is its ``file:line``."""
 
     text: str
     gold: str
+    place: str = "<text>"
 
     def with_answer(self, answer: str) -> str:
-        r"""The same text with another answer in the place of its own (``####`` or ``\boxed``)."""
-        if "####" in self.text:
-            return f"{self.text.rsplit('####', 1)[0]}#### {answer}"
+        r"""The same text with another answer in the place of its own (``\boxed`` or ``####``).
+
+        Raises:
+            InputError: no answer is marked there.
+        """
         boxed = last_boxed(self.text)
-        if not boxed:
-            raise ValueError("solution without an answer")
-        return self.text.replace(f"\\boxed{{{boxed}}}", f"\\boxed{{{answer}}}")
+        before, marker, _ = self.text.rpartition("####")
+        if boxed == "" or not (boxed or marker):
+            raise InputError(
+                f"{self.place}: this solution has no answer that could be replaced, in a closed \\boxed{{}} or after "
+                "#### -> correct it or leave it out"
+            )
+        return replace_boxed(self.text, answer) if boxed else f"{before}{marker} {answer}"
+
+
+def read_solutions(
+    paths: Sequence[str | Path], solution_column: str, answer_column: str | None = None, limit: int | None = None
+) -> list[Solution]:
+    """Solutions of JSONL or parquet files; without ``answer_column`` the gold answer is what follows ``####``.
+
+    Raises:
+        InputError: a file or row that cannot be read, or a row without solution or gold answer (``file:line``).
+    """
+    solutions: list[Solution] = []
+    problems = ProblemLog()
+    for chunk in itertools.chain.from_iterable(map(read_chunks, paths)):
+        for row, place in iter_rows(chunk, problems):
+            refuse_problems(problems)
+            if limit is not None and len(solutions) >= limit:
+                return solutions
+            text = _cell(row, solution_column, place)
+            gold = _cell(row, answer_column, place) if answer_column else gold_answer(text)
+            if not gold:
+                raise InputError(
+                    f"{place}: no answer after #### in column {solution_column!r} -> set --answer-column to the "
+                    "column of gold answers"
+                )
+            solutions.append(Solution(text, gold, place))
+        refuse_problems(problems)
+    if not solutions:
+        raise InputError(f"{', '.join(map(str, paths))}: no rows -> name files with solutions")
+    return solutions
+
+
+def _cell(row: Mapping[str, Any], column: str, place: str) -> str:
+    if column not in row:
+        raise InputError(f"{place}: no column {column!r} -> the columns are {', '.join(row)}")
+    text = scalar_text(row[column], place, column)
+    if text is None or not text.strip():
+        raise InputError(f"{place}: column {column!r} is empty -> fill it or leave the row out")
+    return text
 
 
 ENDINGS = {

@@ -2,25 +2,30 @@
 
 ``math`` (see :mod:`megatron_gft.scoring.math_answers`), ``exact``, ``choice``, or any function of the user as
 ``module:function``. A verifier is a function of one :class:`Case`; it runs in a worker process that may be killed
-at any time (``scoring.py``), so it owns no time limit and keeps no state that matters.
+at any time (``verifier_pool.py``), so it owns no time limit and keeps no state that matters.
 
 A user's function takes a :class:`Case` and returns a :class:`Verdict`, a bool, or a reward as a finite number
-(positive: correct). What it raises becomes the outcome ``error`` with the message kept.
+(positive: correct). What it raises becomes the outcome ``error`` with the message kept, and so does a result of
+another form.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
-import math
 import re
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any, Literal, get_args
 
+from megatron_gft.data.group_records import FLOAT32_MAX
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.scoring.math_answers import PercentPolicy, UnitPolicy, extract_answer, same_answer, warm_up
+from megatron_gft.scoring.final_answers import extract_answer
+from megatron_gft.scoring.math_answers import PercentPolicy, UnitPolicy, same_answer, warm_up
 
 Outcome = Literal["correct", "wrong", "unparsed", "timeout", "error"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
@@ -95,12 +100,15 @@ class ExactVerifier:
 
 @dataclass(frozen=True)
 class ChoiceVerifier:
-    """The letter chosen: boxed, after "answer is" or "answer:", in parentheses, or alone on a line (the last one)."""
+    """The letter chosen: boxed, after "answer is" or "answer:", or the last one in parentheses or alone on a line.
+
+    A small letter is one only in a box, or where nothing else follows it: "a" is a word, and ``f(a)`` a formula.
+    """
 
     letters: str = "ABCDE"
 
     def __call__(self, case: Case) -> Verdict:
-        expected = self.find(_gold_text(case))
+        expected = self.find_gold(_gold_text(case))
         if expected is None:
             raise InputError(f"gold answer {case.answer!r} names none of the choices {self.letters} -> set letters=...")
         chosen = self.find(case.response)
@@ -108,18 +116,43 @@ class ChoiceVerifier:
 
     def find(self, text: str) -> str | None:
         """The letter that ``text`` settles on, in upper case, or ``None``."""
-        letter = f"[{re.escape(self.letters + self.letters.lower())}]"
-        wrapped = rf"\(?(?:\\text\w*\{{)?\**\(?\s*({letter})\s*\)?\**\}}?\)?"
+        return self._declared(text) or self._mentioned(text)
+
+    def find_gold(self, text: str) -> str | None:
+        """The letter of a gold answer: declared as in a response, or the one it begins with ("C) f(a) is ...")."""
+        leading = re.match(rf"\(?(?:\\text\w*\{{)?\(?({self._either})(?:[.):]|\}}|\W*$)", text)
+        return self._declared(text) or (leading[1].upper() if leading else self._mentioned(text))
+
+    @property
+    def _upper(self) -> str:
+        return f"[{re.escape(self.letters.upper())}]"
+
+    @property
+    def _either(self) -> str:
+        return f"[{re.escape(self.letters.upper() + self.letters.lower())}]"
+
+    def _declared(self, text: str) -> str | None:
+        """The letter in the last box, else after the last "answer is"."""
+        wrapped = r"\(?(?:\\text\w*\{{)?\**\(?\s*({})\s*\)?\**\}}?\)?"
+        either = wrapped.format(self._either)
+        tail = rf"{wrapped.format(self._upper)}(?![\w'])|\(({self._either})\)|{either}(?=[\s.*$)]*(?:\n|$))"
         for pattern in (
-            rf"\\boxed\s*\{{\s*{wrapped}\s*(?:[.):][^{{}}]*)?\}}",
-            rf"(?i:\banswer\b(?:\s+is|\s*[:=]))\s*(?:(?i:option|choice)\s+)?\$?{wrapped}(?![\w'])",
-            rf"\(({letter})\)",
-            rf"(?m)^\W*({letter})(?:[.):]\s[^\n]*|\W*)$",
+            rf"\\boxed\s*\{{\s*+{either}\s*(?:[.):][^{{}}]*)?\}}",
+            rf"(?i:\banswer\b(?:\s+is|\s*[:=]))\s*+(?:(?i:option|choice)\s++)?\$?(?:{tail})",
         ):
-            found = re.findall(pattern, text)
+            found = list(re.finditer(pattern, text))
             if found:
-                return found[-1].upper()
+                return next(letter for letter in found[-1].groups() if letter).upper()
         return None
+
+    def _mentioned(self, text: str) -> str | None:
+        """The last letter in parentheses or alone on its line (or before its text: "B. north")."""
+        found = re.findall(
+            rf"(?<!\w)\(({self._upper})\)|(?m:^[^\w\n]*({self._upper})(?:[.):]\s[^\n]*|[^\w\n]*)$)"
+            rf"|(?:^|\n)[^\w\n]*({self._either})\W*$",
+            text,
+        )
+        return "".join(found[-1]).upper() if found else None
 
 
 def _final_gold(case: Case) -> str:
@@ -162,13 +195,43 @@ def build_verifier(name: str, options: Mapping[str, str] | None = None) -> Verif
         near = difflib.get_close_matches(name, _BUILTIN, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(_BUILTIN)} or module:function"
         raise InputError(f"verifier {name!r} is not known -> {hint}")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"verifier {name!r}: {error} -> check the spelling and PYTHONPATH") from error
+    function = getattr(user_module(name), function_name, None)
     if not callable(function):
-        raise InputError(f"verifier {name!r} is not callable -> give a function that takes a Case")
+        state = "has no" if function is None else "is not callable:"
+        raise InputError(f"verifier {name!r}: the module {state} {function_name} -> name a function that takes a Case")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions written in C do not say what they take
+        return UserVerifier(name, function, options)
+    try:
+        signature.bind(Case("", None), **options)
+    except TypeError as error:
+        raise InputError(
+            f"verifier {name!r}: {error}; its signature is {function_name}{signature} -> it takes a Case, then only "
+            "what options give it"
+        ) from error
     return UserVerifier(name, function, options)
+
+
+def user_module(name: str) -> ModuleType:
+    """The module of the verifier ``module:function``.
+
+    Raises:
+        InputError: it cannot be imported; the message says why and where.
+    """
+    module_name = name.partition(":")[0]
+    try:
+        return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # whatever a user's module does on import
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise InputError(f"verifier {name!r}: {error} -> check the spelling and PYTHONPATH") from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{last.filename}:{last.lineno}"
+        if isinstance(error, SyntaxError) and error.filename:
+            place = f"{error.filename}:{error.lineno}"
+        raise InputError(
+            f"verifier {name!r}: importing its module fails at {place} ({type(error).__name__}: {error}) -> correct it"
+        ) from error
 
 
 def _build_builtin(name: str, options: dict[str, str]) -> Verifier:
@@ -197,15 +260,28 @@ class UserVerifier:
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, case: Case) -> Verdict:
-        result = self.function(case, **self.options)
-        if isinstance(result, Verdict):
-            if result.outcome not in OUTCOMES or not math.isfinite(result.reward):
-                raise ValueError(f"{self.name} returned {result}, not an outcome of {OUTCOMES} with a finite reward")
-            return result
+        """The verdict on a copy of ``case``: its prompt and ``meta`` are shared with other responses.
+
+        Raises:
+            TypeError, ValueError: the result is not a verdict, or not one that the files can hold.
+        """
+        own = replace(case, prompt=copy.deepcopy(case.prompt), meta=copy.deepcopy(case.meta))
+        result = self.function(own, **self.options)
+        if not isinstance(result, Verdict):
+            reward = self._reward(result, "not a Verdict, bool or number")
+            return Verdict("correct" if reward > 0 else "wrong", reward)
+        if not isinstance(result.outcome, str) or result.outcome not in OUTCOMES:
+            raise ValueError(f"{self.name} returned the outcome {result.outcome!r}, not one of {', '.join(OUTCOMES)}")
+        reward = self._reward(result.reward, "as a reward, not a number")
+        return Verdict(result.outcome, reward, None if result.detail is None else str(result.detail))
+
+    def _reward(self, value: Any, complaint: str) -> float:
         try:
-            reward = float(result)
-        except (TypeError, ValueError):
-            raise TypeError(f"{self.name} returned {result!r}, not a Verdict, bool or number") from None
-        if not math.isfinite(reward):
-            raise ValueError(f"{self.name} returned the reward {reward}, which is not finite")
-        return Verdict("correct" if reward > 0 else "wrong", reward)
+            reward = float(value) if not isinstance(value, str) else None
+        except (TypeError, ValueError, OverflowError):
+            reward = None
+        if reward is None:
+            raise TypeError(f"{self.name} returned {value!r}, {complaint}")
+        if not abs(reward) <= FLOAT32_MAX:  # nan, too
+            raise ValueError(f"{self.name} returned the reward {reward}, which is no finite 32-bit number")
+        return reward

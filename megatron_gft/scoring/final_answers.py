@@ -1,0 +1,263 @@
+r"""Final answers of responses: where a text says what its answer is, and the answer as written there.
+
+First rule that applies:
+
+1. the last ``\boxed{...}``; a box that is never closed means that the response was cut off: there is no answer,
+   whatever numbers stand before it;
+2. the last line marked ``####`` that is an answer and not a heading ("#### Step 3: add", "#### Conclusion");
+3. what follows the last "answer is", "answer:" or the heading "Final answer";
+4. the last number or formula of the text.
+
+Numbers and formulas are taken whole (``10^5``, ``2x+3``, ``1 1/2``, ``2 million``): half of a formula is another
+answer. "5 or 7" is both: to hedge must not pay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SPACES = " \u00a0\u2009\u202f"
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_UNBRACED_BOX = re.compile(r"\s*([^\s{}$\\.,;]+)")
+
+# --- numbers and formulas: every repetition is bounded or possessive, so that no text takes more than a moment --------
+
+# at most three digits of exponent: 1e999999 must not become a million digits
+MAGNITUDE = (
+    rf"(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d{{1,3}}(?:[{SPACES}]\d{{3}})+(?![\d/])|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][+-]?\d{1,3}(?![\w.]))?"
+)
+_CURRENCY = r"\\?[$\u20ac\u00a3\u00a5]"
+_NUMBER = (
+    rf"(?:{_CURRENCY} ?)?(?:-(?=\d))?"
+    rf"(?>\d{{1,3}} \d{{1,3}}/\d{{1,3}}(?![\d/.])|{MAGNITUDE}(?:\s(?:{'|'.join(MULTIPLIERS)})\b)?)"
+    r"(?:\s?\\?%| per ?cent\b)?(?!(?:st|nd|rd|th)\b)"
+)
+_BRACED = r"\{(?:[^{}]|\{[^{}]{0,60}\}){1,100}+\}"
+_COMMAND = (
+    rf"\\[dt]?frac\s?(?:{_BRACED}|\d)\s?(?:{_BRACED}|\d(?!\d))|\\sqrt\s?(?:\[\d\])?(?:{_BRACED}|\d)|\\pi(?![A-Za-z])"
+)
+_LETTER = (
+    r"(?<![A-Za-z\\])(?![aI] +[A-Za-z])(?:[xyz]{2,3}|pi|[A-Za-z\u03c0])(?![A-Za-z\d'\u2019])(?:_(?:\w|\{\w{1,4}\}))?"
+)
+_FUNCTION = r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp)"
+_NO_WORD = r"(?:sqrt|sin|cos|tan|log|ln|exp|pi|(?![A-Za-z]{2})[^()\[\]\n])"
+_GROUP = rf"[(\[](?:{_NO_WORD}|[(\[]{_NO_WORD}{{0,60}}+[)\]]){{1,80}}+[)\]]"
+_POWER = r"\^(?:\{[^{}]{1,30}\}|\([^()\n]{1,30}\)|-?\d+|[A-Za-z](?![A-Za-z]))"
+_FACTORS = rf"(?:{_POWER}|{_FUNCTION}{_GROUP}|{_GROUP}|{_LETTER}| ?(?:{_COMMAND})){{0,20}}+"
+_TERM = rf"(?:{_NUMBER}|{_COMMAND}|{_FUNCTION}{_GROUP}|{_LETTER}|{_GROUP}){_FACTORS}"
+_LINK = (
+    r"(?: ?(?:[-\u2212+/=\u00d7\u00f7\u00b7]|\*(?!\*)|\\times|\\cdot|\\div|\\pm) ?[-\u2212]?"
+    r"| [xX] (?=[\d$])|(?<=\d):(?=\d))"
+)
+_SPAN = (
+    r"\$\$[^$]{1,400}\$\$|\\\(.{1,400}?\\\)|\\\[.{1,400}?\\\]|"
+    r"(?<![\\\d$])\$(?:[\d\s.,+\-*/()]{1,400}+|(?=[^$\n]{0,400}?[\\^_={])[^$\n]{1,400}+)(?<!\\)\$(?!\d)"
+)
+_RUN = re.compile(
+    rf"(?P<span>{_SPAN})|"
+    rf"(?:(?<![\w)\]}}%.,])[-\u2212])?(?:(?=\\)(?:{_COMMAND}){_FACTORS}|(?<![\w^\\{{}}.)]){_TERM})(?:{_LINK}{_TERM}){{0,60}}+",
+    re.DOTALL,
+)
+_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
+
+# --- where answers stand ----------------------------------------------------------------------------------------------
+
+_ONLY_WORDS = re.compile(r"[A-Za-z\s.,;:'*]*")
+_UNIT_WORDS = re.compile(r"(?: +(?![A-Z][a-z])[A-Za-z]+){0,3}[\s*.!]*")  # a capital begins the title of a heading
+_HEADING = r"[ \t#*_>]{0,12}(?:final[ \t]+)?answer[ \t*_:.]{0,8}$"
+_NUMBERED = re.compile(r"\W*(?:(?:step|part|case)\s*\d|\(?\d+[.):]\s+\S)", re.IGNORECASE)
+_NUMBERING = re.compile(
+    r"^(?:[ \t]*[#*_]+[ \t]*)?(?:step|part|case)[ \t]+\d{1,3}\b|^#+[ \t]*\**\d{1,3}[.):](?=[ \t]+\S)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ANCHOR = re.compile(
+    rf"^{_HEADING}|\banswer\b(?:\s+(?:is|equals)\b|[ \t*]{{0,4}}[:=])(?P<tail>[^\n]*)", re.IGNORECASE | re.MULTILINE
+)
+_MAX_ANCHOR_FILLER = 40
+_MAX_TAIL = 1000
+_OR = re.compile(r"[\s*]*(?:[a-z]{1,20}\s+){0,2}or\s+(?:[a-z]{1,20}\s+)?[\s*]*")
+_AND = re.compile(r"[\s*]*(?:,|,?\s+and\s)[\s*]*")
+_END = re.compile(r"[\s*_`]*(?:$|[.!?;](?:\s|$))")
+_CLAUSE_END = re.compile(r"[;\n]|\s\(|,\s|\.(?:\s|$)|\b(?:because|since|as|where|when|if|so|which|with|for)\b")
+
+
+class _Run(NamedTuple):
+    """A number or formula at ``start:end`` of a text; ``text`` is without delimiters and currency signs."""
+
+    start: int
+    end: int
+    text: str
+
+
+def extract_answer(text: str) -> str | None:
+    """The final answer of ``text`` as written there, or ``None`` when there is none (or its box was cut off)."""
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed or None
+    marked = _marked_answer(text)
+    if marked is not None:
+        return marked
+    text = _NUMBERING.sub("", text)
+    anchors = list(_ANCHOR.finditer(text))
+    if anchors:
+        tail = anchors[-1]["tail"] or ""
+        if not tail.strip(" *:_\t"):
+            tail = text[anchors[-1].end() :].lstrip("*_: \t\n").partition("\n\n")[0]
+        answer = _anchored_answer(tail[:_MAX_TAIL])
+        if answer is not None:
+            return answer
+    return _last_value(text)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last non-empty ``\boxed{}``; "" when the last box is not closed; ``None`` without a box."""
+    for start, end in _boxes_from_last(text):
+        if end is None:
+            return ""
+        if text[start:end].strip():
+            return text[start:end].strip()
+    return None
+
+
+def replace_boxed(text: str, answer: str) -> str:
+    """``text`` with ``answer`` in the place of its last boxed content, wherever that is boxed."""
+    boxed = last_boxed(text)
+    for start, end in list(_boxes_from_last(text)):
+        if end is not None and text[start:end].strip() == boxed:
+            braced = text[start - 1] == "{"
+            text = text[:start] + (answer if braced else f"{{{answer}}}") + text[end:]
+    return text
+
+
+def _boxes_from_last(text: str) -> Iterator[tuple[int, int | None]]:
+    """Where the content of each box begins and ends; an end of ``None``: it is never closed."""
+    for box in reversed(list(_BOX.finditer(text))):
+        start = box.end()
+        while text[start : start + 1].isspace():
+            start += 1
+        if text[start : start + 1] == "{":
+            yield start + 1, _closing_brace(text, start + 1)
+        elif unbraced := _UNBRACED_BOX.match(text, start):
+            yield unbraced.span(1)
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Index of the brace that closes the one before ``start``; escaped braces do not count."""
+    depth, position = 1, start
+    while position < len(text):
+        character = text[position]
+        if character == "\\":
+            position += 1
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return position
+        position += 1
+    return None
+
+
+def without_delimiters(text: str) -> str:
+    """``text`` without the signs of mathematics (or of bold type) around the whole of it."""
+    text = text.strip()
+    for opening, closing in _DELIMITERS:
+        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
+            text = text[len(opening) : -len(closing)].strip()
+    return text
+
+
+def _marked_answer(text: str) -> str | None:
+    """The last line marked ``####`` that is an answer: a value, or words where nothing follows."""
+    later = ""
+    for tail in reversed(text.split("####")[1:]):
+        line, _, rest = tail.strip().partition("\n")
+        line, later = line.strip(), rest.strip() + later
+        if not line or re.match(_HEADING, line, re.IGNORECASE) or _NUMBERED.match(line):
+            later += line
+            continue
+        runs = list(_runs(line))
+        if len(runs) == 1:
+            before, after = line[: runs[0].start], line[runs[0].end :]
+            if _ONLY_WORDS.fullmatch(before + after):
+                if not later or (_UNIT_WORDS.fullmatch(after) and not re.search(r"\w", before)):
+                    return runs[0].text
+        if not later or _is_formula(line):
+            return line
+        later += line
+    return None
+
+
+def _is_formula(line: str) -> bool:
+    """No words, but a number."""
+    return bool(re.search(r"\d", line)) and not re.search(r"[A-Za-z]{2}|\d[.)]$", re.sub(r"\\[A-Za-z]+", " ", line))
+
+
+def _anchored_answer(tail: str) -> str | None:
+    """What "the answer is" introduces: values close by (or what they come to, after "="), or a few words."""
+    runs = list(_runs(tail))
+    if not runs:
+        words = tail.strip(" .*:!\t\n")
+        return words if 0 < len(words) <= _MAX_ANCHOR_FILLER else None
+    filler = tail[: runs[0].start]
+    if len(filler) > _MAX_ANCHOR_FILLER or re.search(r"\bnot\b", filler):
+        return None
+    listed = _listed(tail, runs)
+    if len(listed) > 1:
+        return ", ".join(run.text for run in listed)
+    begin = runs[0].end
+    clause_end = _CLAUSE_END.search(tail, begin)
+    equals = tail.rfind("=", begin, clause_end.start() if clause_end else len(tail))
+    results = [run for run in runs if equals >= 0 and run.end > equals]  # "$2 an hour x 3 = $6"
+    return _result(results[0] if results else runs[0])
+
+
+def _listed(tail: str, runs: list[_Run]) -> list[_Run]:
+    """The first run and those that are listed with it: by "or", or by commas and "and" up to the end of a sentence."""
+    length, sure = 1, 1
+    while length < len(runs):
+        between = tail[runs[length - 1].end : runs[length].start]
+        if not (_OR.fullmatch(between) or _AND.fullmatch(between)):
+            break
+        sure += sure == length and _OR.fullmatch(between) is not None
+        length += 1
+    return runs[:length] if _END.match(tail[runs[length - 1].end :]) else runs[:sure]
+
+
+def _last_value(text: str) -> str | None:
+    runs = list(_runs(text))
+    if not runs:
+        return None
+    first = len(runs) - 1
+    while first and _OR.fullmatch(text, runs[first - 1].end, runs[first].start):
+        first -= 1
+    return ", ".join(run.text for run in runs[first:]) if first < len(runs) - 1 else _result(runs[-1])
+
+
+def _runs(text: str) -> Iterator[_Run]:
+    """Numbers and formulas; variables alone and empty formulas ("$ $") say nothing."""
+    text = text.replace("{,}", ",")
+    for match in _RUN.finditer(text):
+        written = match[0]
+        if match["span"]:
+            value = without_delimiters(written).rstrip(".,;")
+        elif re.search(r"\d", written):
+            value = re.sub(_CURRENCY + " ?", "", written).replace("\u2212", "-")
+            value = re.sub(r"^\(([^(),]*)\)$", r"\1", value)
+        else:
+            continue
+        if value.strip():
+            yield _Run(match.start(), match.end(), value)
+
+
+def _result(run: _Run) -> str:
+    """What a calculation comes to, or a name stands for: after the last "=". Equations are left alone."""
+    left, _, right = run.text.rpartition("=")
+    if "\\" in run.text or (re.search(r"[A-Za-z]", left) and not re.fullmatch(r"\s*[A-Za-z](_\w)?\s*", left)):
+        return run.text
+    return right.strip()
