@@ -14,6 +14,7 @@ from tiny_tokenizers import byte_level_folder, sentencepiece_file
 from megatron_gft.data import preprocessing
 from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
 from megatron_gft.data.problems import parse_policies
+from megatron_gft.dataset import build_group_datasets
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
 from megatron_gft.sampling.staging import Staging
@@ -67,6 +68,8 @@ def test_another_file_moves_no_row_to_another_part_and_is_told_by_provenance(tmp
     assert len(found) == len(set(found)) and set(found) > ids[0] | ids[2]
     sets = [GroupShard(prefix).manifest.provenance["input_set"] for prefix in (*first, *second)]
     assert sets[0] != sets[1]
+    with pytest.raises(InputError, match="parts of different inputs: rows may be missing"):
+        build_group_datasets([str(tmp_path / "out" / "train*")])
 
 
 def test_small_files_are_spread_over_parts(tmp_path, folder):
@@ -89,6 +92,7 @@ def test_an_empty_part_ends_well(tmp_path, folder, tool, capsys):
     inputs = GroupShard(shown.out.splitlines()[0]).manifest.provenance["input_set"]
     assert all(json.loads(path.read_text())["input_set"] == inputs for path in empty)
     write_records(tmp_path / "in.jsonl", 12)
+    assert len(build_group_datasets([str(tmp_path / "out" / "train*")]).train) == 4  # no part is missing
     number = int(empty[0].stem.partition("part")[2][:5])
     assert tool([*command, "--part", f"{number}/6"]) == 0  # now there is something for this part
     assert sorted((tmp_path / "out").glob("*.empty")) == empty[1:]

@@ -116,6 +116,11 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.json")
 
 
+def empty_part_path(prefix: str | Path) -> Path:
+    """File of a part of the input (``--part I/N``) of which no group is left: that part is not missing."""
+    return Path(f"{prefix}.empty")
+
+
 def manifest_text(manifest: ShardManifest) -> str:
     """Canonical text, its hash last."""
     value = manifest.model_dump(mode="json")
@@ -311,14 +316,15 @@ def _has_data(prefix: str) -> bool:
 
 
 def _check_parts(pattern: str, prefixes: Sequence[str]) -> None:
-    """Of shards made with ``--part I/N``, all N parts are there."""
+    """Of shards made with ``--part I/N``, all N parts are there, or are known to be empty."""
     seen: dict[tuple[str, int], set[int]] = {}
     for prefix in prefixes:
         if part := re.search(r"-part(\d{5,})-of-(\d{5,})(-\d{5})?$", prefix):
             seen.setdefault((prefix[: part.start()], int(part[2])), set()).add(int(part[1]))
     problems = []
     for (prefix, count), parts in seen.items():
-        if missing := sorted(set(range(1, count + 1)) - parts):
+        absent = sorted(set(range(1, count + 1)) - parts)
+        if missing := [i for i in absent if not empty_part_path(f"{prefix}-part{i:05d}-of-{count:05d}").exists()]:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             problems.append(f"{prefix}: {len(parts)} of {count} parts, missing {shown}")
     if problems:
@@ -329,11 +335,26 @@ def check_sets(shards: Iterable[tuple[str, ShardManifest]]) -> None:
     """Shards of one preprocessing run come together or not at all: a missing one must not pass in silence.
 
     Raises:
-        InputErrors: names each incomplete set.
+        InputErrors: names each incomplete set; or parts (``--part I/N``) that are not of the same input.
     """
+    shards = list(shards)
     problems = _incomplete_sets(shards)
     if problems:
         raise InputErrors("incomplete sets of shards -> name them all, e.g. PREFIX*", problems)
+    _check_inputs_of_parts(shards)
+
+
+def _check_inputs_of_parts(shards: Sequence[tuple[str, ShardManifest]]) -> None:
+    """Parts share the rows of one input: of two inputs, some rows would be in no part. What was appended is apart."""
+    seen: dict[str, dict[str, str]] = {}
+    for prefix, manifest in shards:
+        part = re.search(r"-part\d{5,}-of-\d{5,}$", prefix)
+        if part and "input_set" in manifest.provenance:
+            of_all = prefix[: part.start()] + part[0].partition("-of-")[2]
+            seen.setdefault(of_all, {}).setdefault(manifest.provenance["input_set"], prefix)
+    mixed = [" and ".join(prefixes.values()) for prefixes in seen.values() if len(prefixes) > 1]
+    if mixed:
+        raise InputErrors("parts of different inputs: rows may be missing -> make all parts with the same input", mixed)
 
 
 def _incomplete_sets(shards: Iterable[tuple[str, ShardManifest]]) -> list[str]:

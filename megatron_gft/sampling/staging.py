@@ -22,6 +22,7 @@ from megatron_gft.data.problems import Problem, report_lines
 from megatron_gft.data.shard_manifest import (
     ShardSet,
     content_fingerprint,
+    empty_part_path,
     manifest_path,
     read_manifest,
     write_manifest,
@@ -207,11 +208,6 @@ class Staging:
         fsync_path(whole)
         os.replace(whole, self.report_path)
         fsync_path(self.prefix.parent)
-
-
-def empty_part_path(prefix: Path) -> Path:
-    """File of a part (``--part I/N``) of which no group is left: readers that want all parts miss none."""
-    return prefix.with_name(f"{prefix.name}.empty")
 
 
 def shard_name(prefix: Path, index: int) -> str:
