@@ -1,15 +1,18 @@
 """The killable pool, scoring of group files (restart included) and of shards."""
 
+import gc
 import json
 import time
 
 import numpy as np
 import pytest
-from tiny_tokenizers import byte_level_folder
+from tiny_tokenizers import byte_level_folder, metaspace_folder, sentencepiece_file
 
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
-from megatron_gft.scoring.group_files import ScoringOptions, score_group_file, score_shard
+from megatron_gft.scoring import group_files
+from megatron_gft.scoring.group_files import response_context, score_group_file, score_shard
+from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case, Verdict
 from megatron_gft.shards import GroupShard, GroupShardWriter, tokenizer_stamp, verify_shard
@@ -153,7 +156,6 @@ def test_rewards_by_outcome_and_groups_without_answer(tmp_path):
         score_group_file([source], tmp_path / "out.jsonl", ScoringOptions(), progress=False)
     assert not (tmp_path / "out.jsonl").exists()
     options = ScoringOptions(rewards={"wrong": -1.0, "correct": 2.0}, missing_answer="null")
-    (tmp_path / "out.jsonl.journal").unlink()
     summary = score_group_file([source], tmp_path / "out.jsonl", options, progress=False)
     first, second = (record for record, _ in iter_group_file(tmp_path / "out.jsonl"))
     assert [r.reward for r in first.responses] == [2.0, 2.0, -1.0]
@@ -183,13 +185,84 @@ def test_a_broken_run_continues_without_judging_twice(nasty, tmp_path):
 
 
 def test_another_verifier_does_not_continue_the_journal(tmp_path):
-    source = write(tmp_path / "in.jsonl", [*groups(2), GroupRecord("x", "?", [ResponseRecord("a", "self")])])
+    source = write(tmp_path / "in.jsonl", [*groups(800), GroupRecord("x", "?", [ResponseRecord("a", "self")])])
+    exact = ScoringOptions(verifier="exact")
     with pytest.raises(InputError, match="no gold answer"):
-        score_group_file([source], tmp_path / "out.jsonl", ScoringOptions(), progress=False)
+        score_group_file([source], tmp_path / "out.jsonl", exact, progress=False)
     with pytest.raises(InputError, match="another verifier"):
-        score_group_file([source], tmp_path / "out.jsonl", ScoringOptions(verifier="exact"), progress=False)
-    with pytest.raises(InputError, match="is an input too"):
-        score_group_file([source], source, ScoringOptions(), progress=False)
+        score_group_file([source], tmp_path / "out.jsonl", ScoringOptions(), progress=False)
+
+
+@pytest.mark.parametrize(
+    "changes, output, message",
+    [
+        ({"verifier": "maths"}, "out.jsonl", "did you mean math"),
+        ({"verifier_options": {"percnt": "off"}}, "out.jsonl", "no option 'percnt'"),
+        ({"memory_limit_gib": 0.001}, "out.jsonl", "verifier"),
+        ({}, "out.txt", "out.txt: unknown kind of group file"),
+        ({}, "folder.jsonl", "folder.jsonl: is a folder"),
+        ({}, "in.jsonl", "is an input too"),
+        ({}, "in.jsonl/out.jsonl", "cannot be written"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once_and_leaves_no_journal(tmp_path, changes, output, message):
+    source = write(tmp_path / "in.jsonl", groups(2))
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(InputError, match=message):
+        score_group_file([source], tmp_path / output, ScoringOptions(**changes), progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.jsonl", "in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rewards": {"wrong": float("nan")}}, "reward wrong=nan"),
+        ({"rewards": {"wrong": float("inf")}}, "reward wrong=inf"),
+        ({"rewards": {"wrong": 1e39}}, "not a finite float32"),
+        ({"time_limit": 1e9}, "time limit of 1000000000.0 s"),
+        ({"time_limit": float("nan")}, "time limit of nan"),
+        ({"time_limit": 0}, "time limit of 0"),
+        ({"memory_limit_gib": float("inf")}, "memory limit of inf"),
+        ({"workers": 0}, "workers=0"),
+    ],
+)
+def test_limits_and_rewards_are_numbers_that_can_be(changes, message):
+    with pytest.raises(InputError, match=message):
+        ScoringOptions(**changes)
+
+
+def test_an_input_named_twice_is_refused(tmp_path):
+    source = write(tmp_path / "in.jsonl", groups(2))
+    with pytest.raises(InputError, match="input named twice"):
+        score_group_file([source, f"{tmp_path}/./in.jsonl"], tmp_path / "out.jsonl", ScoringOptions(), progress=False)
+
+
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_a_blank_gold_answer_is_none(tmp_path, answer):
+    records = groups(2)
+    records[1].answer = answer
+    records[1].responses[0].reward = 0.7
+    source = write(tmp_path / "in.jsonl", records)
+    with pytest.raises(InputError, match="group 'g1' has no gold answer"):
+        score_group_file([source], tmp_path / "out.jsonl", ScoringOptions(), progress=False)
+    options = ScoringOptions(missing_answer="null")
+    summary = score_group_file([source], tmp_path / "out.jsonl", options, progress=False)
+    scored = [record for record, _ in iter_group_file(tmp_path / "out.jsonl")]
+    assert [response.reward for response in scored[1].responses] == [None] * 3 and summary.without_answer == 1
+    assert "such groups had before, removed: 1" in summary.table()
+
+
+def test_a_verifier_noted_by_somebody_else_is_kept(tmp_path):
+    records = groups(2)
+    records[0].meta["verifier"] = "human: Ann"
+    first = write(tmp_path / "in.jsonl", records)
+    summary = score_group_file([first], tmp_path / "a.jsonl", ScoringOptions(), progress=False)
+    assert "now meta.verifier_before: 1" in summary.table()
+    summary = score_group_file([tmp_path / "a.jsonl"], tmp_path / "b.jsonl", ScoringOptions("exact"), progress=False)
+    assert summary.verifiers_moved == 0
+    metas = [record.meta for record, _ in iter_group_file(tmp_path / "b.jsonl")]
+    assert [meta["verifier"]["name"] for meta in metas] == ["exact", "exact"]
+    assert [meta.get("verifier_before") for meta in metas] == ["human: Ann", None]
 
 
 @pytest.fixture
@@ -238,6 +311,55 @@ def test_gold_answers_of_a_shard_may_come_from_group_files(shard, tmp_path):
     source = write(tmp_path / "fewer.jsonl", corrected[:4])
     with pytest.raises(InputError, match="'g4' and 1 more are in none"):
         score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
+    source = write(tmp_path / "twice.jsonl", [*corrected, groups()[5], *groups(20)[10:], *groups()[1:3]])
+    with pytest.raises(InputError, match=r"twice.jsonl:19: group 'g2' has another prompt, answer or meta"):
+        score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
+
+
+def test_of_group_files_only_what_a_shard_needs_is_kept(shard, tmp_path, monkeypatch):
+    prefix, folder = shard
+    source = write(tmp_path / "many.jsonl", groups(60))
+    held = []
+    decode = group_files._shard_groups
+
+    def stream(shard, tokenizer, known, options):
+        gc.collect()
+        held.append((len(known), sum(type(item) is ResponseRecord for item in gc.get_objects())))
+        return decode(shard, tokenizer, known, options)
+
+    monkeypatch.setattr(group_files, "_shard_groups", stream)
+    score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
+    assert held == [(6, 0)]
+
+
+def test_a_blank_gold_answer_in_a_shard_is_none(shard, tmp_path):
+    prefix, folder = shard
+    blank = groups()
+    blank[4].answer = " "
+    source = write(tmp_path / "blank.jsonl", blank)
+    with pytest.raises(InputError, match="'g4' and 0 more have no gold answer"):
+        score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
+    options = ScoringOptions(missing_answer="null")
+    assert score_shard(prefix, folder, options, groups=[source], progress=False).without_answer == 1
+    assert np.isnan(GroupShard(prefix).rewards).sum() == 3
+
+
+@pytest.mark.parametrize("kind", [byte_level_folder, metaspace_folder, sentencepiece_file])
+@pytest.mark.parametrize(
+    "prompt",
+    ["What is 3?", "so: 🎈", "🎈🎈🎈🎈é", "a  ", "x" + " " * 300, "\n", "<|im_start|>", "</s></s>", "\ufffd", "é" * 99],
+)
+def test_responses_decode_after_the_end_of_a_prompt_as_after_all_of_it(tmp_path, kind, prompt):
+    tokenizer = load_tokenizer(kind(tmp_path / "tokenizer"), "none")
+    for before in ("", "Answer me. ", "Think. " * 50):
+        ids = tokenizer.encode(tokenizer.render_prompt(before + prompt))
+        context = response_context(tokenizer, ids, tokenizer.decode(ids))
+        if before == "Think. " * 50 and prompt == "What is 3?":
+            assert len(context) <= 32
+        for response in ("#### 6", " The answer", "🎈", "  two", "\n\nso", "éa"):
+            tokens = tokenizer.encode_response(response)
+            expected = tokenizer.decode_response(ids, tokens)
+            assert tokenizer.decode_response(context, tokens) == expected, (before + prompt, response)
 
 
 def test_a_shard_of_another_tokenizer_is_refused(shard, tmp_path):
@@ -263,6 +385,8 @@ def test_the_tool(tmp_path, capsys):
         ([*arguments, "--reward", "wrong=x"], "--reward"),
         ([*arguments, "--option", "percnt=off"], "no option 'percnt'"),
         ([*arguments, "--option", "percent"], "not of the form"),
+        ([*arguments, "--reward", "correct=nan"], "reward correct=nan"),
+        ([*arguments, "--reward", "wrong=1"], "given twice"),
         (["--input", str(tmp_path / "none.jsonl"), "--output", target], "no such group file"),
     ):
         assert score_groups.main(wrong) == 2

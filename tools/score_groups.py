@@ -15,21 +15,18 @@ EPILOG = """examples:
 
 verifiers: math (options percent=off|ignore|value, units=off|ignore), exact (part=whole|answer, case=sensitive|ignore),
 choice (letters=ABCDE), module:function. Outcomes: correct, wrong, unparsed, timeout, error.
+
+Killed or failed: run the same command again. Verdicts are kept meanwhile in OUTPUT.journal or PREFIX.scoring-*.journal.
 """
-
-
-def key_values(settings: list[str], flag: str) -> dict[str, str]:
-    """``["a=1"]`` -> ``{"a": "1"}``."""
-    for setting in settings:
-        if "=" not in setting:
-            raise InputError(f"{flag} {setting!r}: not of the form key=value")
-    return {key: value for key, _, value in (setting.partition("=") for setting in settings)}
+MISSING_HELP = "groups without gold answer, if the verifier needs one: an error, or left without reward and outcome"
 
 
 def reward_values(settings: list[str]) -> dict[str, float | None]:
     """``["wrong=-1", "timeout=null"]`` -> numbers, ``None`` for null."""
+    from megatron_gft.scoring.judging import key_values
+
+    pairs = key_values(settings, "--reward").items()
     try:
-        pairs = key_values(settings, "--reward").items()
         return {outcome: None if text == "null" else float(text) for outcome, text in pairs}
     except ValueError as error:
         raise InputError(f"--reward: {error} -> OUTCOME=NUMBER or OUTCOME=null") from None
@@ -48,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--verifier", default="math", help="name or module:function (default %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the verifier")
     parser.add_argument("--reward", action="append", default=[], metavar="OUTCOME=VALUE", help="e.g. wrong=-1")
-    parser.add_argument("--missing-answer", choices=("error", "null"), default="error")
+    parser.add_argument("--missing-answer", choices=("error", "null"), default="error", help=MISSING_HELP)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
     parser.add_argument("--time-limit", type=float, default=10.0, help="seconds per response (default %(default)s)")
     parser.add_argument("--memory-limit", type=float, default=8.0, help="GiB per worker (default %(default)s)")
@@ -59,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     if options.input and not options.output or options.shard and not options.tokenizer:
         raise InputError("--input needs --output, --shard needs --tokenizer")
 
-    from megatron_gft.scoring.group_files import ScoringOptions, score_group_file, score_shard
+    from megatron_gft.groups import expand_inputs
+    from megatron_gft.scoring.group_files import score_group_file, score_shard
+    from megatron_gft.scoring.judging import ScoringOptions, key_values
 
     scoring = ScoringOptions(
         verifier=options.verifier,
@@ -71,15 +70,16 @@ def main(argv: list[str] | None = None) -> None:
         missing_answer=options.missing_answer,
     )
     if options.input:
-        from megatron_gft.groups import expand_inputs
-
         summary = score_group_file(expand_inputs(options.input), options.output, scoring, progress=not options.quiet)
         print(f"{options.output}: {summary.groups} groups, {summary.responses} responses\n{summary.table()}")
         return
-    from megatron_gft.shards import expand_shards
+    from megatron_gft.shards import GroupShard, expand_shards
 
-    for prefix in expand_shards(options.shard):
-        summary = score_shard(prefix, options.tokenizer, scoring, groups=options.groups, progress=not options.quiet)
+    prefixes, groups = expand_shards(options.shard), expand_inputs(options.groups)
+    for prefix in prefixes:
+        GroupShard(prefix)  # a bad one is said before the others are judged
+    for prefix in prefixes:
+        summary = score_shard(prefix, options.tokenizer, scoring, groups=groups, progress=not options.quiet)
         print(f"{prefix}: {summary.groups} groups, {summary.responses} responses\n{summary.table()}")
 
 

@@ -27,7 +27,7 @@ from megatron_gft.sampling.generation import PromptSet
 from megatron_gft.sampling.local_backends import TransformersBackend
 from megatron_gft.sampling.prompts import PromptColumns, PromptRow
 from megatron_gft.sampling.settings import SampleFailure, SampleRequest, SamplingParams, model_fingerprint, sample_seed
-from megatron_gft.scoring.group_files import ScoringOptions
+from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifiers import Case, Verdict
 
 Z_95 = 1.959963984540054

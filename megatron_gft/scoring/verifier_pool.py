@@ -3,7 +3,10 @@
 Time limits inside a verifier cannot be trusted (signals need the main thread and do not interrupt C code), so the
 limit is enforced from outside: a worker that gives no verdict in time is killed and replaced, its response gets the
 outcome ``timeout``, and the other responses it held go to another worker. A worker that dies gives ``error``.
-The verdict must not depend on how busy the machine is: a worker that wants to compute but gets no CPU has longer.
+The verdict must not depend on how busy the machine is: a worker that wants to compute but gets no CPU has longer, and
+time in which this process was suspended (Ctrl-Z, a scheduler) is nobody's.
+
+A worker leads a process group, which is killed with it: what a verifier has started does not outlive it.
 
 Workers start from a fork server that has imported the verifier's library once, so that replacing one takes
 milliseconds. This module stays light, because every worker imports it.
@@ -15,6 +18,7 @@ import contextlib
 import itertools
 import math
 import multiprocessing
+import os
 import resource
 import signal
 import time
@@ -26,14 +30,29 @@ from typing import Any
 
 import psutil
 
-from megatron_gft.errors import InputError
+from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.scoring.verifiers import Case, Verdict, Verifier, build_verifier
 
 CASES_PER_MESSAGE = 64
 WINDOW_PER_WORKER = 32 * CASES_PER_MESSAGE  # verdicts kept back while an earlier one is awaited
 START_LIMIT_SECONDS = 120.0
+LOOKS_PER_LIMIT = 4  # at a worker, before it may be said to have had its time
 STARVED_FACTOR = 10  # at most so many time limits of wall time for a worker that others keep off the CPU
 GRACE_SECONDS = 5  # for a process to end; a worker whose parent died in the middle of a hang ends itself, too
+MAX_TIME_LIMIT_SECONDS = 86_400.0
+MAX_MEMORY_LIMIT_GIB = 2.0**20
+
+
+def limit_problems(workers: int, time_limit: float, memory_limit_gib: float) -> list[str]:
+    """What is wrong with the size and the limits of a pool."""
+    problems = []
+    if workers < 1:
+        problems.append(f"workers={workers} -> at least 1")
+    if not 0 < time_limit <= MAX_TIME_LIMIT_SECONDS:  # nor NaN
+        problems.append(f"time limit of {time_limit} s -> more than 0, at most {MAX_TIME_LIMIT_SECONDS:g}")
+    if not 0 < memory_limit_gib <= MAX_MEMORY_LIMIT_GIB:
+        problems.append(f"memory limit of {memory_limit_gib} GiB -> more than 0, at most {MAX_MEMORY_LIMIT_GIB:g}")
+    return problems
 
 
 class VerifierPool:
@@ -47,7 +66,7 @@ class VerifierPool:
         memory_limit_gib: address space of one worker; beyond it a case gets the outcome ``error``.
 
     Raises:
-        InputError: the verifier cannot be built, here (``__init__``) or in a worker (``judge``).
+        InputError: the verifier cannot be built, here or in a worker (one has started when ``__init__`` is done).
     """
 
     def __init__(
@@ -59,8 +78,9 @@ class VerifierPool:
         time_limit: float = 10.0,
         memory_limit_gib: float = 8.0,
     ):
-        if workers < 1 or time_limit <= 0:
-            raise InputError(f"workers={workers}, time_limit={time_limit} -> both must be positive")
+        problems = limit_problems(workers, time_limit, memory_limit_gib)
+        if problems:
+            raise InputErrors("verifier pool", problems)
         build_verifier(name, options)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
@@ -68,14 +88,24 @@ class VerifierPool:
         )
         self._arguments = (name, dict(options or {}), memory_limit_gib)
         self._time_limit = time_limit
-        self._workers = [_Worker(self._context, self._arguments, time_limit) for _ in range(workers)]
+        self._clock = _Clock(time_limit / LOOKS_PER_LIMIT)
+        self._workers = [self._new_worker() for _ in range(workers)]
         self.replaced = 0
+        try:
+            while all(worker.starting for worker in self._workers):
+                self._collect(self._workers, deque(), {}, set())
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> VerifierPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _new_worker(self) -> _Worker:
+        return _Worker(self._context, self._arguments, self._time_limit, self._clock)
 
     def close(self) -> None:
         """Kill every worker."""
@@ -120,22 +150,22 @@ class VerifierPool:
         crashed: set[int],
     ) -> None:
         """Receive what there is, waiting for it up to the next deadline; replace workers that hang or died."""
-        timeout = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-        ready = set(wait([worker.connection for worker in busy], timeout))
+        timeout = max(0.0, min(worker.deadline for worker in busy) - self._clock.now())
+        ready = set(wait([worker.connection for worker in busy], min(timeout, self._clock.longest_step)))
         for worker in busy:
             if worker.connection in ready:
                 verdicts.update(worker.receive())
                 if not worker.closed:
                     continue
                 death = worker.cause_of_death()
-            elif time.monotonic() >= worker.deadline and not worker.connection.poll() and not worker.extend():
+            elif self._clock.now() >= worker.deadline and not worker.connection.poll() and not worker.extend():
                 death = Verdict("timeout", 0.0, f"no verdict within {self._time_limit:g} s")
             else:
                 continue
             worker.kill()
             if worker.starting:
                 raise InputError(f"verifier worker did not start: {death.detail} -> check the verifier's imports")
-            self._workers[self._workers.index(worker)] = _Worker(self._context, self._arguments, self._time_limit)
+            self._workers[self._workers.index(worker)] = self._new_worker()
             self.replaced += 1
             if worker.pending:
                 index, case = worker.pending.popleft()
@@ -164,21 +194,39 @@ def _refill(
     return taken
 
 
+class _Clock:
+    """Seconds that passed while this process was looking.
+
+    Between two looks at most ``longest_step`` seconds count: had there been more, this process was suspended (and its
+    workers with it) or busy elsewhere, and cannot say that a worker had the time.
+    """
+
+    def __init__(self, longest_step: float):
+        self.longest_step = longest_step
+        self._now, self._looked_at = 0.0, time.monotonic()
+
+    def now(self) -> float:
+        """The time, after one more look."""
+        before, self._looked_at = self._looked_at, time.monotonic()
+        self._now += min(self._looked_at - before, self.longest_step)
+        return self._now
+
+
 class _Worker:
     """The parent's side of one process: the cases it holds, oldest first, and the time by which it must answer."""
 
-    def __init__(self, context: Any, arguments: tuple[Any, ...], time_limit: float):
+    def __init__(self, context: Any, arguments: tuple[Any, ...], time_limit: float, clock: _Clock):
         self.connection, theirs = context.Pipe()
         self._process: ForkServerProcess = context.Process(
             target=_serve, args=(theirs, *arguments, time_limit), daemon=True
         )
         self._process.start()
         theirs.close()
-        self._time_limit = time_limit
+        self._time_limit, self._clock = time_limit, clock
         self.pending: deque[tuple[int, Case]] = deque()
         self.starting, self.closed = True, False
         self.judging_seconds = 0.0  # CPU time spent on verdicts
-        self._began, self._cpu_before = time.monotonic(), 0.0  # of the case at hand
+        self._began, self._cpu_before = clock.now(), 0.0  # of the case at hand
         self.deadline = self._began + START_LIMIT_SECONDS
 
     @property
@@ -211,13 +259,13 @@ class _Worker:
             self.closed = True
 
     def _restart_clock(self) -> None:
-        self._began = time.monotonic()
+        self._began = self._clock.now()
         self.deadline = self._began + self._time_limit
 
     def extend(self) -> bool:
         """Grant more wall time to a worker that is past its deadline without having had its CPU time."""
-        wall = time.monotonic() - self._began
-        if self.starting or wall >= STARVED_FACTOR * self._time_limit:
+        now = self._clock.now()
+        if self.starting or now - self._began >= STARVED_FACTOR * self._time_limit:
             return False
         try:
             process = psutil.Process(self._process.pid)
@@ -227,7 +275,7 @@ class _Worker:
         left = self._time_limit - (cpu.user + cpu.system - self._cpu_before)
         if status != psutil.STATUS_RUNNING or left <= 0:
             return False
-        self.deadline = time.monotonic() + left
+        self.deadline = now + left
         return True
 
     def cause_of_death(self) -> Verdict:
@@ -237,6 +285,11 @@ class _Worker:
         return Verdict("error", 0.0, f"worker died with exit code {code}")
 
     def kill(self) -> None:
+        """End the process and whatever the verifier has started."""
+        pid = self._process.pid
+        assert pid is not None  # it was started
+        with contextlib.suppress(OSError):  # it has not come to lead a group yet, or all of it is gone
+            os.killpg(pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
         self.connection.close()
@@ -249,25 +302,33 @@ def _serve(
 
     Every message is a pair with the CPU seconds used so far.
     """
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    limit = int(memory_limit_gib * 2**30)
+    limit, highest = int(memory_limit_gib * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = limit if highest == resource.RLIM_INFINITY else min(limit, highest)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        verifier = build_verifier(name, options)
-        warm_up = getattr(verifier, "warm_up", None)
-        if warm_up is not None:
-            warm_up()
-    except InputError as error:
-        connection.send((str(error), time.process_time()))
-        return
-    connection.send((None, time.process_time()))
-    while True:
         try:
-            cases = connection.recv()
-        except EOFError:
-            return
-        for case in cases:
-            signal.alarm(math.ceil(STARVED_FACTOR * time_limit) + GRACE_SECONDS)
+            verifier = build_verifier(name, options)
+            warm_up = getattr(verifier, "warm_up", None)
+            if warm_up is not None:
+                warm_up()
+        except InputError as error:
+            connection.send((str(error), time.process_time()))
+        except MemoryError:
+            reason = f"verifier {name!r}: its import needs more than {memory_limit_gib:g} GiB -> raise the memory limit"
+            connection.send((reason, time.process_time()))
+        else:
+            connection.send((None, time.process_time()))
+            _judge_all(connection, verifier, math.ceil(STARVED_FACTOR * time_limit) + GRACE_SECONDS)
+    except (EOFError, OSError):  # the parent is gone
+        os.killpg(0, signal.SIGKILL)
+
+
+def _judge_all(connection: Connection, verifier: Verifier, alarm_seconds: int) -> None:
+    while True:
+        for case in connection.recv():
+            signal.alarm(alarm_seconds)
             verdict = judge_one(verifier, case)
             signal.alarm(0)
             connection.send((verdict, time.process_time()))
