@@ -19,14 +19,16 @@ fields of a response or message) are JSON text. Cells that JSON cannot hold are 
 from __future__ import annotations
 
 import base64
+import codecs
 import contextlib
+import functools
 import glob
 import gzip
 import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -46,8 +48,9 @@ from megatron_gft.data.group_records import (
     record_from_json,
     record_to_dict,
     record_to_json,
+    without_surrogates,
 )
-from megatron_gft.data.problems import ERROR, ProblemLog
+from megatron_gft.data.problems import ERROR, FIX, ProblemLog
 from megatron_gft.errors import InputError, InputErrors
 
 __all__ = [
@@ -72,6 +75,7 @@ __all__ = [
 ]
 GROUP_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # that can be written
 _PARQUET_BATCH = 1024
+_TEXT_TYPES = ("string", "large_string")  # of Arrow
 _PARTS_PER_READ = 16  # of many parts, chunks get smaller instead of reads larger
 # A worker holds some 40 times the text while it tokenizes, and the last chunk is worked on alone: keep chunks small.
 BYTES_PER_CHUNK = 256 << 10
@@ -154,7 +158,9 @@ def _line_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple[li
         lines = gzip.GzipFile(fileobj=stored) if path.endswith(".gz") else stored
         batch: list[bytes] = []
         held = 0
-        for line in lines:
+        for number, line in enumerate(lines):
+            if number == 0:  # a byte-order mark, as editors on Windows write it, is no part of the text
+                line = line.removeprefix(codecs.BOM_UTF8) or b"\n"
             batch.append(line)
             held += len(line)
             if len(batch) == max_rows or held >= max_bytes:
@@ -277,34 +283,76 @@ def _json_twin(value: Any) -> Any:
     return {"base64": base64.b64encode(value).decode("ascii")} if isinstance(value, bytes) else str(value)
 
 
-def _parquet_rows(batch: Any) -> list[dict[str, Any] | Exception]:
-    """Rows of a batch; the error in place of a row whose cells Python cannot hold."""
+class _UnreadableRow(Exception):
+    """A row with cells that Python cannot hold, and why; ``batch`` is the row."""
+
+    def __init__(self, batch: Any, error: Exception):
+        super().__init__(str(error))
+        self.batch, self.is_bad_text = batch, isinstance(error, UnicodeDecodeError)
+
+
+def _parquet_rows(batch: Any) -> list[dict[str, Any] | _UnreadableRow]:
+    """Rows of a batch, each as far as it can be read."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError) as error:  # bad UTF-8, nanoseconds, dates beyond the year 9999
         if len(batch) == 1:
-            return [error]
+            return [_UnreadableRow(batch, error)]
     return [row for i in range(len(batch)) for row in _parquet_rows(batch.slice(i, 1))]
 
 
-def _parquet_row(row: dict[str, Any] | Exception, place: str, problems: ProblemLog) -> dict[str, Any] | None:
+def _mended_row(batch: Any) -> dict[str, Any]:
+    """The only row of a batch, with U+FFFD for bytes that are not UTF-8."""
+    cells = (column.cast(_bytes_type(column.type)).to_pylist()[0] for column in batch.columns)
+    return {field.name: _as_text(cell, field.type) for field, cell in zip(batch.schema, cells, strict=True)}
+
+
+def _bytes_type(kind: Any) -> Any:
+    """An Arrow type with bytes in place of text."""
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct([field.with_type(_bytes_type(field.type)) for field in kind])
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(_bytes_type(kind.value_type))
+    return pyarrow.binary() if str(kind) in _TEXT_TYPES else kind
+
+
+def _as_text(cell: Any, kind: Any) -> Any:
+    """A cell of ``_bytes_type(kind)`` as one of ``kind``."""
+    if isinstance(cell, dict):
+        return {field.name: _as_text(cell[field.name], field.type) for field in kind}
+    if isinstance(cell, list):
+        return [_as_text(item, kind.value_type) for item in cell]
+    return cell.decode("utf-8", "replace") if isinstance(cell, bytes) and str(kind) in _TEXT_TYPES else cell
+
+
+def _parquet_row(row: dict[str, Any] | _UnreadableRow, place: str, problems: ProblemLog) -> dict[str, Any] | None:
     """One row as the same group in JSONL; None when a problem removes it."""
-    if isinstance(row, Exception):
-        kind = "invalid_utf8" if isinstance(row, UnicodeDecodeError) else "wrong_type"
-        problems.found(kind, place, None, str(row))
-        return None
+    if isinstance(row, _UnreadableRow):
+        kind = "invalid_utf8" if row.is_bad_text else "wrong_type"
+        if problems.found(kind, place, None, str(row)) != FIX:
+            return None
+        try:
+            row = _mended_row(row.batch)
+        except (ValueError, OverflowError, NotImplementedError) as error:  # something else is wrong with it too
+            problems.found("wrong_type", place, None, str(error))
+            return None
     if "responses" not in row:
         return {name: json_value(value) for name, value in row.items()}
     messages = row.pop("messages", None)
     if row.get("prompt") is None and messages is not None:
         row["prompt"] = messages
+    unpacked = functools.partial(_unpacked, place=place, problems=problems)
     try:
-        row["meta"] = _unpacked(row.get("meta"))
+        row["meta"] = unpacked(row.get("meta"))
         for message in _objects(row.get("prompt")):
-            _add_extra(message, ("role", "content"))
+            _add_extra(message, ("role", "content"), unpacked)
         for response in _objects(row["responses"]):
-            response["sampling"] = _unpacked(response.get("sampling"))
-            _add_extra(response, RESPONSE_FIELDS)
+            response["sampling"] = unpacked(response.get("sampling"))
+            _add_extra(response, RESPONSE_FIELDS, unpacked)
+    except _LostRow:
+        return None
     except (ValueError, RecursionError) as error:
         problems.found("invalid_json", place, None, f"in a column of JSON text: {error}")
         return None
@@ -315,13 +363,29 @@ def _objects(items: Any) -> list[dict[str, Any]]:
     return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
-def _unpacked(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else json_value(value)
+class _LostRow(Exception):
+    """A problem, noted already, removes the row."""
 
 
-def _add_extra(item: dict[str, Any], own: Sequence[str]) -> None:
+def _unpacked(value: Any, place: str, problems: ProblemLog) -> Any:
+    """The value of a cell of JSON text.
+
+    Raises:
+        ValueError: it is not JSON.
+        _LostRow: a problem removes the row.
+    """
+    if not isinstance(value, str):
+        return json_value(value)
+    read = json.loads(value)
+    mended = without_surrogates(read, value, place, problems)
+    if mended is None and read is not None:
+        raise _LostRow
+    return mended
+
+
+def _add_extra(item: dict[str, Any], own: Sequence[str], unpacked: Callable[[Any], Any]) -> None:
     """Put the fields of ``extra`` (JSON text) into ``item``; the columns of others than us are fields too."""
-    extra = _unpacked(item.pop("extra", None)) or {}
+    extra = unpacked(item.pop("extra", None)) or {}
     if not isinstance(extra, dict):
         raise ValueError(f"extra is {extra!r}, not an object")
     columns = {name: json_value(item.pop(name)) for name in [name for name in item if name not in own]}

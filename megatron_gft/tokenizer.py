@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,13 @@ _FIXED_DATE_MACRO = (
     + " }}{% endmacro %}"
 )
 _CACHED_WORDS = 200_000  # 10 to 15 % faster than 10000 on English text; some 20 MB
+# User-defined pieces of SentencePiece models are role markers (<start_of_turn>, [INST]), which text must not forge, but
+# also what people write: HTML, as in Gemma's vocabulary, and thoughts.
+_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_WRITTEN_TAG = re.compile(
+    r"</?(a|b|i|u|s|p|br|hr|em|strong|sub|sup|code|pre|blockquote|h[1-6]|ul|ol|li|div|span|img|think"
+    r"|table|caption|thead|tbody|tfoot|tr|th|td)>"
+)
 _BOUNDARY_PROBES = (("question: 1", "2 two"), ("a b", " c"), ("x", "y"), ("Answer:\n", "\n\nz"))
 
 
@@ -65,6 +72,7 @@ class Tokenizer(ABC):
     fingerprint: str
     chat_template: str | None
     chat_template_fingerprint: str
+    _unknown_id: int | None
 
     def _describe(self, path: str, vocab: dict[str, int], eos_id: int | None, bos_id: int | None) -> None:
         if eos_id is None or eos_id < 0:
@@ -75,10 +83,8 @@ class Tokenizer(ABC):
         self.fingerprint = vocabulary_fingerprint(vocab, eos_id, bos_id)
 
     def _describe_specials(self, specials: dict[str, int]) -> None:
-        self.special_tokens = specials
         self.special_ids = frozenset(specials.values())
-        longest_first = sorted(specials, key=len, reverse=True)
-        self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) if specials else r"(?!)")
+        self.special_pattern = _any_of(specials)
 
     def _describe_template(self, template: str | None, bos_token: str | None, adds_bos: bool) -> None:
         self.chat_template = template
@@ -89,13 +95,17 @@ class Tokenizer(ABC):
         self.chat_template_fingerprint = raw if template is None else hashlib.sha256(template.encode()).hexdigest()
 
     def _check_boundary(self) -> None:
+        """What the tokenizer itself makes of a text (lower case, spaces for line breaks) is what its model knows; where
+        the text is cut must not matter."""
         for prompt, response in _BOUNDARY_PROBES:
-            if self.decode(self.encode(prompt + response)) != prompt + response:
-                continue  # its normalizer or its vocabulary cannot keep this text, boundary or not
+            whole = self.encode(prompt + response)
+            if self._unknown_id in whole:
+                continue  # no text can be told from another then, boundary or not
+            expected = self.decode(whole)
             joined = self.decode(self.encode(prompt) + self.encode_response(response))
-            if joined != prompt + response:
+            if joined != expected:
                 raise InputError(
-                    f"{self.path}: prompt {prompt!r} and response {response!r} decode to {joined!r} "
+                    f"{self.path}: prompt {prompt!r} and response {response!r} decode to {joined!r}, not {expected!r} "
                     "-> the boundary between them would not be exact; use another tokenizer"
                 )
 
@@ -196,6 +206,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._describe_template(template, self._hf.bos_token, adds_bos)
 
         pipeline = json.loads(backend.to_str())
+        unknown = pipeline["model"].get("unk_token")
+        self._unknown_id = pipeline["model"].get("unk_id") if unknown is None else vocab.get(unknown)
         # Nothing is added to what is encoded here; a post-processor would only go over offsets that nobody reads.
         pipeline["padding"] = pipeline["truncation"] = pipeline["post_processor"] = None
         prompt_pipeline = json.dumps(pipeline)
@@ -209,7 +221,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self._check_boundary()
 
     def _own_template(self) -> str | None:
-        return self._hf.get_chat_template() if self._hf.chat_template else None
+        own = self._hf.chat_template
+        if isinstance(own, dict) and "default" not in own:
+            raise InputError(
+                f"{self.path}: the chat templates have names ({', '.join(own)}) and none is the default -> save one in "
+                "a file and set --chat-template FILE, or none (raw text)"
+            )
+        return self._hf.get_chat_template() if own else None
 
     @property
     def _template_renderer(self) -> Any:
@@ -231,12 +249,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str | Path, chat_template: str | None = None, add_bos: bool | None = None):
         template = _template_text(chat_template, path, lambda: None)
-        self._prompt_model, self._response_model = _load_sentencepiece(path)
+        markers, (self._prompt_model, self._response_model, self._text_model) = _load_sentencepiece(path)
         model = self._prompt_model
+        self._unknown_id = model.unk_id()
         vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
         bos_id = model.bos_id() if model.bos_id() >= 0 else None
         self._describe(str(path), vocab, model.eos_id(), bos_id)
-        self._describe_specials({piece: i for piece, i in vocab.items() if model.is_control(i)})
+        self._controls = {piece: i for piece, i in vocab.items() if model.is_control(i)}
+        self._control_ids = frozenset(self._controls.values())
+        self._control_pattern = _any_of(self._controls)
+        self._describe_specials(self._controls | {piece: vocab[piece] for piece in markers})
         bos_token = None if bos_id is None else model.id_to_piece(bos_id)
         # Language models with a SentencePiece vocabulary and a BOS are trained with it (Llama 2, Mistral, Gemma).
         self._describe_template(template, bos_token, bos_id is not None if add_bos is None else add_bos)
@@ -258,17 +280,17 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_responses(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         if parse_special:
             return [self._encode_with_specials(text, self._response_model) for text in texts]
-        return self._response_model.encode(list(texts), num_threads=1)
+        return self._text_model.encode(list(texts), num_threads=1)
 
     def _encode_with_specials(self, text: str, first_model: Any) -> list[int]:
         """Cut at spelled control tokens, which SentencePiece takes for text; only the first part begins a text."""
         ids: list[int] = []
         model, position = first_model, 0
-        for match in self.special_pattern.finditer(text):
+        for match in self._control_pattern.finditer(text):
             if match.start() > position:
                 ids += model.encode(text[position : match.start()])
                 model = self._response_model
-            ids.append(self.special_tokens[match.group()])
+            ids.append(self._controls[match.group()])
             position = match.end()
         if position < len(text):
             ids += model.encode(text[position:])
@@ -279,7 +301,7 @@ class SentencePieceTokenizer(Tokenizer):
         run: list[int] = []
         model = self._prompt_model  # drops the dummy prefix of the first piece of text
         for id_ in [*ids, -1]:
-            if id_ >= 0 and id_ not in self.special_ids:
+            if id_ >= 0 and id_ not in self._control_ids:
                 run.append(id_)
                 continue
             if run:
@@ -300,7 +322,8 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None, add_bos: 
             its tokenizer does; SentencePiece: yes when there is a BOS).
 
     Raises:
-        InputError: not a tokenizer, no EOS, no chat template given or known, or a tokenizer that alters text.
+        InputError: not a tokenizer, no EOS, no chat template given or known, or where a text is cut into prompt
+            and response changes what it decodes to. What the tokenizer does to any text (lower case, NFKC) is its own.
     """
     if Path(path).is_dir():
         return HuggingFaceTokenizer(path, chat_template, add_bos)
@@ -358,8 +381,9 @@ def _backend(pipeline: str) -> Any:
     return backend
 
 
-def _load_sentencepiece(path: str | Path) -> tuple[Any, Any]:
-    """The model twice: as it begins a text, and as it continues one (no dummy prefix). Both keep every space."""
+def _load_sentencepiece(path: str | Path) -> tuple[list[str], tuple[Any, Any, Any]]:
+    """Pieces that mark roles, then the model three times, keeping every space: as it begins a text, as it continues
+    one (no dummy prefix), and as it continues one in which spelled markers are ordinary text."""
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as protobuf
 
@@ -370,10 +394,26 @@ def _load_sentencepiece(path: str | Path) -> tuple[Any, Any]:
             raise ValueError("it has no pieces")
     except Exception as error:  # protobuf's error type differs between its versions
         raise InputError(f"{path}: not a SentencePiece model ({error}) -> give its .model file") from error
-    model.normalizer_spec.remove_extra_whitespaces = False
-    prompt_model = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-    model.normalizer_spec.add_dummy_prefix = False
-    return prompt_model, sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    normal = model.normalizer_spec
+    normal.remove_extra_whitespaces = False
+    begins = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    normal.add_dummy_prefix = False
+    continues = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    kinds = model.SentencePiece
+    markers = [piece for piece in model.pieces if piece.type == kinds.USER_DEFINED and _is_marker(piece.piece)]
+    for piece in markers:
+        piece.type = kinds.CONTROL  # which SentencePiece never finds in a text
+    text = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()) if markers else continues
+    return [piece.piece for piece in markers], (begins, continues, text)
+
+
+def _is_marker(piece: str) -> bool:
+    return bool(_MARKER.fullmatch(piece)) and not _WRITTEN_TAG.fullmatch(piece)
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of the words, the longest of those that begin at one place."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
 def _template_text(chat_template: str | None, path: str | Path, own: Any) -> str | None:

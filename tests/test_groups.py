@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_gft.data.group_records import MAX_DEPTH, check_group
 from megatron_gft.data.problems import KINDS, ProblemCounts, ProblemLog, parse_policies, report_lines
 from megatron_gft.errors import InputError
 from megatron_gft.groups import (
@@ -55,8 +56,8 @@ def parse(rows: bytes, tmp_path, **policies) -> tuple[list[GroupRecord], list]:
     path = tmp_path / "in.jsonl"
     path.write_bytes(rows)
     log = ProblemLog(policies)
-    records = [record for chunk in read_chunks(path) for record, _ in parse_chunk(chunk, log)]
-    return records, log.problems
+    found = [pair for chunk in read_chunks(path) for pair in parse_chunk(chunk, log)]
+    return [record for record, place in found if check_group(record, place, log)], log.problems
 
 
 texts = st.text(min_size=1).filter(str.strip)
@@ -173,6 +174,21 @@ def test_plain_rows_become_expert_groups(tmp_path):
     assert second.answer == "7.0" and second.responses[0].text == "so \\boxed{7}" and second.meta == {"level": 3}
 
 
+@pytest.mark.parametrize("given,expected", [(7, "7"), ("seven", "seven"), (0, "0"), (1.5, None), (True, None)])
+def test_the_id_of_a_plain_row_is_kept_or_refused(given, expected, tmp_path):
+    found, problems = parse(json.dumps({"id": given, "question": "q", "answer": "a"}).encode(), tmp_path)
+    assert [record.id for record in found] == ([expected] if expected else [])
+    assert [problem.kind for problem in problems] == ([] if expected else ["wrong_type"])
+
+
+def test_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    found, problems = parse(b"\xef\xbb\xbf" + line() + line(id="g2"), tmp_path)
+    assert [record.id for record in found] == ["g1", "g2"] and not problems
+    assert parse(b"\xef\xbb\xbf", tmp_path) == ([], [])
+    found, problems = parse(line() + b"\xef\xbb\xbf" + line(id="g2"), tmp_path)
+    assert [record.id for record in found] == ["g1"] and [problem.kind for problem in problems] == ["invalid_json"]
+
+
 def test_plain_rows_from_parquet(tmp_path):
     path = tmp_path / "train.parquet"
     rows = [{"question": f"q{i}", "answer": f"a\n#### {i}"} for i in range(3)]
@@ -221,6 +237,54 @@ def test_cells_that_cannot_be_read_cost_their_row_only(tmp_path, column, kind):
         list(iter_group_file(path))
 
 
+BAD_TEXT = pyarrow.array([b"a", b"b\xff", b"c"]).view(pyarrow.string())
+
+
+def _with_bad_text(where: str) -> pyarrow.Table:
+    """Three groups; text of the second one, in ``where``, is not UTF-8."""
+    names, sources = pyarrow.array(["0", "1", "2"]), pyarrow.array(["expert"] * 3)
+    text, prompt = (BAD_TEXT, names) if where == "response" else (names, BAD_TEXT)
+    return pyarrow.table(
+        {
+            "id": names,
+            "prompt": prompt,
+            "blob": pyarrow.array([b"\xff"] * 3),
+            "responses": pyarrow.ListArray.from_arrays(
+                [0, 1, 2, 3], pyarrow.StructArray.from_arrays([text, sources], ["text", "source"])
+            ),
+        }
+    )
+
+
+@pytest.mark.parametrize("where", ["prompt", "response"])
+def test_bad_text_of_a_parquet_cell_is_repaired_on_request(where, tmp_path):
+    path = tmp_path / "bad.parquet"
+    pyarrow.parquet.write_table(_with_bad_text(where), path)
+    log = ProblemLog({"invalid_utf8": "fix"})
+    found = [record for chunk in read_chunks(path) for record, _ in parse_chunk(chunk, log)]
+    texts = [record.prompt if where == "prompt" else record.responses[0].text for record in found]
+    assert texts == ["a", "b\ufffd", "c"] and all(record.meta == {"blob": {"base64": "/w=="}} for record in found)
+    assert [(p.kind, p.action, p.place) for p in log.problems] == [("invalid_utf8", "fix", f"{path}:2")]
+
+
+@pytest.mark.parametrize("policy,texts", [("fix", ["t", "\ufffd"]), ("drop", ["t"])])
+@pytest.mark.parametrize("column", ["extra", "sampling", "meta"])
+def test_half_a_pair_in_a_column_of_json_text(column, policy, texts, tmp_path):
+    path = tmp_path / "half.parquet"
+    rows = []
+    for value in ('{"zzz": "t"}', '{"zzz": "\\ud800"}'):
+        row = {"id": value, "prompt": "p", "meta": "{}"}
+        response = {"text": "E", "source": "expert", "extra": "{}", "sampling": "{}"}
+        (row if column == "meta" else response)[column] = value
+        rows.append({**row, "responses": [response]})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    log = ProblemLog({"invalid_utf8": policy})
+    found = [record for chunk in read_chunks(path) for record, _ in parse_chunk(chunk, log)]
+    values = [record.meta if column == "meta" else getattr(record.responses[0], column) for record in found]
+    assert [value["zzz"] for value in values] == texts
+    assert [(p.kind, p.action, p.place) for p in log.problems] == [("invalid_utf8", policy, f"{path}:2")]
+
+
 def test_gold_answer():
     assert gold_answer("no marker") is None
     assert gold_answer("#### 1\nthen #### -2,000.5 ") == "-2000.5"
@@ -233,6 +297,9 @@ def test_unknown_fields_are_kept_and_misspelt_ones_refused(tmp_path):
         record_from_json(response_line(finish_resaon="length"))
 
 
+DEEP: list = []
+for _ in range(MAX_DEPTH + 1):
+    DEEP = [DEEP]
 BAD_LINES = {
     "invalid_json": [b"{nope\n", b"[1]\n", b"[" * 100_000 + b"\n", b'{"id": ' + b"9" * 5000 + b"}\n"],
     "invalid_utf8": [b'{"id": "\xff"}\n', line(prompt="half \ud800 pair")],
@@ -248,6 +315,12 @@ BAD_LINES = {
         response_line(token_ids=["1"]),
         response_line(logprobs=[None]),
         line(responses=["text"]),
+        line(meta={"verifier": DEEP}),
+        line(mine={"a": DEEP}),
+        line(prompt=[{"role": "user", "content": "hi", "tool_calls": DEEP}]),
+        response_line(sampling={"a": DEEP}),
+        response_line(mine=DEEP),
+        json.dumps({"question": "q", "answer": "a", "mine": DEEP}).encode(),
     ],
     "missing_field": [
         line(id=None),
@@ -295,6 +368,14 @@ def test_policies_do_what_they_say(kind, row, policy, tmp_path):
         assert found == [] or "\ufffd" in found[0].prompt
     else:
         assert len(found) == 1
+
+
+def test_responses_without_text_are_equal_when_their_tokens_are(tmp_path):
+    made = [{"text": "", "source": "self", "reward": reward, "token_ids": [5, reward % 2]} for reward in range(3)]
+    (record,), problems = parse(line(responses=made), tmp_path, duplicate_response="drop")
+    assert [response.reward for response in record.responses] == [0, 1]
+    dropped = [(p.response, p.detail) for p in problems if p.kind == "duplicate_response"]
+    assert dropped == [(2, "same token_ids as an earlier one")]
 
 
 def test_fixes(tmp_path):

@@ -10,12 +10,13 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_gft.data.encoded_groups import EncodedGroups, GroupEncoder
-from megatron_gft.data.group_records import SOURCE_CODES, GroupRecord, ResponseRecord
+from megatron_gft.data.group_records import SOURCE_CODES, GroupRecord, ResponseRecord, check_group, has_text
 from megatron_gft.data.problems import DROP, ERROR, FIX, KEEP, Problem, ProblemLog
 from megatron_gft.groups import RawChunk, parse_chunk
 from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
@@ -56,7 +57,6 @@ class _Pending:
     """A response on its way: its ids are known, or its text is still to be tokenized."""
 
     record: ResponseRecord
-    position: int  # in the group as read
     text: str = ""
     parse_special: bool = False
     ids: list[int] | None = None
@@ -112,8 +112,8 @@ class ChunkEncoder:
         except ChatTemplateError as error:
             log.found("template_failed", place, record.id, str(error))
             return None
-        for position, response in enumerate(record.responses):
-            pending, action = self._checked_response(response, position, place, record.id, log)
+        for response in record.responses:
+            pending, action = self._checked_response(response, place, record.id, log)
             if pending is not None:
                 group.responses.append(pending)
             elif action != DROP:
@@ -123,8 +123,7 @@ class ChunkEncoder:
     def _checked_prompt(self, record: GroupRecord, place: str, log: ProblemLog) -> str | list[dict[str, Any]] | None:
         """The prompt without spelled special tokens, or None when they remove the group."""
         prompt, pattern = record.prompt, self.tokenizer.special_pattern
-        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-        spelled = next((match.group() for match in map(pattern.search, texts) if match), None)
+        spelled = next((match.group() for match in map(pattern.search, _texts(prompt)) if match), None)
         if spelled is None:
             return prompt
         action = log.found("special_tokens", place, record.id, f"the prompt spells {spelled!r}")
@@ -132,19 +131,25 @@ class ChunkEncoder:
             return prompt
         if action != FIX:
             return None
-        if isinstance(prompt, str):
-            return pattern.sub("", prompt)
-        return [{**message, "content": pattern.sub("", message["content"])} for message in prompt]
+        fixed = _without(pattern, prompt)
+        if not has_text(fixed):
+            log.found("empty_prompt", place, record.id, "no text in the prompt without its special tokens")
+            return None
+        return fixed
 
     def _checked_response(
-        self, response: ResponseRecord, position: int, place: str, group_id: str, log: ProblemLog
+        self, response: ResponseRecord, place: str, group_id: str, log: ProblemLog
     ) -> tuple[_Pending | None, str]:
         """What to tokenize, or None and why not."""
         if response.token_ids is not None:
-            pending, action = self._from_token_ids(response, position, place, group_id, log)
+            pending, action = self._from_token_ids(response, place, group_id, log)
             if pending is not None or action != KEEP:
                 return pending, action
-        pending = _Pending(response, position, text=response.text)
+        elif response.logprobs:
+            action = log.found("bad_logprobs", place, group_id, "log-probs without token_ids", response.position)
+            if action != FIX:
+                return None, action
+        pending, position = _Pending(response, response.text), response.position
         match = self.tokenizer.special_pattern.search(response.text)
         if match:
             action = log.found("special_tokens", place, group_id, f"spells {match.group()!r}", position)
@@ -158,21 +163,24 @@ class ChunkEncoder:
         return pending, KEEP
 
     def _from_token_ids(
-        self, response: ResponseRecord, position: int, place: str, group_id: str, log: ProblemLog
+        self, response: ResponseRecord, place: str, group_id: str, log: ProblemLog
     ) -> tuple[_Pending | None, str]:
         """Ids as given; or None and ``keep`` (tokenize the text instead), ``drop`` or ``error``."""
-        ids, tokenizer = response.token_ids or [], self.tokenizer
+        ids, tokenizer, position = response.token_ids or [], self.tokenizer, response.position
         if response.tokenizer != tokenizer.fingerprint:
             known = "an unknown one" if response.tokenizer is None else response.tokenizer[:12]
             return None, log.found("foreign_token_ids", place, group_id, f"tokenizer is {known}", position)
         body = ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids
-        wrong = next(
-            (i for i in body if not 0 <= i < tokenizer.vocab_size or i in (tokenizer.eos_id, tokenizer.bos_id)), None
-        )
-        if wrong is not None or not ids:
-            detail = "no token ids" if wrong is None else f"token id {wrong}"
-            action = log.found("bad_token_ids", place, group_id, detail, position)
+        wrong = self._unusable(body) if ids else "no token ids"
+        if wrong is not None:
+            action = log.found("bad_token_ids", place, group_id, wrong, position)
             return None, KEEP if action == FIX else action
+        if not tokenizer.special_ids.isdisjoint(body):
+            special = next(i for i in body if i in tokenizer.special_ids)
+            detail = f"token_ids hold {tokenizer.decode([special])!r} ({special})"
+            action = log.found("special_tokens", place, group_id, detail, position)
+            if action != KEEP:
+                return None, KEEP if action == FIX else action
         logprobs = response.logprobs
         if logprobs is not None and not _are_logprobs(logprobs, len(ids)):
             detail = f"{len(logprobs)} log-probs for {len(ids)} token ids"
@@ -180,7 +188,16 @@ class ChunkEncoder:
             if action != FIX:
                 return None, action
             logprobs = None
-        return _Pending(response, position, ids=list(ids), logprobs=logprobs), KEEP
+        return _Pending(response, ids=list(ids), logprobs=logprobs), KEEP
+
+    def _unusable(self, body: list[int]) -> str | None:
+        """What is wrong with the ids of a response before its end, if anything."""
+        tokenizer = self.tokenizer
+        ends = {tokenizer.eos_id, tokenizer.bos_id}
+        if not body or (min(body) >= 0 and max(body) < tokenizer.vocab_size and ends.isdisjoint(body)):
+            return None
+        wrong = next(i for i in body if not 0 <= i < tokenizer.vocab_size or i in ends)
+        return f"token id {wrong}"
 
     # --- after tokenizing -------------------------------------------------------------------------------------------
 
@@ -212,19 +229,25 @@ class ChunkEncoder:
                 kept.append(response)
         if not kept:
             log.found("no_responses", group.place, group.record.id, "every response was dropped")
-        return kept
+            return []
+        group.record.responses = [response.record for response in kept]
+        checked = check_group(group.record, group.place, log)
+        if checked is None or len(checked.responses) == len(kept):
+            return [] if checked is None else kept
+        positions = {record.position for record in checked.responses}
+        return [response for response in kept if response.record.position in positions]
 
     def _end(self, response: _Pending, group: _PendingGroup, log: ProblemLog) -> str:
         ids, eos = response.ids or [], self.tokenizer.eos_id
         if response.record.finish_reason != "length" and (not ids or ids[-1] != eos):
             ids.append(eos)
         if not ids:  # a cut-off response whose text the tokenizer maps to nothing
-            return log.found("empty_response", group.place, group.record.id, "no tokens", response.position)
+            return log.found("empty_response", group.place, group.record.id, "no tokens", response.record.position)
         response.ids, limit = ids, self.options.max_response_tokens
         if limit is None or len(ids) <= limit:
             return KEEP
         detail = f"{len(ids)} tokens, the limit is {limit}"
-        action = log.found("long_response", group.place, group.record.id, detail, response.position)
+        action = log.found("long_response", group.place, group.record.id, detail, response.record.position)
         if action == FIX:
             response.ids = ids[:limit]
             response.logprobs = response.logprobs and response.logprobs[:limit]
@@ -244,6 +267,30 @@ class ChunkEncoder:
             models=[record.model for record in records],
             logprobs=[response.logprobs for response in responses],
         )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a prompt, names of fields included: a chat template may print any of them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield name
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _without(pattern: re.Pattern[str], value: Any) -> Any:
+    """A prompt without what ``pattern`` matches in its texts, nor what comes to match when the text around it joins."""
+    if isinstance(value, str):
+        while pattern.search(value):
+            value = pattern.sub("", value)
+        return value
+    if isinstance(value, dict):
+        return {_without(pattern, name): _without(pattern, item) for name, item in value.items()}
+    return [_without(pattern, item) for item in value] if isinstance(value, list) else value
 
 
 def _are_logprobs(values: list[float], count: int) -> bool:

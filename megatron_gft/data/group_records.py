@@ -17,12 +17,13 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from megatron_gft.data.problems import DROP, ERROR, FIX, ProblemLog, raise_errors
+from megatron_gft.data.problems import DROP, ERROR, FIX, KEEP, ProblemLog, raise_errors
 
 SOURCES = ("expert", "teacher", "self")
 SOURCE_CODES = {name: code for code, name in enumerate(SOURCES)}
 FINISH_REASONS = ("stop", "length")
 FLOAT32_MAX = 3.4028234663852886e38
+MAX_DEPTH = 100  # of lists and objects in each other; parsers and writers of JSON end at 200 and more, each elsewhere
 
 # Field -> type of its JSON value, and that type in words. null stands for "absent".
 _GROUP_TYPES: dict[str, tuple[Any, str]] = {
@@ -46,7 +47,8 @@ _RESPONSE_TYPES: dict[str, tuple[Any, str]] = {
 }
 GROUP_FIELDS, RESPONSE_FIELDS = tuple(_GROUP_TYPES), tuple(_RESPONSE_TYPES)
 _PLAIN_FIELDS = (("question", "answer"), ("problem", "solution"))
-_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ class ResponseRecord:
     logprobs: list[float] | None = None  # one per token_id, of the sampling model at temperature 1
     sampling: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    position: int = field(default=0, compare=False, repr=False)  # in the row that it was read from
 
 
 @dataclass(slots=True)
@@ -139,26 +142,28 @@ def _parse_doubtful_line(line: bytes, place: str, problems: ProblemLog) -> Any:
             return None
         text = line.decode("utf-8", "replace")
     try:
-        value = json.loads(text)
+        checked = _object(json.loads(text), place, problems)
+        return None if checked is None else without_surrogates(checked, text, place, problems)
     except (ValueError, RecursionError) as error:
         problems.found("invalid_json", place, None, str(error) or type(error).__name__)
         return None
-    checked = _object(value, place, problems)
-    if checked is None or not _SURROGATE_ESCAPE.search(line):
-        return checked
-    return _without_surrogates(checked, place, problems)
 
 
-def _without_surrogates(value: dict, place: str, problems: ProblemLog) -> Any:
-    """JSON may spell half of a surrogate pair, which no UTF-8 text can hold."""
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
+def without_surrogates(value: Any, text: str, place: str, problems: ProblemLog) -> Any:
+    """The value of JSON ``text`` without halves of surrogate pairs, which JSON may spell and no UTF-8 text can hold.
+
+    Returns:
+        The value, mended where the policy says so; None when the problem removes the row.
+    """
+    if not _SURROGATE_ESCAPE.search(text):
         return value
-    except UnicodeEncodeError as error:
-        if problems.found("invalid_utf8", place, None, f"lone surrogate {error.object[error.start]!a}") != FIX:
-            return None
-    return json.loads(text.encode("utf-8", "surrogatepass").decode("utf-8", "replace"))
+    plain = json.dumps(value, ensure_ascii=False)
+    half = _SURROGATE.search(plain)
+    if half is None:
+        return value
+    if problems.found("invalid_utf8", place, None, f"lone surrogate {half.group()!a}") != FIX:
+        return None
+    return json.loads(_SURROGATE.sub("\ufffd", plain))
 
 
 def parse_group(value: dict[str, Any], place: str, problems: ProblemLog) -> GroupRecord | None:
@@ -173,12 +178,13 @@ def parse_group(value: dict[str, Any], place: str, problems: ProblemLog) -> Grou
     try:
         extra = _check_fields(value, _GROUP_TYPES, ("prompt", "responses"))
         prompt, responses, answer = _prompt(value), value["responses"], value.get("answer")
+        _refuse_deep("meta", value.get("meta"))
     except _BadField as bad:
         problems.found(bad.kind, place, group_id, bad.detail)
         return None
     meta = (value.get("meta") or {}) | extra
     record = GroupRecord(group_id, prompt, [], None if answer is None else str(answer), meta)
-    if not _has_text(prompt):
+    if not has_text(prompt):
         problems.found("empty_prompt", place, group_id, "no text in the prompt")
         return None
     if not responses:
@@ -187,27 +193,38 @@ def parse_group(value: dict[str, Any], place: str, problems: ProblemLog) -> Grou
     for position, item in enumerate(responses):
         response, action = _response(item, position, place, group_id, problems)
         if response is not None:
-            record.responses.append(response)
-        elif action != DROP:
+            action = _check_response(response, place, group_id, problems)
+        if action == ERROR:
             return None
-    return check_group(record, place, problems)
+        if response is not None and action != DROP:
+            record.responses.append(response)
+    if not record.responses:
+        problems.found("no_responses", place, group_id, "every response was dropped")
+        return None
+    return record
 
 
 def check_group(record: GroupRecord, place: str, problems: ProblemLog) -> GroupRecord | None:
-    """Look at the group as a whole: duplicates, truncation, expert, rewards. Changes ``record`` as the policies say.
+    """Look at the responses side by side: duplicates, expert, rewards. Changes ``record`` as the policies say.
+
+    Call it once, when all that one response alone can be dropped for is done: what it says is of the survivors.
 
     Returns:
         The group, or None when a problem removes it.
     """
     kept: list[ResponseRecord] = []
-    texts: set[str] = set()
-    for position, response in enumerate(record.responses):
-        action = _check_response(response, texts, position, place, record.id, problems)
-        if action == ERROR:
-            return None
-        if action != DROP:
-            kept.append(response)
-            texts.add(response.text)
+    seen: set[Any] = set()
+    for response in record.responses:
+        content = response.text or tuple(response.token_ids or ())
+        if content in seen:
+            detail = f"same {'text' if response.text else 'token_ids'} as an earlier one"
+            action = problems.found("duplicate_response", place, record.id, detail, response.position)
+            if action == ERROR:
+                return None
+            if action == DROP:
+                continue
+        seen.add(content)
+        kept.append(response)
     record.responses = kept
     if not kept:
         problems.found("no_responses", place, record.id, "every response was dropped")
@@ -217,29 +234,23 @@ def check_group(record: GroupRecord, place: str, problems: ProblemLog) -> GroupR
             return None
     rewards = [response.reward for response in kept]
     if len(kept) > 1 and None not in rewards and min(rewards) == max(rewards):  # type: ignore[type-var]
-        if problems.found("equal_rewards", place, record.id, f"all {len(kept)} rewards are {rewards[0]}") in (
-            ERROR,
-            DROP,
-        ):
+        detail = f"all {len(kept)} rewards are {rewards[0]}"
+        if problems.found("equal_rewards", place, record.id, detail) in (ERROR, DROP):
             return None
     return record
 
 
-def _check_response(
-    response: ResponseRecord, texts: set[str], position: int, place: str, group_id: str, problems: ProblemLog
-) -> str:
-    """``error``, ``drop`` or ``keep`` for one response seen beside the others."""
+def _check_response(response: ResponseRecord, place: str, group_id: str, problems: ProblemLog) -> str:
+    """``error``, ``drop`` or ``keep`` for one well-formed response."""
     actions = []
-    if response.text in texts:
-        actions.append(problems.found("duplicate_response", place, group_id, "same text as an earlier one", position))
     if response.finish_reason == "length":
-        actions.append(problems.found("truncated", place, group_id, "finish_reason is length", position))
+        actions.append(problems.found("truncated", place, group_id, "finish_reason is length", response.position))
     if response.source == "expert" and _judged_wrong(response):
         detail = f"expert with reward {response.reward}, outcome {response.outcome}"
-        actions.append(problems.found("expert_wrong", place, group_id, detail, position))
+        actions.append(problems.found("expert_wrong", place, group_id, detail, response.position))
         if actions[-1] == FIX:
             response.reward, response.outcome = 1.0, "correct"
-    return ERROR if ERROR in actions else DROP if DROP in actions else "keep"
+    return ERROR if ERROR in actions else DROP if DROP in actions else KEEP
 
 
 def _judged_wrong(response: ResponseRecord) -> bool:
@@ -293,11 +304,27 @@ def _check_fields(value: dict, types: dict[str, tuple[Any, str]], required: tupl
             extra[name] = item
         elif item is not None and (not isinstance(item, known[0]) or isinstance(item, bool)):
             raise _BadField("wrong_type", f"{name!r} is {_shown(item)}, expected {known[1]}")
-    for name in extra:
+    for name, item in extra.items():
+        _refuse_deep(name, item)
         near = _near_name(name, tuple(types))
         if near is not None and near not in value:
             raise _BadField("wrong_type", f"unknown field {name!r}, did you mean {near!r}?")
     return extra
+
+
+def _refuse_deep(name: str, value: Any) -> None:
+    """Refuse what a writer of JSON further on would stumble over, hours later."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise _BadField("wrong_type", f"{name!r} is nested more than {MAX_DEPTH} deep")
 
 
 def _group_id(value: dict, place: str, problems: ProblemLog) -> str | None:
@@ -318,10 +345,12 @@ def _prompt(value: dict) -> str | list[dict[str, Any]]:
             raise _BadField("wrong_type", f"message {_shown(message)}, expected an object with role and content")
         _required(message, "role", str, "text")
         _required(message, "content", str, "text")
+        if len(message) > 2:
+            _refuse_deep("prompt", message)
     return prompt
 
 
-def _has_text(prompt: str | list[dict[str, Any]]) -> bool:
+def has_text(prompt: str | list[dict[str, Any]]) -> bool:
     if isinstance(prompt, str):
         return bool(prompt.strip())
     return any(message["content"].strip() for message in prompt)
@@ -341,6 +370,7 @@ def _response(
             raise _BadField("wrong_type", f"finish_reason {finish_reason!r}, expected stop or length")
         _refuse_other_than(int, "token_ids", token_ids)
         _refuse_other_than((int, float), "logprobs", logprobs)
+        _refuse_deep("sampling", value.get("sampling"))
     except _BadField as bad:
         problems.found(bad.kind, place, group_id, bad.detail, position)
         return None, ERROR  # a broken response breaks its group, whatever the policy: the advantage needs all rewards
@@ -355,6 +385,7 @@ def _response(
         logprobs=logprobs,
         sampling=value.get("sampling"),
         extra=extra,
+        position=position,
     )
     if not text and not token_ids:
         return None, problems.found("empty_response", place, group_id, "no text", position)
@@ -367,7 +398,7 @@ def _response(
                 return None, action
         else:
             response.reward = float(reward)
-    return response, "keep"
+    return response, KEEP
 
 
 def _is_float32(value: float) -> bool:
@@ -390,23 +421,28 @@ def gold_answer(text: str) -> str | None:
 
 
 def _plain_group(value: dict, question: str, answer: str, place: str, problems: ProblemLog) -> GroupRecord | None:
-    """A plain row: one expert response, no reward yet, id = content hash."""
+    """A plain row: one expert response, no reward yet; without an id, a hash of the content is one."""
     try:
         prompt = _required(value, question, str, "text")
         text = str(_required(value, answer, (str, int, float), "text"))
         gold = _optional(value, "answer", (str, int, float), "text") if answer != "answer" else gold_answer(text)
+        meta = {name: item for name, item in value.items() if name not in (question, answer, "answer", "id")}
+        for name, item in meta.items():
+            _refuse_deep(name, item)
     except _BadField as bad:
         problems.found(bad.kind, place, None, bad.detail)
         return None
-    digest = hashlib.sha256(f"{prompt}\0{text}".encode()).hexdigest()[:16]
-    group_id = value["id"] if isinstance(value.get("id"), str) and value["id"] else digest
+    if value.get("id") in (None, ""):
+        group_id: str | None = hashlib.sha256(f"{prompt}\0{text}".encode()).hexdigest()[:16]
+    else:
+        group_id = _group_id(value, place, problems)
+    if group_id is None:
+        return None
     if not prompt.strip():
         problems.found("empty_prompt", place, group_id, f"{question!r} has no text")
         return None
     if not text.strip():
         problems.found("empty_response", place, group_id, f"{answer!r} has no text", 0)
         return None
-    meta = {name: item for name, item in value.items() if name not in (question, answer, "answer", "id")}
     response = ResponseRecord(text, "expert", finish_reason="stop")
-    record = GroupRecord(group_id, prompt, [response], None if gold is None else str(gold), meta)
-    return check_group(record, place, problems)
+    return GroupRecord(group_id, prompt, [response], None if gold is None else str(gold), meta)

@@ -48,7 +48,9 @@ KINDS: dict[str, Kind] = {
     ),
     "unknown_source": Kind("source is none of expert, teacher, self", ERROR, (ERROR, DROP), "response"),
     "duplicate_id": Kind("the id was seen before", ERROR, (ERROR, DROP, FIX), fix="append #2, #3, ... to the id"),
-    "duplicate_response": Kind("the same text twice in a group", KEEP, (ERROR, DROP, KEEP), "response"),
+    "duplicate_response": Kind(
+        "the same text, or token_ids without text, twice", KEEP, (ERROR, DROP, KEEP), "response"
+    ),
     "truncated": Kind("finish_reason is length: the response has no EOS", KEEP, (ERROR, DROP, KEEP), "response"),
     "no_expert": Kind("no response of the group is an expert's", KEEP, (ERROR, DROP, KEEP)),
     "equal_rewards": Kind("all rewards are equal: the group has no advantage", KEEP, (ERROR, DROP, KEEP)),
@@ -68,11 +70,12 @@ KINDS: dict[str, Kind] = {
         "cut it, without EOS",
     ),
     "special_tokens": Kind(
-        "the text spells a special token (EOS, a second BOS, a role marker, ...)",
+        "the text spells a special token (EOS, a second BOS, a role marker, ...), or token_ids hold one",
         ERROR,
         (ERROR, DROP, FIX, KEEP),
         "response",
-        "strip a final EOS, encode the rest as ordinary text (keep: encode as special tokens)",
+        "remove it from a prompt; of a response, strip a final EOS and encode the rest as ordinary text, its text too "
+        "where token_ids hold one; keep: encode as special tokens",
     ),
     "template_failed": Kind("the chat template raised on this prompt", ERROR, (ERROR, DROP)),
     "bad_token_ids": Kind(
@@ -83,7 +86,7 @@ KINDS: dict[str, Kind] = {
         "tokenize the text instead, without log-probs",
     ),
     "bad_logprobs": Kind(
-        "logprobs do not match token_ids one to one, or are not finite and <= 0",
+        "logprobs do not match token_ids one to one, have none, or are not finite and <= 0",
         ERROR,
         (ERROR, DROP, FIX),
         "response",
@@ -109,7 +112,7 @@ class Problem:
     place: str
     id: str | None
     detail: str
-    response: int | None = None  # position in the group's list of responses
+    response: int | None = None  # position in the group's list of responses as read
 
     def __str__(self) -> str:
         where = "" if self.id is None else f" id {self.id!r}"
