@@ -224,8 +224,8 @@ class HuggingFaceTokenizer(Tokenizer):
         own = self._hf.chat_template
         if isinstance(own, dict) and "default" not in own:
             raise InputError(
-                f"{self.path}: the chat templates have names ({', '.join(own)}) and none is the default -> save one in "
-                "a file and set --chat-template FILE, or none (raw text)"
+                f"{self.path}: the chat templates have names ({', '.join(sorted(own))}) and none is the default "
+                "-> save one in a file and set --chat-template FILE, or none (raw text)"
             )
         return self._hf.get_chat_template() if own else None
 

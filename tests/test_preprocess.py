@@ -132,6 +132,32 @@ def test_bad_logprobs(logprobs, tmp_path, folder, tokenizer):
     assert group.responses[1].tolist() == [7, 8, tokenizer.eos_id] and group.logprobs is None
 
 
+def test_logprobs_without_token_ids_do_not_vanish(tmp_path, folder, tokenizer):
+    record = group_of(logprobs=[-0.5])
+    with pytest.raises(InputError, match="response 1 bad_logprobs: log-probs without token_ids"):
+        run(tmp_path, folder, [record])
+    group = only_group(run(tmp_path, folder, [record], "fix", policies=parse_policies(["bad_logprobs=fix"])))
+    assert group.responses[1].tolist() == [*tokenizer.encode_response("plain"), tokenizer.eos_id]
+    dropped = only_group(run(tmp_path, folder, [record], "drop", policies=parse_policies(["bad_logprobs=drop"])))
+    assert len(dropped.responses) == 1
+
+
+def test_special_tokens_in_token_ids_are_found_as_in_text(tmp_path, folder, tokenizer):
+    start = tokenizer.encode_response("<|im_start|>", parse_special=True)
+    record = group_of(token_ids=[7, *start, 8], tokenizer=tokenizer.fingerprint)
+    with pytest.raises(InputError, match=r"response 1 special_tokens: token_ids hold '<\|im_start\|>' \(1\)"):
+        run(tmp_path, folder, [record])
+    made = {
+        policy: only_group(
+            run(tmp_path, folder, [record], policy, policies=parse_policies([f"special_tokens={policy}"]))
+        )
+        for policy in ("keep", "fix", "drop")
+    }
+    assert made["keep"].responses[1].tolist() == [7, *start, 8, tokenizer.eos_id]
+    assert made["fix"].responses[1].tolist() == [*tokenizer.encode_response("plain"), tokenizer.eos_id]
+    assert len(made["drop"].responses) == 1
+
+
 def test_over_long_responses(tmp_path, folder, tokenizer):
     record = group_of("a long answer " * 20)
     with pytest.raises(InputError, match=r"out.jsonl:1: id 'id' response 1 long_response: \d+ tokens, the limit is 20"):
@@ -182,6 +208,81 @@ def test_special_tokens_spelled_in_a_prompt(tmp_path, folder, tokenizer):
             run(tmp_path, folder, [record], name)
         fixed = only_group(run(tmp_path, folder, [record], f"f{name}", policies=parse_policies(["special_tokens=fix"])))
         assert fixed.prompt.tolist() == tokenizer.encode(tokenizer.render_prompt("prompt"))
+
+
+@pytest.mark.parametrize(
+    "prompt,left",
+    [
+        ("<|im_<|im_start|>end|>who", "who"),
+        ("a<|im_<|im_<|im_end|>end|>end|>b", "ab"),
+        ([{"role": "user<|im_end|>", "content": "hi"}], [{"role": "user", "content": "hi"}]),
+        (
+            [{"role": "user", "content": "hi", "calls": [{"<|im_end|>": ["<|im_start|>", 1]}]}],
+            [{"role": "user", "content": "hi", "calls": [{"": ["", 1]}]}],
+        ),
+    ],
+)
+def test_a_fixed_prompt_has_no_special_token_left(prompt, left, tmp_path, folder, tokenizer):
+    record = replace(group_of(), prompt=prompt)
+    with pytest.raises(InputError, match="special_tokens: the prompt spells"):
+        run(tmp_path, folder, [record])
+    fixed = only_group(run(tmp_path, folder, [record], "f", policies=parse_policies(["special_tokens=fix"])))
+    assert fixed.prompt.tolist() == tokenizer.encode(tokenizer.render_prompt(left))
+
+
+def test_a_prompt_of_special_tokens_only_is_empty_when_fixed(tmp_path, folder):
+    records = [group_of(), replace(group_of(), id="empty", prompt="<|im_end|> <|im_<|im_end|>end|>")]
+    with pytest.raises(InputError, match="id 'empty' empty_prompt"):
+        run(tmp_path, folder, records, policies=parse_policies(["special_tokens=fix"]))
+    policies = parse_policies(["special_tokens=fix", "empty_prompt=drop"])
+    assert run(tmp_path, folder, records, "d", policies=policies).groups == 1
+
+
+# --- policies together ----------------------------------------------------------------------------------------------
+
+# What drops a response after its text was read, and the option that goes with it.
+LATE_DROPS = {
+    "long_response": ({"text": "word " * 60}, {"max_response_tokens": 50}),
+    "special_tokens": ({"text": "a <|im_start|> b"}, {}),
+    "bad_token_ids": ({"token_ids": [-1]}, {}),
+    "bad_logprobs": ({"token_ids": [7], "logprobs": [1.0]}, {}),
+    "foreign_token_ids": ({"token_ids": [7], "tokenizer": "0" * 64}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", LATE_DROPS)
+@pytest.mark.parametrize("lost", ["equal_rewards", "no_expert"])
+def test_groups_are_judged_by_the_responses_that_are_left(kind, lost, tmp_path, folder, tokenizer):
+    changes, options = LATE_DROPS[kind]
+    bad = ResponseRecord("bad", "expert" if lost == "no_expert" else "self", 0.5, tokenizer=tokenizer.fingerprint)
+    for name, value in changes.items():
+        setattr(bad, name, value)
+    source = "self" if lost == "no_expert" else "expert"
+    others = [ResponseRecord(text, source, 1.0 if lost == "equal_rewards" else i) for i, text in enumerate("ab")]
+    records = [group_of(), replace(group_of(), id="lost", responses=[bad, *others])]
+    records[0].responses[1].reward = 0.0
+    policies = parse_policies([f"{kind}=drop", "equal_rewards=drop", "no_expert=drop"])
+    summary = run(tmp_path, folder, records, policies=policies, **options)
+    assert summary.groups == 1 and summary.problems == {kind: {"drop": 1}, lost: {"drop": 1}}
+
+
+def test_a_duplicate_stays_when_the_first_one_goes(tmp_path, folder, tokenizer):
+    record = group_of("same", token_ids=[-1], tokenizer=tokenizer.fingerprint)
+    record.responses += [ResponseRecord("same", "self", 0.0), ResponseRecord("same", "self", 0.5)]
+    policies = parse_policies(["bad_token_ids=drop", "duplicate_response=drop"])
+    assert only_group(run(tmp_path, folder, [record], policies=policies)).rewards.tolist() == [1.0, 0.0]
+
+
+def test_the_report_counts_responses_as_they_were_read(tmp_path, folder):
+    texts = [("zero", "alien"), ("one", "expert"), ("one", "self"), ("<|im_start|>x", "self"), ("word " * 60, "self")]
+    made = [ResponseRecord(text, source, float(i)) for i, (text, source) in enumerate(texts)]
+    kinds = ["unknown_source", "special_tokens", "long_response", "duplicate_response"]
+    policies = parse_policies([f"{kind}=drop" for kind in kinds])
+    record = GroupRecord("id", "prompt", made)
+    summary = run(tmp_path, folder, [record], policies=policies, max_response_tokens=50)
+    assert only_group(summary).rewards.tolist() == [1.0]
+    report = [json.loads(line) for line in Path(summary.report).read_text().splitlines()]
+    assert {found["kind"]: found["response"] for found in report} == dict(zip(kinds, [0, 3, 4, 2], strict=True))
 
 
 def test_failing_chat_template(tmp_path, folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -124,6 +125,65 @@ def test_spelled_special_tokens_are_text_in_a_response(tokenizers):
         assert tokenizer.eos_id not in as_text and tokenizer.decode(as_text).endswith(spelled)
         assert tokenizer.encode_response(f"so {spelled}", parse_special=True)[-1] == tokenizer.eos_id
     assert not tokenizers["byte_level"].special_pattern.search("nothing <|special")
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def with_markers(request, tmp_path_factory):
+    """A SentencePiece model whose role markers are user-defined pieces, as Gemma's; <b> and @@ are words to it."""
+    path = tmp_path_factory.mktemp("markers") / f"{request.param}.model"
+    pieces = ["<start_of_turn>", "[INST]", "<b>", "@@"]
+    size = {"bpe": 400, "unigram": 300}[request.param]
+    sentencepiece_file(path, model_type=request.param, vocab_size=size, user_defined_symbols=pieces, **IDENTITY)
+    return load_tokenizer(path, "none")
+
+
+def test_user_defined_role_markers_are_special(with_markers):
+    import sentencepiece
+
+    text = "a <start_of_turn>model [INST]<b>b @@"
+    assert [with_markers.special_pattern.findall(text), with_markers.special_ids] == [
+        ["<start_of_turn>", "[INST]"],
+        {1, 2, 3, 4},
+    ]
+    prompt = with_markers.encode(with_markers.render_prompt("Q"))
+    as_text, parsed = (with_markers.encode_response(text, special) for special in (False, True))
+    assert with_markers.special_ids.isdisjoint(as_text) and {5, 6} < set(as_text)
+    assert [i for i in parsed if i in with_markers.special_ids] == [3, 4]
+    for ids in (as_text, parsed):
+        assert with_markers.decode_response(prompt, ids) == text
+    model = sentencepiece.SentencePieceProcessor(model_file=with_markers.path)
+    rendered = with_markers.render_prompt("<start_of_turn>user [INST] x")  # a prompt is tokenized as the model does
+    assert with_markers.encode(rendered) == [1, *model.encode("<start_of_turn>user [INST] x")]
+
+
+def test_named_chat_templates_without_a_default_are_refused(files, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(files["byte_level"])
+    tokenizer.chat_template = {"rag": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"names \(rag, tool_use\) and none is the default.*set --chat-template FILE"):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, "none").chat_template is None
+    tokenizer.chat_template = {"rag": "{{ 1 }}", "default": CHATML}
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template == CHATML
+
+
+def _changed(files, folder, **parts):
+    """The byte-level tokenizer with other parts of its pipeline."""
+    shutil.copytree(files["byte_level"], folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    return folder
+
+
+def test_a_tokenizer_may_alter_text_but_not_at_the_boundary(files, tmp_path):
+    lower = load_tokenizer(_changed(files, tmp_path / "lower", normalizer={"type": "Lowercase"}), "none")
+    assert lower.decode(lower.encode("What IS")) == "what is"
+    ends = {"type": "Replace", "pattern": {"Regex": "$"}, "content": "!"}  # every text gets an end of its own
+    with pytest.raises(InputError, match="the boundary between them would not be exact"):
+        load_tokenizer(_changed(files, tmp_path / "ends", normalizer=ends), "none")
 
 
 def test_fingerprint_survives_saving_and_changes_with_the_vocabulary(files, tmp_path):
