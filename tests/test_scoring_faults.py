@@ -1,0 +1,187 @@
+"""Scoring under fire: killed runs, suspended and starved machines, what verifiers leave running."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing.forkserver
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from tiny_tokenizers import byte_level_folder
+
+from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
+from megatron_gft.scoring.group_files import score_group_file, score_shard
+from megatron_gft.scoring.judging import ScoringOptions
+from megatron_gft.scoring.verifier_pool import VerifierPool
+from megatron_gft.scoring.verifiers import Case
+from megatron_gft.shards import GroupShard, GroupShardWriter, expand_shards, tokenizer_stamp, verify_shard
+from megatron_gft.tokenizer import load_tokenizer
+
+GROUPS, RESPONSES = 300, 3
+JUDGED_TWICE = 64 + RESPONSES + 8  # at most: what one worker holds, a group, what was on its way
+SLOW = """
+import os, subprocess, time
+
+def log(text):
+    with open(os.path.join(os.path.dirname(__file__), "calls"), "a") as file:
+        file.write(text + "\\n")
+
+def judge(case):
+    log(case.response)
+    time.sleep(0.001)
+    return case.response.endswith(case.answer)
+
+def compute(case):
+    end = time.process_time() + float(case.response)
+    while time.process_time() < end:
+        pass
+    return True
+
+def leave_running(case):
+    child = subprocess.Popen(["sleep", "300"])
+    log(str(child.pid))
+    return child.wait() == 0
+"""
+
+
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    """Folder of a module ``slow_rewards``; its file ``calls`` has a line for every call."""
+    (tmp_path / "slow_rewards.py").write_text(SLOW)
+    (tmp_path / "calls").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def calls(folder):
+    return (folder / "calls").read_text().split("\n")[:-1]
+
+
+def wait_until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.005)
+
+
+def begin(function) -> int:
+    """Run ``function`` in a process of its own, which leads a process group; its id."""
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            os.setpgid(0, 0)
+            multiprocessing.forkserver._forkserver.__init__()  # not the one of the tests
+            function()
+        os._exit(0)
+    return pid
+
+
+def gone(pid) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def case(slow, request):
+    """Scoring of a file or of a shard, and a function that gives the outcomes which it wrote."""
+    records = [
+        GroupRecord(f"g{i}", f"{i}?", [ResponseRecord(f"{k} {i}", "self") for k in range(RESPONSES)], str(i))
+        for i in range(GROUPS)
+    ]
+    options = ScoringOptions("slow_rewards:judge")
+    if request.param == "file":
+        write_group_file(slow / "in.jsonl", records)
+        out = slow / "out.jsonl"
+
+        def outcomes():
+            return [[r.outcome for r in record.responses] for record, _ in iter_group_file(out)]
+
+        return lambda: score_group_file([slow / "in.jsonl"], out, options, progress=False), outcomes
+    folder, prefix = byte_level_folder(slow / "tokenizer"), slow / "train"
+    tokenizer = load_tokenizer(folder)
+    with GroupShardWriter(prefix, tokenizer_stamp(tokenizer)) as writer:
+        for record in records:
+            responses = [[*tokenizer.encode_response(r.text), tokenizer.eos_id] for r in record.responses]
+            prompt = tokenizer.encode(tokenizer.render_prompt(record.prompt))
+            rewards, sources = [None] * RESPONSES, ["self"] * RESPONSES
+            writer.add_group(prompt, responses, sources, rewards, group_id=record.id, answer=record.answer)
+
+    def outcomes():
+        assert expand_shards(f"{slow}/train*") == [str(prefix)]
+        verify_shard(prefix)
+        shard = GroupShard(prefix)
+        return [shard.outcomes(i) for i in range(len(shard))]
+
+    return lambda: score_shard(prefix, folder, options, progress=False), outcomes
+
+
+@pytest.mark.parametrize("case", ["file", "shard"], indirect=True)
+def test_a_killed_run_continues_without_judging_twice(slow, case, capfd):
+    score, outcomes = case
+    pid = begin(score)
+    wait_until(lambda: len(calls(slow)) >= 400)
+    workers = psutil.Process(pid).children(recursive=True)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    wait_until(lambda: all(gone(worker.pid) for worker in workers))
+    before = len(calls(slow))
+    assert before < GROUPS * RESPONSES and [path for path in slow.iterdir() if path.suffix == ".journal"]
+    if (slow / "train.json").exists():
+        assert outcomes() == [[None] * RESPONSES] * GROUPS
+    else:
+        assert list(slow.glob(".out.jsonl.tmp-*")) and not (slow / "out.jsonl").exists()
+    assert score().responses == GROUPS * RESPONSES
+    assert GROUPS * RESPONSES <= len(calls(slow)) <= GROUPS * RESPONSES + JUDGED_TWICE
+    assert outcomes() == [["correct"] * RESPONSES] * GROUPS
+    assert not [path for path in slow.iterdir() if path.suffix == ".journal" or ".tmp-" in path.name]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["file"], indirect=True)
+def test_ctrl_c_ends_the_workers_too(slow, case, capfd):
+    pid = begin(case[0])
+    wait_until(lambda: len(calls(slow)) >= 50)
+    workers = psutil.Process(pid).children(recursive=True)
+    os.killpg(pid, signal.SIGINT)  # as a terminal does
+    os.waitpid(pid, 0)
+    wait_until(lambda: all(gone(worker.pid) for worker in workers))
+    assert len(workers) >= 2 and "Traceback" not in capfd.readouterr().err
+
+
+def test_what_a_verifier_has_started_ends_with_its_worker(slow):
+    with VerifierPool("slow_rewards:leave_running", time_limit=0.3) as pool:
+        assert [verdict.outcome for verdict in pool.judge([Case("x", "x")])] == ["timeout"]
+    (child,) = map(int, calls(slow))
+    wait_until(lambda: gone(child))
+
+
+def test_time_in_which_all_was_suspended_is_nobodys(slow):
+    with VerifierPool("slow_rewards:compute", time_limit=0.2) as pool:
+        verdicts = pool.judge(Case("0.07", "") for _ in range(8))
+        outcomes = [next(verdicts).outcome]
+        for worker in pool._workers:
+            os.kill(worker._process.pid, signal.SIGSTOP)
+        time.sleep(2.2)  # more than ten times the limit, in which this process does not look either
+        for worker in pool._workers:
+            os.kill(worker._process.pid, signal.SIGCONT)
+        outcomes += [verdict.outcome for verdict in verdicts]
+    assert outcomes == ["correct"] * 8
+
+
+def test_a_worker_that_others_keep_off_the_cpu_has_longer(slow):
+    cpu = min(os.sched_getaffinity(0))
+    with VerifierPool("slow_rewards:compute", time_limit=0.4) as pool:
+        os.sched_setaffinity(pool._workers[0]._process.pid, {cpu})
+        code = f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
+        others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+        try:
+            outcomes = [verdict.outcome for verdict in pool.judge([Case("0.3", ""), Case("9", "")])]
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+    assert outcomes == ["correct", "timeout"]
