@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_language_model import language_model_folder
 
-from megatron_gft.errors import InputError
+from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.sampling.decoding import LocalModel
 from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
 from megatron_gft.sampling.settings import SamplingParams
@@ -24,7 +24,7 @@ from megatron_gft.scoring.evaluation import (
     result_table,
     wilson_interval,
 )
-from megatron_gft.scoring.group_files import ScoringOptions
+from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifiers import Verdict
 from tools import evaluate as tool
 
@@ -147,6 +147,53 @@ def test_what_cannot_be_measured_is_said_before_the_model_works(problems, tmp_pa
         evaluate("no such model", [tmp_path / "open.jsonl"], progress=False)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"samples": -1}, "samples=-1"),
+        ({"samples": 2, "temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"stop": ("",)}, "empty stop text"),
+        ({"batch_size": 0, "top_p": 2.0}, r"(?s)\(2\).*batch_size=0.*top_p=2.0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        EvaluationOptions(**changes)
+
+
+def test_all_that_is_wrong_is_said_together_before_the_model_is_loaded(tmp_path):
+    path = tmp_path / "blank.jsonl"
+    path.write_text('{"prompt": "why?", "answer": " "}\n{"prompt": "who?", "answer": "you"}\n')
+    options = EvaluationOptions(scoring=ScoringOptions("math", {"percnt": "off"}), reference_column="typo")
+    with pytest.raises(InputErrors) as caught:
+        evaluate("no such model", [path], options, progress=False)
+    places = ["blank.jsonl:1", "blank.jsonl:1", "blank.jsonl:2", ""]
+    wrong = ["no gold answer", "no column 'typo'", "no column 'typo'", "no option 'percnt'"]
+    assert len(caught.value.problems) == 4
+    for problem, place, message in zip(caught.value.problems, places, wrong, strict=True):
+        assert place in problem and message in problem
+
+
+def test_a_prompt_that_is_too_long_is_said_before_the_model_works(model, problems, monkeypatch):
+    with open(problems, "a") as file:
+        file.write(json.dumps({"question": "what? " * 500, "answer": "a"}) + "\n")
+    monkeypatch.setattr(LocalModel, "sample", None)
+    with pytest.raises(InputError, match=r"problems.jsonl:6: prompt of \d+ tokens"):
+        evaluate(model, [problems], EvaluationOptions(max_tokens=3, scoring=SCORING), progress=False)
+
+
+def test_a_verifier_of_the_users_may_do_without_gold_answers(model, problems, tmp_path):
+    (tmp_path / "letters_only.py").write_text("def judge(case):\n    return case.answer is None\n")
+    path = tmp_path / "open.jsonl"
+    path.write_text('{"prompt": "why?"}\n')
+    options = EvaluationOptions(max_tokens=3, scoring=ScoringOptions("letters_only:judge"))
+    assert evaluate(model, [path], options, progress=False)["greedy"]["accuracy"] == 1.0
+
+
 def test_the_tool(model, problems, tmp_path, capsys):
     output = tmp_path / "result.json"
     arguments = ["--model", model.path, "--problems", str(problems), "--quiet", "--max-tokens", "5", "--device", "cpu"]
@@ -155,5 +202,10 @@ def test_the_tool(model, problems, tmp_path, capsys):
     assert "greedy accuracy" in capsys.readouterr().out
     assert json.loads(output.read_text())["greedy"]["num_responses"] == 5
     assert tool.main([*arguments, "--option", "x"]) == 2
+    capsys.readouterr()
+    for place in (tmp_path, output / "more.json"):  # before anything is measured
+        assert tool.main([*arguments, "--output", str(place)]) == 2
+        said = capsys.readouterr()
+        assert str(place) in said.err and not said.out
     assert tool.main([*arguments[2:], "--model", str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err

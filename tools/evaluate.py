@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from megatron_gft.errors import InputError, command
 
@@ -48,22 +49,31 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_output(path: Path) -> None:
+    """Refuse what a result could not be written to, before there is one."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder -> name a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: {folder} is not a folder to write in -> choose another output")
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
+
+    if options.output:
+        check_output(Path(options.output))
 
     from megatron_gft.atomic import write_json
     from megatron_gft.sampling.decoding import LocalModel
     from megatron_gft.sampling.prompts import PromptColumns
     from megatron_gft.scoring.evaluation import EvaluationOptions, evaluate, result_table
-    from megatron_gft.scoring.group_files import ScoringOptions
+    from megatron_gft.scoring.judging import ScoringOptions, key_values
 
-    for setting in options.option:
-        if "=" not in setting:
-            raise InputError(f"--option {setting!r}: not of the form key=value")
     scoring = ScoringOptions(
         verifier=options.verifier,
-        verifier_options=dict(setting.split("=", 1) for setting in options.option),
+        verifier_options=key_values(options.option, "--option"),
         workers=options.workers,
         time_limit=options.time_limit,
     )
@@ -82,9 +92,10 @@ def main(argv: list[str] | None = None) -> None:
         scoring=scoring,
     )
     columns = PromptColumns(options.prompt_column, options.answer_column, template=options.prompt_template)
-    model = LocalModel(options.model, dtype=options.dtype, device=options.device, chat_template=options.chat_template)
     result = evaluate(
-        model,
+        lambda: LocalModel(
+            options.model, dtype=options.dtype, device=options.device, chat_template=options.chat_template
+        ),
         options.problems,
         measured,
         columns=columns,
@@ -92,9 +103,12 @@ def main(argv: list[str] | None = None) -> None:
         limit=options.limit,
         progress=not options.quiet,
     )
+    print(result_table(result), flush=True)
     if options.output:
-        write_json(options.output, result)
-    print(result_table(result))
+        try:
+            write_json(options.output, result)
+        except OSError as error:
+            raise InputError(f"{options.output}: cannot be written ({error.strerror or error})") from error
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ token that of a ratio (problems are the independent units, tokens are not).
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,17 @@ from megatron_gft import __version__
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.sampling.decoding import LocalModel
 from megatron_gft.sampling.generation import PromptSet
-from megatron_gft.sampling.local_backends import TransformersBackend
+from megatron_gft.sampling.local_backends import TransformersBackend, encode_prompt
 from megatron_gft.sampling.prompts import PromptColumns, PromptRow
 from megatron_gft.sampling.settings import SampleFailure, SampleRequest, SamplingParams, model_fingerprint, sample_seed
 from megatron_gft.scoring.judging import ScoringOptions
+from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case, Verdict
 
 Z_95 = 1.959963984540054
 REFERENCE_COLUMNS = ("solution", "answer")
 SHOWN_SAMPLES = 5
+SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class EvaluationOptions:
         reference_logprobs: teacher-force the reference answers.
         reference_column: of the worked solution; default ``solution``, else an ``answer`` that holds ``####``.
         scoring: verifier, workers and limits.
+
+    Raises:
+        InputErrors: settings that cannot be, or nothing to measure.
     """
 
     greedy: bool = True
@@ -63,6 +70,17 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         problems = []
+        for name, value in (("max_tokens", self.max_tokens), ("batch_size", self.batch_size)):
+            if value < 1:
+                problems.append(f"{name}={value} -> at least 1")
+        if self.samples < 0:
+            problems.append(f"samples={self.samples} -> 0 for none, or more")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            problems.append(f"temperature={self.temperature} -> a number, 0 or more")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p} -> more than 0, at most 1")
+        if any(not text for text in self.stop):
+            problems.append("an empty stop text would end every response -> leave it out")
         if self.samples and self.temperature == 0:
             problems.append("samples at temperature 0 are all the same -> set a temperature")
         if self.samples and (not self.pass_at or max(self.pass_at) > self.samples or min(self.pass_at) < 1):
@@ -72,9 +90,14 @@ class EvaluationOptions:
         if problems:
             raise InputErrors("evaluation", problems)
 
+    @property
+    def judges(self) -> bool:
+        """Whether responses are sampled and judged."""
+        return self.greedy or self.samples > 0
+
 
 def evaluate(
-    model: str | Path | LocalModel,
+    model: str | Path | LocalModel | Callable[[], LocalModel],
     problems: Sequence[str | Path],
     options: EvaluationOptions | None = None,
     *,
@@ -85,8 +108,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a Hugging Face folder on problem files.
 
+    Problems, verifier and references are checked before the model is loaded, lengths before it works.
+
     Args:
-        model: folder, or a model loaded already (with another dtype, device or chat template).
+        model: folder, or a model (with another dtype, device or chat template), or a function that loads it.
         problems: JSONL, parquet or group files, or dataset folders.
 
     Returns:
@@ -96,44 +121,89 @@ def evaluate(
         result in the order of the problems, for paired comparisons of two models.
 
     Raises:
-        InputError: no problems, a problem without gold answer, prompts that do not fit the model.
+        InputErrors: no problems, problems without gold answer for a verifier that needs one, a verifier that cannot
+            be built, no such reference column, prompts that do not fit the model.
     """
     options = options or EvaluationOptions()
-    rows = list(PromptSet(problems, columns or PromptColumns(), split, limit))
-    if not rows:
-        raise InputError(f"{', '.join(map(str, problems))}: no problems in there -> check the files")
-    if options.greedy or options.samples:
-        _require_answers(rows)
-    local = model if isinstance(model, LocalModel) else LocalModel(model)
-    result: dict[str, Any] = {
-        "model": local.path,
-        "checkpoint": model_fingerprint(local.path),
-        "problems": [str(path) for path in problems],
-        "num_problems": len(rows),
-        "version": __version__,
-        "options": asdict(replace(options, scoring=ScoringOptions())) | {"scoring": options.scoring.description()},
-    }
-    params = SamplingParams(0.0, max_tokens=options.max_tokens, stop=options.stop)
-    if options.greedy:
-        verdicts, texts = _answer(local, rows, params, 1, options, "greedy", progress)
-        result["greedy"] = _accuracy([verdict for (verdict,) in verdicts], texts)
-    if options.samples:
-        params = replace(params, temperature=options.temperature, top_p=options.top_p)
-        verdicts, texts = _answer(local, rows, params, options.samples, options, "sampling", progress)
-        result["sampled"] = _outcomes([verdict for group in verdicts for verdict in group], texts)
-        correct = [sum(verdict.outcome == "correct" for verdict in group) for group in verdicts]
-        result["pass_at_k"] = {str(k): pass_at_k_summary(options.samples, correct, k) for k in options.pass_at}
+    prompts = PromptSet(problems, columns or PromptColumns(), split, limit)
+    with contextlib.ExitStack() as stack:
+        rows, pool = _prepare(prompts, options, stack)
+        local = model if isinstance(model, LocalModel) else model() if callable(model) else LocalModel(model)
+        _check_lengths(local, rows, options)
+        result: dict[str, Any] = {
+            "model": local.path,
+            "checkpoint": model_fingerprint(local.path),
+            "problems": [str(path) for path in problems],
+            "num_problems": len(rows),
+            "version": __version__,
+            "options": asdict(replace(options, scoring=ScoringOptions()))
+            | {"scoring": options.scoring.description() if options.judges else None},
+        }
+        params = SamplingParams(0.0, max_tokens=options.max_tokens, stop=options.stop)
+        if options.greedy:
+            verdicts, texts = _answer(local, rows, params, 1, options, pool, "greedy", progress)
+            result["greedy"] = _accuracy([verdict for (verdict,) in verdicts], texts)
+        if options.samples:
+            params = replace(params, temperature=options.temperature, top_p=options.top_p)
+            verdicts, texts = _answer(local, rows, params, options.samples, options, pool, "sampling", progress)
+            result["sampled"] = _outcomes([verdict for group in verdicts for verdict in group], texts)
+            correct = [sum(verdict.outcome == "correct" for verdict in group) for group in verdicts]
+            result["pass_at_k"] = {str(k): pass_at_k_summary(options.samples, correct, k) for k in options.pass_at}
     if options.reference_logprobs:
         result["reference"] = _reference(local, rows, options.reference_column, progress)
     return result
 
 
-def _require_answers(rows: Iterable[PromptRow]) -> None:
-    missing = [f"{row.place}: id {row.id!r}" for row in rows if row.answer is None]
-    if missing:
-        raise InputErrors(
-            "problems without gold answer -> set --answer-column, or measure log-probs only", missing[:20]
-        )
+def _prepare(
+    prompts: PromptSet, options: EvaluationOptions, stack: contextlib.ExitStack
+) -> tuple[list[PromptRow], VerifierPool]:
+    """The problems and the workers of the verifier (only if there is something to judge).
+
+    Raises:
+        InputErrors: all that is wrong with them.
+    """
+    found: list[str] = []
+    rows: list[PromptRow] = []
+    try:
+        rows = list(prompts)
+        if not rows:
+            found.append(f"{', '.join(map(str, prompts.inputs))}: no problems in there -> check the files")
+    except InputError as error:
+        found.append(str(error))
+    found += itertools.islice(_row_problems(rows, options), SHOWN_PROBLEMS)
+    pool: Any = None
+    if options.judges:
+        try:
+            pool = stack.enter_context(options.scoring.pool())
+        except InputError as error:
+            found.append(str(error))
+    if found:
+        raise InputErrors("cannot begin", found)
+    return rows, pool
+
+
+def _row_problems(rows: Iterable[PromptRow], options: EvaluationOptions) -> Iterator[str]:
+    for row in rows:
+        if options.judges and not options.scoring.can_judge(row.answer):
+            yield f"{row.place}: id {row.id!r} has no gold answer -> set --answer-column, or measure log-probs only"
+        if options.reference_logprobs:
+            try:
+                list(reference_texts(row, options.reference_column))
+            except InputError as error:
+                yield str(error)
+
+
+def _check_lengths(model: LocalModel, rows: Iterable[PromptRow], options: EvaluationOptions) -> None:
+    if not options.judges:
+        return
+    longest = model.max_positions - options.max_tokens
+    problems = (
+        f"{row.place}: {problem} -> lower --max-tokens or leave the problem out"
+        for row in rows
+        if (problem := encode_prompt(model.tokenizer, row.prompt, longest)[1]) is not None
+    )
+    if shown := list(itertools.islice(problems, SHOWN_PROBLEMS)):
+        raise InputErrors("problems that the model cannot be asked", shown)
 
 
 @dataclass(frozen=True)
@@ -149,6 +219,7 @@ def _answer(
     params: SamplingParams,
     count: int,
     options: EvaluationOptions,
+    pool: VerifierPool,
     name: str,
     progress: bool,
 ) -> tuple[list[list[Verdict]], list[_Text]]:
@@ -164,16 +235,15 @@ def _answer(
         for outcome in backend.generate(requests, params, lambda key: False):
             if isinstance(outcome, SampleFailure):
                 row = rows[int(outcome.key.split("/")[0])]
-                raise InputError(f"{row.place}: {outcome.reason} -> lower max_tokens or leave the problem out")
+                raise InputError(f"{row.place}: {outcome.reason} -> leave the problem out")
             length = len(outcome.token_ids) if outcome.token_ids is not None else 0
             texts[outcome.key] = _Text(outcome.text, outcome.finish_reason, length)
             bar.update()
     ordered = [texts[request.key] for request in requests]
     owners = [row for row in rows for _ in range(count)]
     cases = (Case(said.text, row.answer, row.prompt, row.meta) for said, row in zip(ordered, owners, strict=True))
-    with options.scoring.pool() as pool:
-        judged: Iterable[Verdict] = pool.judge(cases)
-        verdicts = list(tqdm(judged, total=len(ordered), desc="judging", unit="response", disable=not progress))
+    judged = tqdm(pool.judge(cases), total=len(ordered), desc="judging", unit="response", disable=not progress)
+    verdicts = list(judged)
     return [verdicts[i : i + count] for i in range(0, len(verdicts), count)], ordered
 
 
@@ -311,6 +381,8 @@ def result_table(result: dict[str, Any]) -> str:
             key = f"logprob_per_{unit}"
             note = f"{reference[f'num_{unit}s']} {unit}s"
             line(f"reference log-prob/{unit}", reference[key], reference[f"{key}_interval"], note)
+        if reference["too_long"]:
+            lines.append(f"  reference answers too long for the model, left out: {reference['too_long']}")
     return "\n".join(lines)
 
 
