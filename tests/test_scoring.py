@@ -391,3 +391,22 @@ def test_the_tool(tmp_path, capsys):
     ):
         assert score_groups.main(wrong) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_tool_on_shards(shard, tmp_path, capsys):
+    prefix, folder = shard
+    corrected = groups()
+    corrected[0].answer = "1"
+    source = write(tmp_path / "corrected.jsonl", corrected)
+    arguments = ["--tokenizer", str(folder), "--verifier", "exact", "--option", "part=answer", "--quiet"]
+    arguments += ["--groups", source, "--workers", "1", "--shard", str(prefix)]
+    for wrong, message in (
+        ([*arguments, f"{tmp_path}/./shard"], "named twice"),
+        ([*arguments, f"{tmp_path}/shart"], "no such group shard"),
+    ):
+        assert score_groups.main(wrong) == 2
+        said = capsys.readouterr()
+        assert message in said.err and not said.out  # nothing was judged before
+    assert score_groups.main(arguments) == 0
+    assert "6 groups, 18 responses" in capsys.readouterr().out
+    assert GroupShard(prefix)[0].rewards.tolist() == [0.0, 0.0, 1.0]
