@@ -148,7 +148,7 @@ def _check_nothing_is_lost(summary: PreprocessSummary, rows: dict[int, Any]) -> 
     so did every response of a group."""
     found = [json.loads(line) for line in Path(summary.report).read_text().splitlines()]
     dropped = [(int(p["place"].rpartition(":")[2]), p) for p in found if p["action"] == DROP]
-    lost = Counter(row for row, problem in dropped if KINDS[problem["kind"]].drops == "group")
+    lost = Counter(row for row, problem in dropped if _loses_group(problem))
     assert set(lost.values()) <= {1} and lost.keys() <= rows.keys()
     left = [row for row in rows if row not in lost]
     shard = GroupShard(summary.prefixes[0])
@@ -157,6 +157,10 @@ def _check_nothing_is_lost(summary: PreprocessSummary, rows: dict[int, Any]) -> 
         without = {problem["response"] for of, problem in dropped if of == row}
         if rows[row] is not None:
             assert len(shard[i].responses) == rows[row] - len(without), row
+
+
+def _loses_group(problem: dict[str, Any]) -> bool:
+    return KINDS[problem["kind"]].drops == "group" or problem["response"] is None  # special tokens in the prompt
 
 
 def _check_fuzzed(rows: list[bytes], chosen: dict[str, str], folder: Path, fingerprint: str, out: Path) -> None:
@@ -221,7 +225,8 @@ def test_policies_together_lose_nothing(seed, tmp_path, folder, fingerprint):
     rows = [json.dumps(_random_group(rng, number)).encode() for number in range(300)]
     changed = {name: rng.choice([c for c in KINDS[name].choices if c != ERROR]) for name in KINDS}
     chosen = MILDEST | {name: changed[name] for name in rng.sample(list(KINDS), 8)}
-    _check_fuzzed(rows, chosen | {"equal_rewards": DROP, "no_expert": DROP}, folder, fingerprint, tmp_path / "x")
+    chosen |= {"special_tokens": (KEEP, FIX, DROP)[seed % 3], "equal_rewards": DROP, "no_expert": DROP}
+    _check_fuzzed(rows, chosen, folder, fingerprint, tmp_path / "x")
     assert list((tmp_path / "x").glob("train.json"))
 
 

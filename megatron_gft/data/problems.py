@@ -70,12 +70,13 @@ KINDS: dict[str, Kind] = {
         "cut it, without EOS",
     ),
     "special_tokens": Kind(
-        "the text spells a special token (EOS, a second BOS, a role marker, ...), or token_ids hold one",
+        "a text spells a special token (EOS, a second BOS, a role marker, ...), or token_ids hold one; "
+        "drop of a prompt drops its group",
         ERROR,
         (ERROR, DROP, FIX, KEEP),
         "response",
-        "remove it from a prompt; of a response, strip a final EOS and encode the rest as ordinary text, its text too "
-        "where token_ids hold one; keep: encode as special tokens",
+        "a prompt loses it, a response loses a final EOS and the rest becomes ordinary text, in place of such "
+        "token_ids too; keep: encode as special tokens",
     ),
     "template_failed": Kind("the chat template raised on this prompt", ERROR, (ERROR, DROP)),
     "bad_token_ids": Kind(
