@@ -2,11 +2,17 @@
 
 import functools
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import ranks  # noqa: F401
 import torch
+
+
+def pytest_configure():
+    """Tests of Ctrl-C work in a background job too, where shells have SIGINT ignored, by children as well."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):

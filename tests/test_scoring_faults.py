@@ -150,6 +150,7 @@ def test_ctrl_c_ends_the_workers_too(slow, case, capfd):
     os.waitpid(pid, 0)
     wait_until(lambda: all(gone(worker.pid) for worker in workers))
     assert len(workers) >= 2 and "Traceback" not in capfd.readouterr().err
+    assert len(calls(slow)) < GROUPS * RESPONSES
 
 
 def test_what_a_verifier_has_started_ends_with_its_worker(slow):
