@@ -187,6 +187,7 @@ def test_fuzzed_lines_never_crash(tmp_path_factory, folder, fingerprint, rows, c
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=st.lists(lines, min_size=100, max_size=120), chosen=policies | lenient)
 def test_100_000_fuzzed_lines_never_crash(tmp_path_factory, folder, fingerprint, rows, chosen):
