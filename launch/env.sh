@@ -1,5 +1,5 @@
 # NCCL, allocator and thread settings of every training process, each with its reason. What is set already wins.
-# Read by megatron_gft/launch.py for all ways of starting; may also be sourced by hand.
+# Read by megatron_gft/commands/launch.py for all ways of starting; may also be sourced by hand.
 default() { [ -n "${!1+set}" ] || export "$1=$2"; }
 
 # Megatron-Core hides tensor-parallel communication by the order in which it queues kernels; a single hardware queue

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     import sys
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    from megatron_gft.launch import main
+    from megatron_gft.commands.launch import main
 
     sys.exit(main(__file__, recipe="examples/llama3.1-70b/gpus-64.yaml", gpus=64))
 # the end

@@ -15,7 +15,7 @@ if __name__ == "__main__":
     import sys
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    from megatron_gft.launch import main
+    from megatron_gft.commands.launch import main
 
     sys.exit(main(__file__, recipe="examples/qwen2.5-7b/gpus-8.yaml", gpus=8))
 # the end

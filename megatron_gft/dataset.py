@@ -26,9 +26,9 @@ from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatr
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_gft.data.group_source import GroupSource, GroupTable, LengthLimits, LimitedCounts
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.shards import GroupShard, check_sets, expand_shards
+from megatron_gft.shards.limited import GroupSource, GroupTable, LengthLimits, LimitedCounts
 
 __all__ = ["GroupDataset", "GroupDatasets", "GroupSplit", "LengthLimits", "build_group_datasets"]
 _ALL = "all shards"  # the one source of a blend without weights

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_gft.balancing import Balancer, Item, cost, rows
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.hf.config import ModelShape
+from megatron_gft.hf.shape import ModelShape
 
 PackForm = Literal["packed", "shared_prefix"]
 Packing = Literal["packed", "shared_prefix", "auto"]

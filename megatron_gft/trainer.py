@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import statistics
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import Signals
 
@@ -18,41 +17,29 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_gft.batch import Groups, StepBatch, StepSource, open_groups
-from megatron_gft.checkpoint import (
+from megatron_gft.batch import StepBatch, StepPrefetcher, StepSource
+from megatron_gft.checkpoints.checkpointer import (
     Checkpointer,
     RunState,
-    SaveFailed,
-    find_checkpoint,
-    list_checkpoints,
-    load_weights,
-    newest_checkpoint,
 )
 from megatron_gft.config import Config
-from megatron_gft.errors import InputError
-from megatron_gft.hf.config import ModelShape, config_path
-from megatron_gft.hf.weights import export_hf_weights, load_hf_weights
+from megatron_gft.hf.shape import ModelShape, config_path
+from megatron_gft.hf.weights import export_hf_weights
 from megatron_gft.metrics import Record, Reporter, loss_record, step_record
-from megatron_gft.model import build_model
 from megatron_gft.optimizer import (
     apply_gradients,
-    build_optimizer,
-    build_scheduler,
     gathered_parameters,
     learning_rate,
     reduce_gradients,
-    wrap_data_parallel,
 )
 from megatron_gft.packing import Pack
-from megatron_gft.parallel import Parallel, destroy_parallel, initialize_parallel, seed_everything
-from megatron_gft.prefetch import StepPrefetcher
-from megatron_gft.runtime import StopRequest, Watchdog, set_up_logging, start_process_group
+from megatron_gft.parallel import Parallel
+from megatron_gft.runtime import StopRequest, Watchdog
 from megatron_gft.step import LossReport, StepRunner
 from megatron_gft.timing import RankTimes, gather_times, traced
 
 logger = logging.getLogger(__name__)
 
-EXIT_FAILED = 1
 # Steps of gradient norms that a spike is measured against.
 SPIKE_WINDOW = 50
 
@@ -295,150 +282,3 @@ class Trainer:
         self.watchdog.stop()
         if self.reporter is not None:
             self.reporter.close()
-
-
-def build_trainer(
-    config: Config, shape: ModelShape, parallel: Parallel, train_groups: Groups, valid_groups: Groups | None
-) -> Trainer:
-    """Model, optimizer, data and outputs of a run, with weights loaded and the run's state restored.
-
-    Raises:
-        InputError: weights or checkpoint do not fit, or the data changed since the checkpoint was written.
-    """
-    run_folder = Path(config.train.output)
-    checkpoints = run_folder / "checkpoints"
-    source = StepSource(train_groups, config, shape, parallel)
-    total_steps = source.steps_per_epoch * config.train.epochs
-    total_steps = min(total_steps, config.train.max_steps or total_steps)
-    found = [_resume_point(config, checkpoints) if parallel.rank == 0 else None]
-    dist.broadcast_object_list(found, src=0)
-    resume_from = found[0]
-
-    seed_everything(config.train.seed, parallel)
-    transformer, modules = build_model(shape, config.model, config.objective, config.parallel, parallel)
-    if resume_from is None:
-        _initial_weights(config, shape, parallel, modules)
-    chunks = wrap_data_parallel(modules, transformer, config.optimizer)
-    optimizer = build_optimizer(chunks, config.optimizer, bf16=transformer.bf16)
-    scheduler = build_scheduler(optimizer, config.optimizer, total_steps)
-    checkpointer = Checkpointer(
-        checkpoints,
-        chunks,
-        optimizer,
-        parallel,
-        keep_last=config.checkpoint.keep_last,
-        background=config.checkpoint.async_save,
-        model_files=config_path(config.model.config).parent,
-    )
-    state = RunState(data_fingerprint=train_groups.fingerprint, groups_per_step=config.data.groups_per_step)
-    if resume_from is not None:
-        stored = checkpointer.load(resume_from, with_optimizer=config.checkpoint.load_optimizer)
-        _check_same_data(stored, state, config, resume_from)
-        state = replace(stored, data_fingerprint=state.data_fingerprint, groups_per_step=state.groups_per_step)
-    scheduler.step(state.step + 1)  # update k uses the rate of step k: the first one is not wasted at rate 0
-    objective = config.objective
-    return Trainer(
-        config=config,
-        shape=shape,
-        parallel=parallel,
-        chunks=chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        runner=StepRunner(chunks, parallel, tau=objective.tau, kind=objective.coefficient or "rectified"),
-        source=source,
-        prefetcher=StepPrefetcher(source, total_steps),
-        validation=StepSource(valid_groups, config, shape, parallel, validation=True) if valid_groups else None,
-        checkpointer=checkpointer,
-        reporter=_reporter(config, run_folder, state, total_steps) if parallel.rank == 0 else None,
-        state=state,
-        total_steps=total_steps,
-        stop=StopRequest(),
-        watchdog=Watchdog(config.train.watchdog_minutes, parallel.coordinates),
-    )
-
-
-def _resume_point(config: Config, checkpoints: Path) -> Path | None:
-    if config.checkpoint.resume == "never":
-        if list_checkpoints(checkpoints):
-            raise InputError(
-                f"{checkpoints}: holds checkpoints and checkpoint.resume=never would overwrite them -> choose another "
-                "train.output, or remove them"
-            )
-        return None
-    return find_checkpoint(checkpoints, config.checkpoint.resume)
-
-
-def _initial_weights(config: Config, shape: ModelShape, parallel: Parallel, modules: list[torch.nn.Module]) -> None:
-    origin = config.checkpoint.init_from
-    if origin is None:
-        logger.info("checkpoint.init_from is not set: training starts from random weights")
-    elif origin.startswith("hf:"):
-        load_hf_weights(modules, shape, origin.removeprefix("hf:"), parallel)
-    else:
-        load_weights(newest_checkpoint(Path(origin), "checkpoint.init_from"), modules, parallel)
-
-
-def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path) -> None:
-    """The order of groups is a function of these two; with others, "continue at step n" means other groups."""
-    if config.data.allow_changed_data:
-        return
-    if stored.data_fingerprint != now.data_fingerprint or stored.groups_per_step != now.groups_per_step:
-        raise InputError(
-            f"{path}: was trained on other data (shards, weights, split, seed or groups_per_step "
-            f"{stored.groups_per_step}, now {now.groups_per_step}) -> restore them, or set "
-            "data.allow_changed_data=true to go on from the same step number in the new order"
-        )
-
-
-def _reporter(config: Config, run_folder: Path, state: RunState, total_steps: int) -> Reporter:
-    return Reporter(
-        run_folder,
-        config.logging,
-        first_step=state.step,
-        total_steps=total_steps,
-        resolved=config.model_dump(mode="json"),
-    )
-
-
-def train(config: Config, shape: ModelShape) -> int:
-    """Run the whole job on this process; returns its exit code."""
-    if os.environ.get("RANK", "0") == "0":
-        try:
-            config.write(Path(config.train.output) / "config.yaml")
-        except OSError as error:
-            raise InputError(f"train.output={config.train.output}: cannot be written ({error.strerror})") from None
-    data = None if config.data.cache else open_groups(config, shape)  # Megatron's cache needs the process group
-    device = start_process_group(config.parallel.collective_timeout_minutes)
-    set_up_logging(dist.get_rank())
-    p = config.parallel
-    parallel = initialize_parallel(
-        tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp, timeout_minutes=p.collective_timeout_minutes
-    )
-    train_groups, valid_groups = data or open_groups(config, shape)
-    for split in filter(None, (train_groups, valid_groups)):
-        if any(asdict(split.limited).values()):
-            logger.info("%s data: %s (data.overlong=%s)", split.name, split.limited, config.data.overlong)
-    trainer = build_trainer(config, shape, parallel, train_groups, valid_groups)
-    logger.info("%s on %d x %s", describe(trainer), parallel.world_size, device)
-    try:
-        code = trainer.run()
-    except (TrainingStopped, SaveFailed) as error:
-        if parallel.rank == 0:
-            logger.error("%s", error)
-        code = EXIT_FAILED
-    finally:
-        trainer.close()
-    destroy_parallel()
-    return code
-
-
-def describe(trainer: Trainer) -> str:
-    """One line about the run, for its log."""
-    config, parallel = trainer.config, trainer.parallel
-    layout = f"tp {parallel.tp_size}, pp {parallel.pp_size}, cp {parallel.cp_size}, dp {parallel.dp_size}"
-    if parallel.ep_size > 1:
-        layout += f", ep {parallel.ep_size}"
-    return (
-        f"{config.objective.name} on {len(trainer.source.groups)} groups, {trainer.total_steps} steps from "
-        f"{trainer.state.step}; {layout}"
-    )

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_gft.config import Config, row_multiples
 from megatron_gft.errors import InputErrors
 from megatron_gft.gpu_packages import apex_problem
-from megatron_gft.hf.config import ModelShape, shape_problems
+from megatron_gft.hf.shape import ModelShape, shape_problems
 
 
 def check(config: Config, shape: ModelShape, world_size: int, *, training: bool = True) -> None:

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from memory_groups import MemoryGroups
 
 from megatron_gft.config import load_config
-from megatron_gft.hf.config import read_model_shape
+from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.job import build_trainer
 from megatron_gft.parallel import destroy_parallel, initialize_parallel
 from megatron_gft.runtime import set_up_logging, start_process_group
-from megatron_gft.trainer import build_trainer
 
 
 class RandomGroups(MemoryGroups):

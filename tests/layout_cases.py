@@ -22,13 +22,14 @@ from ranks import run_ranks
 from tiny_models import write_tiny_model
 
 from megatron_gft.config import Config, load_config
-from megatron_gft.hf.config import read_model_shape
 from megatron_gft.hf.mapping import HfMapping
+from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.weights import gather_to_hf, live_parameters
+from megatron_gft.job import build_trainer
 from megatron_gft.model import unwrap
 from megatron_gft.parallel import initialize_parallel
 from megatron_gft.step import StepRunner
-from megatron_gft.trainer import Trainer, build_trainer
+from megatron_gft.trainer import Trainer
 from megatron_gft.validation import check
 
 VOCAB_SIZE = 67  # odd: padded differently by every tensor-parallel size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_gft.data.group_source import GroupTable
+from megatron_gft.shards.limited import GroupTable
 
 
 class MemoryGroups:

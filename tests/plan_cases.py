@@ -12,10 +12,10 @@ import sys
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from megatron_gft.config import load_config
-from megatron_gft.estimates.memory import measure_stage, simulated_rank
-from megatron_gft.estimates.report import format_plan
-from megatron_gft.hf.config import read_model_shape
-from megatron_gft.plan import make_plan
+from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.sizing.fit import make_plan
+from megatron_gft.sizing.memory import measure_stage, simulated_rank
+from megatron_gft.sizing.report import format_plan
 
 MANY_PACKS = 64
 

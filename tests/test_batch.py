@@ -14,11 +14,11 @@ from ranks import run_ranks
 
 from megatron_gft.batch import StepSource, open_groups
 from megatron_gft.config import load_config, row_multiples
-from megatron_gft.data.group_source import GroupTable
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.hf.config import model_shape_from_config
+from megatron_gft.hf.shape import model_shape_from_config
 from megatron_gft.parallel import Parallel
 from megatron_gft.shards import GroupShardWriter
+from megatron_gft.shards.limited import GroupTable
 
 SHAPE = model_shape_from_config(
     {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_gft.bench.data import (
+from tools.bench.data import (
     bench_open,
     bench_preprocess_workers,
     bench_shard_reading,
@@ -10,7 +10,7 @@ from megatron_gft.bench.data import (
     synthetic_records,
     synthetic_tokenizer,
 )
-from megatron_gft.bench.timing import lockstep_seconds
+from tools.bench.timing import lockstep_seconds
 
 
 def test_both_ways_write_the_same_tokens_of_flat_text(tmp_path):

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from megatron_gft.bench.head import HeadShape, head_memory
-from megatron_gft.bench.timing import summary
+from tools.bench.head import HeadShape, head_memory
+from tools.bench.timing import summary
 
 
 def test_peak_memory_is_one_chunk_of_logits():
@@ -21,7 +21,7 @@ def test_peak_memory_is_one_chunk_of_logits():
 
 def test_timing_runs_every_implementation():
     script = (
-        "import json; from megatron_gft.bench.head import HeadShape, head_time, masked_rows\n"
+        "import json; from tools.bench.head import HeadShape, head_time, masked_rows\n"
         "shape = HeadShape(tokens=32, vocab=128, hidden=16, chunk_tokens=8)\n"
         "print(json.dumps([head_time(shape, repeats=2), masked_rows(shape, repeats=2)]))"
     )

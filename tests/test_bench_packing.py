@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_gft.bench.packing import Trunk, bench_planner, bench_shared_prefix
+from tools.bench.packing import Trunk, bench_planner, bench_shared_prefix
 
 SIZES = dict(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48)
 

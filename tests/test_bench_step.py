@@ -6,8 +6,8 @@ import math
 import pytest
 from ranks import run_ranks
 
-from megatron_gft.bench import step as bench_step
-from megatron_gft.bench.step import StepShape
+from tools.bench import step as bench_step
+from tools.bench.step import StepShape
 
 TINY = StepShape(
     layers=1,

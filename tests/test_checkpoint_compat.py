@@ -5,9 +5,9 @@ from __future__ import annotations
 import megatron.core
 import pytest
 
+from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
+from megatron_gft.conversion.convert import hf_to_megatron
 from megatron_gft.errors import InputError
-from megatron_gft.hf.checkpoint_compat import loadable_sharded_state_dict
-from megatron_gft.hf.convert import hf_to_megatron
 
 
 @pytest.mark.parametrize(("release", "refused"), [("0.16.1", True), ("0.18.2", True), ("0.19.0", False)])

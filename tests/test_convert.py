@@ -27,20 +27,20 @@ from tiny_models import (
     world_size,
 )
 
-from megatron_gft.bench.convert import write_synthetic_model
+from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
+from megatron_gft.checkpoints.torch_dist import prefetch
+from megatron_gft.conversion import verify as hf_verify
+from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_gft.conversion.verify import verify_logits
 from megatron_gft.errors import InputError
 from megatron_gft.hf import safetensors_io
-from megatron_gft.hf import verify as hf_verify
-from megatron_gft.hf.checkpoint_compat import loadable_sharded_state_dict
-from megatron_gft.hf.config import read_model_shape
-from megatron_gft.hf.convert import hf_to_megatron, megatron_to_hf
 from megatron_gft.hf.files import read_source_record
-from megatron_gft.hf.torch_dist import prefetch
-from megatron_gft.hf.verify import verify_logits
+from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.parallel import initialize_parallel
 from megatron_gft.tokenizer import tokenizer_fingerprint
 from tools import convert_checkpoint
+from tools.bench.convert import write_synthetic_model
 
 SHARD_BYTES = 300_000
 SPECS = {"local": local_layer_spec, "te": te_layer_spec}
@@ -307,8 +307,8 @@ def test_prefetch_raises_in_the_consumer_and_stops_when_left():
 MEASURE = """
 import json, sys
 from transformers import AutoTokenizer, LlamaConfig  # loaded lazily, with torch._dynamo (and triton) behind them
-from megatron_gft.bench.convert import PeakMemory
-from megatron_gft.hf.convert import hf_to_megatron, megatron_to_hf
+from tools.bench.convert import PeakMemory
+from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 convert = {"hf_to_megatron": hf_to_megatron, "megatron_to_hf": megatron_to_hf}[sys.argv[1]]
 with PeakMemory() as memory:
     convert(sys.argv[2], sys.argv[3])

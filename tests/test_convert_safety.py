@@ -15,10 +15,11 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
+from megatron_gft.checkpoints import torch_dist
+from megatron_gft.checkpoints.torch_dist import TorchDistReader
+from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_gft.errors import InputError
-from megatron_gft.hf import safetensors_io, torch_dist
-from megatron_gft.hf.convert import hf_to_megatron, megatron_to_hf
-from megatron_gft.hf.torch_dist import TorchDistReader
+from megatron_gft.hf import safetensors_io
 
 
 @pytest.fixture

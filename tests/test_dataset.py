@@ -12,10 +12,10 @@ import torch
 from group_shards import STAMP, write_shard
 from ranks import run_ranks
 
-from megatron_gft.data.shard_manifest import ShardSet
 from megatron_gft.dataset import LengthLimits, build_group_datasets
 from megatron_gft.errors import InputError
 from megatron_gft.shards import GroupShard, GroupShardWriter, add_rewards_sidecar
+from megatron_gft.shards.manifest import ShardSet
 
 
 @pytest.fixture

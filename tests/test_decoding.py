@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_language_model import language_model_folder
 
 from megatron_gft.errors import InputError
-from megatron_gft.sampling.decoding import LocalModel, pick_tokens, token_logprobs
 from megatron_gft.sampling.local_backends import TransformersBackend
+from megatron_gft.sampling.local_model import LocalModel, pick_tokens, token_logprobs
 from megatron_gft.sampling.settings import SampleFailure, SampleRequest, SamplingParams, model_fingerprint, sample_seed
 
 PROMPTS = ["1 plus 7?", "Question 12: what is 12 plus 84? Let us think.", "a", "Let us think step by step about 9."]
@@ -66,7 +66,7 @@ def test_sampling_logprobs_are_those_of_teacher_forcing_in_fp64(local):
 
 
 def test_long_and_short_answers_are_cut_into_batches_within_limits(local, monkeypatch):
-    monkeypatch.setattr("megatron_gft.sampling.decoding.MAX_BATCH_TOKENS", 60)
+    monkeypatch.setattr("megatron_gft.sampling.local_model.MAX_BATCH_TOKENS", 60)
     rng = np.random.default_rng(0)
     pairs = [(rng.integers(3, 90, rng.integers(1, 30)).tolist(), rng.integers(3, 90, n).tolist()) for n in range(1, 25)]
     seen = []
@@ -101,7 +101,7 @@ def test_few_candidates_and_the_whole_vocabulary_give_the_same_tokens(monkeypatc
     logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 4, 200)[:, None]
     uniforms = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     whole = pick_tokens(logits, uniforms, SamplingParams(top_p=0.9))
-    monkeypatch.setattr("megatron_gft.sampling.decoding.TOP_P_CANDIDATES", 20)
+    monkeypatch.setattr("megatron_gft.sampling.local_model.TOP_P_CANDIDATES", 20)
     assert torch.equal(pick_tokens(logits[100:], uniforms[100:], SamplingParams(top_p=0.9)), whole[100:])
     assert torch.equal(pick_tokens(logits, uniforms, SamplingParams(top_p=0.9)), whole)  # the flat rows need all
 
@@ -169,7 +169,7 @@ def test_stop_texts_end_a_response_and_leave_no_ids_that_spell_more(local):
 def test_a_stop_text_is_seen_whatever_its_number_of_tokens(local, monkeypatch, stop):
     tokens = [local.tokenizer.encode_response(text) for text in ("so 8. ", stop, " and more")]
     script = iter(sum(tokens, []))
-    monkeypatch.setattr("megatron_gft.sampling.decoding.pick_tokens", lambda *_: torch.tensor([next(script)]))
+    monkeypatch.setattr("megatron_gft.sampling.local_model.pick_tokens", lambda *_: torch.tensor([next(script)]))
     params = SamplingParams(max_tokens=100, stop=("never said", stop))
     (sample,) = TransformersBackend(local).generate([SampleRequest("k", "a", 1)], params, lambda key: False)
     assert (sample.text, sample.finish_reason) == ("so 8. ", "stop")

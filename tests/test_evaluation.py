@@ -10,20 +10,17 @@ import pytest
 from tiny_language_model import language_model_folder
 
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.sampling.decoding import LocalModel
-from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
-from megatron_gft.sampling.settings import SamplingParams
-from megatron_gft.scoring.evaluation import (
-    EvaluationOptions,
-    evaluate,
+from megatron_gft.evaluation.intervals import (
     mean_interval,
     pass_at_k,
     pass_at_k_summary,
     ratio_interval,
-    reference_texts,
-    result_table,
     wilson_interval,
 )
+from megatron_gft.evaluation.run import EvaluationOptions, evaluate, reference_texts, result_table
+from megatron_gft.sampling.local_model import LocalModel
+from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
+from megatron_gft.sampling.settings import SamplingParams
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifiers import Verdict
 from tools import evaluate as tool

@@ -23,8 +23,8 @@ from tiny_tokenizers import byte_level_folder
 
 from megatron_gft.errors import InputError
 from megatron_gft.groups import iter_group_file
+from megatron_gft.journal import Journal
 from megatron_gft.sampling.generation import GenerationRun, PromptSet, journal_path, summary_path
-from megatron_gft.sampling.journal import Journal
 from megatron_gft.sampling.openai_client import FAILURES_IN_A_ROW, OpenAIBackend, ServerOptions
 from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
 from megatron_gft.sampling.settings import Sample, SampleFailure, SampleRequest, SamplingParams, sample_seed

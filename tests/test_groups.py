@@ -15,8 +15,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_gft.data.group_records import MAX_DEPTH, check_group
-from megatron_gft.data.problems import KINDS, ProblemCounts, ProblemLog, parse_policies, report_lines
 from megatron_gft.errors import InputError
 from megatron_gft.groups import (
     BYTES_PER_CHUNK,
@@ -32,6 +30,8 @@ from megatron_gft.groups import (
     record_to_json,
     write_group_file,
 )
+from megatron_gft.groups.problems import KINDS, ProblemCounts, ProblemLog, parse_policies, report_lines
+from megatron_gft.groups.records import MAX_DEPTH, check_group
 
 GROUP = {
     "id": "g1",

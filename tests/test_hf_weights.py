@@ -23,17 +23,17 @@ from tiny_models import (
     world_size,
 )
 
-from megatron_gft.bench.convert import PeakMemory, write_synthetic_model
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
+from megatron_gft.conversion.verify import plain_pack
 from megatron_gft.errors import InputError
-from megatron_gft.hf.config import model_shape_from_config, read_model_shape
 from megatron_gft.hf.files import scatter_rows
 from megatron_gft.hf.mapping import HfMapping
 from megatron_gft.hf.safetensors_io import REOPEN_BYTES, SafetensorsFolder, ShardWriter
-from megatron_gft.hf.verify import plain_pack
+from megatron_gft.hf.shape import model_shape_from_config, read_model_shape
 from megatron_gft.hf.weights import export_hf_weights, load_hf_weights
 from megatron_gft.model import build_model
 from megatron_gft.parallel import initialize_parallel, seed_everything
+from tools.bench.convert import PeakMemory, write_synthetic_model
 
 SHARD_BYTES = 300_000
 SPECS = {"local": local_layer_spec, "te": te_layer_spec}

@@ -16,16 +16,17 @@ from group_files import random_records
 from group_shards import write_shard
 from tiny_tokenizers import byte_level_folder
 
-from megatron_gft.data.inspection import PackingQuestion, estimate_packing, inspect_group_files, inspect_shards
-from megatron_gft.data.inspection_sources import open_source
-from megatron_gft.data.inspection_view import group_text, html_page, report_text, view_tokens
-from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
-from megatron_gft.data.problems import parse_policies
-from megatron_gft.data.shard_manifest import ShardSet
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
+from megatron_gft.groups.problems import parse_policies
+from megatron_gft.inspection.inputs import open_source
+from megatron_gft.inspection.packing_estimate import PackingQuestion, estimate_packing
+from megatron_gft.inspection.statistics import inspect_group_files, inspect_shards
+from megatron_gft.inspection.views import group_text, html_page, report_text, view_tokens
 from megatron_gft.planning import DEFAULT_FLOP_MODEL
+from megatron_gft.preprocess.run import PreprocessOptions, preprocess
 from megatron_gft.shards import GroupShard, GroupShardWriter, add_rewards_sidecar
+from megatron_gft.shards.manifest import ShardSet
 from megatron_gft.tokenizer import load_tokenizer
 
 
@@ -323,7 +324,7 @@ def test_json_and_exit_codes(case, tool, capsys, tmp_path):
 
 
 def test_outputs_are_checked_before_the_work(case, tool, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("megatron_gft.data.inspection_sources.open_source", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("megatron_gft.inspection.inputs.open_source", lambda *_: pytest.fail("too late"))
     for option in ("--html", "--json"):
         assert tool([str(case[0] / "train"), option, str(tmp_path)]) == 2
 
@@ -371,7 +372,7 @@ def test_damage_is_named_when_it_is_run_into(case, tool, capsys, tmp_path, suffi
 
 
 def test_a_bug_of_ours_is_not_called_damage(case, monkeypatch):
-    monkeypatch.setattr("megatron_gft.data.inspection_sources.inspect_shards", lambda *_: {}["bug"])
+    monkeypatch.setattr("megatron_gft.inspection.inputs.inspect_shards", lambda *_: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
         open_source([str(case[0] / "train")], None, None).report(None, 1)
 

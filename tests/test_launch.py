@@ -18,8 +18,8 @@ import pytest
 from group_shards import TokenizerStamp, write_shard
 from tiny_models import write_tiny_model
 
+from megatron_gft.commands.launch import Job, apply_environment, commands
 from megatron_gft.errors import EXIT_REQUEUE, InputError
-from megatron_gft.launch import Job, apply_environment, commands
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]

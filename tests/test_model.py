@@ -17,7 +17,7 @@ from megatron_gft import model as model_module
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.errors import InputError
 from megatron_gft.head import GFTOutputLayer
-from megatron_gft.hf.config import gpt_model_kwargs, padded_vocab_size, parameter_count, read_model_shape
+from megatron_gft.hf.shape import gpt_model_kwargs, padded_vocab_size, parameter_count, read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.model import HalfModule, LossOutput, build_model, choose_backend, unwrap
 from megatron_gft.packing import Pack, build_pack

@@ -20,18 +20,18 @@ from tiny_models import write_tiny_model
 
 from megatron_gft.batch import StepSource
 from megatron_gft.config import load_config
-from megatron_gft.estimates.memory import StaticMemory, estimate_activations, microbatches_in_flight, static_memory
-from megatron_gft.estimates.throughput import (
+from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.model import build_model, unwrap
+from megatron_gft.optimizer import build_optimizer, wrap_data_parallel
+from megatron_gft.parallel import initialize_parallel, seed_everything
+from megatron_gft.sizing.memory import StaticMemory, estimate_activations, microbatches_in_flight, static_memory
+from megatron_gft.sizing.throughput import (
     AssumedGroups,
     StepStatistics,
     Workload,
     estimate_step_time,
     pipeline_bubble,
 )
-from megatron_gft.hf.config import read_model_shape
-from megatron_gft.model import build_model, unwrap
-from megatron_gft.optimizer import build_optimizer, wrap_data_parallel
-from megatron_gft.parallel import initialize_parallel, seed_everything
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]

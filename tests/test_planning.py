@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gft.errors import InputError
-from megatron_gft.hf.config import ModelShape
+from megatron_gft.hf.shape import ModelShape
 from megatron_gft.planning import (
     FlopModel,
     GroupLengths,

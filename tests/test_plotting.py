@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gft.errors import InputError
-from megatron_gft.plotting import PANELS, plot_runs, read_run
+from megatron_gft.reports.plotting import PANELS, plot_runs, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_batch import UnscoredGroups, source_of
 
+from megatron_gft.batch import StepPrefetcher
 from megatron_gft.errors import InputError
-from megatron_gft.prefetch import StepPrefetcher
 
 WAIT = 20.0
 

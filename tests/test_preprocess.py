@@ -12,11 +12,11 @@ import pytest
 from group_files import random_records
 from tiny_tokenizers import byte_level_folder, metaspace_folder, sentencepiece_file
 
-from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
-from megatron_gft.data.problems import parse_policies
 from megatron_gft.dataset import build_group_datasets
 from megatron_gft.errors import InputError
 from megatron_gft.groups import SOURCES, GroupRecord, ResponseRecord, record_to_json, write_group_file
+from megatron_gft.groups.problems import parse_policies
+from megatron_gft.preprocess.run import PreprocessOptions, preprocess
 from megatron_gft.shards import GroupShard, expand_shards
 from megatron_gft.tokenizer import load_tokenizer
 

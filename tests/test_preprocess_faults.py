@@ -17,13 +17,13 @@ import pytest
 from group_files import random_records
 from tiny_tokenizers import byte_level_folder
 
-from megatron_gft.data.encoding import ChunkEncoder
-from megatron_gft.data.ordered_workers import OrderedWorkers, WorkerDied, WorkerError
-from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
 from megatron_gft.dataset import build_group_datasets
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
-from megatron_gft.sampling.staging import Staging
+from megatron_gft.preprocess.encode import ChunkEncoder
+from megatron_gft.preprocess.run import PreprocessOptions, preprocess
+from megatron_gft.preprocess.staging import Staging
+from megatron_gft.preprocess.workers import OrderedWorkers, WorkerDied, WorkerError
 from megatron_gft.shards import GroupShard, verify_shard
 from megatron_gft.tokenizer import load_tokenizer
 

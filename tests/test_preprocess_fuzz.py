@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import byte_level_folder
 
-from megatron_gft.data.preprocessing import PreprocessOptions, PreprocessSummary, preprocess
-from megatron_gft.data.problems import DROP, ERROR, FIX, KEEP, KINDS
 from megatron_gft.errors import InputError
+from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, KINDS
+from megatron_gft.preprocess.run import PreprocessOptions, PreprocessSummary, preprocess
 from megatron_gft.shards import GroupShard, verify_shard
 from megatron_gft.tokenizer import tokenizer_fingerprint
 

@@ -11,13 +11,13 @@ import pytest
 from group_files import random_records
 from tiny_tokenizers import byte_level_folder, sentencepiece_file
 
-from megatron_gft.data import preprocessing
-from megatron_gft.data.preprocessing import PreprocessOptions, preprocess
-from megatron_gft.data.problems import parse_policies
 from megatron_gft.dataset import build_group_datasets
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
-from megatron_gft.sampling.staging import Staging
+from megatron_gft.groups.problems import parse_policies
+from megatron_gft.preprocess import run as preprocessing
+from megatron_gft.preprocess.run import PreprocessOptions, preprocess
+from megatron_gft.preprocess.staging import Staging
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp
 
 

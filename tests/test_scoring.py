@@ -10,9 +10,9 @@ from tiny_tokenizers import byte_level_folder, metaspace_folder, sentencepiece_f
 
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
-from megatron_gft.scoring import group_files
-from megatron_gft.scoring.group_files import response_context, score_group_file, score_shard
+from megatron_gft.scoring import score as group_files
 from megatron_gft.scoring.judging import ScoringOptions
+from megatron_gft.scoring.score import response_context, score_group_file, score_shard
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case, Verdict
 from megatron_gft.shards import GroupShard, GroupShardWriter, tokenizer_stamp, verify_shard

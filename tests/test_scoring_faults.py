@@ -15,8 +15,8 @@ import pytest
 from tiny_tokenizers import byte_level_folder
 
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
-from megatron_gft.scoring.group_files import score_group_file, score_shard
 from megatron_gft.scoring.judging import ScoringOptions
+from megatron_gft.scoring.score import score_group_file, score_shard
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case
 from megatron_gft.shards import GroupShard, GroupShardWriter, expand_shards, tokenizer_stamp, verify_shard

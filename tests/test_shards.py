@@ -13,8 +13,6 @@ import pytest
 from group_shards import STAMP, write_shard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_gft.data.encoded_groups import GroupEncoder
-from megatron_gft.data.shard_manifest import ShardSet
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import SOURCES
 from megatron_gft.shards import (
@@ -26,6 +24,8 @@ from megatron_gft.shards import (
     verify_shard,
     verify_shards,
 )
+from megatron_gft.shards.encoded import GroupEncoder
+from megatron_gft.shards.manifest import ShardSet
 
 
 def nan_equal(array: np.ndarray, expected: list) -> bool:

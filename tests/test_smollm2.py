@@ -15,8 +15,8 @@ import transformers
 from ranks import run_ranks
 from tiny_models import assert_same_tensors, build_gpt, compare_logits, hf_logits, megatron_logits, world_size
 
-from megatron_gft.hf.config import read_model_shape
-from megatron_gft.hf.convert import hf_to_megatron, megatron_to_hf
+from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.weights import export_hf_weights, load_hf_weights
 from megatron_gft.parallel import initialize_parallel
 

@@ -11,7 +11,7 @@ from naive_twin import load_twin, twin_step
 from ranks import run_ranks
 
 from megatron_gft.batch import StepSource
-from megatron_gft.hf.config import read_model_shape
+from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.model import build_model
 from megatron_gft.optimizer import build_optimizer, reduce_gradients, wrap_data_parallel

@@ -16,7 +16,7 @@ from ranks import RankGroup, run_ranks
 from test_trainer import losses
 from tiny_models import write_tiny_model
 
-from megatron_gft.checkpoint import find_checkpoint, find_damage, list_checkpoints
+from megatron_gft.checkpoints.checkpointer import find_checkpoint, find_damage, list_checkpoints
 
 OPTIONS = ["model.precision=fp32", "objective.coefficient=none"]
 
@@ -104,7 +104,7 @@ def test_killed_ranks_do_not_change_the_weights(model, tmp_path, layout, kills, 
 
 def _limited(model: str, output: str, options: list[str], limit_bytes: int) -> dict:
     """A run that cannot write files above a size: what a full disk does, without filling one."""
-    from megatron_gft.checkpoint import SaveFailed
+    from megatron_gft.checkpoints.checkpointer import SaveFailed
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))

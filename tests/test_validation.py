@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gft.config import ModelConfig, ParallelConfig, load_config
 from megatron_gft.errors import InputErrors
-from megatron_gft.hf.config import model_shape_from_config
+from megatron_gft.hf.shape import model_shape_from_config
 from megatron_gft.model import build_transformer_config
 from megatron_gft.validation import check, transformer_problems
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from megatron_gft.errors import InputError
 from megatron_gft.scoring.final_answers import extract_answer
 from megatron_gft.scoring.math_answers import parse_number, same_answer
-from megatron_gft.scoring.verifier_accuracy import Solution, measure, perturbations, read_solutions
 from megatron_gft.scoring.verifier_pool import judge_one
 from megatron_gft.scoring.verifiers import (
     Case,
@@ -24,6 +23,7 @@ from megatron_gft.scoring.verifiers import (
     build_verifier,
 )
 from tools import measure_verifier
+from tools.bench.verifier_accuracy import Solution, measure, perturbations, read_solutions
 
 FOUND = [
     (r"so \boxed{12}, or rather \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),

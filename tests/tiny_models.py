@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_gft.attention import RMSNorm
-from megatron_gft.hf.config import ModelShape, gpt_model_kwargs, padded_vocab_size, transformer_config_kwargs
+from megatron_gft.hf.shape import ModelShape, gpt_model_kwargs, padded_vocab_size, transformer_config_kwargs
 from megatron_gft.parallel import Parallel, seed_everything
 
 VOCAB_SIZE = 503  # odd: padded at every layout

@@ -1,89 +1,9 @@
-#!/usr/bin/env python3
-"""Measure what this project claims, as ratios within one run; device chosen automatically; JSON out."""
-
-from __future__ import annotations
-
-import argparse
-import importlib
-import json
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_gft.atomic import write_json
-from megatron_gft.errors import InputError, command
-
-BENCHMARKS = {
-    "head_time": "megatron_gft.bench.head:head_time",
-    "head_masked_rows": "megatron_gft.bench.head:masked_rows",
-    "head_memory": "megatron_gft.bench.head:head_memory",
-    "planner": "megatron_gft.bench.packing:bench_planner",
-    "shared_prefix_trunk": "megatron_gft.bench.packing:bench_shared_prefix",
-    "step_ratio": "megatron_gft.bench.step:step_ratio",
-    "step_breakdown": "megatron_gft.bench.step:step_breakdown",
-    "dead_groups": "megatron_gft.bench.step:dead_groups",
-    "shared_prefix_step": "megatron_gft.bench.step:shared_prefix_step",
-    "padded_batches": "megatron_gft.bench.step:padded_batches",
-    "preprocess": "megatron_gft.bench.data:bench_preprocess",
-    "preprocess_workers": "megatron_gft.bench.data:bench_preprocess_workers",
-    "shard_reading": "megatron_gft.bench.data:bench_shard_reading",
-    "shard_opening": "megatron_gft.bench.data:bench_open",
-    "conversion": "megatron_gft.bench.convert:measure_conversion",
-}
-_HOST_ONLY = ("planner", "preprocess", "preprocess_workers", "shard_reading", "shard_opening", "conversion")
-ON_GPU = tuple(name for name in BENCHMARKS if name not in _HOST_ONLY)
-
-
-def run_benchmarks(names: Sequence[str]) -> dict[str, Any]:
-    """Run the named benchmarks one after the other; a failure is recorded under its name, not hidden."""
-    from megatron_gft import cpu
-    from megatron_gft.bench.timing import environment
-
-    cpu.install()
-    results: dict[str, Any] = {"schema": 1, "commit": _commit(), "environment": environment(), "results": {}}
-    for name in tqdm(names, desc="benchmarks", unit="benchmark"):
-        module, function = BENCHMARKS[name].split(":")
-        started = time.monotonic()
-        try:
-            value: Any = getattr(importlib.import_module(module), function)()
-        except Exception as error:  # the others are still worth having
-            value = {"failed": f"{type(error).__name__}: {error}"}
-        results["results"][name] = {"value": value, "wall_seconds": time.monotonic() - started}
-    return results
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run benchmarks; the exit code is 1 when one of them failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example: python tools/bench.py head_time step_ratio --output bench.json",
-    )
-    parser.add_argument("names", nargs="*", help=f"default: all of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--output", type=Path, help="JSON file; default: standard output")
-    options = parser.parse_args(argv)
-    unknown = [name for name in options.names if name not in BENCHMARKS]
-    if unknown:
-        raise InputError(f"benchmark {unknown[0]!r} is not known -> one of {', '.join(BENCHMARKS)}")
-    results = run_benchmarks(options.names or list(BENCHMARKS))
-    if options.output:
-        write_json(options.output, results)
-    else:
-        print(json.dumps(results, indent=1))
-    return int(any("failed" in (entry["value"] or {}) for entry in results["results"].values()))
-
+from tools.bench.run import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_gft.atomic import write_json
 from megatron_gft.errors import InputError, command
-from tools.bench import ON_GPU, run_benchmarks
+from tools.bench.run import ON_GPU, run_benchmarks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

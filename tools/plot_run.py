@@ -1,27 +1,6 @@
-"""Overlay runs in one figure: loss, validation, gradient norm, probabilities by source, rectified share, speed."""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 
-from megatron_gft.errors import command
-from megatron_gft.plotting import plot_runs
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the runs of a command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python tools/plot_run.py runs/gft runs/sft --output compare.html"
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or its metrics.jsonl")
-    parser.add_argument("--output", required=True, metavar="FILE", help=".png, .svg, .pdf, or self-contained .html")
-    options = parser.parse_args(argv)
-    plot_runs(options.runs, options.output)
-    print(options.output)
-
+from megatron_gft.commands.plot import main
 
 if __name__ == "__main__":
     sys.exit(main())

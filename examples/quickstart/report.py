@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gft.atomic import write_json
-from megatron_gft.scoring.evaluation import mean_interval, ratio_interval
+from megatron_gft.evaluation.intervals import mean_interval, ratio_interval
 
 SIDES = ("before", "after")
 MEASURES = {

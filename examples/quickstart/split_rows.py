@@ -17,8 +17,8 @@ from pathlib import Path
 from word_problems import problem_row, write_rows
 
 from megatron_gft.atomic import atomic_directory
-from megatron_gft.data.group_records import gold_answer
 from megatron_gft.errors import InputError, InputErrors, command
+from megatron_gft.groups.records import gold_answer
 from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
 
 PROBLEMS_SHOWN = 10

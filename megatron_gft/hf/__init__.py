@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: configuration, weight mapping, conversion both ways, verification."""
+"""Hugging Face folders: shapes, names and bytes."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_gft.atomic import atomic_directory
 from megatron_gft.errors import InputError
-from megatron_gft.hf.config import is_mapped
+from megatron_gft.hf.shape import is_mapped
 
 MINIMUM_VERSION = (0, 6)
 

@@ -15,9 +15,9 @@ import torch
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.hf.config import read_config
 from megatron_gft.hf.mapping import HfMapping, Shard
 from megatron_gft.hf.safetensors_io import SafetensorsFolder, ShardPlan, ShardWriter, tensor_bytes
+from megatron_gft.hf.shape import read_config
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 CARRIED_PATTERNS = (

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_gft.errors import InputError
-from megatron_gft.hf.config import ModelShape
 from megatron_gft.hf.families import FAMILIES, Operation, Rule
+from megatron_gft.hf.shape import ModelShape
 
 _LIVE_TO_CANONICAL = (
     (re.compile(r"^(decoder\.layers\.\d+)\.input_layernorm\."), r"\1.self_attention.linear_qkv.layer_norm_"),

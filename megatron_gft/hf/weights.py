@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_gft.errors import InputError
-from megatron_gft.hf.config import ModelShape
 from megatron_gft.hf.files import ExportStream, check_tensors, scatter_rows, write_model_files
 from megatron_gft.hf.mapping import Entry, HfMapping, Shard
 from megatron_gft.hf.safetensors_io import (
@@ -31,6 +30,7 @@ from megatron_gft.hf.safetensors_io import (
     plan_shards,
     write_index,
 )
+from megatron_gft.hf.shape import ModelShape
 from megatron_gft.hf.shared_folder import shared_directory
 from megatron_gft.parallel import Parallel
 

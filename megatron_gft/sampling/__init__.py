@@ -1,1 +1,1 @@
-"""Responses for groups: prompts, back ends, decoding, and the journal that survives a kill."""
+"""Responses for groups: prompts, back ends, decoding."""

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_file, sha256_json, write_json
-from megatron_gft.data.group_records import GroupRecord, ResponseRecord
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import GROUP_FILE_SUFFIXES, write_group_file
-from megatron_gft.sampling.journal import Journal
+from megatron_gft.groups.records import GroupRecord, ResponseRecord
+from megatron_gft.journal import Journal
 from megatron_gft.sampling.prompts import PromptColumns, PromptRow, iter_prompts, prompt_files, scalar_text
 from megatron_gft.sampling.responses import FAILED, ResponseMaker, journal_value, sample_key
 from megatron_gft.sampling.settings import (
@@ -329,8 +329,8 @@ def build_backend(source: SampledSource) -> Backend:
 
         return VllmBackend(source.model, source.engine, source.requests_per_call, source.chat_template)
     assert isinstance(source, TransformersSource)
-    from megatron_gft.sampling.decoding import LocalModel
     from megatron_gft.sampling.local_backends import TransformersBackend
+    from megatron_gft.sampling.local_model import LocalModel
 
     model = LocalModel(source.model, dtype=source.dtype, device=source.device, chat_template=source.chat_template)
     return TransformersBackend(model, source.batch_size)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_gft.errors import InputError
-from megatron_gft.sampling.decoding import Decoded, LocalModel
+from megatron_gft.sampling.local_model import Decoded, LocalModel
 from megatron_gft.sampling.settings import (
     Outcome,
     Prompt,

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_gft.data.group_records import ResponseRecord, gold_answer, parse_group
-from megatron_gft.data.problems import ProblemLog
 from megatron_gft.errors import InputError
 from megatron_gft.groups import RawChunk, iter_rows, read_chunks, refuse_problems
+from megatron_gft.groups.problems import ProblemLog
+from megatron_gft.groups.records import ResponseRecord, gold_answer, parse_group
 from megatron_gft.sampling.settings import Prompt
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")

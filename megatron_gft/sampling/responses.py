@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_gft.atomic import sha256_json
-from megatron_gft.data.group_records import ResponseRecord
-from megatron_gft.sampling.journal import Journal
+from megatron_gft.groups.records import ResponseRecord
+from megatron_gft.journal import Journal
 from megatron_gft.sampling.prompts import PromptRow
 from megatron_gft.sampling.settings import Sample, sample_seed
 from megatron_gft.sampling.sources import SampledSource

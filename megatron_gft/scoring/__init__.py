@@ -1,1 +1,1 @@
-"""Verifiers, the worker pool that runs them, scoring of group files, evaluation of models."""
+"""Verifiers, the worker pool that runs them, scoring of group files."""

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_file
-from megatron_gft.data.group_records import FLOAT32_MAX
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import SOURCES
-from megatron_gft.sampling.journal import Journal
+from megatron_gft.groups.records import FLOAT32_MAX
+from megatron_gft.journal import Journal
 from megatron_gft.scoring.verifier_pool import VerifierPool, limit_problems
 from megatron_gft.scoring.verifiers import OUTCOMES, Case, Verdict, needs_answer, user_module
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from megatron_gft.data.group_records import FLOAT32_MAX
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.groups.records import FLOAT32_MAX
 from megatron_gft.scoring.final_answers import extract_answer
 from megatron_gft.scoring.math_answers import PercentPolicy, UnitPolicy, same_answer, warm_up
 

@@ -1,1 +1,0 @@
-"""Measurements behind tools/bench.py, one module a subject."""

@@ -1,0 +1,1 @@
+"""Megatron distributed checkpoints: written, found, loaded, read without Megatron."""

@@ -1,0 +1,383 @@
+"""Checkpoints of a run: Megatron's distributed format, any layout to any layout, complete or absent.
+
+Layout of ``RUN/checkpoints``::
+
+    step-00000200/        a complete checkpoint: *.distcp, .metadata, metadata.json, common.pt (Megatron's),
+                          state.json (our cursor and data fingerprint), files.json (size and sha256 of each file)
+    .step-00000400/       one that is being written, or was when the job died; never read
+    latest                name of the newest complete one, replaced atomically
+
+A save is written to the hidden folder, in the background by default, renamed when every rank is done, and only
+then named in ``latest``.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import inspect
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_gft.atomic import atomic_file, fsync_path, sha256_file, write_json
+from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.hf.files import MODEL_FILES_FOLDER, write_model_files
+from megatron_gft.model import unwrap
+from megatron_gft.parallel import Parallel
+
+logger = logging.getLogger(__name__)
+
+# The only format that changes layout in every dimension; Megatron's default is not.
+OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+Files = dict[str, dict[str, Any]]
+"""Size and sha256 of each file of a checkpoint, by its name in the folder."""
+
+STATE_FILE, FILES_FILE, LATEST_FILE = "state.json", "files.json", "latest"
+_STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands. Independent of the layout, equal on all ranks.
+
+    ``step`` counts finished optimizer steps, which is also the cursor into the order of the groups;
+    ``data_fingerprint`` identifies shards, weights, split and seed; ``consumed_groups`` is for people.
+    """
+
+    step: int = 0
+    data_fingerprint: str = ""
+    groups_per_step: int = 0
+    consumed_groups: int = 0
+    skipped_steps: int = 0
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; earlier ones are as they were."""
+
+
+@dataclass
+class _Pending:
+    """A checkpoint on its way: being written while ``hashes`` is None, then being hashed."""
+
+    state: RunState
+    folder: Path
+    hashes: concurrent.futures.Future[Files] | None = None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name)]
+    return sorted(path for path in found if (path / FILES_FILE).is_file())
+
+
+def find_checkpoint(folder: Path, which: str) -> Path | None:
+    """``latest`` or ``previous`` complete checkpoint of ``RUN/checkpoints``; None when there is none.
+
+    Raises:
+        InputError: ``latest`` names a checkpoint that is not there.
+    """
+    complete = list_checkpoints(folder)
+    if which == "previous":
+        return complete[-2] if len(complete) > 1 else None
+    pointer = folder / LATEST_FILE
+    if not pointer.is_file():
+        return None
+    path = folder / pointer.read_text().strip()
+    if path not in complete:
+        raise InputError(
+            f"{pointer}: names {path.name}, which is missing or incomplete -> set checkpoint.resume=previous "
+            "or restore the folder"
+        )
+    return path
+
+
+def find_damage(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+    """Compare part ``part`` of ``parts`` of a checkpoint's files with their recorded size and sha256."""
+    expected: Files = json.loads((path / FILES_FILE).read_text())
+    problems = []
+    for name in sorted(expected)[part::parts]:
+        file, entry = path / name, expected[name]
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != entry["bytes"]:
+            problems.append(f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written")
+        elif sha256_file(file) != entry["sha256"]:
+            problems.append(f"{name}: the content differs from what was written")
+    return problems
+
+
+def _verify(path: Path, parallel: Parallel) -> None:
+    """Every rank reads its share of the files; all raise when one finds damage."""
+    found: list[list[str]] = [[]] * parallel.world_size
+    dist.all_gather_object(found, find_damage(path, part=parallel.rank, parts=parallel.world_size))
+    if problems := [problem for share in found for problem in share]:
+        raise InputErrors(f"{path}: damaged -> set checkpoint.resume=previous, or restore these files", problems)
+
+
+def read_state(path: Path) -> RunState:
+    """The run state stored with a checkpoint."""
+    return RunState(**json.loads((path / STATE_FILE).read_text()))
+
+
+def model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
+    """Sharded state of the model chunks under Megatron's keys: ``model``, or ``model0``, ``model1``..."""
+    if len(chunks) == 1:
+        return {"model": unwrap(chunks[0]).sharded_state_dict()}
+    return {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def load_model_state(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    """Put what :func:`model_state`'s keys loaded into the chunks."""
+    keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    for chunk, key in zip(chunks, keys, strict=True):
+        unwrap(chunk).load_state_dict(loaded[key], strict=False)
+
+
+class Checkpointer:
+    """Saves and restores one run. Every method is collective: all ranks call it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        chunks: list[torch.nn.Module],
+        optimizer: MegatronOptimizer | None,
+        parallel: Parallel,
+        *,
+        keep_last: int,
+        background: bool,
+        model_files: Path,
+    ):
+        """
+        Args:
+            folder: ``RUN/checkpoints``.
+            model_files: Hugging Face folder whose configuration and tokenizer go into each checkpoint, so that an
+                export needs nothing else.
+        """
+        self.folder, self.chunks, self.optimizer, self.parallel = folder, chunks, optimizer, parallel
+        self.keep_last, self.background = keep_last, background
+        self.model_files = model_files
+        self.queue = AsyncCallsQueue()
+        self.pending: _Pending | None = None
+        self.hasher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash")
+
+    def save(self, state: RunState) -> None:
+        """Write a checkpoint of ``state``; returns once the weights are copied, unless ``background`` is off.
+
+        Raises:
+            SaveFailed: it could not be written (disk full, no permission); the previous one is untouched.
+        """
+        self.wait()
+        partial = self.folder / f".step-{state.step:08d}"
+        problem = [self._prepare(partial) if self.parallel.rank == 0 else None]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise SaveFailed(f"checkpoint of step {state.step}: {problem[0]}")
+        request = dist_checkpointing.save(
+            self._sharded_state(),
+            str(partial),
+            FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.parallel.dp_cp_group),
+            async_sharded_save=True,
+            content_metadata=OPTIMIZER_METADATA,
+            **_async_strategy(dist_checkpointing.save),
+        )
+        assert request is not None
+        self.pending = _Pending(state, partial)
+        if self.background:
+            self.queue.schedule_async_request(request)
+            return
+        try:
+            request.execute_sync()
+        except CheckpointException as error:
+            cause = self._cause(error)
+            self._discard()
+            raise SaveFailed(f"checkpoint of step {state.step} could not be written: {cause}") from error
+        self.pending.hashes = self._start_hashing(partial)
+        self._commit()
+
+    def poll(self) -> bool:
+        """Finish a background save whose writers are done; True when it failed and has to be made again."""
+        return self._finalize(blocking=False)
+
+    def wait(self) -> bool:
+        """Return when no save is outstanding; True when it failed and has to be made again."""
+        return self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> bool:
+        pending = self.pending
+        if pending is None:
+            return False
+        if pending.hashes is None:
+            try:
+                if not self.queue.maybe_finalize_async_calls(blocking=blocking):
+                    return False
+            except CheckpointException as error:  # raised on all ranks when a writer failed on one
+                self._give_up(error)
+                return True
+            pending.hashes = self._start_hashing(pending.folder)
+        if blocking or self._everywhere(pending.hashes.done()):
+            self._commit()
+        return False
+
+    def _give_up(self, error: CheckpointException) -> None:
+        """Report a failed background save. From here on saves run in front, where an error ends the run."""
+        assert self.pending is not None
+        cause = self._cause(error)
+        if self.parallel.rank == 0:
+            logger.error("checkpoint of step %d failed, once more in front: %s", self.pending.state.step, cause)
+        self.queue = AsyncCallsQueue()
+        self.background = False
+        self._discard()
+
+    def _cause(self, error: CheckpointException) -> str:
+        """The first failure in one line, the same on all ranks; only the coordinating rank knows it."""
+        text = [""]
+        if error.failures:
+            rank, (failure, _) = next(iter(error.failures.items()))
+            free = shutil.disk_usage(self.folder).free / 2**30
+            text = [f"rank {rank}: {failure} -> check space ({free:.1f} GiB free) and permissions of {self.folder}"]
+        dist.broadcast_object_list(text, src=0)
+        return text[0]
+
+    def _discard(self) -> None:
+        assert self.pending is not None
+        if self.parallel.rank == 0:
+            shutil.rmtree(self.pending.folder, ignore_errors=True)
+        self.pending = None
+
+    def _prepare(self, partial: Path) -> str | None:
+        """Make the hidden folder with the model's files; the problem in words when that cannot be done."""
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / MODEL_FILES_FOLDER).mkdir(parents=True)
+            write_model_files(self.model_files, partial / MODEL_FILES_FOLDER)
+        except OSError as error:
+            return f"cannot write {partial} ({error.strerror}) -> free space or correct the permissions"
+        return None
+
+    def _start_hashing(self, folder: Path) -> concurrent.futures.Future[Files]:
+        """Size and sha256 of this rank's share of the files, in a thread; all files are there and complete."""
+        dist.barrier()
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return self.hasher.submit(_describe_files, folder, files[self.parallel.rank :: self.parallel.world_size])
+
+    def _everywhere(self, done: bool) -> bool:
+        value = torch.tensor([int(done)], dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        return bool(value)
+
+    def _commit(self) -> None:
+        pending, self.pending = self.pending, None
+        assert pending is not None and pending.hashes is not None
+        shares: list[Files] = [{}] * self.parallel.world_size
+        dist.all_gather_object(shares, pending.hashes.result())
+        if self.parallel.rank == 0:
+            partial, final = pending.folder, self.folder / f"step-{pending.state.step:08d}"
+            write_json(partial / STATE_FILE, asdict(pending.state))
+            files = {name: entry for share in shares for name, entry in share.items()}
+            write_json(partial / FILES_FILE, files | _describe_files(partial, [partial / STATE_FILE]))
+            fsync_path(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(partial, final)
+            fsync_path(self.folder)
+            with atomic_file(self.folder / LATEST_FILE) as temporary:
+                temporary.write_text(final.name + "\n")
+            for old in list_checkpoints(self.folder)[: -self.keep_last]:
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
+
+    def _sharded_state(self, *, loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
+        state = model_state(self.chunks)
+        if self.optimizer is not None and with_optimizer:
+            state["optimizer"] = self.optimizer.sharded_state_dict(
+                state, is_loading=loading, metadata=OPTIMIZER_METADATA
+            )
+        return state
+
+    def load(self, path: Path, *, with_optimizer: bool) -> RunState:
+        """Restore weights (and optimizer) from a complete checkpoint written at any layout.
+
+        Raises:
+            InputErrors: a file is missing or differs from what was written.
+            InputError: the checkpoint does not hold what this model needs.
+        """
+        _verify(path, self.parallel)
+        loaded = _load(path, self._sharded_state(loading=True, with_optimizer=with_optimizer), self.parallel)
+        load_model_state(self.chunks, loaded)
+        if with_optimizer and self.optimizer is not None:
+            with torch.no_grad():  # the loader of one of Megatron's formats writes into leaf views
+                self.optimizer.load_state_dict(loaded["optimizer"])
+        elif self.optimizer is not None:
+            self.optimizer.reload_model_params()
+        return read_state(path)
+
+
+def newest_checkpoint(path: Path, option: str) -> Path:
+    """``path`` itself when it is a checkpoint, else the newest one of the run folder that it is.
+
+    Raises:
+        InputError: neither; the message names the ``option`` that gave the path.
+    """
+    if (path / "metadata.json").is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        if (found := find_checkpoint(folder, "latest")) is not None:
+            return found
+    raise InputError(
+        f"{option}={path}: neither a Megatron checkpoint nor a run folder with one -> name one of these (Hugging Face "
+        f"weights for checkpoint.init_from: hf:{path})"
+    )
+
+
+def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) -> None:
+    """Weights only, from a checkpoint of any layout: a run's, a converted one, or one with another layer spec.
+
+    Raises:
+        InputError: the checkpoint does not hold what this model needs.
+    """
+    load_model_state(chunks, _load(path, model_state(chunks), parallel))
+
+
+def _load(path: Path, state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), parallel.dp_cp_group)
+    try:
+        return dist_checkpointing.load(loadable_sharded_state_dict(state, path), str(path), strategy)
+    except (CheckpointingException, CheckpointException) as error:  # the latter, torch's, is a BaseException
+        raise InputError(f"{path}: does not fit this model and optimizer: {error}") from error
+
+
+def _async_strategy(save: Any) -> dict[str, str]:
+    """From 0.17 on the default asks for NVIDIA's resiliency extension; Megatron's own needs nothing."""
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+
+
+def _describe_files(folder: Path, files: Sequence[Path]) -> Files:
+    """Size and sha256 of ``files``, flushed to the disk, by their names within ``folder``."""
+    described = {}
+    for path in files:
+        fsync_path(path)
+        described[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return described

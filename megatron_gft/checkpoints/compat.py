@@ -1,0 +1,70 @@
+"""Checkpoints saved with one layer spec (Transformer Engine or local), or converted offline, load with the other.
+
+Weights have the same keys and shapes in both, with two exceptions (megatron-core 0.16.1):
+
+- a layer asks for the ``_extra_state`` objects (FP8 scaling and the like) of its own implementation, which the other
+  one, and a converted checkpoint, does not have;
+- the local MoE spec gives the norm before the MLP the key of a fused one (``gpt_layer_specs.py:419``), although
+  neither spec fuses it there.
+
+Checkpoints of earlier Megatron-Core releases load with later ones. Those of 0.19 and later do not load with earlier
+ones, which is said in so many words.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from packaging.version import Version
+
+from megatron_gft.checkpoints.torch_dist import TorchDistReader
+from megatron_gft.errors import InputError
+from megatron_gft.hf.mapping import MLP_NORM_SUFFIXES
+
+
+def loadable_sharded_state_dict(state: dict[str, Any], checkpoint: str | Path) -> dict[str, Any]:
+    """What to pass to ``dist_checkpointing.load``: ``state`` without absent ``_extra_state``, under the keys stored.
+
+    Weights that are absent stay in, so that loading still fails on them. Put the result into the model with
+    ``load_state_dict(strict=False)``: dropped objects leave the model's own in place.
+
+    Args:
+        state: nested sharded state dict, such as ``{"model": model.sharded_state_dict()}``; tensors may be renamed in
+            place.
+
+    Raises:
+        InputError: the folder is not a ``torch_dist`` checkpoint, or one of a later Megatron-Core.
+    """
+    reader = TorchDistReader(checkpoint)
+    installed = megatron.core.__version__
+    # From 0.19 on what is common to all ranks is stored among the shards. Earlier releases fail on the missing file
+    # with an AttributeError about something else (dist_checkpointing/strategies/common.py).
+    if Version(installed) < Version("0.19") and not (reader.folder / "common.pt").is_file():
+        raise InputError(
+            f"{checkpoint}: no common.pt there, so megatron-core 0.19 or later wrote it, and {installed} cannot load "
+            "it -> install megatron-core>=0.19"
+        )
+    return _loadable(state, set(reader.tensors), reader.objects)
+
+
+def _loadable(state: dict[str, Any], tensors: set[str], objects: set[str]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            value = _loadable(value, tensors, objects)
+        elif isinstance(value, ShardedObject) and "_extra_state" in name and value.unique_key not in objects:
+            continue
+        elif isinstance(value, ShardedTensor) and value.key not in tensors:
+            value.key = _alias(value.key, tensors)
+        kept[name] = value
+    return kept
+
+
+def _alias(key: str, tensors: set[str]) -> str:
+    for one, other in (MLP_NORM_SUFFIXES, MLP_NORM_SUFFIXES[::-1]):
+        if key.endswith(one) and (renamed := key.removesuffix(one) + other) in tensors:
+            return renamed
+    return key

@@ -1,0 +1,106 @@
+"""Convert between a Hugging Face model folder and a Megatron distributed checkpoint, exactly, in both directions."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_gft.errors import InputError, command
+from megatron_gft.hf.bridge import bridge_hf_to_megatron, bridge_megatron_to_hf
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+EPILOG = """examples:
+  python tools/convert_checkpoint.py hf-to-megatron --hf models/Qwen2.5-1.5B --output checkpoints/qwen
+  python tools/convert_checkpoint.py megatron-to-hf --checkpoint runs/gft --output export
+  torchrun --nproc-per-node 8 tools/convert_checkpoint.py hf-to-megatron --hf models/70B --output checkpoints/70B
+
+The output appears whole or not at all. Every tensor of it is read back and compared with the source by sha256;
+--verify logits also runs both models, layer by layer, and compares their logits. Exit code 0: converted and equal;
+2: bad input, with one message.
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Command line of this tool."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_megatron = commands.add_parser("hf-to-megatron", help="Hugging Face folder to Megatron checkpoint")
+    to_megatron.add_argument("--hf", required=True, help="folder with config.json and safetensors")
+    to_hf = commands.add_parser("megatron-to-hf", help="Megatron checkpoint to Hugging Face folder")
+    to_hf.add_argument("--checkpoint", required=True, help="torch_dist checkpoint, or a run folder: its newest")
+    to_hf.add_argument("--hf", help="configuration and tokenizer; default: those the checkpoint carries (hf/)")
+    to_hf.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default 5)")
+    for sub in (to_megatron, to_hf):
+        sub.add_argument("--output", required=True, help="folder to make; it must not exist")
+        sub.add_argument("--dtype", choices=DTYPES, help="of the written tensors (default: kept)")
+        sub.add_argument(
+            "--verify",
+            choices=("hash", "logits", "off"),
+            default="hash",
+            help="hash: read back, compare every sha256 (default); logits: also run both models; off: neither",
+        )
+        sub.add_argument(
+            "--use-megatron-bridge",
+            action="store_true",
+            help="convert a family that is not mapped here by NVIDIA's Megatron-Bridge >= 0.6 (unverified)",
+        )
+        sub.add_argument("--text", help="text for --verify logits (default: 256 fixed token ids)")
+    return parser.parse_args(argv)
+
+
+def convert_by_bridge(arguments: argparse.Namespace) -> None:
+    """Hand the conversion to Megatron-Bridge; its options are its own."""
+    if arguments.hf is None:
+        raise InputError("--use-megatron-bridge needs the model's configuration -> name its folder with --hf")
+    if arguments.command == "hf-to-megatron":
+        bridge_hf_to_megatron(arguments.hf, arguments.output)
+    else:
+        bridge_megatron_to_hf(arguments.checkpoint, arguments.output, arguments.hf)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    arguments = parse_arguments(argv)
+    if arguments.use_megatron_bridge:
+        convert_by_bridge(arguments)
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
+        dist.init_process_group("gloo")
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    bar = tqdm(unit="B", unit_scale=True, desc=arguments.command, file=sys.stderr, disable=not first)
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done)
+
+    common = {
+        "dtype": DTYPES.get(arguments.dtype),
+        "verify": arguments.verify,
+        "text": arguments.text,
+        "progress": progress,
+    }
+    with bar:
+        if arguments.command == "hf-to-megatron":
+            hf_to_megatron(arguments.hf, arguments.output, **common)
+        else:
+            from megatron_gft.checkpoints.checkpointer import newest_checkpoint  # Megatron-Core: seconds
+
+            checkpoint = newest_checkpoint(Path(arguments.checkpoint), "--checkpoint")
+            max_shard_bytes = int(arguments.max_shard_gb * 1e9)
+            megatron_to_hf(checkpoint, arguments.output, hf_dir=arguments.hf, max_shard_bytes=max_shard_bytes, **common)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,110 @@
+"""Evaluate a Hugging Face folder on problems with known answers: accuracy, pass@k, log-prob of reference answers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_gft.errors import InputError, command
+
+EPILOG = """example:
+  python tools/evaluate.py --model runs/quickstart/hf --problems heldout.jsonl --samples 8 --pass-at 1 4 \\
+      --max-tokens 256 --output evaluation.json
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--problems", nargs="+", required=True, help="JSONL, parquet, group file, dataset folder")
+    parser.add_argument("--output", help="write the result as JSON")
+    parser.add_argument("--limit", type=int, help="use only the first problems")
+    parser.add_argument("--split", default="test", help="split of a dataset folder (default %(default)s)")
+    parser.add_argument("--prompt-column", help="default: prompt, question, problem or messages")
+    parser.add_argument("--answer-column", help="gold answer (default: answer)")
+    parser.add_argument("--reference-column", help="worked solution (default: solution, or answer with ####)")
+    parser.add_argument("--prompt-template", help="text with {prompt} in it, put around every prompt")
+    parser.add_argument("--no-greedy", action="store_true", help="no greedy accuracy")
+    parser.add_argument("--no-reference", action="store_true", help="no log-probs of reference answers")
+    parser.add_argument("--samples", type=int, default=0, help="samples per problem for pass@k (default none)")
+    parser.add_argument("--pass-at", type=int, nargs="+", default=[1], help="the k of pass@k (default 1)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (default %(default)s)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of the samples (default %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=512, help="longest response (default %(default)s)")
+    parser.add_argument("--stop", action="append", default=[], help="text that ends a response; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="responses at a time (default %(default)s)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU")
+    parser.add_argument("--device", help="default: cuda when there is one")
+    parser.add_argument("--chat-template", help="template file, or none for raw text; default: the folder's own")
+    parser.add_argument("--verifier", default="math", help="name or module:function (default %(default)s)")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the verifier")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of the verifier")
+    parser.add_argument("--time-limit", type=float, default=10.0, help="of the verifier, seconds per response")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def check_output(path: Path) -> None:
+    """Refuse what a result could not be written to, before there is one."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder -> name a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: {folder} is not a folder to write in -> choose another output")
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
+
+    if options.output:
+        check_output(Path(options.output))
+
+    from megatron_gft.atomic import write_json
+    from megatron_gft.evaluation.run import EvaluationOptions, evaluate, result_table
+    from megatron_gft.sampling.local_model import LocalModel
+    from megatron_gft.sampling.prompts import PromptColumns
+    from megatron_gft.scoring.judging import ScoringOptions, key_values
+
+    scoring = ScoringOptions(
+        verifier=options.verifier,
+        verifier_options=key_values(options.option, "--option"),
+        workers=options.workers,
+        time_limit=options.time_limit,
+    )
+    measured = EvaluationOptions(
+        greedy=not options.no_greedy,
+        samples=options.samples,
+        pass_at=tuple(options.pass_at),
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_tokens=options.max_tokens,
+        stop=tuple(options.stop),
+        seed=options.seed,
+        batch_size=options.batch_size,
+        reference_logprobs=not options.no_reference,
+        reference_column=options.reference_column,
+        scoring=scoring,
+    )
+    columns = PromptColumns(options.prompt_column, options.answer_column, template=options.prompt_template)
+    result = evaluate(
+        lambda: LocalModel(
+            options.model, dtype=options.dtype, device=options.device, chat_template=options.chat_template
+        ),
+        options.problems,
+        measured,
+        columns=columns,
+        split=options.split,
+        limit=options.limit,
+        progress=not options.quiet,
+    )
+    print(result_table(result), flush=True)
+    if options.output:
+        try:
+            write_json(options.output, result)
+        except OSError as error:
+            raise InputError(f"{options.output}: cannot be written ({error.strerror or error})") from error

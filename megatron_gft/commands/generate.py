@@ -1,0 +1,67 @@
+"""Make a group file: expert answers from columns, teacher and self responses sampled from models."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_gft.errors import command
+
+EPILOG = """examples:
+  python tools/generate_groups.py --input gsm8k/train.parquet --output groups.jsonl \\
+      --source "kind=column column=answer" \\
+      --source "kind=openai url=http://host:8000/v1 model=Qwen/Qwen2.5-72B-Instruct k=3 temperature=0.7" \\
+      --source "kind=transformers model=models/student k=4 max_tokens=512 logprobs=true"
+  python tools/generate_groups.py --input prompts.jsonl --output groups.jsonl --config sources.yaml
+
+Killed or failed: run the same command again, finished responses are kept in OUTPUT.journal.
+Values of --source: text is taken as it is (quote what has spaces: system='Answer after ####'); lists, mappings,
+numbers and switches are YAML, and quotes inside a list need quotes around it: stop='["\\n\\n", "####"]'
+Kinds of source and their keys: megatron_gft/sampling/sources.py.
+"""
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", required=True, help="JSONL, parquet, or Hugging Face dataset folder")
+    parser.add_argument("--output", required=True, help="group file: .jsonl, .jsonl.gz or .parquet")
+    parser.add_argument("--source", action="append", default=[], help='"kind=... key=value ...", once per source')
+    parser.add_argument("--config", help="YAML file with sources: [...]")
+    parser.add_argument("--seed", type=int, default=0, help="of the whole run (default %(default)s)")
+    parser.add_argument("--limit", type=int, help="use only the first prompts")
+    parser.add_argument("--split", default="train", help="split of a dataset folder (default %(default)s)")
+    parser.add_argument("--prompt-column", help="default: prompt, question, problem or messages")
+    parser.add_argument("--answer-column", help="gold answer (default: answer)")
+    parser.add_argument("--id-column", help="default: id, else a hash of the prompt")
+    parser.add_argument(
+        "--duplicates",
+        choices=["error", "drop", "number"],
+        default="error",
+        help="rows with an id (without ids: a prompt) that came before: refuse, leave out, or append #2 to the id",
+    )
+    parser.add_argument("--prompt-template", help="text with {prompt} in it, put around every prompt")
+    parser.add_argument("--allow-failures", action="store_true", help="write the file without responses given up")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    options = parser.parse_args(argv)
+
+    from megatron_gft.sampling.generation import GenerationRun, PromptSet
+    from megatron_gft.sampling.prompts import PromptColumns
+    from megatron_gft.sampling.sources import load_sources
+
+    sources = load_sources(options.source, options.config)
+    columns = PromptColumns(
+        options.prompt_column,
+        options.answer_column,
+        options.id_column,
+        template=options.prompt_template,
+        duplicates="keep" if options.duplicates == "error" else options.duplicates,
+    )
+    prompts = PromptSet(options.input, columns, options.split, options.limit)
+    run = GenerationRun(prompts, options.output, sources, options.seed)
+    summary = run.execute(allow_failures=options.allow_failures, progress=not options.quiet)
+    counts = ", ".join(f"{name} {sum(by.values())}" for name, by in summary.responses.items())
+    print(f"{summary.output}: {summary.groups} groups; responses: {counts}; dropped: {summary.dropped or 'none'}")
+    for note, count in summary.notes.items():
+        print(f"note: {note}: {count}")

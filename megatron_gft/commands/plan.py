@@ -1,0 +1,76 @@
+"""Does a configuration fit on N GPUs, and how fast will it be? Needs no GPU.
+
+Exit code 0: it fits; 1: it does not (the report names the nearest layout that does); 2: the configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Sequence
+
+from megatron_gft.config import load_config
+from megatron_gft.errors import command
+from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.validation import check
+
+EXIT_DOES_NOT_FIT = 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python tools/plan.py --config examples/llama3.1-70b/gpus-64.yaml --world-size 64",
+    )
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML; later files win")
+    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes of the job")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    device = parser.add_argument_group("device")
+    device.add_argument("--gpu-memory-gib", type=float, default=79.1, help="usable memory (default: H100 80 GB, 79.1)")
+    device.add_argument("--reserve-gib", type=float, default=5.0, help="CUDA context, NCCL, fragmentation (default 5)")
+    device.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak (default: H100, 989)")
+    device.add_argument(
+        "--efficiency", type=float, help="share of it reached while computing (default: published runs)"
+    )
+    assumed = parser.add_argument_group("assumed groups, used where data.train is empty")
+    assumed.add_argument("--groups", type=int, default=10_000)
+    assumed.add_argument("--responses", type=int, default=8, help="of a group; the first is the expert's")
+    assumed.add_argument("--prompt-tokens", type=int, default=150, help="mean")
+    assumed.add_argument("--response-tokens", type=int, default=700, help="mean")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan of a command line."""
+    options = _parser().parse_args(argv)
+    config = load_config(options.config, options.overrides)
+    shape = read_model_shape(config.model.config)
+    check(config, shape, options.world_size, training=False)  # before torch: a wrong configuration fails at once
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.disable(logging.WARNING)
+    from megatron_gft.sizing.fit import Device, make_plan  # torch and Megatron: seconds
+    from megatron_gft.sizing.report import format_plan
+    from megatron_gft.sizing.throughput import Workload
+
+    plan = make_plan(
+        config,
+        shape,
+        options.world_size,
+        device=Device(
+            memory_gib=options.gpu_memory_gib, reserve_gib=options.reserve_gib, peak_tflops=options.peak_tflops
+        ),
+        workload=Workload(
+            groups=options.groups,
+            responses=options.responses,
+            prompt_tokens=options.prompt_tokens,
+            response_tokens=options.response_tokens,
+        ),
+        efficiency=options.efficiency,
+    )
+    print(json.dumps(plan.to_json(), indent=1) if options.json else format_plan(plan))
+    return 0 if plan.fits else EXIT_DOES_NOT_FIT

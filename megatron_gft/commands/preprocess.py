@@ -1,0 +1,95 @@
+"""Turn group files into group shards: tokenized once, checked, ready for training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_gft.errors import InputError, command
+from megatron_gft.groups.problems import describe_kinds, parse_policies
+
+EXAMPLES = """examples:
+  python tools/preprocess_groups.py --input groups.jsonl --tokenizer models/Qwen2.5-7B --output-prefix data/train
+  python tools/preprocess_groups.py --input 'scored/*.jsonl' --tokenizer spm.model --chat-template none \\
+      --output-prefix data/train --workers 16 --max-response-tokens 2048 --policy long_response=truncate
+  sbatch --array=1-32 ... --part $SLURM_ARRAY_TASK_ID/32       (32 independent sets of shards; train on data/train*)
+
+Parts need the same --input; a part of which no group is left writes PREFIX.empty and ends well.
+
+problems and their policies (the default first); what is dropped or fixed is listed in PREFIX.report.ndjson:
+"""
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal()):
+        raise InputError(f"--part {text!r} -> I/N, e.g. 1/4 to 4/4")
+    return int(part), int(parts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLES + describe_kinds(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="group files (.jsonl, .jsonl.gz, .parquet) or globs"
+    )
+    parser.add_argument("--tokenizer", required=True, help="Hugging Face folder or SentencePiece .model")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="shards become P, P-00001, ...")
+    parser.add_argument("--chat-template", metavar="FILE|none", help="default: the tokenizer's own; none = raw text")
+    parser.add_argument("--no-bos", action="store_true", help="with --chat-template none: no BOS before a prompt")
+    parser.add_argument("--model", help="Hugging Face folder of the model: its vocabulary must hold the tokenizer")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default %(default)s)")
+    parser.add_argument("--policy", nargs="+", default=[], metavar="KIND=POLICY", help="what to do with bad input")
+    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="longest prompt, template included")
+    parser.add_argument("--max-response-tokens", type=int, metavar="N", help="longest response, EOS included")
+    parser.add_argument("--append", action="store_true", help="add further shards to those of the prefix")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="take every N-th row only, the I-th of N")
+    parser.add_argument("--max-groups-per-shard", type=int, default=1_000_000, metavar="N")
+    parser.add_argument(
+        "--max-mib-per-shard", type=int, default=4096, metavar="N", help="of tokens (default %(default)s)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 when every shard is published, or this part of the input has none."""
+    arguments = _parser().parse_args(argv)
+    policies, part = parse_policies(arguments.policy), _part(arguments.part)
+    from megatron_gft.preprocess.run import PreprocessOptions, preprocess  # imports megatron: seconds
+
+    summary = preprocess(
+        PreprocessOptions(
+            inputs=arguments.input,
+            tokenizer=arguments.tokenizer,
+            output_prefix=arguments.output_prefix,
+            chat_template=arguments.chat_template,
+            add_bos=False if arguments.no_bos else None,
+            model=arguments.model,
+            workers=arguments.workers,
+            policies=policies,
+            max_prompt_tokens=arguments.max_prompt_tokens,
+            max_response_tokens=arguments.max_response_tokens,
+            append=arguments.append,
+            part=part,
+            max_groups_per_shard=arguments.max_groups_per_shard,
+            max_bytes_per_shard=arguments.max_mib_per_shard << 20,
+        ),
+        progress=not arguments.quiet,
+    )
+    for kind, actions in summary.problems.items():
+        print(f"{kind}: " + ", ".join(f"{count} {action}" for action, count in actions.items()), file=sys.stderr)
+    print(
+        f"{summary.groups} groups, {summary.responses} responses, {summary.tokens} tokens in {len(summary.prefixes)} "
+        f"shard(s) in {summary.seconds:.1f} s; report: {summary.report}",
+        file=sys.stderr,
+    )
+    if not summary.prefixes:
+        print(f"part {arguments.part} of the input has no group: nothing to write", file=sys.stderr)
+    for prefix in summary.prefixes:
+        print(prefix)
+    return 0

@@ -1,0 +1,63 @@
+"""``python -m megatron_gft.train --config FILE [section.key=value ...]``, alone or under torchrun.
+
+Configuration problems end the program with exit code 2 before torch is imported and any process group starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+
+from megatron_gft.config import Config, load_config
+from megatron_gft.errors import InputError, command
+from megatron_gft.hf.shape import ModelShape, read_model_shape
+from megatron_gft.validation import check
+
+# The same bad input stops every rank. Ranks other than a machine's first wait so long with their message, by when
+# torchrun has ended them because of the first one's exit code; what only they saw is still said.
+QUIET_SECONDS = 3.0
+
+
+def read_command_line(argv: Sequence[str] | None = None) -> Config:
+    """The configuration that a command line names, not yet checked against a model or a world size."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_gft.train",
+        description="Train a model on group shards with GFT, SFT or DFT on Megatron-Core.",
+        epilog="example: torchrun --nproc-per-node 8 -m megatron_gft.train --config FILE optimizer.lr=2e-6 "
+        "train.output=runs/second",
+    )
+    parser.add_argument(
+        "--config", action="append", required=True, metavar="FILE", help="YAML file; later files win, key by key"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")
+    options = parser.parse_args(argv)
+    return load_config(options.config, options.overrides)
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
+    """Configuration and model shape of a command line, checked against each other and the world size.
+
+    Raises:
+        InputError: whatever is wrong, all of it at once.
+    """
+    config = read_command_line(argv)
+    shape = read_model_shape(config.model.config)
+    check(config, shape, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    return config, shape
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; the exit code is 0, 2 for bad input, or that of the stop that was asked for."""
+    try:
+        config, shape = parse(argv)
+        from megatron_gft.job import train  # torch and Megatron: seconds, and only for a sound configuration
+
+        return train(config, shape)
+    except InputError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            raise
+        time.sleep(QUIET_SECONDS)
+        raise InputError(f"rank {os.environ['RANK']}: {error}") from None

@@ -1,1 +1,0 @@
-"""Group records, their checks, and the making of shards."""

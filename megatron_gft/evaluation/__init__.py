@@ -1,0 +1,1 @@
+"""Accuracy and log-probs of a model on problems with known answers."""

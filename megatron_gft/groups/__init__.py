@@ -1,0 +1,50 @@
+"""Group files: one prompt with its responses, as text. What other packages use stands here."""
+
+from megatron_gft.groups.files import (
+    BYTES_PER_CHUNK,
+    GROUP_FILE_SUFFIXES,
+    RawChunk,
+    expand_inputs,
+    iter_group_file,
+    parse_chunk,
+    read_chunks,
+    refuse_problems,
+    write_group_file,
+)
+from megatron_gft.groups.records import (
+    FINISH_REASONS,
+    SOURCE_CODES,
+    SOURCES,
+    GroupRecord,
+    ResponseRecord,
+    gold_answer,
+    parse_json_line,
+    record_from_json,
+    record_to_dict,
+    record_to_json,
+)
+from megatron_gft.groups.rows import iter_rows, json_value
+
+__all__ = [
+    "BYTES_PER_CHUNK",
+    "FINISH_REASONS",
+    "GROUP_FILE_SUFFIXES",
+    "SOURCES",
+    "SOURCE_CODES",
+    "GroupRecord",
+    "RawChunk",
+    "ResponseRecord",
+    "expand_inputs",
+    "gold_answer",
+    "iter_group_file",
+    "iter_rows",
+    "json_value",
+    "parse_chunk",
+    "parse_json_line",
+    "read_chunks",
+    "record_from_json",
+    "record_to_dict",
+    "record_to_json",
+    "refuse_problems",
+    "write_group_file",
+]

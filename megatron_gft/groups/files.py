@@ -1,0 +1,247 @@
+"""Group files: one prompt with its responses, as text, one group a line (JSONL or parquet).
+
+    {"id": "...", "prompt": "text" | [{"role", "content"}, ...], "answer": "gold" | null,
+     "responses": [{"text", "source": "expert|teacher|self", "reward": 0.5 | null, "outcome": "correct|wrong|...",
+                    "finish_reason": "stop|length", "model", "tokenizer", "token_ids", "logprobs", "sampling"}],
+     "meta": {...}}
+
+``tokenizer`` is the fingerprint of the tokenizer that made ``token_ids`` (see :mod:`megatron_gft.tokenizer`); without
+it the ids are not trusted. Other fields of a group move into ``meta``, other fields of a response into ``extra``: a
+tool that reads and writes groups loses nothing. Plain rows ``{question, answer}`` (GSM8K) or ``{problem, solution}``
+are read as groups with one expert response; the gold answer is what follows ``####``, or the ``answer`` beside a
+``solution``.
+
+In a parquet file a prompt of messages is in the column ``messages``; ``meta``, ``sampling`` and ``extra`` (further
+fields of a response or message) are JSON text. Cells that JSON cannot hold are read as text (dates and the like) or as
+``{"base64": "..."}`` (bytes).
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import glob
+import gzip
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+from megatron_gft.atomic import atomic_file
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.groups.problems import ERROR, ProblemLog
+from megatron_gft.groups.records import (
+    RESPONSE_FIELDS,
+    GroupRecord,
+    parse_group,
+    record_to_json,
+)
+from megatron_gft.groups.rows import RawChunk, iter_rows
+
+GROUP_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # that can be written
+_PARQUET_BATCH = 1024
+_PARTS_PER_READ = 16  # of many parts, chunks get smaller instead of reads larger
+# A worker holds some 40 times the text while it tokenizes, and the last chunk is worked on alone: keep chunks small.
+BYTES_PER_CHUNK = 256 << 10
+
+
+def expand_inputs(patterns: Sequence[str | Path]) -> list[str]:
+    """Files that the paths and globs name, each glob sorted.
+
+    Raises:
+        InputError: a path or glob names no file, or one file is named twice.
+    """
+    files: list[str] = []
+    for pattern in map(str, patterns):
+        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not Path(pattern).exists() else [pattern]
+        if not found or not all(Path(name).is_file() for name in found):
+            raise InputError(f"{pattern}: no such group file -> check the path")
+        files.extend(found)
+    twice = sorted({name for name in files if files.count(name) > 1})
+    if twice:
+        raise InputError(f"{twice[0]}: input named twice -> name each file once")
+    return files
+
+
+def read_chunks(path: str | Path, rows_per_chunk: int = 256, *, part: int = 0, parts: int = 1) -> Iterator[RawChunk]:
+    """Yield a group file (``.jsonl``, ``.json``, ``.jsonl.gz``, ``.parquet``) in chunks of rows.
+
+    Args:
+        path: of the file.
+        rows_per_chunk: at most so many rows in a chunk; fewer when they are long (``BYTES_PER_CHUNK``).
+        part, parts: give only every ``parts``-th row, beginning with row ``part`` (from 0).
+
+    Raises:
+        InputError: the file cannot be read or its format is unknown.
+    """
+    path = str(path)
+    at_once = min(parts, _PARTS_PER_READ)
+    read_rows, read_bytes = rows_per_chunk * at_once, BYTES_PER_CHUNK * at_once
+    try:
+        if path.endswith(".parquet"):
+            batches = _parquet_batches(path, read_rows, read_bytes)
+        elif path.endswith((".jsonl", ".json", ".jsonl.gz")):
+            batches = _line_batches(path, read_rows, read_bytes)
+        else:
+            raise InputError(f"{path}: unknown kind of group file -> use .jsonl, .jsonl.gz or .parquet")
+        first_row = 1
+        for rows, fraction in batches:
+            start = (part - (first_row - 1)) % parts
+            if start < len(rows):
+                mine = rows if parts == 1 else _every(rows, start, parts)
+                yield RawChunk(path, first_row + start, mine, parts, fraction)
+            first_row += len(rows)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error}) -> check the file") from error
+
+
+def _every(rows: Any, start: int, step: int) -> Any:
+    return rows[start::step] if isinstance(rows, list) else rows.take(list(range(start, len(rows), step)))
+
+
+def _line_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple[list[bytes], float]]:
+    size = max(os.path.getsize(path), 1)
+    with open(path, "rb") as stored:
+        lines = gzip.GzipFile(fileobj=stored) if path.endswith(".gz") else stored
+        batch: list[bytes] = []
+        held = 0
+        for number, line in enumerate(lines):
+            if number == 0:  # a byte-order mark, as editors on Windows write it, is no part of the text
+                line = line.removeprefix(codecs.BOM_UTF8) or b"\n"
+            batch.append(line)
+            held += len(line)
+            if len(batch) == max_rows or held >= max_bytes:
+                yield batch, stored.tell() / size
+                batch, held = [], 0
+        if batch:
+            yield batch, 1.0
+
+
+def _parquet_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple[Any, float]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading parquet needs pyarrow -> pip install pyarrow") from error
+    try:
+        read = 0
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=max_rows):
+                rows = max(1, len(batch) * max_bytes // max(batch.nbytes, 1))
+                for start in range(0, len(batch), rows):
+                    chosen = range(start, min(start + rows, len(batch)))
+                    # A slice would be pickled with the whole batch.
+                    part = batch if len(chosen) == len(batch) else batch.take(list(chosen))
+                    read += len(part)
+                    yield part, read / file.metadata.num_rows
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a readable parquet file ({error}) -> check the file") from error
+
+
+def parse_chunk(chunk: RawChunk, problems: ProblemLog) -> Iterator[tuple[GroupRecord, str]]:
+    """Parse rows into groups; yield ``(record, "file:line")`` of the good ones, note the others in ``problems``."""
+    for row, place in iter_rows(chunk, problems):
+        record = parse_group(row, place, problems)
+        if record is not None:
+            yield record, place
+
+
+def iter_group_file(path: str | Path) -> Iterator[tuple[GroupRecord, str]]:
+    """Yield ``(record, "file:line")`` of each group of a file, streaming.
+
+    Raises:
+        InputErrors: a row is not a group; the message lists the problems of that row.
+    """
+    problems = ProblemLog()
+    for chunk in read_chunks(path, _PARQUET_BATCH):
+        for item in parse_chunk(chunk, problems):
+            refuse_problems(problems)
+            yield item
+        refuse_problems(problems)
+
+
+def refuse_problems(problems: ProblemLog) -> None:
+    """Forget the findings so far, if none is an error.
+
+    Raises:
+        InputErrors: some are. It names no policy: this is for tools that have none, only preprocessing has.
+    """
+    errors = [problem for problem in problems.take() if problem.action == ERROR]
+    if errors:
+        raise InputErrors("bad rows -> correct or remove them", [str(problem) for problem in errors])
+
+
+def write_group_file(path: str | Path, records: Iterable[GroupRecord]) -> int:
+    """Write groups to ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` (whole or not at all); return how many.
+
+    Raises:
+        InputError: unknown suffix.
+    """
+    name, count = str(path), 0
+    if name.endswith(".parquet"):
+        return _write_parquet(path, records)
+    if not name.endswith(GROUP_FILE_SUFFIXES):
+        raise InputError(f"{path}: unknown kind of group file -> use {', '.join(GROUP_FILE_SUFFIXES)}")
+    with atomic_file(path) as temporary:
+        with _open_to_write(temporary, name.endswith(".gz")) as file:
+            for record in records:
+                file.write(record_to_json(record).encode("utf-8") + b"\n")
+                count += 1
+    return count
+
+
+@contextlib.contextmanager
+def _open_to_write(path: Path, compressed: bool) -> Iterator[IO[bytes]]:
+    with open(path, "wb") as file:
+        if compressed:  # no name and no time in the header: the same groups give the same bytes
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+                yield cast(IO[bytes], packed)
+        else:
+            yield file
+
+
+def _write_parquet(path: str | Path, records: Iterable[GroupRecord]) -> int:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    text = pyarrow.string()
+    response = [(name, text) for name in ("text", "source", "outcome", "finish_reason", "model", "tokenizer")]
+    response += [("reward", pyarrow.float64()), ("token_ids", pyarrow.list_(pyarrow.int32()))]
+    response += [("logprobs", pyarrow.list_(pyarrow.float64())), ("sampling", text), ("extra", text)]
+    message = pyarrow.list_(pyarrow.struct([("role", text), ("content", text), ("extra", text)]))
+    schema = pyarrow.schema(
+        [("id", text), ("prompt", text), ("messages", message), ("answer", text), ("meta", text)]
+        + [("responses", pyarrow.list_(pyarrow.struct(response)))]
+    )
+    count, stream = 0, iter(records)
+    with atomic_file(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
+        while batch := list(itertools.islice(stream, _PARQUET_BATCH)):
+            writer.write_table(pyarrow.Table.from_pylist([_parquet_value(r) for r in batch], schema=schema))
+            count += len(batch)
+    return count
+
+
+def _parquet_value(record: GroupRecord) -> dict[str, Any]:
+    text, messages = (record.prompt, None) if isinstance(record.prompt, str) else (None, record.prompt)
+    responses = []
+    for response in record.responses:
+        value = {name: getattr(response, name) for name in RESPONSE_FIELDS}
+        value["sampling"] = None if response.sampling is None else json.dumps(response.sampling)
+        value["extra"] = json.dumps(response.extra) if response.extra else None
+        responses.append(value)
+    return {
+        "id": record.id,
+        "prompt": text,
+        "messages": None if messages is None else [_parquet_message(message) for message in messages],
+        "answer": record.answer,
+        "responses": responses,
+        "meta": json.dumps(record.meta) if record.meta else None,
+    }
+
+
+def _parquet_message(message: dict[str, Any]) -> dict[str, Any]:
+    extra = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return {"role": message["role"], "content": message["content"], "extra": json.dumps(extra) if extra else None}

@@ -1,0 +1,1 @@
+"""What is in group files and group shards, and how well it will pack."""

@@ -1,0 +1,61 @@
+"""Group files without a tokenizer: every character is a token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_gft.groups import GroupRecord
+from megatron_gft.groups.problems import DROP, KEEP, KINDS, ProblemLog
+from megatron_gft.preprocess.encode import ChunkEncoder, EncodingOptions
+from megatron_gft.tokenizer import Tokenizer
+
+# Everything is looked at, nothing stops: what cannot be used is left out and counted.
+LENIENT = {name: KEEP if KEEP in kind.choices else DROP for name, kind in KINDS.items()}
+
+
+class CharacterTokenizer(Tokenizer):
+    """Stands in when no tokenizer is given: one token a character."""
+
+    def __init__(self) -> None:
+        self.path, self.vocab_size, self.eos_id, self.bos_id = "", 0x110002, 0x110001, None
+        self.special_ids, self.special_pattern = frozenset(), re.compile(r"(?!)")
+        self.fingerprint = "characters"
+
+    @property
+    def _template_renderer(self) -> Any:
+        raise AssertionError("characters have no template")
+
+    def render_prompt(self, prompt: str | list[dict[str, Any]]) -> str:
+        return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(map(ord, text)) for text in texts]
+
+    _encode_prompts = encode_batch
+
+    def encode_responses(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
+        return self.encode_batch(texts)
+
+    def _decode(self, ids: list[int]) -> str:
+        return "".join(chr(i) for i in ids if i != self.eos_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._decode(list(map(int, ids)))
+
+
+class CharacterEncoder(ChunkEncoder):
+    """Counts characters also where a file has token ids: without their tokenizer they mean nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(CharacterTokenizer(), EncodingOptions(LENIENT))
+
+    def _prepare(self, record: GroupRecord, place: str, log: ProblemLog) -> Any:
+        for response in record.responses:
+            if response.token_ids is not None:
+                # No text is a lone EOS, or a cut-off piece of a character.
+                alone = 0xFFFD if response.finish_reason == "length" else self.tokenizer.eos_id
+                response.token_ids = list(map(ord, response.text)) or [alone]
+                response.tokenizer, response.logprobs = self.tokenizer.fingerprint, None
+        return super()._prepare(record, place, log)

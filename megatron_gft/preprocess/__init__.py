@@ -1,0 +1,1 @@
+"""Group files to group shards: tokenize, check, write."""

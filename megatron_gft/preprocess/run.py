@@ -1,0 +1,439 @@
+"""Group files to group shards: streaming, several processes, the same bytes for any number of them.
+
+    read rows in chunks -> workers: parse, check, render, tokenize -> in order: duplicates, shards -> publish
+
+Memory is bounded by chunks in flight, 60 bytes per group id (for duplicates) and the index of the shard being
+written: tokens, log-probs and the report go to the disk at once. See :mod:`megatron_gft.preprocess.staging` for what an
+interruption leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic_core import to_json
+from tqdm import tqdm
+
+import megatron_gft
+from megatron_gft.atomic import sha256_json
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_chunks
+from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, ProblemCounts, ProblemLog, raise_errors
+from megatron_gft.hf.shape import read_config
+from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, EncodingOptions, id_digest
+from megatron_gft.preprocess.staging import StagedShard, Staging, merge_problem_tables, shard_name
+from megatron_gft.preprocess.workers import OrderedWorkers
+from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
+from megatron_gft.shards.manifest import manifest_path
+from megatron_gft.shards.writer import check_prefix
+from megatron_gft.tokenizer import NO_TEMPLATE, load_tokenizer
+
+MAX_LINEAGES = 100  # distinct (source, model, sampling) listed in a manifest
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What to make of which files.
+
+    Args:
+        inputs: group files and globs.
+        tokenizer: Hugging Face folder or SentencePiece model.
+        output_prefix: of the shards.
+        chat_template: file, ``"none"``, or None for the tokenizer's own.
+        add_bos: with template ``none``; None does what the model expects.
+        model: Hugging Face folder whose vocabulary must hold the tokenizer's ids; None skips the check.
+        workers: processes that tokenize; 1 works in this process.
+        policies: what to do with each kind of problem.
+        max_prompt_tokens, max_response_tokens: limits; None = any length.
+        append: add shards to those that exist.
+        part: ``(i, n)``: take every n-th row, the i-th of n (from 1), into shards ``PREFIX-part...``. Which rows
+            depends on nothing but a file's name and the row's number; each manifest has the hash of all inputs.
+        max_groups_per_shard, max_bytes_per_shard: a shard is closed before it exceeds one of them (bytes of tokens).
+        rows_per_chunk: most rows of a chunk, the unit of work of a process (see ``groups.read_chunks``); it changes
+            only where shards are cut.
+    """
+
+    inputs: Sequence[str]
+    tokenizer: str
+    output_prefix: str
+    chat_template: str | None = None
+    add_bos: bool | None = None
+    model: str | None = None
+    workers: int = 1
+    policies: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_POLICIES))
+    max_prompt_tokens: int | None = None
+    max_response_tokens: int | None = None
+    append: bool = False
+    part: tuple[int, int] = (1, 1)
+    max_groups_per_shard: int = 1_000_000
+    max_bytes_per_shard: int = 4 << 30
+    rows_per_chunk: int = 256
+
+
+@dataclass(frozen=True)
+class PreprocessSummary:
+    """What came out; of a part of the input that has no group, nothing."""
+
+    prefixes: list[str]
+    report: str
+    groups: int
+    responses: int
+    tokens: int
+    problems: dict[str, dict[str, int]]  # kind -> action -> count
+    seconds: float
+
+
+def preprocess(options: PreprocessOptions, *, progress: bool = True) -> PreprocessSummary:
+    """Make group shards from group files, all or none of them readable.
+
+    Raises:
+        InputError: bad options, bad input under policy ``error``, an output that exists, nothing left to write (of
+            all the input; a part may be empty), a disk that is full, a worker process that was killed.
+    """
+    started = time.monotonic()
+    _check_options(options)
+    files = expand_inputs(options.inputs)
+    if options.workers > 1:  # whatever the user's setting: threads of the library would hang in forked processes
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    prefix = output_prefix(options)
+    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.add_bos)
+    stamp = tokenizer_stamp(tokenizer)
+    _check_vocabulary(options, stamp)
+    existing = _existing_shards(prefix)
+    if not Staging.waits_to_publish(prefix):
+        _check_existing(prefix, existing, options.append, stamp)
+    encoder = ChunkEncoder(
+        tokenizer, EncodingOptions(options.policies, options.max_prompt_tokens, options.max_response_tokens)
+    )
+    try:
+        prefixes, report, unwritten = _make_shards(options, files, stamp, existing, encoder, progress)
+    except OSError as error:
+        raise InputError(
+            f"{prefix}: cannot be written ({error}) -> see to it (room on the disk, limits, rights), then run the same "
+            "command again; finished shards are kept"
+        ) from error
+    counts = [GroupShard(name).manifest for name in prefixes]
+    return PreprocessSummary(
+        prefixes,
+        report,
+        groups=sum(manifest.counts.groups for manifest in counts),
+        responses=sum(manifest.counts.responses for manifest in counts),
+        tokens=sum(manifest.counts.prompt_tokens + manifest.counts.response_tokens for manifest in counts),
+        problems=merge_problem_tables([*(manifest.provenance["problems"] for manifest in counts), unwritten]),
+        seconds=time.monotonic() - started,
+    )
+
+
+def output_prefix(options: PreprocessOptions) -> Path:
+    """Prefix of the shards, with the part in its name when there are several."""
+    part, parts = options.part
+    return Path(options.output_prefix + (f"-part{part:05d}-of-{parts:05d}" if parts > 1 else ""))
+
+
+def _check_options(options: PreprocessOptions) -> None:
+    part, parts = options.part
+    problems = list(_prefix_problems(options.output_prefix))
+    if options.add_bos is not None and options.chat_template != NO_TEMPLATE:
+        problems.append(f"BOS {options.add_bos} with a chat template, which spells BOS itself -> chat template none")
+    if not 1 <= part <= parts:
+        problems.append(f"part {part}/{parts} -> I/N with 1 <= I <= N")
+    for name in ("workers", "max_groups_per_shard", "max_bytes_per_shard", "rows_per_chunk"):
+        if getattr(options, name) < 1:
+            problems.append(f"{name}={getattr(options, name)} -> at least 1")
+    for name in ("max_prompt_tokens", "max_response_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append(f"{name}={value} -> at least 1")
+    if problems:
+        raise InputErrors("bad options", problems)
+
+
+def _prefix_problems(prefix: str) -> Iterator[str]:
+    """What is wrong with the name of the shards."""
+    if os.path.basename(prefix) in ("", ".", ".."):
+        yield f"output prefix {prefix!r}: a folder -> add a name, as in {os.path.join(prefix, 'train')!r}"
+    try:
+        check_prefix(prefix)
+    except InputError as error:
+        yield str(error)
+    parent = next(parent for parent in Path(prefix).absolute().parents if os.path.exists(parent))
+    if not parent.is_dir():
+        yield f"output prefix {prefix!r}: {parent} is a file -> a place in a folder"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield f"output prefix {prefix!r}: no right to write in {parent} -> another place"
+
+
+def _check_vocabulary(options: PreprocessOptions, stamp: TokenizerStamp) -> None:
+    if options.model is None:
+        return
+    rows = read_config(options.model).get("vocab_size")
+    if not isinstance(rows, int) or stamp.vocab_size > rows:
+        raise InputError(
+            f"{options.tokenizer}: token ids go up to {stamp.vocab_size - 1}, but {options.model} has a vocabulary of "
+            f"{rows} -> give the model's own tokenizer, or resize the model"
+        )
+
+
+def _existing_shards(prefix: Path) -> list[GroupShard]:
+    """Shards 0, 1, ... of the prefix."""
+    shards: list[GroupShard] = []
+    while manifest_path(name := prefix.with_name(shard_name(prefix, len(shards)))).exists():
+        shards.append(GroupShard(name))
+    return shards
+
+
+def _check_existing(prefix: Path, shards: Sequence[GroupShard], append: bool, stamp: TokenizerStamp) -> None:
+    """There are none, or they are of the same tokenizer and ``append`` is set; none is after a gap."""
+    taken = re.compile(re.escape(prefix.name) + r"-(\d{5,})\.json")
+    names = os.listdir(prefix.parent) if prefix.parent.is_dir() else []
+    later = sorted(name for name in names if (match := taken.fullmatch(name)) and int(match[1]) >= len(shards))
+    if later:
+        raise InputError(
+            f"{prefix.with_name(later[0])}: left of an earlier run, a shard before it is missing -> remove all shards "
+            "of the prefix, or choose another"
+        )
+    if shards and not append:
+        raise InputError(f"{shards[0].prefix}: the shard exists already -> append, choose another prefix, or remove it")
+    for shard in shards:
+        if shard.manifest.tokenizer != stamp:
+            raise InputError(
+                f"{shard.prefix}: made with another tokenizer, chat template or choice of BOS -> append with the same"
+            )
+
+
+def _plan(options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStamp) -> str:
+    """Hash of everything that decides the content of the shards; an interrupted run continues only when it is equal."""
+    inputs = [[name, os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in files]
+    limits = [options.max_prompt_tokens, options.max_response_tokens, dict(options.policies), options.part]
+    sizes = [options.max_groups_per_shard, options.max_bytes_per_shard, options.rows_per_chunk, BYTES_PER_CHUNK]
+    return sha256_json([megatron_gft.__version__, inputs, stamp.model_dump(), limits, sizes, options.append])
+
+
+# --- the stream ---------------------------------------------------------------------------------------------------
+
+
+def _make_shards(
+    options: PreprocessOptions,
+    files: Sequence[str],
+    stamp: TokenizerStamp,
+    existing: Sequence[GroupShard],
+    encoder: ChunkEncoder,
+    progress: bool,
+) -> tuple[list[str], str, dict[str, dict[str, int]]]:
+    """Write and publish; prefixes of the shards, path of the report, problems of rows of which no shard was made."""
+    staging = Staging(output_prefix(options), _plan(options, files, stamp), len(existing))
+    try:
+        unwritten: dict[str, dict[str, int]] = {}
+        if not staging.publishing:
+            existing = existing[: staging.first_index]
+            unwritten = _write_shards(options, files, stamp, staging, existing, encoder, progress)
+        report = str(staging.report_path)
+        return staging.publish() if staging.publishing else [], report, unwritten
+    finally:
+        staging.close()
+
+
+def _rotation(name: str, parts: int) -> int:
+    """The part that takes the first row of a file: another for each file, so that many small files are spread too.
+
+    It depends on nothing but the file's name, as parts that saw other files beside it must still share its rows.
+    """
+    digest = hashlib.blake2b(os.fsencode(Path(name).name), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % parts
+
+
+def _chunks(options: PreprocessOptions, files: Sequence[str], bar: tqdm) -> Iterator[RawChunk]:
+    """All chunks of the input in order; the bar shows the bytes read."""
+    part, parts = options.part
+    rows = min(options.rows_per_chunk, options.max_groups_per_shard)
+    before = 0
+    for name in files:
+        size = os.path.getsize(name)
+        for chunk in read_chunks(name, rows, part=(part - 1 + _rotation(name, parts)) % parts, parts=parts):
+            yield chunk
+            bar.n = before + int(size * chunk.read_fraction)
+        before += size
+        bar.n = before
+
+
+def _write_shards(
+    options: PreprocessOptions,
+    files: Sequence[str],
+    stamp: TokenizerStamp,
+    staging: Staging,
+    existing: Sequence[GroupShard],
+    encoder: ChunkEncoder,
+    progress: bool,
+) -> dict[str, dict[str, int]]:
+    """Write all shards that are not done yet into the staging folder; problems of rows of which none was made."""
+    builder = _ShardBuilder(options, files, stamp, staging)
+    for shard in existing:
+        builder.remember_ids(shard)
+    skip = builder.next_chunk
+    total = sum(map(os.path.getsize, files))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(builder)
+        encode_all: Callable[[Iterable[RawChunk]], Iterator[EncodedChunk]] = functools.partial(map, encoder.encode)
+        if options.workers > 1:  # before the progress bar, which starts a thread
+            encode_all = stack.enter_context(OrderedWorkers(encoder.encode, options.workers)).map
+        bar = stack.enter_context(tqdm(total=total, desc="preprocess", unit="B", unit_scale=True, disable=not progress))
+        chunks = (chunk for number, chunk in enumerate(_chunks(options, files, bar)) if number >= skip)
+        started, groups = time.monotonic(), 0
+        for result in encode_all(chunks):
+            builder.add(result)
+            groups += len(result.groups)
+            bar.set_postfix_str(f"{groups} groups, {groups / (time.monotonic() - started):.0f}/s", refresh=False)
+            bar.update(0)
+        return builder.finish()
+
+
+class _ShardBuilder:
+    """Puts encoded chunks into shards, in order; leaves duplicates out."""
+
+    def __init__(self, options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStamp, staging: Staging):
+        self._options, self._stamp, self._staging = options, stamp, staging
+        self._inputs = [{"name": Path(name).name, "bytes": os.path.getsize(name)} for name in files]
+        self._seen: set[bytes] = set()
+        self._next_number: dict[bytes, int] = {}  # of ids that came again: all lower numbers are taken
+        self._writer: GroupShardWriter | None = None
+        self._next_chunk = staging.done[-1].next_chunk if staging.done else 0
+        self._begin()
+        for shard in staging.done:
+            self.remember_ids(GroupShard(staging.folder / shard.name))
+
+    def _begin(self) -> None:
+        self._problems = ProblemCounts()
+        self._lineage: Counter[str] = Counter()
+        self._verifiers: Counter[str] = Counter()
+        self._rows = 0
+
+    def __enter__(self) -> _ShardBuilder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.abort()
+
+    @property
+    def next_chunk(self) -> int:
+        """First chunk that was not added yet, here or in an earlier run."""
+        return self._next_chunk
+
+    def remember_ids(self, shard: GroupShard) -> None:
+        """Ids of groups that are in a shard already are duplicates from now on."""
+        self._seen.update(id_digest(shard.meta(i)["id"]) for i in range(len(shard)))
+
+    def add(self, chunk: EncodedChunk) -> None:
+        """Add the groups of the next chunk.
+
+        Raises:
+            InputErrors: a problem of the chunk has the policy ``error``.
+        """
+        self._leave_duplicates_out(chunk)
+        raise_errors(chunk.problems)
+        groups, writer = chunk.groups, self._writer
+        if writer is not None and (
+            writer.groups + len(groups) > self._options.max_groups_per_shard
+            or writer.bytes + groups.tokens.nbytes > self._options.max_bytes_per_shard
+        ):
+            self._close()
+        self._next_chunk += 1
+        self._problems.add(chunk.problems)
+        self._staging.note(chunk.problems)
+        for lineage in chunk.lineages:
+            self._lineage.update(lineage)
+        self._verifiers.update(verifier for verifier in chunk.verifiers if verifier is not None)
+        self._rows += chunk.rows
+        if len(groups):
+            if self._writer is None:
+                self._writer = GroupShardWriter(self._staging.next_prefix, self._stamp)
+            self._writer.add(groups)
+
+    def finish(self) -> dict[str, dict[str, int]]:
+        """No more chunks: close the last shard. When there is none, the problems that left none.
+
+        Raises:
+            InputError: there is none, and this is the whole input; of a part that may be.
+        """
+        if self._writer is not None:
+            self._close()
+        if self._staging.done:
+            self._staging.finish()
+        elif self._options.part[1] > 1:
+            self._staging.publish_empty(self._provenance())
+        else:
+            self._staging.write_report()
+            way_out = f"see {self._staging.report_path}, relax the policies" if self._rows else "the input has no rows"
+            raise InputError(f"no group is left to write -> {way_out}")
+        return self._problems.as_dict()
+
+    def _close(self) -> None:
+        assert self._writer is not None
+        self._writer.provenance = self._provenance()
+        verifiers = [
+            {"verifier": json.loads(text), "groups": n} for text, n in self._verifiers.most_common(MAX_LINEAGES)
+        ]
+        self._writer.verifier = {"group_files": verifiers} if verifiers else {}
+        self._writer.finish()
+        self._writer = None
+        name = self._staging.next_prefix.name
+        self._staging.add(StagedShard(name, self._next_chunk, self._rows, self._problems.as_dict()))
+        self._begin()
+
+    def _provenance(self) -> dict[str, Any]:
+        options = self._options
+        listed = sorted(self._lineage.most_common(MAX_LINEAGES))
+        changed = {kind: policy for kind, policy in options.policies.items() if policy != DEFAULT_POLICIES[kind]}
+        return {
+            "inputs": self._inputs,
+            "input_set": sha256_json(sorted([i["name"], i["bytes"]] for i in self._inputs)),  # equal in all parts
+            "part": "{}/{}".format(*options.part),
+            "rows": self._rows,
+            "responses": [{**json.loads(text), "count": count} for text, count in listed],
+            "responses_unlisted": sum(self._lineage.values()) - sum(count for _, count in listed),
+            "policies": changed,
+            "limits": {"prompt": options.max_prompt_tokens, "response": options.max_response_tokens},
+            "problems": self._problems.as_dict(),
+        }
+
+    def _leave_duplicates_out(self, chunk: EncodedChunk) -> None:
+        log = ProblemLog(self._options.policies)
+        keep = np.ones(len(chunk.ids), dtype=bool)
+        for i, group_id in enumerate(chunk.ids):
+            digest = id_digest(group_id)
+            if digest in self._seen:
+                action = log.found("duplicate_id", chunk.places[i], group_id, "the id was seen before")
+                if action == FIX:
+                    digest = self._rename(chunk, i)
+                else:
+                    keep[i] = False
+                    continue
+            self._seen.add(digest)
+        if log.problems:
+            chunk.problems += log.take()
+            chunk.groups = chunk.groups.select(keep)
+            chunk.lineages = [lineage for lineage, kept in zip(chunk.lineages, keep, strict=True) if kept]
+            chunk.verifiers = [verifier for verifier, kept in zip(chunk.verifiers, keep, strict=True) if kept]
+
+    def _rename(self, chunk: EncodedChunk, i: int) -> bytes:
+        """Give group ``i`` of the chunk a free id."""
+        meta, own = json.loads(chunk.groups.metas[i]), id_digest(chunk.ids[i])
+        number = self._next_number.get(own, 2)
+        while (digest := id_digest(f"{chunk.ids[i]}#{number}")) in self._seen:
+            number += 1
+        self._next_number[own] = number + 1
+        meta["id"] = f"{chunk.ids[i]}#{number}"
+        chunk.groups.metas[i] = to_json(meta)
+        return digest

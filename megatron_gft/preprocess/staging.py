@@ -1,0 +1,224 @@
+"""Shards on their way: a hidden folder beside the output where finished shards wait until all of a run are there.
+
+An interrupted run leaves its staging folder; the same run continues after its last finished shard. Publishing moves
+the shards to their names, each manifest last; it too continues where it was interrupted. A reader finds a shard only
+when it is whole, and a set of shards only when it is complete (``ShardSet``).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_gft.atomic import fsync_path, sha256_json, write_json
+from megatron_gft.errors import InputError
+from megatron_gft.groups.problems import Problem, report_lines
+from megatron_gft.shards.manifest import (
+    ShardSet,
+    content_fingerprint,
+    empty_part_path,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
+
+_NEXT_REPORT = "next.report"  # of the shard that is being written
+
+
+@dataclass
+class StagedShard:
+    """What is remembered of a finished shard: enough to continue after it."""
+
+    name: str
+    next_chunk: int  # first chunk of the input that is not in it
+    rows: int = 0
+    problems: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class Staging:
+    """The staging folder of one output prefix; holds a lock while open.
+
+    Args:
+        prefix: of the shards that come.
+        plan: hash of everything that decides the shards' content; another plan starts anew.
+        first_index: number of the first shard, unless the folder knows one already.
+
+    Attributes:
+        done: finished shards, in order.
+        publishing: whether all shards were finished and only their publication remains.
+
+    Raises:
+        InputError: another process writes there, or an unpublished run of another plan is finished there.
+    """
+
+    def __init__(self, prefix: Path, plan: str, first_index: int):
+        self.prefix, self.first_index = prefix, first_index
+        self.done: list[StagedShard] = []
+        self.folder = prefix.with_name(f".{prefix.name}.staging")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        run = self._read_json("run.json")
+        self.publishing = self.waits_to_publish(prefix)
+        if run is None or run.get("plan") != plan:
+            if self.publishing:
+                self.close()
+                raise InputError(
+                    f"{self.folder}: a finished run with other inputs or options waits to be published -> run it again "
+                    "as it was, or remove that folder"
+                )
+            (self.folder / "run.json").unlink(missing_ok=True)  # first: without it nothing in the folder counts
+            self._clear(keep=set())
+            empty_part_path(prefix).unlink(missing_ok=True)
+            write_json(self.folder / "run.json", {"plan": plan, "first_index": first_index})
+        else:
+            self.first_index = run["first_index"]
+        self.done = self._load_done()
+        if not self.publishing:
+            self._clear(keep=self._files_of_done() | {"run.json"})
+
+    @staticmethod
+    def waits_to_publish(prefix: Path) -> bool:
+        """Whether a run was interrupted while it published its shards."""
+        folder = prefix.with_name(f".{prefix.name}.staging")
+        return (folder / "run.json").exists() and (folder / "publish.json").exists()
+
+    def _take_lock(self) -> IO[str]:
+        lock = open(self.folder / "lock", "w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers do not inherit this kind
+        except OSError as error:
+            lock.close()
+            raise InputError(f"{self.folder}: another process writes {self.prefix} -> wait for it") from error
+        return lock
+
+    def close(self) -> None:
+        """Give the lock back; finished shards stay for the next run."""
+        self._lock.close()
+        if not self.done and not self.publishing:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read_json(self, name: str) -> Any:
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _clear(self, keep: set[str]) -> None:
+        for path in self.folder.iterdir():
+            if path.name not in keep and path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _files_of_done(self) -> set[str]:
+        names = set()
+        for shard in self.done:
+            manifest = read_manifest(self.folder / shard.name)
+            names |= {*manifest.files, f"{shard.name}.json", f"{shard.name}.state", f"{shard.name}.report"}
+        return names
+
+    def _load_done(self) -> list[StagedShard]:
+        done: list[StagedShard] = []
+        while (state := self._read_json(f"{self.shard_name(len(done))}.state")) is not None:
+            done.append(StagedShard(**state))
+        return done
+
+    def shard_name(self, number: int) -> str:
+        """Name of this run's shard ``number`` (from 0)."""
+        return shard_name(self.prefix, self.first_index + number)
+
+    @property
+    def next_prefix(self) -> Path:
+        """Where the next shard is written."""
+        return self.folder / self.shard_name(len(self.done))
+
+    def note(self, problems: Iterable[Problem]) -> None:
+        """Add to the report of the shard that is being written."""
+        with open(self.folder / _NEXT_REPORT, "a", encoding="ascii") as report:
+            report.write(report_lines(problems))
+
+    def add(self, shard: StagedShard) -> None:
+        """Remember a shard that was written to :attr:`next_prefix`, and its report."""
+        self.note([])  # there is a report even of nothing
+        fsync_path(self.folder / _NEXT_REPORT)
+        os.replace(self.folder / _NEXT_REPORT, self.folder / f"{shard.name}.report")
+        write_json(self.folder / f"{shard.name}.state", asdict(shard))
+        self.done.append(shard)
+
+    def finish(self) -> None:
+        """All shards are there."""
+        manifests = [read_manifest(self.folder / shard.name) for shard in self.done]
+        set_id = sha256_json([content_fingerprint(manifest) for manifest in manifests])[:16]
+        write_json(self.folder / "publish.json", {"set": set_id})
+        self.publishing = True
+
+    @property
+    def report_path(self) -> Path:
+        """The report that :meth:`publish` writes."""
+        return self.prefix.with_name(f"{self.shard_name(0)}.report.ndjson")  # no glob over group files finds it
+
+    def publish(self) -> list[str]:
+        """Move everything to its name; return the shards' prefixes. The folder is gone afterwards."""
+        set_id = self._read_json("publish.json")["set"]
+        prefixes = []
+        for number, shard in enumerate(self.done):
+            final = self.prefix.with_name(shard.name)
+            prefixes.append(str(final))
+            part = ShardSet(id=set_id, index=number, count=len(self.done))
+            if manifest_path(final).exists():
+                if read_manifest(final).shard_set != part:
+                    raise InputError(f"{final}: another run made this shard meanwhile -> remove one of the two")
+                continue  # published before an interruption
+            manifest = read_manifest(self.folder / shard.name)
+            for name in manifest.files:
+                if (self.folder / name).exists():
+                    os.replace(self.folder / name, final.with_name(name))
+            fsync_path(final.parent)
+            write_manifest(self.folder / shard.name, manifest.model_copy(update={"shard_set": part}))
+            os.replace(manifest_path(self.folder / shard.name), manifest_path(final))
+            fsync_path(final.parent)
+        self.write_report()
+        self.done.clear()
+        self.publishing = False
+        (self.folder / "run.json").unlink()  # first: without it nothing in the folder counts
+        shutil.rmtree(self.folder)
+        return prefixes
+
+    def publish_empty(self, provenance: dict[str, Any]) -> None:
+        """Say in ``PREFIX.empty`` that this part of the input gave no group: it is not missing."""
+        self.write_report()
+        write_json(self.folder / "empty", provenance)
+        os.replace(self.folder / "empty", empty_part_path(self.prefix))
+        fsync_path(self.prefix.parent)
+
+    def write_report(self) -> None:
+        """Write what was found in the input, beside the shards."""
+        names = [*(f"{shard.name}.report" for shard in self.done), _NEXT_REPORT]
+        whole = self.folder / "report"
+        with open(whole, "wb") as report:
+            for part in (self.folder / name for name in names):
+                if part.exists():
+                    with open(part, "rb") as lines:
+                        shutil.copyfileobj(lines, report)
+        fsync_path(whole)
+        os.replace(whole, self.report_path)
+        fsync_path(self.prefix.parent)
+
+
+def shard_name(prefix: Path, index: int) -> str:
+    """``PREFIX`` for 0, then ``PREFIX-00001``, ..."""
+    return prefix.name if index == 0 else f"{prefix.name}-{index:05d}"
+
+
+def merge_problem_tables(tables: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Sum of ``{kind: {action: count}}`` tables."""
+    total: dict[str, Counter[str]] = {}
+    for table in tables:
+        for kind, actions in table.items():
+            total.setdefault(kind, Counter()).update(actions)
+    return {kind: dict(actions) for kind, actions in sorted(total.items())}

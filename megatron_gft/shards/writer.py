@@ -1,0 +1,350 @@
+"""Writing group shards: whole or not at all, the same bytes for the same groups.
+
+Files of a shard ``PREFIX`` (all immutable but the manifest, which is replaced when a judgement is added):
+
+    PREFIX.bin, PREFIX.idx            Megatron IndexedDataset, int32: document = group, sequence 0 = prompt, then the
+                                      responses; int8 mode of a sequence = source code (prompt: -1)
+    PREFIX.meta.bin, PREFIX.meta.idx  IndexedDataset, uint8: JSON {"id", "answer", "models"} of each group
+    PREFIX.rewards-<hash>.npy         float32 [responses], NaN = no reward
+    PREFIX.outcomes-<hash>.npy        int8 [responses], code of the verifier's outcome (only when there are any)
+    PREFIX.logprobs-<hash>.npy        float32 [response tokens], NaN = unknown (only when there are any)
+    PREFIX.json                       manifest, written last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+import megatron_gft
+from megatron_gft.atomic import fsync_path, temporary_name
+from megatron_gft.errors import InputError
+from megatron_gft.groups import SOURCE_CODES, SOURCES
+from megatron_gft.shards.encoded import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups, GroupEncoder
+from megatron_gft.shards.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    Counts,
+    FileEntry,
+    RewardSidecar,
+    RewardStats,
+    ShardManifest,
+    ShardSet,
+    TokenizerStamp,
+    file_entry,
+    manifest_path,
+    write_manifest,
+)
+from megatron_gft.tokenizer import Tokenizer
+
+HASH_DIGITS = 12
+
+
+def check_prefix(prefix: str | Path) -> None:
+    """Refuse prefixes whose files would be taken for those of another shard.
+
+    Raises:
+        InputError: the prefix ends with ``.meta`` or ``.json``.
+    """
+    if str(prefix).endswith((".meta", ".json")):
+        other = str(prefix)[: -len(".meta")]
+        raise InputError(f"{prefix}: the shard {other} has files of such names -> another prefix, such as {other}")
+
+
+def tokenizer_stamp(tokenizer: Tokenizer) -> TokenizerStamp:
+    """What a shard remembers of its tokenizer."""
+    return TokenizerStamp(
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        bos_id=tokenizer.bos_id,
+        chat_template=tokenizer.chat_template_fingerprint,
+    )
+
+
+class GroupShardWriter:
+    """Writes one shard; a context manager that publishes it on success and removes every trace on failure.
+
+    Args:
+        prefix: of the shard's files; must not exist.
+        tokenizer: which tokenizer made the tokens, see :func:`tokenizer_stamp`.
+        provenance: JSON object kept in the manifest: where the responses come from.
+        verifier: JSON object: what judged them.
+        shard_set: place among the shards of one run.
+
+    Raises:
+        InputError: the shard exists already, its name is that of other files, or no group was added.
+    """
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        tokenizer: TokenizerStamp,
+        *,
+        provenance: dict[str, Any] | None = None,
+        verifier: dict[str, Any] | None = None,
+        shard_set: ShardSet | None = None,
+    ):
+        self.prefix, self.tokenizer, self.shard_set = Path(prefix), tokenizer, shard_set
+        self.provenance, self.verifier = provenance or {}, verifier or {}
+        check_prefix(prefix)
+        if manifest_path(prefix).exists():
+            raise InputError(f"{prefix}: the shard exists already -> choose another prefix, or append")
+        self._folder = temporary_name(self.prefix)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        self._tokens = IndexedDatasetBuilder(self._path(".bin"), dtype=np.int32, multimodal=True)
+        self._metas = IndexedDatasetBuilder(self._path(".meta.bin"), dtype=np.uint8)
+        self._rewards: list[np.ndarray] = []
+        self._outcomes: list[str | None] = []
+        self._logprobs = _LogprobFile(Path(self._path(".logprobs.npy")))
+        self.groups, self.bytes, self._truncated, self._max_token = 0, 0, 0, 0
+
+    def __enter__(self) -> GroupShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abort()
+
+    def _path(self, suffix: str) -> str:
+        return str(self._folder / f"{self.prefix.name}{suffix}")
+
+    def add_group(
+        self,
+        prompt: Sequence[int],
+        responses: Sequence[Sequence[int]],
+        sources: Sequence[str],
+        rewards: Sequence[float | None],
+        *,
+        group_id: str,
+        **optional: Any,
+    ) -> None:
+        """Add one group; see :meth:`GroupEncoder.add`. Sources are names."""
+        encoder = GroupEncoder()
+        codes = [SOURCE_CODES[source] for source in sources]
+        encoder.add(prompt, responses, codes, rewards, group_id=group_id, **optional)
+        self.add(encoder.take())
+
+    def add(self, groups: EncodedGroups) -> None:
+        """Add many groups. Tokens go to the disk at once; Megatron's builder keeps only the index."""
+        lengths, is_response = groups.sequence_lengths, groups.sequence_modes != PROMPT_MODE
+        if not len(groups):
+            return
+        if int(lengths.min()) < 1 or int(lengths.sum()) != len(groups.tokens):
+            raise ValueError("every prompt and response needs a token, and lengths must add up to the tokens")
+        if int(groups.group_sizes.min()) < 2:
+            raise ValueError("every group needs a response")
+        # Megatron's add_document copies twice and runs once a group; its builder's parts take a whole batch.
+        self._tokens.data_file.write(groups.tokens.tobytes())
+        first = len(self._tokens.sequence_lengths)
+        self._tokens.sequence_lengths.extend(lengths.tolist())
+        self._tokens.sequence_modes.extend(groups.sequence_modes.tolist())
+        self._tokens.document_indices.extend((first + np.cumsum(groups.group_sizes, dtype=np.int64)).tolist())
+        self._metas.data_file.write(b"".join(groups.metas))
+        self._metas.sequence_lengths.extend(map(len, groups.metas))
+        self.groups += len(groups)
+        self._metas.document_indices.extend(range(len(self._metas.document_indices), self.groups + 1))
+        self._rewards.append(groups.rewards)
+        self._outcomes.extend(groups.outcomes)
+        self._logprobs.add(groups.response_tokens if groups.logprobs is None else groups.logprobs)
+        last_tokens = groups.tokens[np.cumsum(lengths)[is_response] - 1]
+        self._truncated += int((last_tokens != self.tokenizer.eos_id).sum())
+        self._max_token = max(self._max_token, int(groups.tokens.max()))
+        self.bytes += groups.tokens.nbytes
+
+    def finish(self) -> ShardManifest:
+        """Complete the files, move them into place, then write the manifest."""
+        try:
+            if not self.groups:
+                raise InputError(f"{self.prefix}: no group to write -> see the report of what was dropped")
+            self._tokens.finalize(self._path(".idx"))
+            self._metas.finalize(self._path(".meta.idx"))
+            manifest = self._manifest()
+            for name in manifest.files:
+                fsync_path(self._folder / name)
+            for name in manifest.files:
+                os.replace(self._folder / name, self.prefix.with_name(name))
+            fsync_path(self.prefix.parent)
+            write_manifest(self.prefix, manifest)
+            return manifest
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        for file in (self._tokens.data_file, self._metas.data_file, self._logprobs):
+            with contextlib.suppress(OSError):  # a full disk: what cannot be written out is not wanted either
+                file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _manifest(self) -> ShardManifest:
+        lengths = np.array(self._tokens.sequence_lengths, dtype=np.int64)
+        modes = np.array(self._tokens.sequence_modes, dtype=np.int8)
+        rewards = np.concatenate(self._rewards)
+        starts = np.array(self._tokens.document_indices[:-1], dtype=np.int64)
+        sizes = np.diff(np.append(starts, len(lengths)))
+        responses = lengths[modes != PROMPT_MODE]
+        counts = Counts(
+            groups=self.groups,
+            responses=len(responses),
+            prompt_tokens=int(lengths[starts].sum()),
+            response_tokens=int(responses.sum()),
+            truncated=self._truncated,
+            by_source={name: int((modes == code).sum()) for code, name in enumerate(SOURCES)},
+            max_prompt_tokens=int(lengths[starts].max()),
+            max_response_tokens=int(responses.max()),
+            max_sequence_tokens=int((responses + np.repeat(lengths[starts], sizes - 1)).max()),
+            max_responses=int(sizes.max()) - 1,
+            max_token_id=self._max_token,
+        )
+        names = [f"{self.prefix.name}{suffix}" for suffix in (".bin", ".idx", ".meta.bin", ".meta.idx")]
+        files = {name: file_entry(self._folder / name) for name in names}
+        stats = reward_stats(rewards, modes[modes != PROMPT_MODE], sizes - 1)
+        target = self._folder / self.prefix.name
+        judgement, more = write_judgement(target, rewards, self._outcomes, self.verifier, stats)
+        files |= more
+        logprobs = None
+        if self._logprobs.finish():
+            logprobs, files_entry = _place_array(self._logprobs.path, target, "logprobs")
+            files[logprobs] = files_entry
+        return ShardManifest(
+            format=FORMAT,
+            format_version=FORMAT_VERSION,
+            tool_version=megatron_gft.__version__,
+            files=files,
+            counts=counts,
+            tokenizer=self.tokenizer,
+            judgements=[judgement],
+            logprobs=logprobs,
+            provenance=self.provenance,
+            shard_set=self.shard_set,
+        )
+
+
+class _LogprobFile:
+    """Log-probs that go to an ``.npy`` file as they come, as ``np.save`` of all would write it.
+
+    There is no file while none is known.
+    """
+
+    _PIECE = 1 << 20
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._count = 0
+        self._file: IO[bytes] | None = None
+
+    def add(self, values: np.ndarray | int) -> None:
+        """Add float32 values, or so many unknown ones."""
+        if isinstance(values, np.ndarray):
+            if self._file is None:
+                self._file = open(self.path, "wb")
+                self._write_header()
+                self._fill(self._count)
+            self._file.write(values.astype("<f4", copy=False).tobytes())
+            self._count += len(values)
+        else:
+            self._fill(values)
+            self._count += values
+
+    def _fill(self, count: int) -> None:
+        if self._file is not None:
+            for start in range(0, count, self._PIECE):
+                self._file.write(np.full(min(self._PIECE, count - start), np.nan, "<f4").tobytes())
+
+    def _write_header(self) -> None:
+        """It has the same size for any count: numpy leaves room for the digits."""
+        assert self._file is not None
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self._count,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def finish(self) -> bool:
+        """Complete the file; whether there is one."""
+        if self._file is not None:
+            self._file.seek(0)
+            self._write_header()
+            self._file.close()
+        return self._file is not None
+
+    def close(self) -> None:
+        """Give up, if it was not finished."""
+        if self._file is not None:
+            self._file.close()
+
+
+def reward_stats(rewards: np.ndarray, sources: np.ndarray, responses_per_group: np.ndarray) -> RewardStats:
+    """Statistics of rewards float32 [M] with source codes int8 [M] and responses of each group int [G]."""
+    known = ~np.isnan(rewards)
+    mean = {}
+    for code, name in enumerate(SOURCES):
+        chosen = rewards[known & (sources == code)]
+        mean[name] = float(chosen.mean(dtype=np.float64)) if len(chosen) else None
+    starts = np.cumsum(responses_per_group) - responses_per_group
+    equal = np.minimum.reduceat(rewards, starts) == np.maximum.reduceat(rewards, starts)  # False with a NaN
+    return RewardStats(
+        rewarded=int(known.sum()),
+        missing=int((~known).sum()),
+        mean=mean,
+        minimum=float(rewards[known].min()) if known.any() else None,
+        maximum=float(rewards[known].max()) if known.any() else None,
+        zero_variance_groups=int((equal & (responses_per_group > 1)).sum()),
+    )
+
+
+def write_judgement(
+    prefix: Path,
+    rewards: np.ndarray,
+    outcomes: Sequence[str | None] | None,
+    verifier: dict[str, Any],
+    stats: RewardStats,
+) -> tuple[RewardSidecar, dict[str, FileEntry]]:
+    """Write the sidecar files of one judgement; return its manifest part and file entries."""
+    name, entry = _write_array(prefix, "rewards", rewards)
+    files = {name: entry}
+    names = sorted({outcome for outcome in outcomes or () if outcome is not None})
+    outcome_file = None
+    if names:
+        codes = {None: UNKNOWN_OUTCOME} | {outcome: code for code, outcome in enumerate(names)}
+        if len(names) > np.iinfo(np.int8).max:
+            raise InputError(f"{prefix}: {len(names)} different outcomes -> a verifier should give a handful")
+        coded = np.array([codes[outcome] for outcome in outcomes or ()], dtype=np.int8)
+        outcome_file, files_entry = _write_array(prefix, "outcomes", coded)
+        files[outcome_file] = files_entry
+    sidecar = RewardSidecar(rewards=name, outcomes=outcome_file, outcome_names=names, verifier=verifier, stats=stats)
+    return sidecar, files
+
+
+def _write_array(prefix: Path, kind: str, values: np.ndarray) -> tuple[str, FileEntry]:
+    """Write ``PREFIX.<kind>-<hash>.npy``; the name follows from the content, so a rewrite changes nothing."""
+    with _temporary_beside(prefix.with_name(f"{prefix.name}.{kind}.npy")) as temporary:
+        with open(temporary, "wb") as file:
+            np.save(file, values, allow_pickle=False)
+        return _place_array(temporary, prefix, kind)
+
+
+def _place_array(written: Path, prefix: Path, kind: str) -> tuple[str, FileEntry]:
+    """Give an ``.npy`` file its name ``PREFIX.<kind>-<hash>.npy``."""
+    entry = file_entry(written)
+    path = prefix.with_name(f"{prefix.name}.{kind}-{entry.sha256[:HASH_DIGITS]}.npy")
+    fsync_path(written)
+    os.replace(written, path)
+    return path.name, entry
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""Does this configuration fit on N devices, and how fast will it be? Answered without a GPU, in seconds.
+
+:func:`make_plan` checks the configuration against the world size, builds the model of one rank per pipeline stage on
+meta tensors (exact bytes), estimates activations, plans real or assumed steps and estimates their time. What is exact
+and what is estimated is part of the result, and of the JSON that :meth:`Plan.to_json` gives (``schema`` counts up when
+a key changes its meaning).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_gft.batch import open_groups
+from megatron_gft.config import Config
+from megatron_gft.hf.shape import ModelShape, parameter_count
+from megatron_gft.sizing.layout_search import Suggestion, suggest_layout
+from megatron_gft.sizing.memory import (
+    ActivationMemory,
+    StaticMemory,
+    estimate_activations,
+    measure_stage,
+    simulated_rank,
+)
+from megatron_gft.sizing.throughput import (
+    GPUS_PER_NODE,
+    AssumedGroups,
+    StepStatistics,
+    StepTime,
+    Workload,
+    describe_steps,
+    estimate_step_time,
+    stated_efficiency,
+)
+from megatron_gft.validation import check
+
+SCHEMA = 1
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator. ``reserve_gib`` is kept for the CUDA context, NCCL and cuBLAS buffers, and fragmentation."""
+
+    name: str = "H100 80GB"
+    memory_gib: float = 79.1
+    reserve_gib: float = 5.0
+    peak_tflops: float = 989.0
+
+    @property
+    def budget_bytes(self) -> float:
+        """What a rank may use."""
+        return (self.memory_gib - self.reserve_gib) * GIB
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Memory of the ranks of one pipeline stage."""
+
+    stage: int
+    exact: StaticMemory
+    estimate: ActivationMemory
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return self.exact.total + self.estimate.total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer; see :func:`make_plan`."""
+
+    world_size: int
+    config: Config
+    shape: ModelShape
+    device: Device
+    stages: tuple[StagePlan, ...]
+    steps: StepStatistics | None
+    time: StepTime | None
+    suggestion: Suggestion | None
+    notes: tuple[str, ...]
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel size."""
+        p = self.config.parallel
+        return self.world_size // (p.tp * p.pp * p.cp)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the fullest stage."""
+        return max(stage.total for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Every stage stays within the device's memory less the reserve."""
+        return self.peak_bytes <= self.device.budget_bytes
+
+    @property
+    def verdict(self) -> str:
+        """``fits`` or ``does not fit``."""
+        return "fits" if self.fits else "does not fit"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, bytes and seconds; every number is under a key that says ``exact`` or ``estimate``."""
+        p = self.config.parallel
+        return {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "world_size": self.world_size,
+            "model": {"architecture": self.shape.architecture, "parameters": parameter_count(self.shape)},
+            "layout": {"tp": p.tp, "pp": p.pp, "vpp": p.vpp, "cp": p.cp, "ep": p.ep, "etp": p.etp, "dp": self.dp}
+            | {"sequence_parallel": p.sequence_parallel, "recompute": self.config.model.recompute},
+            "device": dataclasses.asdict(self.device),
+            "stages": [
+                {
+                    "stage": stage.stage,
+                    "exact": dataclasses.asdict(stage.exact),
+                    "estimate": dataclasses.asdict(stage.estimate) | {"total_with_exact": stage.total},
+                    "fits": stage.total <= self.device.budget_bytes,
+                }
+                for stage in self.stages
+            ],
+            "steps": {"exact": dataclasses.asdict(self.steps)} if self.steps else None,
+            "time": {"estimate": dataclasses.asdict(self.time)} if self.time else None,
+            "suggestion": dataclasses.asdict(self.suggestion) if self.suggestion else None,
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(
+    config: Config,
+    shape: ModelShape,
+    world_size: int,
+    *,
+    device: Device | None = None,
+    workload: Workload | None = None,
+    efficiency: float | None = None,
+    with_steps: bool = True,
+) -> Plan:
+    """Plan a run of ``config`` on ``world_size`` devices. Needs a process without a process group.
+
+    Args:
+        device: default one H100 80 GB.
+        workload: groups to assume where ``data.train`` is empty; default :class:`Workload`'s.
+        efficiency: share of peak reached while computing; default the anchor of :func:`stated_efficiency`.
+        with_steps: false plans memory alone, for steps of many packs.
+
+    Raises:
+        InputErrors: everything that is wrong with the configuration, at once.
+    """
+    check(config, shape, world_size, training=False)
+    device = device or Device()
+    steps = _steps(config, shape, world_size, workload or Workload()) if with_steps else None
+    packs = round(steps.packs_per_rank) if steps else None
+    stages = _stages(config, shape, world_size, packs)
+    time = None
+    if steps:
+        time = estimate_step_time(
+            config,
+            steps,
+            max((stage.exact for stage in stages), key=lambda exact: exact.total),
+            world_size,
+            efficiency=efficiency or stated_efficiency(config, shape),
+            peak_tflops=device.peak_tflops,
+        )
+    notes = _notes(config, shape) + (_step_notes(config, steps) if with_steps else [])
+    plan = Plan(world_size, config, shape, device, stages, steps, time, None, tuple(notes))
+    if plan.fits:
+        return plan
+
+    def peak(candidate: Config, ranks: int) -> int:
+        return max(stage.total for stage in _stages(candidate, shape, ranks, packs=None))
+
+    return dataclasses.replace(plan, suggestion=suggest_layout(config, shape, world_size, device.budget_bytes, peak))
+
+
+def _stages(config: Config, shape: ModelShape, world_size: int, packs: int | None) -> tuple[StagePlan, ...]:
+    """First, second and last stage are built; those between hold the same layers as the second."""
+    pp = config.parallel.pp
+    measured = {stage: measure_stage(config, shape, world_size, stage) for stage in sorted({0, min(1, pp - 1), pp - 1})}
+    stages = []
+    for stage in range(pp):
+        exact = measured.get(stage) or measured[1]
+        stages.append(StagePlan(stage, exact, estimate_activations(config, shape, stage, exact, packs)))
+    return tuple(stages)
+
+
+def _steps(config: Config, shape: ModelShape, world_size: int, workload: Workload) -> StepStatistics | None:
+    with simulated_rank(config, 0, world_size) as parallel:
+        if config.data.train:
+            groups, _ = open_groups(config, shape)
+            return describe_steps(groups, config, shape, parallel, assumed=False)
+        longest = config.data.max_tokens_per_pack // 2
+        longest = min(longest, config.data.max_response_tokens or longest)
+        return describe_steps(AssumedGroups(workload, longest=longest), config, shape, parallel, assumed=True)
+
+
+def _notes(config: Config, shape: ModelShape) -> list[str]:
+    """What is legal and probably not meant."""
+    p, notes = config.parallel, []
+    if p.tp > GPUS_PER_NODE:
+        notes.append(f"parallel.tp={p.tp} reaches beyond a machine of {GPUS_PER_NODE} GPUs: slow links in every layer")
+    if p.tp > 1 and not p.sequence_parallel:
+        notes.append("parallel.sequence_parallel is off: norms and residuals are kept whole on every tensor rank")
+    if config.data.max_tokens_per_pack > shape.max_sequence_length:
+        notes.append(
+            f"data.max_tokens_per_pack={config.data.max_tokens_per_pack} exceeds the model's "
+            f"{shape.max_sequence_length} positions; a pack may, a single response with its prompt should not"
+        )
+    return notes
+
+
+def _step_notes(config: Config, steps: StepStatistics | None) -> list[str]:
+    p = config.parallel
+    if steps is None:
+        return ["no step of the sample trains anything (equal rewards in every group?)"]
+    if p.pp > 1 and steps.packs_per_rank * (p.vpp or 1) < 4 * (p.pp - 1):
+        return [
+            f"{steps.packs_per_rank:.0f} packs per rank leave the pipeline of {p.pp} stages idle much of the time "
+            "-> more data.groups_per_step, smaller parallel.pp, or parallel.vpp"
+        ]
+    return []

@@ -1,0 +1,221 @@
+"""How long a step takes: real packs of real (or assumed) groups, their FLOPs, the pipeline bubble, a stated efficiency.
+
+Packs, tokens, FLOPs, fill and balance are exact for the groups at hand: the same :class:`StepSource` plans them as in
+training. Seconds and MFU are estimates, as good as the efficiency they start from (:data:`ANCHORS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_gft.atomic import sha256_json
+from megatron_gft.batch import Groups, StepSource
+from megatron_gft.config import Config
+from megatron_gft.hf.shape import ModelShape
+from megatron_gft.objectives import ALL_SOURCES
+from megatron_gft.parallel import Parallel
+from megatron_gft.shards.limited import GroupTable
+from megatron_gft.sizing.memory import StaticMemory
+
+ANCHORS = {
+    # Llama-3.1-70B, 64 to 2048 H100, BF16: NVIDIA dgxc-benchmarking v25.04.01, llama3.1/README.md (bubble 1 %)
+    "dense bf16": 0.54,
+    # Llama-3-70B, 64 H100, FP8 current scaling, 719 TFLOP/s: Megatron-Bridge 25.11, docs/performance-summary.md
+    "dense fp8": 0.73,
+    # Qwen3-30B-A3B, 16 H100, 121 TFLOP/s: same page
+    "mixture of experts": 0.12,
+}
+"""Published model FLOPs per second of one H100 over its dense bf16 peak, while it computes."""
+
+# TP 8 instead of TP 4 for 70B, 509 instead of 710 TFLOP/s: Megatron-Bridge, skills/nemo-mbridge-perf-memory-tuning.
+TP8_FACTOR = 0.72
+# Bytes per second and GPU that collectives reach: NVLink 4 inside a machine, one 400 Gb/s port each between machines.
+NVLINK_BANDWIDTH, NETWORK_BANDWIDTH = 300e9, 40e9
+GPUS_PER_NODE = 8
+# Full recomputation runs the forward pass twice: 4 instead of 3 units of work.
+RECOMPUTE_FACTOR = 4 / 3
+# Steps that are planned to describe an epoch; fewer where that would take long.
+SAMPLED_STEPS, SAMPLED_GROUPS = 4, 4096
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Assumed groups, for planning without shards. Lengths are log-normal around the means; rewards are 0 or 1."""
+
+    groups: int = 10_000
+    responses: int = 8
+    prompt_tokens: int = 150
+    response_tokens: int = 700
+    spread: float = 0.5  # of the logarithm of a length
+    expert_responses: int = 1
+
+
+class AssumedGroups:
+    """A :class:`megatron_gft.batch.Groups` of a :class:`Workload`: facts without tokens, the same on every call."""
+
+    def __init__(self, workload: Workload, *, longest: int):
+        self.workload, self.longest = workload, longest
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the workload."""
+        return sha256_json([repr(self.workload), self.longest])
+
+    def __len__(self) -> int:
+        return self.workload.groups
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        raise TypeError("assumed groups have lengths and no tokens")
+
+    def describe(self, index: int) -> str:
+        """Name of a group."""
+        return f"assumed group {index}"
+
+    def table(self, indices: Sequence[int] | np.ndarray) -> GroupTable:
+        """Lengths, sources (the first responses are the expert's) and rewards."""
+        return GroupTable.of_groups([self._group(int(index)) for index in indices])
+
+    def _group(self, index: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        w = self.workload
+        random = np.random.Generator(np.random.Philox(key=index))
+        means = np.array([w.prompt_tokens] + [w.response_tokens] * w.responses)
+        lengths = np.maximum(np.exp(np.log(means) - w.spread**2 / 2 + w.spread * random.normal(size=len(means))), 1)
+        prompt = int(min(lengths[0], self.longest // 2))
+        rewards = random.integers(0, 2, w.responses).astype(np.float32)
+        rewards[: w.expert_responses] = 1.0
+        sources = np.full(w.responses, ALL_SOURCES.index("self"), dtype=np.int8)
+        sources[: w.expert_responses] = ALL_SOURCES.index("expert")
+        return prompt, np.minimum(lengths[1:], self.longest - prompt).astype(np.int64), sources, rewards
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """Means over ``sampled_steps`` planned steps, evenly spread over an epoch; exact for these steps.
+
+    ``groups`` counts the data set's, ``dead_groups`` those of a step that cannot change the weights, ``tokens`` rows
+    that the model runs (padding included), ``loss_tokens`` the rows among them that carry loss, ``flops`` forward and
+    backward without recomputation. ``fill`` and ``balance`` are those of :class:`megatron_gft.planning.StepPlan`.
+    """
+
+    assumed: bool
+    groups: int
+    steps_per_epoch: int
+    sampled_steps: int
+    packs_per_rank: float
+    tokens: float
+    loss_tokens: float
+    padding_share: float
+    dead_groups: float
+    fill: float
+    balance: float
+    flops: float
+
+
+def describe_steps(
+    groups: Groups, config: Config, shape: ModelShape, parallel: Parallel, *, assumed: bool
+) -> StepStatistics | None:
+    """Plan some steps of an epoch; None when nothing of them trains.
+
+    Raises:
+        InputErrors: responses that do not fit, with ``data.overlong=error``.
+    """
+    source = StepSource(groups, config, shape, parallel)
+    count = max(1, min(SAMPLED_STEPS, SAMPLED_GROUPS // config.data.groups_per_step, source.steps_per_epoch))
+    batches = [source.batch(i * source.steps_per_epoch // count) for i in range(count)]
+    live = [batch for batch in batches if batch.plan is not None]
+    if not live:
+        return None
+    plans = [batch.plan for batch in live if batch.plan is not None]
+    tokens = sum(plan.tokens for plan in plans)
+    return StepStatistics(
+        assumed=assumed,
+        groups=len(groups),
+        steps_per_epoch=source.steps_per_epoch,
+        sampled_steps=count,
+        packs_per_rank=sum(plan.packs_per_rank for plan in plans) / len(plans),
+        tokens=tokens / len(plans),
+        loss_tokens=sum(batch.loss_tokens for batch in live) / len(plans),
+        padding_share=sum(plan.padding for plan in plans) / tokens,
+        dead_groups=sum(batch.dead_groups for batch in batches) / count,
+        fill=sum(plan.fill for plan in plans) / len(plans),
+        balance=sum(plan.balance for plan in plans) / len(plans),
+        flops=sum(plan.flops for plan in plans) / len(plans),
+    )
+
+
+def pipeline_bubble(pp: int, vpp: int | None, packs: float) -> float:
+    """Idle time over working time of 1F1B with ``packs`` microbatches (arXiv 2104.04473, section 2.2)."""
+    return (pp - 1) / (packs * (vpp or 1))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step and what they rest on; an estimate.
+
+    ``efficiency`` is the share of the device's bf16 peak reached while computing, tensor-parallel communication
+    included, ``mfu`` that of the whole step (recomputation does not count as useful work);
+    ``gradient_sync_seconds`` is what is not hidden behind computing.
+    """
+
+    efficiency: float
+    compute_seconds: float
+    bubble: float
+    gradient_sync_seconds: float
+    seconds: float
+    mfu: float
+    tokens_per_second_per_device: float
+    epoch_hours: float
+
+
+def stated_efficiency(config: Config, shape: ModelShape) -> float:
+    """The anchor for this kind of run."""
+    if shape.num_moe_experts:
+        return ANCHORS["mixture of experts"]
+    factor = TP8_FACTOR if config.parallel.tp >= 8 else 1.0
+    return factor * ANCHORS["dense fp8" if config.model.fp8 else "dense bf16"]
+
+
+def _gradient_bandwidth(tp: int, world_size: int) -> float:
+    """Bytes per second of a rank's reduce-scatter over its data-parallel group.
+
+    Between machines every member of the group in a machine brings its own port.
+    """
+    members = max(1, GPUS_PER_NODE // tp)
+    return NVLINK_BANDWIDTH if world_size <= GPUS_PER_NODE else min(NVLINK_BANDWIDTH, members * NETWORK_BANDWIDTH)
+
+
+def estimate_step_time(
+    config: Config,
+    steps: StepStatistics,
+    static: StaticMemory,
+    world_size: int,
+    *,
+    efficiency: float,
+    peak_tflops: float,
+) -> StepTime:
+    """Work of the busiest rank at the stated efficiency, the pipeline's bubble, and gradient traffic not hidden."""
+    p = config.parallel
+    work = steps.flops / world_size * (RECOMPUTE_FACTOR if config.model.recompute == "full" else 1.0)
+    compute = work / (peak_tflops * 1e12 * efficiency) / steps.balance
+    bubble = pipeline_bubble(p.pp, p.vpp, steps.packs_per_rank)
+    sync = 0.0
+    if world_size > p.tp * p.pp:
+        # reduce-scatter of the gradients, all-gather of the weights
+        sync = (static.gradients + static.weights) / _gradient_bandwidth(p.tp, world_size)
+        if config.optimizer.overlap_grad_reduce:  # behind the last pack's backward and the first one's forward
+            sync = max(0.0, sync - compute / steps.packs_per_rank)
+    seconds = compute * (1 + bubble) + sync
+    return StepTime(
+        efficiency=efficiency,
+        compute_seconds=compute,
+        bubble=bubble,
+        gradient_sync_seconds=sync,
+        seconds=seconds,
+        mfu=steps.flops / world_size / seconds / (peak_tflops * 1e12),
+        tokens_per_second_per_device=steps.tokens * (1 - steps.padding_share) / seconds / world_size,
+        epoch_hours=seconds * steps.steps_per_epoch / 3600,
+    )

@@ -1,0 +1,446 @@
+"""Measurements of whole steps as ratios: GFT against SFT, dead groups, shared prompts, and where a step's time goes.
+
+Every function runs the trainer's own parts (plan, packs, model under Megatron's DDP, optimizer) on one rank, picks
+the device itself and returns a JSON-able dict. Contestants take turns within one run (``bench/timing.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_gft.batch import StepBatch, StepSource
+from megatron_gft.config import Config, load_config
+from megatron_gft.hf.shape import ModelShape, model_shape_from_config
+from megatron_gft.model import build_model, unwrap
+from megatron_gft.objectives import Coefficient
+from megatron_gft.optimizer import apply_gradients, build_optimizer, reduce_gradients, wrap_data_parallel
+from megatron_gft.packing import Pack, build_pack
+from megatron_gft.parallel import current_parallel, seed_everything
+from megatron_gft.planning import GroupLengths, PackPlan
+from megatron_gft.shards.limited import GroupTable
+from megatron_gft.step import StepRunner
+from tools.bench.head import single_rank
+from tools.bench.packing import lognormal_lengths
+from tools.bench.timing import interleaved_seconds, seconds, summary
+
+# Pairs of a comparison whose goal is within a percent.
+PAIRS = 31
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A model and one step of equal groups: ``groups`` prompts of ``prompt`` tokens with ``responses`` responses of
+    ``response`` tokens, in packs of at most ``pack_rows`` rows."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    groups: int
+    prompt: int
+    response: int
+    responses: int
+    pack_rows: int
+
+    def model(self) -> ModelShape:
+        """A Llama of these sizes, embeddings untied."""
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.ffn,
+            "vocab_size": self.vocab,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+        }
+        return model_shape_from_config(config, "bench_step")
+
+
+def default_shape() -> StepShape:
+    """A slice of an 8B model with its vocabulary on a GPU; on a CPU what takes a second or two a step."""
+    if torch.cuda.is_available():
+        return StepShape(
+            4, 4096, 32, 8, 14336, 128256, groups=16, prompt=120, response=200, responses=8, pack_rows=16384
+        )
+    return StepShape(2, 256, 4, 2, 704, 4096, groups=4, prompt=60, response=100, responses=8, pack_rows=2048)
+
+
+# Responses in a padded batch.
+BATCH_SIZE = 8
+
+# (prompt, response, responses) of the shared-prefix comparison, and the share of the formula that is the goal.
+PREFIX_SHAPES = ((120, 200, 8, 0.90), (1000, 250, 8, 0.95), (2000, 125, 8, 0.95))
+
+
+class RandomGroups:
+    """Random tokens in groups of the given lengths; the first ``dead`` groups have equal rewards."""
+
+    fingerprint = "bench"
+
+    def __init__(self, lengths: Sequence[GroupLengths], vocab: int, dead: int = 0):
+        rng = np.random.default_rng(0)
+        self.lengths, self.dead = lengths, dead
+        self.prompts = [rng.integers(0, vocab, group.prompt) for group in lengths]
+        self.responses = [[rng.integers(0, vocab, n) for n in group.responses] for group in lengths]
+
+    @classmethod
+    def equal(cls, shape: StepShape, dead: int = 0) -> RandomGroups:
+        """The groups of ``shape``."""
+        group = GroupLengths(shape.prompt, (shape.response,) * shape.responses)
+        return cls([group] * shape.groups, shape.vocab, dead)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rewards(self, index: int) -> np.ndarray:
+        """1 and 0 in turns, or all 1."""
+        alternating = (np.arange(len(self.responses[index])) % 2 == 0).astype(np.float32)
+        return np.ones_like(alternating) if index < self.dead else alternating
+
+    def sources(self, index: int) -> np.ndarray:
+        """Expert, teacher, then the model's own."""
+        return np.minimum(np.arange(len(self.responses[index])), 2).astype(np.int8)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "prompt": self.prompts[index],
+            "responses": self.responses[index],
+            "sources": self.sources(index),
+            "rewards": self.rewards(index),
+        }
+
+    def table(self, indices: np.ndarray) -> GroupTable:
+        return GroupTable.of_groups(
+            [
+                (self.lengths[i].prompt, np.array(self.lengths[i].responses), self.sources(i), self.rewards(i))
+                for i in map(int, indices)
+            ]
+        )
+
+    def describe(self, index: int) -> str:
+        return f"group {index}"
+
+
+class Workbench:
+    """The trainer's parts around one model on one rank. Inside ``single_rank()`` only."""
+
+    def __init__(self, shape: StepShape, *overrides: str):
+        self.shape, self.model_shape = shape, shape.model()
+        self.config = self.configure(*overrides)
+        self.parallel = current_parallel()
+        seed_everything(1, self.parallel)
+        config = self.config
+        transformer, modules = build_model(
+            self.model_shape, config.model, config.objective, config.parallel, self.parallel
+        )
+        self.chunks = wrap_data_parallel(modules, transformer, config.optimizer)
+        self.optimizer = build_optimizer(self.chunks, config.optimizer, bf16=transformer.bf16)
+
+    def configure(self, *overrides: str) -> Config:
+        """The configuration of this shape: bf16 on a GPU, fp32 on a CPU."""
+        return load_config(
+            [],
+            [
+                "model.config=none",
+                f"model.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
+                f"data.groups_per_step={self.shape.groups}",
+                f"data.max_tokens_per_pack={self.shape.pack_rows}",
+                "objective.entropy=false",
+                *overrides,
+            ],
+        )
+
+    def plan(self, groups: RandomGroups, *overrides: str) -> tuple[StepSource, StepBatch]:
+        """The source of a run over ``groups`` and its first step."""
+        source = StepSource(groups, self.configure(*overrides), self.model_shape, self.parallel)
+        return source, source.batch(0)
+
+    def packs(self, groups: RandomGroups, *overrides: str) -> tuple[list[Pack], StepBatch]:
+        """Microbatches of the first step."""
+        source, batch = self.plan(groups, *overrides)
+        return source.packs(batch), batch
+
+    def clear(self) -> None:
+        """Zero the gradients, as before every step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def forward_backward(self, packs: list[Pack], denominator: int, coefficient: Coefficient = "rectified") -> None:
+        """Gradients of a step with one kind of token coefficient."""
+        for chunk in self.chunks:
+            model = unwrap(chunk)
+            model.head = dataclasses.replace(model.head, coefficient=coefficient)
+        self.clear()
+        tau = self.config.objective.tau
+        StepRunner(self.chunks, self.parallel, tau=tau, kind=coefficient).forward_backward(packs, denominator)
+
+    def update(self) -> None:
+        """Clip and Adam."""
+        norm = reduce_gradients(self.optimizer)
+        apply_gradients(self.optimizer, norm, self.config.optimizer.clip_grad)
+
+    def gradients(self) -> torch.Tensor:
+        """All gradients, flat, float64 on the CPU."""
+        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
+        return torch.cat([p.main_grad.flatten().double().cpu() for p in parameters])
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    return float((found - expected).norm() / expected.norm())
+
+
+def step_ratio(shape: StepShape | None = None, *, pairs: int = PAIRS) -> dict[str, Any]:
+    """A GFT step over an SFT step on the same rows: forward, backward, clipping and Adam.
+
+    Goal: median ratio at most 1.01 (CPU), 1.003 (GPU); 1 is the limit.
+    """
+    shape = shape or default_shape()
+    with single_rank():
+        bench = Workbench(shape)
+        packs, batch = bench.packs(RandomGroups.equal(shape))
+        plain = [dataclasses.replace(pack, token_weights=torch.ones_like(pack.token_weights)) for pack in packs]
+
+        def step(rows: list[Pack], coefficient: Coefficient) -> None:
+            bench.forward_backward(rows, batch.denominator, coefficient)
+            bench.update()
+
+        durations = interleaved_seconds(
+            {"sft": partial(step, plain, "none"), "gft": partial(step, packs, "rectified")}, repeats=pairs
+        )
+    return {"shape": dataclasses.asdict(shape), "pairs": pairs, **summary(durations, "sft")}
+
+
+def dead_groups(shape: StepShape | None = None, *, pairs: int = 5) -> dict[str, Any]:
+    """Forward and backward with half of the groups at zero variance, over the same step with all groups live.
+
+    ``gradient_error`` compares with running the dead groups at weight 0. Goal: ratio at most 0.55; 0.5 is the limit.
+    """
+    shape = shape or default_shape()
+    with single_rank():
+        bench = Workbench(shape)
+        live, half = RandomGroups.equal(shape), RandomGroups.equal(shape, dead=shape.groups // 2)
+        packs, batch = bench.packs(live)
+        half_packs, half_batch = bench.packs(half)
+        places = torch.from_numpy(np.repeat(batch.groups < half.dead, shape.responses))
+        naive = [
+            dataclasses.replace(pack, token_weights=pack.token_weights.masked_fill(_rows_of(places, pack), 0.0))
+            for pack in packs
+        ]
+        bench.forward_backward(naive, batch.denominator)
+        expected = bench.gradients()
+        bench.forward_backward(half_packs, half_batch.denominator)
+        error = relative_error(bench.gradients(), expected)
+        durations = interleaved_seconds(
+            {
+                "all_live": partial(bench.forward_backward, packs, batch.denominator),
+                "half_dead": partial(bench.forward_backward, half_packs, half_batch.denominator),
+            },
+            repeats=pairs,
+        )
+    return {
+        "shape": dataclasses.asdict(shape),
+        "rows_all_live": sum(len(pack.tokens) for pack in packs),
+        "rows_half_dead": sum(len(pack.tokens) for pack in half_packs),
+        "gradient_error": error,
+        **summary(durations, "all_live"),
+    }
+
+
+def _rows_of(responses: torch.Tensor, pack: Pack) -> torch.Tensor:
+    """Which loss rows of a pack belong to the responses that are marked."""
+    return responses.to(pack.response_index.device)[pack.response_index.long()]
+
+
+def shared_prefix_step(shape: StepShape | None = None, *, pairs: int = 3) -> dict[str, Any]:
+    """Forward and backward of the whole model, packed over shared prefix, against the ratio of their FLOPs.
+
+    Goal: ``attained`` = speed-up / formula at least 0.90 for GSM8K's shape, 0.95 for prompts of 1000 and more.
+    """
+    shape = shape or dataclasses.replace(default_shape(), hidden=512, heads=8, ffn=1408, layers=1)
+    if torch.cuda.is_available():
+        shape = default_shape()
+    rows = []
+    with single_rank():
+        bench = Workbench(shape)
+        for prompt, response, responses, goal in PREFIX_SHAPES:
+            rows.append(_prefix_row(bench, prompt, response, responses, pairs) | {"goal": goal})
+    return {"model": dataclasses.asdict(shape), "rows": rows}
+
+
+def _prefix_row(bench: Workbench, prompt: int, response: int, responses: int, pairs: int) -> dict[str, Any]:
+    groups = max(1, 16384 // (responses * (prompt + response))) if torch.cuda.is_available() else 1
+    bench.shape = dataclasses.replace(
+        bench.shape,
+        groups=groups,
+        prompt=prompt,
+        response=response,
+        responses=responses,
+        pack_rows=groups * responses * (prompt + response),
+    )
+    data = RandomGroups.equal(bench.shape)
+    made = {form: bench.packs(data, f"data.packing={form}") for form in ("shared_prefix", "packed")}
+    gradients: dict[str, torch.Tensor] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    flops: dict[str, float] = {}
+    for form, (packs, batch) in made.items():
+        bench.forward_backward(packs, batch.denominator)
+        gradients[form] = bench.gradients()
+        runs[form] = partial(bench.forward_backward, packs, batch.denominator)
+        flops[form] = batch.plan.flops if batch.plan else 0.0
+    result = summary(interleaved_seconds(runs, repeats=pairs), "shared_prefix")
+    formula = flops["packed"] / flops["shared_prefix"]
+    speedup = result["packed"]["ratio_of_min"]
+    return {
+        "prompt": prompt,
+        "response": response,
+        "responses": responses,
+        "groups": groups,
+        "formula": formula,
+        "speedup": speedup,
+        "attained": speedup / formula,
+        "speedup_median": result["packed"]["ratio_median"],
+        "gradient_error": relative_error(gradients["shared_prefix"], gradients["packed"]),
+        "seconds_packed": result["packed"]["seconds_min"],
+        "seconds_shared_prefix": result["shared_prefix"]["seconds_min"],
+    }
+
+
+def padded_batches(shape: StepShape | None = None, *, pairs: int = 5) -> dict[str, Any]:
+    """Forward and backward of the same responses packed, with shared prompts, and as padded batches.
+
+    Lengths are GSM8K's (``bench/packing.py``). A padded batch is what trainers without packing run: ``BATCH_SIZE``
+    responses, each with its prompt, in the order of the data, padded to the longest of the batch, logits of every
+    row. The rows ratio is what padding and repeated prompts cost where time goes with rows.
+    """
+    shape = shape or default_shape()
+    with single_rank():
+        bench = Workbench(shape)
+        data = RandomGroups(lognormal_lengths("gsm8k", shape.groups, shape.responses), shape.vocab)
+        made = {form: bench.packs(data, f"data.packing={form}") for form in ("packed", "shared_prefix")}
+        packs = {form: packs for form, (packs, _) in made.items()}
+        batch = made["packed"][1]
+        packs["padded"] = _padded(data, batch)
+        runs, gradients = {}, {}
+        for form, microbatches in packs.items():
+            runs[form] = partial(bench.forward_backward, microbatches, batch.denominator)
+            runs[form]()
+            gradients[form] = bench.gradients()
+        durations = interleaved_seconds(runs, repeats=pairs)
+    rows = {form: sum(len(pack.tokens) for pack in microbatches) for form, microbatches in packs.items()}
+    return {
+        "shape": dataclasses.asdict(shape) | {"prompt": "gsm8k", "response": "gsm8k"},
+        "batch_size": BATCH_SIZE,
+        "rows": rows,
+        "rows_ratio": {form: rows["padded"] / count for form, count in rows.items()},
+        "gradient_error": {form: relative_error(gradients[form], gradients["padded"]) for form in packs},
+        **{f"over_{form}": summary(durations, form)["padded"] for form in ("packed", "shared_prefix")},
+    }
+
+
+def _padded(data: RandomGroups, batch: StepBatch) -> list[Pack]:
+    """Padded batches as packs of segments of one length, with loss rows of weight 0 where others compute logits."""
+    order = [int(index) for index in batch.groups]
+    groups = [data[index] for index in order]
+    responses = [(g, k) for g, group in enumerate(groups) for k in range(len(group["responses"]))]
+    packs = []
+    for start in range(0, len(responses), BATCH_SIZE):
+        members = responses[start : start + BATCH_SIZE]
+        longest = max(len(groups[g]["prompt"]) + len(groups[g]["responses"][k]) for g, k in members)
+        plan = PackPlan("packed", tuple((g, (k,)) for g, k in members), longest * len(members), 0.0, 0)
+        pack = build_pack(plan, groups, batch.weights, batch.advantages, segment_multiple=longest)
+        unused = torch.tensor(np.setdiff1d(np.arange(len(pack.tokens)), pack.loss_rows.numpy()))
+        zeros = torch.zeros(len(unused))
+        packs.append(
+            dataclasses.replace(
+                pack,
+                loss_rows=torch.cat((pack.loss_rows, unused)),
+                labels=torch.cat((pack.labels, zeros.long())),
+                token_weights=torch.cat((pack.token_weights, zeros)),
+                sources=torch.cat((pack.sources, zeros.to(pack.sources.dtype))),
+                advantages=torch.cat((pack.advantages, zeros)),
+                response_index=torch.cat((pack.response_index, zeros.to(pack.response_index.dtype))),
+            ).to(torch.device(torch.cuda.current_device()))
+        )
+    return packs
+
+
+def step_breakdown(shape: StepShape | None = None, *, repeats: int = 5) -> dict[str, Any]:
+    """Median seconds of each part of a GFT step, and how many of its rows reach the vocabulary matrix.
+
+    ``head`` is within forward: the fused head makes its gradients there.
+    """
+    shape = shape or default_shape()
+    with single_rank():
+        bench = Workbench(shape)
+        groups = RandomGroups.equal(shape)
+        source, batch = bench.plan(groups)
+        packs = source.packs(batch)
+        head = _TimedModule(unwrap(bench.chunks[-1]).output_layer)
+        parts: dict[str, list[float]] = {
+            name: [] for name in ("plan", "packs", "forward", "head", "backward", "update")
+        }
+        for turn in range(repeats + 1):
+            bench.clear()
+            found = {"plan": seconds(lambda: source.batch(0)), "packs": seconds(lambda: source.packs(batch))}
+            found |= {"forward": 0.0, "head": 0.0, "backward": 0.0}
+            for pack in packs:
+                taken, output = _timed(partial(bench.chunks[0], pack))
+                found["forward"] += taken
+                found["head"] += head.seconds
+                found["backward"] += seconds(output.loss_sum.backward)
+            found["update"] = seconds(bench.update)
+            if turn:  # the first one warms up
+                for name, value in found.items():
+                    parts[name].append(value)
+        head.remove()
+    medians = {name: float(np.median(values)) for name, values in parts.items()}
+    total = sum(value for name, value in medians.items() if name != "head")
+    return {
+        "shape": dataclasses.asdict(shape),
+        "seconds": medians | {"total": total},
+        "share": {name: value / total for name, value in medians.items()},
+        "rows": sum(len(pack.tokens) for pack in packs),
+        "rows_in_head": sum(head.rows[-len(packs) :]),
+        "loss_tokens": batch.loss_tokens,
+    }
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it returned."""
+    results: list[Any] = []
+    return seconds(lambda: results.append(run())), results[0]
+
+
+class _TimedModule:
+    """Seconds of the last forward of a module, and the loss rows that each forward was given."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.seconds = 0.0
+        self.rows: list[int] = []
+        inner: Callable[..., Any] = module.forward
+        self.module = module
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.seconds, result = _timed(partial(inner, *args, **kwargs))
+            self.rows.append(len(kwargs["loss_rows"]))
+            return result
+
+        module.forward = forward  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Put the module's own forward back."""
+        del self.module.forward
