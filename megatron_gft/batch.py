@@ -244,7 +244,7 @@ class StepSource:
 class StepPrefetcher:
     """Hands out the steps of ``source`` in order, one prepared ahead in a thread.
 
-    At 256 data-parallel ranks and 2048 groups a step, planning takes 2 s of one core (LOG.md), and reading waits for
+    At 256 data-parallel ranks and 2048 groups a step, planning takes 2 s of one core, and reading waits for
     disks: a GPU should wait for neither.
 
     Args:

@@ -78,9 +78,8 @@ class TinyGroups(MemoryGroups):
 
     Args:
         dead: indices whose rewards are all equal.
-        seed: the default was searched for (LOG.md, "every gradient within 1e-6"): no gradient nearly cancels in it.
-            With others those of the key bias and of norms come out small beside their terms, and float32 rounding is
-            up to 2.3e-6 of them.
+        seed: the default was searched for: no gradient nearly cancels in it. With others those of the key bias and
+            of norms come out small beside their terms, and float32 rounding is up to 2.3e-6 of them.
     """
 
     def __init__(self, count: int = GROUPS_PER_STEP * STEPS, *, dead: range | tuple[int, ...] = (3, 11), seed: int = 2):
