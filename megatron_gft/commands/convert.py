@@ -9,15 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_gft.errors import InputError, command
-from megatron_gft.hf.bridge import bridge_hf_to_megatron, bridge_megatron_to_hf
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Names on the command line, and torch's."""
 
 EPILOG = """examples:
   python tools/convert_checkpoint.py hf-to-megatron --hf models/Qwen2.5-1.5B --output checkpoints/qwen
@@ -64,6 +59,8 @@ def convert_by_bridge(arguments: argparse.Namespace) -> None:
     """Hand the conversion to Megatron-Bridge; its options are its own."""
     if arguments.hf is None:
         raise InputError("--use-megatron-bridge needs the model's configuration -> name its folder with --hf")
+    from megatron_gft.hf.bridge import bridge_hf_to_megatron, bridge_megatron_to_hf
+
     if arguments.command == "hf-to-megatron":
         bridge_hf_to_megatron(arguments.hf, arguments.output)
     else:
@@ -77,6 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.use_megatron_bridge:
         convert_by_bridge(arguments)
         return
+    import torch  # seconds, which --help and a wrong option do not wait for
+    import torch.distributed as dist
+    from tqdm import tqdm
+
+    from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
         dist.init_process_group("gloo")
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         bar.update(done)
 
     common = {
-        "dtype": DTYPES.get(arguments.dtype),
+        "dtype": arguments.dtype and getattr(torch, DTYPES[arguments.dtype]),
         "verify": arguments.verify,
         "text": arguments.text,
         "progress": progress,

@@ -11,10 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 
-from megatron_gft.config import load_config
 from megatron_gft.errors import command
-from megatron_gft.hf.shape import read_model_shape
-from megatron_gft.validation import check
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -48,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan of a command line."""
     options = _parser().parse_args(argv)
+    from megatron_gft.config import load_config
+    from megatron_gft.hf.shape import read_model_shape
+    from megatron_gft.validation import check
+
     config = load_config(options.config, options.overrides)
     shape = read_model_shape(config.model.config)
     check(config, shape, options.world_size, training=False)  # before torch: a wrong configuration fails at once

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_gft.errors import command
-from megatron_gft.reports.plotting import plot_runs
 
 
 @command
@@ -18,5 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or its metrics.jsonl")
     parser.add_argument("--output", required=True, metavar="FILE", help=".png, .svg, .pdf, or self-contained .html")
     options = parser.parse_args(argv)
+    from megatron_gft.reports.plotting import plot_runs  # imports numpy
+
     plot_runs(options.runs, options.output)
     print(options.output)
