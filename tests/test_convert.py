@@ -355,8 +355,6 @@ def test_tool_ends_with_2_and_one_message_on_bad_input(tiny, tmp_path, capsys):
     assert convert_checkpoint.main(arguments) == 2
     message = capsys.readouterr().err
     assert message.count("error:") == 1 and "Gemma3ForCausalLM" in message and "hf/families.py" in message
-    assert convert_checkpoint.main([*arguments, "--use-megatron-bridge"]) == 2
-    assert "megatron-bridge>=0.6" in capsys.readouterr().err
 
 
 @pytest.mark.soak

@@ -17,7 +17,6 @@ from megatron_gft.hf.families import FAMILIES
 from megatron_gft.hf.mapping import HfMapping
 from megatron_gft.hf.shape import (
     gpt_model_kwargs,
-    is_mapped,
     model_shape_from_config,
     padded_vocab_size,
     parameter_count,
@@ -224,7 +223,8 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     with pytest.raises(InputError, match="not an object"):
         read_model_shape(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "glm4"}')
-    assert not is_mapped(tmp_path)
+    with pytest.raises(InputError, match=r"model_type 'glm4'\) is not mapped -> use one of"):
+        read_model_shape(tmp_path)
 
 
 @settings(deadline=None)

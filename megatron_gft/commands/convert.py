@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_gft.errors import InputError, command
+from megatron_gft.errors import command
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Names on the command line, and torch's."""
@@ -46,34 +46,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             default="hash",
             help="hash: read back, compare every sha256 (default); logits: also run both models; off: neither",
         )
-        sub.add_argument(
-            "--use-megatron-bridge",
-            action="store_true",
-            help="convert a family that is not mapped here by NVIDIA's Megatron-Bridge >= 0.6 (unverified)",
-        )
         sub.add_argument("--text", help="text for --verify logits (default: 256 fixed token ids)")
     return parser.parse_args(argv)
-
-
-def convert_by_bridge(arguments: argparse.Namespace) -> None:
-    """Hand the conversion to Megatron-Bridge; its options are its own."""
-    if arguments.hf is None:
-        raise InputError("--use-megatron-bridge needs the model's configuration -> name its folder with --hf")
-    from megatron_gft.hf.bridge import bridge_hf_to_megatron, bridge_megatron_to_hf
-
-    if arguments.command == "hf-to-megatron":
-        bridge_hf_to_megatron(arguments.hf, arguments.output)
-    else:
-        bridge_megatron_to_hf(arguments.checkpoint, arguments.output, arguments.hf)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     arguments = parse_arguments(argv)
-    if arguments.use_megatron_bridge:
-        convert_by_bridge(arguments)
-        return
     import torch  # seconds, which --help and a wrong option do not wait for
     import torch.distributed as dist
     from tqdm import tqdm

@@ -96,11 +96,6 @@ def read_config(model: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
-def is_mapped(model: str | os.PathLike) -> bool:
-    """Whether this package maps the model's family itself."""
-    return read_config(model).get("model_type") in FAMILIES
-
-
 def read_model_shape(model: str | os.PathLike) -> ModelShape:
     """Shape of a Hugging Face model folder or ``config.json``.
 
