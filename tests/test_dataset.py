@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from megatron_gft.dataset import LengthLimits, build_group_datasets
 from megatron_gft.errors import InputError
-from megatron_gft.shards import GroupShard, GroupShardWriter, add_rewards_sidecar
+from megatron_gft.shards import GroupShard, GroupShardWriter
 from megatron_gft.shards.manifest import ShardSet
 
 
@@ -118,7 +118,7 @@ def test_fingerprint_is_of_content_not_of_paths(shards, tmp_path_factory):
 
     first = fingerprint([str(shards / "code")])
     other = tmp_path_factory.mktemp("other")
-    write_shard(other / "renamed", groups=15, seed=2)
+    content = write_shard(other / "renamed", groups=15, seed=2)
     assert fingerprint([str(other / "renamed")]) == first
     different = {
         first,
@@ -131,8 +131,10 @@ def test_fingerprint_is_of_content_not_of_paths(shards, tmp_path_factory):
     }
     assert len(different) == 7
     assert fingerprint([str(shards / "code")], limits=LengthLimits(max_response_tokens=50)) == first  # changes nothing
-    add_rewards_sidecar(shards / "code", np.zeros(GroupShard(shards / "code").manifest.counts.responses), verifier={})
-    assert fingerprint([str(shards / "code")]) not in different
+    with GroupShardWriter(other / "rescored", STAMP) as writer:
+        for group in content:
+            writer.add_group(**{**group, "rewards": [0.0] * len(group["responses"])})
+    assert fingerprint([str(other / "rescored")]) not in different
 
 
 @pytest.mark.parametrize("policy", ["drop", "truncate"])

@@ -10,6 +10,7 @@ import pytest
 from tiny_language_model import language_model_folder
 
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.evaluation import run
 from megatron_gft.evaluation.intervals import (
     mean_interval,
     pass_at_k,
@@ -124,7 +125,7 @@ def test_verdicts_are_counted_by_outcome(model, problems, monkeypatch):
         def judge(self, cases):
             return (next(said) for _ in cases)
 
-    monkeypatch.setattr(ScoringOptions, "pool", lambda self: Pool())
+    monkeypatch.setattr(run, "VerifierPool", lambda options: Pool())
     options = EvaluationOptions(max_tokens=3, reference_logprobs=False, scoring=SCORING)
     greedy = evaluate(model, [problems], options, progress=False)["greedy"]
     assert greedy["outcomes"] == {"correct": 2, "timeout": 2, "wrong": 1} and greedy["accuracy"] == 0.4

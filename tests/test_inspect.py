@@ -17,7 +17,7 @@ from group_shards import write_shard
 from tiny_tokenizers import byte_level_folder
 
 from megatron_gft.errors import InputError
-from megatron_gft.groups import GroupRecord, ResponseRecord, write_group_file
+from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
 from megatron_gft.groups.problems import parse_policies
 from megatron_gft.inspection.inputs import open_source
 from megatron_gft.inspection.packing_estimate import PackingQuestion, estimate_packing
@@ -25,7 +25,7 @@ from megatron_gft.inspection.statistics import inspect_group_files, inspect_shar
 from megatron_gft.inspection.views import group_text, html_page, report_text, view_tokens
 from megatron_gft.planning import DEFAULT_FLOP_MODEL
 from megatron_gft.preprocess.run import PreprocessOptions, preprocess
-from megatron_gft.shards import GroupShard, GroupShardWriter, add_rewards_sidecar
+from megatron_gft.shards import GroupShard, GroupShardWriter
 from megatron_gft.shards.manifest import ShardSet
 from megatron_gft.tokenizer import load_tokenizer
 
@@ -198,14 +198,18 @@ def test_rewards_all_equal_make_a_histogram(tmp_path, reward):
     assert sum(report["rewards"]["histogram"]["counts"]) == 2 and "<svg" in html_page(report)
 
 
-def test_new_judgement_shows(case, tmp_path):
+def test_the_judgement_shows(case, tmp_path):
     base, folder, _ = case
-    preprocess(PreprocessOptions([str(base / "in.jsonl")], str(folder), str(tmp_path / "t")), progress=False)
-    count = GroupShard(tmp_path / "t").manifest.counts.responses
-    add_rewards_sidecar(tmp_path / "t", np.ones(count), outcomes=["timeout"] * count, verifier={"name": "x"})
+    records = [record for record, _ in iter_group_file(base / "in.jsonl")]
+    for record in records:
+        record.meta["verifier"] = {"name": "x"}
+        for response in record.responses:
+            response.reward, response.outcome = 1.0, "timeout"
+    write_group_file(tmp_path / "in.jsonl", records)
+    preprocess(PreprocessOptions([str(tmp_path / "in.jsonl")], str(folder), str(tmp_path / "t")), progress=False)
     report = inspect_shards([str(tmp_path / "t")])
     assert report["zero_variance_groups"] == 22 and report["by_source"]["self"]["outcomes"].keys() == {"timeout"}
-    assert report["shards"][0]["verifier"] == {"name": "x"}
+    assert report["shards"][0]["verifier"] == {"group_files": [{"verifier": {"name": "x"}, "groups": 22}]}
 
 
 def test_tokens_add_up_to_the_text(case):

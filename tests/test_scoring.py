@@ -1,22 +1,16 @@
-"""The killable pool, scoring of group files (restart included) and of shards."""
+"""The killable pool, and scoring of group files (restart included)."""
 
-import gc
 import json
 import time
 
-import numpy as np
 import pytest
-from tiny_tokenizers import byte_level_folder, metaspace_folder, sentencepiece_file
 
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
-from megatron_gft.scoring import score as group_files
 from megatron_gft.scoring.judging import ScoringOptions
-from megatron_gft.scoring.score import response_context, score_group_file, score_shard
+from megatron_gft.scoring.score import score_group_file
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case, Verdict
-from megatron_gft.shards import GroupShard, GroupShardWriter, tokenizer_stamp, verify_shard
-from megatron_gft.tokenizer import load_tokenizer
 from tools import score_groups
 
 NASTY = """
@@ -68,7 +62,7 @@ def test_a_hang_or_crash_costs_one_verdict_and_no_order(nasty):
         "no": "wrong",
     }
     said = [*expected, *["yes", "no"] * 200, *expected]
-    with VerifierPool("nasty_rewards:judge", workers=2, time_limit=0.5, memory_limit_gib=4) as pool:
+    with VerifierPool(ScoringOptions("nasty_rewards:judge", workers=2, time_limit=0.5, memory_limit_gib=4)) as pool:
         began = time.monotonic()
         verdicts = list(pool.judge(Case(text, "yes") for text in said))
         assert time.monotonic() - began < 60
@@ -80,7 +74,7 @@ def test_a_hang_or_crash_costs_one_verdict_and_no_order(nasty):
 
 def test_math_verify_itself_may_hang():
     cases = [Case(r"\boxed{10^{10^{10}}}", "3"), Case(r"\boxed{2^{1/2}}", r"\sqrt{2}")]
-    with VerifierPool("math", workers=1, time_limit=2) as pool:
+    with VerifierPool(ScoringOptions("math", time_limit=2)) as pool:
         assert [verdict.outcome for verdict in pool.judge(cases)] == ["timeout", "correct"]
 
 
@@ -93,20 +87,13 @@ def test_verdicts_among_the_cases_pass_through_and_reading_is_bounded():
             read += 1
             yield Verdict("error", 0.0, str(i)) if i % 3 == 0 else Case(f"#### {i}", f"{i}")
 
-    with VerifierPool("math", workers=2) as pool:
+    with VerifierPool(ScoringOptions("math", workers=2)) as pool:
         furthest = 0
         for index, verdict in enumerate(pool.judge(items())):
             furthest = max(furthest, read - index)
             assert verdict.outcome == ("error" if index % 3 == 0 else "correct")
             assert index % 3 or verdict.detail == str(index)
     assert index == 19_999 and furthest <= 2 * 32 * 64 + 65
-
-
-def test_the_pool_says_at_once_what_is_wrong():
-    with pytest.raises(InputError, match="did you mean math"):
-        VerifierPool("maths")
-    with pytest.raises(InputError, match="workers=0"):
-        VerifierPool("math", workers=0)
 
 
 def groups(count=6):
@@ -194,22 +181,24 @@ def test_another_verifier_does_not_continue_the_journal(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, output, message",
+    "changes, inputs, output, message",
     [
-        ({"verifier": "maths"}, "out.jsonl", "did you mean math"),
-        ({"verifier_options": {"percnt": "off"}}, "out.jsonl", "no option 'percnt'"),
-        ({"memory_limit_gib": 0.001}, "out.jsonl", "verifier"),
-        ({}, "out.txt", "out.txt: unknown kind of group file"),
-        ({}, "folder.jsonl", "folder.jsonl: is a folder"),
-        ({}, "in.jsonl", "is an input too"),
-        ({}, "in.jsonl/out.jsonl", "cannot be written"),
+        ({"verifier": "maths"}, ["in.jsonl"], "out.jsonl", "did you mean math"),
+        ({"verifier_options": {"percnt": "off"}}, ["in.jsonl"], "out.jsonl", "no option 'percnt'"),
+        ({"memory_limit_gib": 0.001}, ["in.jsonl"], "out.jsonl", "verifier"),
+        ({}, ["in.jsonl"], "out.txt", "out.txt: unknown kind of group file"),
+        ({}, ["in.jsonl"], "folder.jsonl", "folder.jsonl: is a folder"),
+        ({}, ["in.jsonl"], "in.jsonl", "is an input too"),
+        ({}, ["in.jsonl"], "in.jsonl/out.jsonl", "cannot be written"),
+        ({}, ["in.jsonl", "./in.jsonl"], "out.jsonl", "input named twice"),
     ],
 )
-def test_what_cannot_work_is_said_at_once_and_leaves_no_journal(tmp_path, changes, output, message):
-    source = write(tmp_path / "in.jsonl", groups(2))
+def test_what_cannot_work_is_said_at_once_and_leaves_no_journal(tmp_path, changes, inputs, output, message):
+    write(tmp_path / "in.jsonl", groups(2))
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(InputError, match=message):
-        score_group_file([source], tmp_path / output, ScoringOptions(**changes), progress=False)
+        paths = [f"{tmp_path}/{name}" for name in inputs]
+        score_group_file(paths, tmp_path / output, ScoringOptions(**changes), progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.jsonl", "in.jsonl"]
 
 
@@ -229,12 +218,6 @@ def test_what_cannot_work_is_said_at_once_and_leaves_no_journal(tmp_path, change
 def test_limits_and_rewards_are_numbers_that_can_be(changes, message):
     with pytest.raises(InputError, match=message):
         ScoringOptions(**changes)
-
-
-def test_an_input_named_twice_is_refused(tmp_path):
-    source = write(tmp_path / "in.jsonl", groups(2))
-    with pytest.raises(InputError, match="input named twice"):
-        score_group_file([source, f"{tmp_path}/./in.jsonl"], tmp_path / "out.jsonl", ScoringOptions(), progress=False)
 
 
 @pytest.mark.parametrize("answer", ["", " \n"])
@@ -265,111 +248,6 @@ def test_a_verifier_noted_by_somebody_else_is_kept(tmp_path):
     assert [meta.get("verifier_before") for meta in metas] == ["human: Ann", None]
 
 
-@pytest.fixture
-def shard(tmp_path):
-    """A shard of ``groups()`` made with a tiny tokenizer, its prefix and the tokenizer's folder."""
-    folder = byte_level_folder(tmp_path / "tokenizer")
-    tokenizer = load_tokenizer(folder)
-    with GroupShardWriter(tmp_path / "shard", tokenizer_stamp(tokenizer)) as writer:
-        for record in groups():
-            ends = [[] if r.finish_reason == "length" else [tokenizer.eos_id] for r in record.responses]
-            encoded = [tokenizer.encode_response(r.text) + end for r, end in zip(record.responses, ends, strict=True)]
-            prompt = tokenizer.encode(tokenizer.render_prompt(record.prompt))
-            sources = [r.source for r in record.responses]
-            writer.add_group(
-                prompt=prompt,
-                responses=encoded,
-                sources=sources,
-                rewards=[None] * 3,
-                group_id=record.id,
-                answer=record.answer,
-            )
-    return tmp_path / "shard", folder
-
-
-def test_a_shard_is_judged_from_its_tokens_and_only_a_sidecar_is_added(shard):
-    prefix, folder = shard
-    before = {path.name: path.read_bytes() for path in prefix.parent.glob("shard.*") if path.suffix != ".json"}
-    summary = score_shard(prefix, folder, ScoringOptions(workers=2), progress=False)
-    assert summary.outcomes["self"] == {"correct": 6, "wrong": 6}
-    opened = GroupShard(prefix)
-    assert [opened[i].rewards.tolist() for i in range(6)] == [[1.0, 1.0, 0.0]] * 6
-    assert opened.outcomes(3) == ["correct", "correct", "wrong"]
-    assert opened.manifest.rewards.verifier["name"] == "math"
-    assert {path.name for path in prefix.parent.glob("shard.*")} - {*before, "shard.json"} != set()
-    assert all((prefix.parent / name).read_bytes() == content for name, content in before.items())
-    verify_shard(prefix)
-
-
-def test_gold_answers_of_a_shard_may_come_from_group_files(shard, tmp_path):
-    prefix, folder = shard
-    corrected = groups()
-    corrected[2].answer = "5"
-    source = write(tmp_path / "corrected.jsonl", corrected)
-    score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
-    assert GroupShard(prefix)[2].rewards.tolist() == [0.0, 0.0, 1.0]
-    source = write(tmp_path / "fewer.jsonl", corrected[:4])
-    with pytest.raises(InputError, match="'g4' and 1 more are in none"):
-        score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
-    source = write(tmp_path / "twice.jsonl", [*corrected, groups()[5], *groups(20)[10:], *groups()[1:3]])
-    with pytest.raises(InputError, match=r"twice.jsonl:19: group 'g2' has another prompt, answer or meta"):
-        score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
-
-
-def test_of_group_files_only_what_a_shard_needs_is_kept(shard, tmp_path, monkeypatch):
-    prefix, folder = shard
-    source = write(tmp_path / "many.jsonl", groups(60))
-    held = []
-    decode = group_files._shard_groups
-
-    def stream(shard, tokenizer, known, options):
-        gc.collect()
-        held.append((len(known), sum(type(item) is ResponseRecord for item in gc.get_objects())))
-        return decode(shard, tokenizer, known, options)
-
-    monkeypatch.setattr(group_files, "_shard_groups", stream)
-    score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
-    assert held == [(6, 0)]
-
-
-def test_a_blank_gold_answer_in_a_shard_is_none(shard, tmp_path):
-    prefix, folder = shard
-    blank = groups()
-    blank[4].answer = " "
-    source = write(tmp_path / "blank.jsonl", blank)
-    with pytest.raises(InputError, match="'g4' and 0 more have no gold answer"):
-        score_shard(prefix, folder, ScoringOptions(), groups=[source], progress=False)
-    options = ScoringOptions(missing_answer="null")
-    assert score_shard(prefix, folder, options, groups=[source], progress=False).without_answer == 1
-    assert np.isnan(GroupShard(prefix).rewards).sum() == 3
-
-
-@pytest.mark.parametrize("kind", [byte_level_folder, metaspace_folder, sentencepiece_file])
-@pytest.mark.parametrize(
-    "prompt",
-    ["What is 3?", "so: 🎈", "🎈🎈🎈🎈é", "a  ", "x" + " " * 300, "\n", "<|im_start|>", "</s></s>", "\ufffd", "é" * 99],
-)
-def test_responses_decode_after_the_end_of_a_prompt_as_after_all_of_it(tmp_path, kind, prompt):
-    tokenizer = load_tokenizer(kind(tmp_path / "tokenizer"), "none")
-    for before in ("", "Answer me. ", "Think. " * 50):
-        ids = tokenizer.encode(tokenizer.render_prompt(before + prompt))
-        context = response_context(tokenizer, ids, tokenizer.decode(ids))
-        if before == "Think. " * 50 and prompt == "What is 3?":
-            assert len(context) <= 32
-        for response in ("#### 6", " The answer", "🎈", "  two", "\n\nso", "éa"):
-            tokens = tokenizer.encode_response(response)
-            expected = tokenizer.decode_response(ids, tokens)
-            assert tokenizer.decode_response(context, tokens) == expected, (before + prompt, response)
-
-
-def test_a_shard_of_another_tokenizer_is_refused(shard, tmp_path):
-    prefix, _ = shard
-    other = byte_level_folder(tmp_path / "other", vocab_size=380)
-    with pytest.raises(InputError, match="another tokenizer"):
-        score_shard(prefix, other, ScoringOptions(), progress=False)
-    assert np.isnan(GroupShard(prefix).rewards).all()
-
-
 def test_the_tool(tmp_path, capsys):
     source = write(tmp_path / "in.jsonl", groups(3))
     target = str(tmp_path / "out.jsonl")
@@ -380,8 +258,6 @@ def test_the_tool(tmp_path, capsys):
     assert scored["responses"][2]["reward"] == -0.5
     assert scored["meta"]["verifier"]["name"] == "math" and scored["meta"]["verifier"]["rewards"] == {"wrong": -0.5}
     for wrong, message in (
-        (["--input", source], "--input needs --output"),
-        (["--input", source, "--output", target, "--shard", "x"], "give either"),
         ([*arguments, "--reward", "wrong=x"], "--reward"),
         ([*arguments, "--option", "percnt=off"], "no option 'percnt'"),
         ([*arguments, "--option", "percent"], "not of the form"),
@@ -391,22 +267,3 @@ def test_the_tool(tmp_path, capsys):
     ):
         assert score_groups.main(wrong) == 2
         assert message in capsys.readouterr().err
-
-
-def test_the_tool_on_shards(shard, tmp_path, capsys):
-    prefix, folder = shard
-    corrected = groups()
-    corrected[0].answer = "1"
-    source = write(tmp_path / "corrected.jsonl", corrected)
-    arguments = ["--tokenizer", str(folder), "--verifier", "exact", "--option", "part=answer", "--quiet"]
-    arguments += ["--groups", source, "--workers", "1", "--shard", str(prefix)]
-    for wrong, message in (
-        ([*arguments, f"{tmp_path}/./shard"], "named twice"),
-        ([*arguments, f"{tmp_path}/shart"], "no such group shard"),
-    ):
-        assert score_groups.main(wrong) == 2
-        said = capsys.readouterr()
-        assert message in said.err and not said.out  # nothing was judged before
-    assert score_groups.main(arguments) == 0
-    assert "6 groups, 18 responses" in capsys.readouterr().out
-    assert GroupShard(prefix)[0].rewards.tolist() == [0.0, 0.0, 1.0]

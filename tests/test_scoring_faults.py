@@ -12,15 +12,12 @@ import time
 
 import psutil
 import pytest
-from tiny_tokenizers import byte_level_folder
 
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
 from megatron_gft.scoring.judging import ScoringOptions
-from megatron_gft.scoring.score import score_group_file, score_shard
+from megatron_gft.scoring.score import score_group_file
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case
-from megatron_gft.shards import GroupShard, GroupShardWriter, expand_shards, tokenizer_stamp, verify_shard
-from megatron_gft.tokenizer import load_tokenizer
 
 GROUPS, RESPONSES = 300, 3
 JUDGED_TWICE = 64 + RESPONSES + 8  # at most: what one worker holds, a group, what was on its way
@@ -86,64 +83,37 @@ def gone(pid) -> bool:
 
 
 @pytest.fixture
-def case(slow, request):
-    """Scoring of a file or of a shard, and a function that gives the outcomes which it wrote."""
+def case(slow):
+    """A function that scores a file, which takes a second."""
     records = [
         GroupRecord(f"g{i}", f"{i}?", [ResponseRecord(f"{k} {i}", "self") for k in range(RESPONSES)], str(i))
         for i in range(GROUPS)
     ]
+    write_group_file(slow / "in.jsonl", records)
     options = ScoringOptions("slow_rewards:judge")
-    if request.param == "file":
-        write_group_file(slow / "in.jsonl", records)
-        out = slow / "out.jsonl"
-
-        def outcomes():
-            return [[r.outcome for r in record.responses] for record, _ in iter_group_file(out)]
-
-        return lambda: score_group_file([slow / "in.jsonl"], out, options, progress=False), outcomes
-    folder, prefix = byte_level_folder(slow / "tokenizer"), slow / "train"
-    tokenizer = load_tokenizer(folder)
-    with GroupShardWriter(prefix, tokenizer_stamp(tokenizer)) as writer:
-        for record in records:
-            responses = [[*tokenizer.encode_response(r.text), tokenizer.eos_id] for r in record.responses]
-            prompt = tokenizer.encode(tokenizer.render_prompt(record.prompt))
-            rewards, sources = [None] * RESPONSES, ["self"] * RESPONSES
-            writer.add_group(prompt, responses, sources, rewards, group_id=record.id, answer=record.answer)
-
-    def outcomes():
-        assert expand_shards(f"{slow}/train*") == [str(prefix)]
-        verify_shard(prefix)
-        shard = GroupShard(prefix)
-        return [shard.outcomes(i) for i in range(len(shard))]
-
-    return lambda: score_shard(prefix, folder, options, progress=False), outcomes
+    return lambda: score_group_file([slow / "in.jsonl"], slow / "out.jsonl", options, progress=False)
 
 
-@pytest.mark.parametrize("case", ["file", "shard"], indirect=True)
 def test_a_killed_run_continues_without_judging_twice(slow, case, capfd):
-    score, outcomes = case
-    pid = begin(score)
+    pid = begin(case)
     wait_until(lambda: len(calls(slow)) >= 400)
     workers = psutil.Process(pid).children(recursive=True)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     wait_until(lambda: all(gone(worker.pid) for worker in workers))
     before = len(calls(slow))
-    assert before < GROUPS * RESPONSES and [path for path in slow.iterdir() if path.suffix == ".journal"]
-    if (slow / "train.json").exists():
-        assert outcomes() == [[None] * RESPONSES] * GROUPS
-    else:
-        assert list(slow.glob(".out.jsonl.tmp-*")) and not (slow / "out.jsonl").exists()
-    assert score().responses == GROUPS * RESPONSES
+    assert before < GROUPS * RESPONSES and (slow / "out.jsonl.journal").exists()
+    assert list(slow.glob(".out.jsonl.tmp-*")) and not (slow / "out.jsonl").exists()
+    assert case().responses == GROUPS * RESPONSES
     assert GROUPS * RESPONSES <= len(calls(slow)) <= GROUPS * RESPONSES + JUDGED_TWICE
-    assert outcomes() == [["correct"] * RESPONSES] * GROUPS
+    outcomes = [[said.outcome for said in record.responses] for record, _ in iter_group_file(slow / "out.jsonl")]
+    assert outcomes == [["correct"] * RESPONSES] * GROUPS
     assert not [path for path in slow.iterdir() if path.suffix == ".journal" or ".tmp-" in path.name]
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("case", ["file"], indirect=True)
 def test_ctrl_c_ends_the_workers_too(slow, case, capfd):
-    pid = begin(case[0])
+    pid = begin(case)
     wait_until(lambda: len(calls(slow)) >= 50)
     workers = psutil.Process(pid).children(recursive=True)
     os.killpg(pid, signal.SIGINT)  # as a terminal does
@@ -154,14 +124,14 @@ def test_ctrl_c_ends_the_workers_too(slow, case, capfd):
 
 
 def test_what_a_verifier_has_started_ends_with_its_worker(slow):
-    with VerifierPool("slow_rewards:leave_running", time_limit=0.3) as pool:
+    with VerifierPool(ScoringOptions("slow_rewards:leave_running", time_limit=0.3)) as pool:
         assert [verdict.outcome for verdict in pool.judge([Case("x", "x")])] == ["timeout"]
     (child,) = map(int, calls(slow))
     wait_until(lambda: gone(child))
 
 
 def test_time_in_which_all_was_suspended_is_nobodys(slow):
-    with VerifierPool("slow_rewards:compute", time_limit=0.2) as pool:
+    with VerifierPool(ScoringOptions("slow_rewards:compute", time_limit=0.2)) as pool:
         verdicts = pool.judge(Case("0.07", "") for _ in range(8))
         outcomes = [next(verdicts).outcome]
         for worker in pool._workers:
@@ -175,7 +145,7 @@ def test_time_in_which_all_was_suspended_is_nobodys(slow):
 
 def test_a_worker_that_others_keep_off_the_cpu_has_longer(slow):
     cpu = min(os.sched_getaffinity(0))
-    with VerifierPool("slow_rewards:compute", time_limit=0.4) as pool:
+    with VerifierPool(ScoringOptions("slow_rewards:compute", time_limit=0.4)) as pool:
         os.sched_setaffinity(pool._workers[0]._process.pid, {cpu})
         code = f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
         others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import pickle
 import re
 from pathlib import Path
@@ -18,7 +17,6 @@ from megatron_gft.groups import SOURCES
 from megatron_gft.shards import (
     GroupShard,
     GroupShardWriter,
-    add_rewards_sidecar,
     check_sets,
     expand_shards,
     verify_shard,
@@ -109,7 +107,7 @@ def test_manifest_counts(tmp_path):
     assert counts.truncated == 0 and counts.max_token_id == max(
         max(g["prompt"] + r) for g in content for r in g["responses"]
     )
-    stats = manifest.rewards.stats
+    stats = manifest.judgement.stats
     assert stats.missing == rewards.count(None) and stats.rewarded == len(rewards) - rewards.count(None)
     assert stats.zero_variance_groups == sum(
         len(g["rewards"]) > 1 and None not in g["rewards"] and len(set(g["rewards"])) == 1 for g in content
@@ -191,7 +189,7 @@ def test_reading_a_damaged_shard_names_it(tmp_path):
     rng = np.random.default_rng(2)
     refused = dict.fromkeys(("idx", "meta.bin", "meta.idx", "outcomes", "rewards", "logprobs"), 0)
     for path in sorted(tmp_path.glob("a.*")):
-        kind = path.name[2:].split("-")[0]
+        kind = path.name[2:].removesuffix(".npy")
         content = path.read_bytes()
         for position in rng.integers(0, len(content), 60 if kind in refused else 0).tolist():
             flip_bit(path, position, int(rng.integers(8)))
@@ -271,59 +269,24 @@ def test_groups_without_tokens_or_responses_are_our_bug(tmp_path):
             writer.add_group(prompt, responses, ["self"] * len(responses), [None] * len(responses), group_id="x")
 
 
-def test_new_judgement_is_a_new_sidecar_and_the_old_one_stays(tmp_path):
-    write_shard(tmp_path / "a")
-    before = GroupShard(tmp_path / "a")
-    files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".json"}
-    rewards = np.arange(before.manifest.counts.responses, dtype=np.float32)
-    rewards[3] = np.nan
-    outcomes = ["correct"] * len(rewards)
-    add_rewards_sidecar(tmp_path / "a", rewards, outcomes=outcomes, verifier={"name": "exact"})
-    after = GroupShard(tmp_path / "a")
-    verify_shard(tmp_path / "a")
-    assert np.array_equal(after.rewards, rewards, equal_nan=True) and set(after.outcomes(0)) == {"correct"}
-    assert after.manifest.rewards.verifier == {"name": "exact"} and len(after.manifest.judgements) == 2
-    assert after.manifest.rewards.stats.missing == 1
-    assert after.fingerprint != before.fingerprint
-    assert all((tmp_path / name).read_bytes() == content for name, content in files.items())
-    old = before.manifest.rewards
-    add_rewards_sidecar(
-        tmp_path / "a", before.rewards, outcomes=sum(map(before.outcomes, range(20)), []), verifier=old.verifier
-    )
-    again = GroupShard(tmp_path / "a")
-    assert again.manifest.rewards == old and again.fingerprint == before.fingerprint
-    assert len(again.manifest.judgements) == 2
-
-
-def _judge(prefix: Path, number: int, start) -> None:
-    count = GroupShard(prefix).manifest.counts.responses
-    start.wait()
-    for again in range(3):
-        add_rewards_sidecar(prefix, np.full(count, number + again / 4), verifier={"name": f"{number}.{again}"})
-
-
-def test_judgements_of_several_processes_all_stay(tmp_path):
-    write_shard(tmp_path / "a", groups=3)
-    context = multiprocessing.get_context("fork")
-    start = context.Barrier(4)
-    judges = [context.Process(target=_judge, args=(tmp_path / "a", number, start)) for number in range(4)]
-    for judge in judges:
-        judge.start()
-    for judge in judges:
-        judge.join(60)
-    assert [judge.exitcode for judge in judges] == [0] * 4
-    names = {judgement.verifier.get("name") for judgement in verify_shard(tmp_path / "a").judgements}
-    assert names == {None, *(f"{number}.{again}" for number in range(4) for again in range(3))}
-    assert expand_shards(tmp_path / "*") == expand_shards(tmp_path / "a*") == [str(tmp_path / "a")]
-
-
-def test_bad_judgements_are_refused(tmp_path):
-    write_shard(tmp_path / "a")
-    count = GroupShard(tmp_path / "a").manifest.counts.responses
-    with pytest.raises(InputError, match="one per response"):
-        add_rewards_sidecar(tmp_path / "a", np.zeros(count + 1), verifier={})
-    with pytest.raises(InputError, match="infinite reward at response 0"):
-        add_rewards_sidecar(tmp_path / "a", np.full(count, np.inf), verifier={})
+def test_a_shard_that_an_earlier_version_judged_anew_is_read(tmp_path):
+    """``old_shard/judged`` was written by version c172e60, then judged twice; names of sidecars held hashes then."""
+    prefix = Path(__file__).parent / "old_shard" / "judged"
+    shard = GroupShard(prefix)
+    assert [j.verifier for j in verify_shard(prefix).judgements] == [{}, {"name": "second"}, {"name": "third"}]
+    assert shard.manifest.judgement.verifier == {"name": "third"} and shard.manifest.judgement.stats.missing == 1
+    assert nan_equal(shard.rewards, [np.nan if i == 1 else i / 4 for i in range(10)])
+    said = ["correct", "wrong", None] * 4
+    assert [shard.outcomes(i) for i in range(3)] == [said[:5], said[5:6], said[6:10]]
+    assert shard.fingerprint == "6098f62c8ea35ae4838d0f431776a0d51ad97ad7f1c9d9dd50657e237a882adf"
+    content = write_shard(tmp_path / "now", groups=3)
+    for i, group in enumerate(content):
+        assert [response.tolist() for response in shard[i].responses] == group["responses"]
+        for known, again in zip(shard[i].logprobs, GroupShard(tmp_path / "now")[i].logprobs, strict=True):
+            assert np.array_equal(known, again, equal_nan=True)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"now.{end}" for end in "bin idx json meta.bin meta.idx rewards.npy outcomes.npy logprobs.npy".split()
+    }
 
 
 def test_globs_and_incomplete_sets(tmp_path):

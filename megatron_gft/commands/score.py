@@ -1,4 +1,4 @@
-"""Judge the responses of group files (writes a new group file) or of existing shards (adds a reward sidecar)."""
+"""Judge the responses of group files: writes a new group file with a reward and an outcome for each response."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron_gft.errors import InputError, command
 EPILOG = """examples:
   python tools/score_groups.py --input groups.jsonl --output scored.jsonl --verifier math --workers 8
   python tools/score_groups.py --input groups.jsonl --output scored.jsonl --verifier my_package.rewards:judge
-  python tools/score_groups.py --shard data/train --tokenizer models/base --verifier math --option units=ignore
+  python tools/score_groups.py --input groups.jsonl --output scored.jsonl --verifier math --option units=ignore
 
 verifiers: math (options percent=off|ignore|value, units=off|ignore), exact (part=whole|answer, case=sensitive|ignore),
 choice (letters=ABCDE), module:function. Outcomes: correct, wrong, unparsed, timeout, error.
 
-Killed or failed: run the same command again. Verdicts are kept meanwhile in OUTPUT.journal or PREFIX.scoring-*.journal.
+Killed or failed: run the same command again. Verdicts are kept meanwhile in OUTPUT.journal.
 """
 MISSING_HELP = "groups without gold answer, if the verifier needs one: an error, or left without reward and outcome"
 
@@ -36,11 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", default=[], help="group files")
-    parser.add_argument("--output", help="group file to write")
-    parser.add_argument("--shard", nargs="+", default=[], help="prefixes or globs of existing shards")
-    parser.add_argument("--tokenizer", help="with --shard: the tokenizer that made it")
-    parser.add_argument("--groups", nargs="+", default=[], help="with --shard: group files with answers and prompts")
+    parser.add_argument("--input", nargs="+", required=True, help="group files")
+    parser.add_argument("--output", required=True, help="group file to write")
     parser.add_argument("--verifier", default="math", help="name or module:function (default %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the verifier")
     parser.add_argument("--reward", action="append", default=[], metavar="OUTCOME=VALUE", help="e.g. wrong=-1")
@@ -50,14 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--memory-limit", type=float, default=8.0, help="GiB per worker (default %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
-    if bool(options.input) == bool(options.shard):
-        raise InputError("give either --input and --output, or --shard and --tokenizer")
-    if options.input and not options.output or options.shard and not options.tokenizer:
-        raise InputError("--input needs --output, --shard needs --tokenizer")
 
     from megatron_gft.groups import expand_inputs
     from megatron_gft.scoring.judging import ScoringOptions, key_values
-    from megatron_gft.scoring.score import score_group_file, score_shard
+    from megatron_gft.scoring.score import score_group_file
 
     scoring = ScoringOptions(
         verifier=options.verifier,
@@ -68,15 +61,5 @@ def main(argv: list[str] | None = None) -> None:
         rewards=reward_values(options.reward),
         missing_answer=options.missing_answer,
     )
-    if options.input:
-        summary = score_group_file(expand_inputs(options.input), options.output, scoring, progress=not options.quiet)
-        print(f"{options.output}: {summary.groups} groups, {summary.responses} responses\n{summary.table()}")
-        return
-    from megatron_gft.shards import GroupShard, expand_shards
-
-    prefixes, groups = expand_shards(options.shard), expand_inputs(options.groups)
-    for prefix in prefixes:
-        GroupShard(prefix)  # a bad one is said before the others are judged
-    for prefix in prefixes:
-        summary = score_shard(prefix, options.tokenizer, scoring, groups=groups, progress=not options.quiet)
-        print(f"{prefix}: {summary.groups} groups, {summary.responses} responses\n{summary.table()}")
+    summary = score_group_file(expand_inputs(options.input), options.output, scoring, progress=not options.quiet)
+    print(f"{options.output}: {summary.groups} groups, {summary.responses} responses\n{summary.table()}")

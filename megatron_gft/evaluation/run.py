@@ -174,7 +174,7 @@ def _prepare(
     pool: Any = None
     if options.judges:
         try:
-            pool = stack.enter_context(options.scoring.pool())
+            pool = stack.enter_context(VerifierPool(options.scoring))
         except InputError as error:
             found.append(str(error))
     if found:

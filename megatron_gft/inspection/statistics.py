@@ -146,7 +146,7 @@ def inspect_shards(prefixes: Sequence[str], packing: PackingQuestion | None = No
             "prefix": shard.prefix,
             "groups": len(shard),
             "fingerprint": shard.fingerprint,
-            "verifier": shard.manifest.rewards.verifier,
+            "verifier": shard.manifest.judgement.verifier,
             "provenance": shard.manifest.provenance,
         }
         for shard in shards

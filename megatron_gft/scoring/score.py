@@ -1,37 +1,79 @@
-"""Rewards and outcomes for the responses of group files and of existing shards.
+"""Rewards and outcomes for the responses of group files.
 
-``score_group_file`` reads groups as text and writes them with reward and outcome; ``score_shard`` decodes the
-responses of a shard and adds a sidecar, leaving tokens alone. How they are judged: :mod:`megatron_gft.scoring.judging`.
-
-While a run lasts, verdicts go into a journal beside the output or the shard, so that a killed run continues. It is
-removed when the output is complete, and when it would hold no verdict. A shard's journal is named after what judges.
+Groups go through the workers of a :class:`VerifierPool`, so a response that hangs, crashes or exhausts memory is judged
+``timeout`` or ``error`` and delays nothing else. While a run lasts, verdicts go into ``OUTPUT.journal``, so that a
+killed run continues. It is removed when the output is complete, and when it would hold no verdict.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import itertools
+import json
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
-from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import GROUP_FILE_SUFFIXES, SOURCES, GroupRecord, iter_group_file, write_group_file
-from megatron_gft.scoring.judging import (
-    JudgedGroup,
-    ScoreSummary,
-    ScoringOptions,
-    journal_key,
-    judge_groups,
-    open_journal,
-)
-from megatron_gft.scoring.verifiers import Case, Verdict
-from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
+from megatron_gft.journal import Journal
+from megatron_gft.scoring.judging import ScoringOptions
+from megatron_gft.scoring.verifier_pool import VerifierPool
+from megatron_gft.scoring.verifiers import OUTCOMES, Case, Verdict
 
-CONTEXT_TOKENS = (8, 32, 128)  # of a prompt, to decode a response after
+SHOWN_EXAMPLES = 10
+_NOT_JUDGED = Verdict("unparsed", 0.0)  # keeps the place of a response that no verifier sees
+
+
+@dataclass
+class ScoreSummary:
+    """What was found: outcomes by source, mean reward by source, a few of the responses without verdict."""
+
+    groups: int = 0
+    outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    reward_sums: Counter[str] = field(default_factory=Counter)
+    rewarded: Counter[str] = field(default_factory=Counter)
+    without_answer: int = 0
+    rewards_removed: int = 0  # in groups without gold answer
+    verifiers_moved: int = 0  # meta["verifier"] of others
+    replaced_workers: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, source: str, verdict: Verdict, reward: float | None, place: str) -> None:
+        """Count one response."""
+        self.outcomes[source][verdict.outcome] += 1
+        if reward is not None:
+            self.reward_sums[source] += reward  # type: ignore[assignment]
+            self.rewarded[source] += 1
+        if verdict.outcome in ("timeout", "error") and len(self.examples) < SHOWN_EXAMPLES:
+            self.examples.append(f"{place}: {verdict.outcome}: {verdict.detail}")
+
+    @property
+    def responses(self) -> int:
+        return sum(sum(counts.values()) for counts in self.outcomes.values())
+
+    def table(self) -> str:
+        """Counts by source and outcome, and the mean reward, for people."""
+        lines = [f"{'source':<10}" + "".join(f"{name:>10}" for name in OUTCOMES) + f"{'reward':>10}"]
+        for source in [name for name in SOURCES if name in self.outcomes]:
+            counts, rewarded = self.outcomes[source], self.rewarded[source]
+            mean = f"{self.reward_sums[source] / rewarded:.4f}" if rewarded else "-"
+            lines.append(f"{source:<10}" + "".join(f"{counts[name]:>10}" for name in OUTCOMES) + f"{mean:>10}")
+        for count, note in (
+            (self.without_answer, "groups without gold answer, not judged"),
+            (self.rewards_removed, "rewards that such groups had before, removed"),
+            (self.verifiers_moved, "groups whose meta.verifier was not written by this tool, now meta.verifier_before"),
+            (self.replaced_workers, "workers that hung or died, replaced"),
+        ):
+            if count:
+                lines.append(f"{note}: {count}")
+        return "\n".join(lines + self.examples)
 
 
 def score_group_file(
@@ -49,12 +91,12 @@ def score_group_file(
     output = Path(output)
     _check_files(inputs, output)
     summary = ScoreSummary()
-    with options.pool() as pool:  # first: a verifier that does not work leaves nothing behind
+    with VerifierPool(options) as pool:  # first: a verifier that does not work leaves nothing behind
         description = options.description()
-        with open_journal(output.with_name(output.name + ".journal"), description) as journal:
+        with _open_journal(output.with_name(output.name + ".journal"), description) as journal:
             for left in output.parent.glob(f".{glob.escape(output.name)}.tmp-*"):  # by killed runs: we hold the lock
                 left.unlink(missing_ok=True)
-            judged = judge_groups(_file_groups(inputs, options), options, pool, journal, summary, progress)
+            judged = _judged(_read(inputs, options), pool, journal, progress)
             try:
                 write_group_file(output, _with_verdicts(judged, options, description, summary))
             except OSError as error:
@@ -62,6 +104,7 @@ def score_group_file(
                     f"{output}: cannot be written ({error.strerror or error}) -> see to the place and its space, then "
                     "run again: verdicts are kept"
                 ) from error
+        summary.replaced_workers = pool.replaced
     return summary
 
 
@@ -83,33 +126,98 @@ def _check_files(inputs: Sequence[str | Path], output: Path) -> None:
         raise InputErrors("cannot begin", problems)
 
 
-def _file_groups(inputs: Sequence[str | Path], options: ScoringOptions) -> Iterator[JudgedGroup[GroupRecord]]:
+@contextlib.contextmanager
+def _open_journal(path: Path, description: dict[str, Any]) -> Iterator[Journal]:
+    """The verdicts of a run; removed when the run is complete, and when there are none to keep."""
+    journal = Journal(path, description)
+    if journal.header != description:
+        with journal:
+            if len(journal):
+                raise InputError(f"{path}: begun with another verifier or its options -> remove it, or go back")
+            path.unlink()  # of a run that was killed before its first verdict
+        journal = Journal(path, description)
+    with journal:
+        try:
+            yield journal
+        except BaseException:
+            if not len(journal):
+                path.unlink()
+            raise
+        path.unlink()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A group on its way through the workers.
+
+    ``key`` names its verdicts in the journal: a hash of all that a verifier may look at, and the group's name; it is
+    empty when the group cannot be judged.
+    """
+
+    record: GroupRecord
+    place: str
+    key: str
+
+
+def _read(inputs: Sequence[str | Path], options: ScoringOptions) -> Iterator[_Group]:
     for path in inputs:
         for record, place in iter_group_file(path):
-            can_judge = options.can_judge(record.answer)
-            if not can_judge and options.missing_answer == "error":
+            key = ""
+            if options.can_judge(record.answer):
+                texts = [response.text for response in record.responses]
+                content = json.dumps([record.answer, record.prompt, record.meta, texts], sort_keys=True, default=str)
+                key = f"{hashlib.blake2b(content.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}/{record.id}"
+            elif options.missing_answer == "error":
                 raise InputError(
                     f"{place}: group {record.id!r} has no gold answer -> give one, set --missing-answer null, or use "
                     "a verifier that needs none"
                 )
-            texts = [response.text for response in record.responses]
-            key = journal_key(record.id, [record.answer, record.prompt, record.meta, texts]) if can_judge else ""
-            cases = [Case(text, record.answer, record.prompt, record.meta) for text in texts]
-            yield JudgedGroup(record, f"{place} id {record.id!r}", key, [r.source for r in record.responses], cases)
+            yield _Group(record, place, key)
+
+
+def _judged(
+    groups: Iterable[_Group], pool: VerifierPool, journal: Journal, progress: bool
+) -> Iterator[tuple[_Group, list[Verdict]]]:
+    """Every group in order with its verdicts; those in the journal are not asked for."""
+    waiting: deque[_Group] = deque()
+
+    def cases() -> Iterator[Case | Verdict]:
+        for group in groups:
+            waiting.append(group)
+            record = group.record
+            if not group.key:
+                yield from itertools.repeat(_NOT_JUDGED, len(record.responses))
+            elif group.key in journal:
+                yield from (Verdict(*said) for said in journal[group.key])
+            else:
+                yield from (Case(said.text, record.answer, record.prompt, record.meta) for said in record.responses)
+
+    verdicts = pool.judge(cases())
+    with tqdm(desc="scoring", unit="response", disable=not progress) as bar:
+        for first in verdicts:
+            group = waiting.popleft()
+            said = [first, *itertools.islice(verdicts, len(group.record.responses) - 1)]
+            if group.key and group.key not in journal:
+                journal.append(group.key, [[verdict.outcome, verdict.reward, verdict.detail] for verdict in said])
+            bar.update(len(said))
+            yield group, said
 
 
 def _with_verdicts(
-    judged: Iterable[tuple[GroupRecord, list[Verdict] | None]],
+    judged: Iterable[tuple[_Group, list[Verdict]]],
     options: ScoringOptions,
     description: dict[str, Any],
     summary: ScoreSummary,
 ) -> Iterator[GroupRecord]:
-    for record, verdicts in judged:
+    for group, verdicts in judged:
+        record = group.record
+        summary.groups += 1
         before = record.meta.pop("verifier", None)
         if before is not None and not (isinstance(before, dict) and before.keys() == description.keys()):
             record.meta["verifier_before"] = before
             summary.verifiers_moved += 1
-        if verdicts is None:
+        if not group.key:
+            summary.without_answer += 1
             summary.rewards_removed += sum(response.reward is not None for response in record.responses)
             for response in record.responses:
                 response.reward = response.outcome = None
@@ -117,136 +225,5 @@ def _with_verdicts(
             record.meta["verifier"] = description
             for response, verdict in zip(record.responses, verdicts, strict=True):
                 response.outcome, response.reward = verdict.outcome, options.reward(verdict)
+                summary.add(response.source, verdict, response.reward, f"{group.place} id {record.id!r}")
         yield record
-
-
-# --- shards ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    """What a group file adds to a group of a shard."""
-
-    answer: str | None
-    prompt: str | list[dict[str, Any]]
-    meta: dict[str, Any]
-
-
-def score_shard(
-    prefix: str | Path,
-    tokenizer: str | Path,
-    options: ScoringOptions,
-    *,
-    groups: Sequence[str | Path] = (),
-    progress: bool = True,
-) -> ScoreSummary:
-    """Judge the responses of an existing shard anew; adds a reward sidecar, which is then the one in force.
-
-    Args:
-        prefix: of the shard.
-        tokenizer: the one that made it (checked); responses are decoded from their tokens.
-        groups: group files that give prompts, ``meta`` and gold answers by id; without them the gold answer is the
-            shard's and the prompt its decoded text.
-
-    Raises:
-        InputError: another tokenizer, a group that is in the shard but not in ``groups``, an id that stands for
-            different groups there, or a missing gold answer.
-    """
-    from megatron_gft.shards import GroupShard, add_rewards_sidecar  # imports megatron and torch: seconds
-
-    shard = GroupShard(prefix)
-    text_of = load_tokenizer(tokenizer, NO_TEMPLATE)
-    if text_of.fingerprint != shard.manifest.tokenizer.fingerprint:
-        raise InputError(f"{prefix}: made by another tokenizer than {tokenizer} -> give that one")
-    known = _problems_of(shard, groups, options)
-    summary = ScoreSummary()
-    rewards = np.full(shard.manifest.counts.responses, np.nan, dtype=np.float32)
-    outcomes: list[str | None] = [None] * len(rewards)
-    first = shard.response_offsets
-    with options.pool() as pool:
-        description = options.description()
-        name = f"{Path(shard.prefix).name}.scoring-{sha256_json(description)[:12]}.journal"
-        with open_journal(Path(shard.prefix).with_name(name), description) as journal:
-            stream = _shard_groups(shard, text_of, known, options)
-            for i, verdicts in judge_groups(stream, options, pool, journal, summary, progress, len(rewards)):
-                for position, verdict in enumerate(verdicts or (), start=int(first[i])):
-                    reward = options.reward(verdict)
-                    rewards[position] = np.nan if reward is None else reward
-                    outcomes[position] = verdict.outcome
-            add_rewards_sidecar(prefix, rewards, outcomes=outcomes, verifier=description)
-    return summary
-
-
-def _problems_of(shard: Any, groups: Sequence[str | Path], options: ScoringOptions) -> dict[str, _Problem]:
-    """What the group files say of the shard's groups, by id; nothing else of them is kept.
-
-    Raises:
-        InputErrors: see :func:`score_shard`.
-    """
-    answers = {meta["id"]: meta["answer"] for meta in map(shard.meta, range(len(shard)))}
-    known: dict[str, _Problem] = {}
-    for path in groups:
-        for record, place in iter_group_file(path):
-            problem = _Problem(record.answer, record.prompt, record.meta)
-            if record.id in answers and known.setdefault(record.id, problem) != problem:
-                raise InputError(
-                    f"{place}: group {record.id!r} has another prompt, answer or meta than before -> ids must differ"
-                )
-    absent = [name for name in answers if name not in known]
-    if groups and absent:
-        raise InputError(
-            f"{shard.prefix}: group {absent[0]!r} and {len(absent) - 1} more are in none of the group files"
-        )
-    answers |= {name: problem.answer for name, problem in known.items()}
-    missing = [name for name, answer in answers.items() if not options.can_judge(answer)]
-    if missing and options.missing_answer == "error":
-        raise InputError(
-            f"{shard.prefix}: group {missing[0]!r} and {len(missing) - 1} more have no gold answer -> give --groups, "
-            "set --missing-answer null, or use a verifier that needs none"
-        )
-    return known
-
-
-def _shard_groups(
-    shard: Any, tokenizer: Tokenizer, known: Mapping[str, _Problem], options: ScoringOptions
-) -> Iterator[JudgedGroup[int]]:
-    for i in range(len(shard)):
-        group, meta = shard[i], shard.meta(i)
-        problem = known.get(meta["id"])
-        answer = problem.answer if problem else meta["answer"]
-        key = ""
-        if options.can_judge(answer):
-            said = [answer, problem and [problem.prompt, problem.meta], tokenizer.fingerprint]
-            key = journal_key(str(i), said, group.prompt.tobytes(), *(ids.tobytes() for ids in group.responses))
-        sources = [SOURCES[code] for code in group.sources]
-        yield JudgedGroup(i, f"{shard.prefix} group {i}", key, sources, _decoded(group, answer, problem, tokenizer))
-
-
-def _decoded(group: Any, answer: str | None, problem: _Problem | None, tokenizer: Tokenizer) -> Iterator[Case]:
-    """The responses of a group of a shard as text, its end token left out."""
-    prompt = group.prompt.tolist()
-    text = tokenizer.decode(prompt)
-    context = response_context(tokenizer, prompt, text)
-    for response in group.responses:
-        ids = response.tolist()
-        said = tokenizer.decode_response(context, ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids)
-        yield Case(said, answer, problem.prompt if problem else text, problem.meta if problem else {})
-
-
-def response_context(tokenizer: Tokenizer, prompt: list[int], text: str) -> list[int]:
-    """The end of a prompt after which responses decode as after all of it, for a fraction of the time.
-
-    A response depends on its prompt only at the boundary: its leading space is dropped when no text is before it, and
-    bytes may join. So the end must hold text, and spell what it spells within the prompt: no character is cut.
-
-    Args:
-        prompt: token ids.
-        text: what they spell.
-    """
-    for size in CONTEXT_TOKENS:
-        end = prompt[-size:]
-        spelled = tokenizer.decode(end)
-        ordinary = tokenizer.decode([id_ for id_ in end if id_ not in tokenizer.special_ids])
-        if ordinary.strip() and "\ufffd" not in spelled and text.endswith(spelled):
-            return end
-    return prompt

@@ -23,14 +23,15 @@ import resource
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import psutil
 
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError
+from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifiers import Case, Verdict, Verifier, build_verifier
 
 CASES_PER_MESSAGE = 64
@@ -39,57 +40,28 @@ START_LIMIT_SECONDS = 120.0
 LOOKS_PER_LIMIT = 4  # at a worker, before it may be said to have had its time
 STARVED_FACTOR = 10  # at most so many time limits of wall time for a worker that others keep off the CPU
 GRACE_SECONDS = 5  # for a process to end; a worker whose parent died in the middle of a hang ends itself, too
-MAX_TIME_LIMIT_SECONDS = 86_400.0
-MAX_MEMORY_LIMIT_GIB = 2.0**20
-
-
-def limit_problems(workers: int, time_limit: float, memory_limit_gib: float) -> list[str]:
-    """What is wrong with the size and the limits of a pool."""
-    problems = []
-    if workers < 1:
-        problems.append(f"workers={workers} -> at least 1")
-    if not 0 < time_limit <= MAX_TIME_LIMIT_SECONDS:  # nor NaN
-        problems.append(f"time limit of {time_limit} s -> more than 0, at most {MAX_TIME_LIMIT_SECONDS:g}")
-    if not 0 < memory_limit_gib <= MAX_MEMORY_LIMIT_GIB:
-        problems.append(f"memory limit of {memory_limit_gib} GiB -> more than 0, at most {MAX_MEMORY_LIMIT_GIB:g}")
-    return problems
 
 
 class VerifierPool:
-    """``workers`` processes that judge cases. Use as a context manager.
+    """``options.workers`` processes that judge cases. Use as a context manager.
 
     Args:
-        name, options: as for :func:`megatron_gft.scoring.verifiers.build_verifier`.
-        workers: processes.
-        time_limit: seconds that one case may take: of wall time, but a worker that is starved of CPU may use as much
-            CPU time within ``STARVED_FACTOR`` times the limit.
-        memory_limit_gib: address space of one worker; beyond it a case gets the outcome ``error``.
+        options: the verifier and its limits. A worker that is starved of CPU may use ``time_limit`` seconds of CPU time
+            within ``STARVED_FACTOR`` times as much wall time.
 
     Raises:
         InputError: the verifier cannot be built, here or in a worker (one has started when ``__init__`` is done).
     """
 
-    def __init__(
-        self,
-        name: str,
-        options: Mapping[str, str] | None = None,
-        *,
-        workers: int = 1,
-        time_limit: float = 10.0,
-        memory_limit_gib: float = 8.0,
-    ):
-        problems = limit_problems(workers, time_limit, memory_limit_gib)
-        if problems:
-            raise InputErrors("verifier pool", problems)
-        build_verifier(name, options)
+    def __init__(self, options: ScoringOptions):
+        build_verifier(options.verifier, options.verifier_options)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            ["math_verify"] if name == "math" else ["megatron_gft.scoring.verifier_pool"]
+            ["math_verify"] if options.verifier == "math" else ["megatron_gft.scoring.verifier_pool"]
         )
-        self._arguments = (name, dict(options or {}), memory_limit_gib)
-        self._time_limit = time_limit
-        self._clock = _Clock(time_limit / LOOKS_PER_LIMIT)
-        self._workers = [self._new_worker() for _ in range(workers)]
+        self._options = options
+        self._clock = _Clock(options.time_limit / LOOKS_PER_LIMIT)
+        self._workers = [self._new_worker() for _ in range(options.workers)]
         self.replaced = 0
         try:
             while all(worker.starting for worker in self._workers):
@@ -105,7 +77,7 @@ class VerifierPool:
         self.close()
 
     def _new_worker(self) -> _Worker:
-        return _Worker(self._context, self._arguments, self._time_limit, self._clock)
+        return _Worker(self._context, self._options, self._clock)
 
     def close(self) -> None:
         """Kill every worker."""
@@ -159,7 +131,7 @@ class VerifierPool:
                     continue
                 death = worker.cause_of_death()
             elif self._clock.now() >= worker.deadline and not worker.connection.poll() and not worker.extend():
-                death = Verdict("timeout", 0.0, f"no verdict within {self._time_limit:g} s")
+                death = Verdict("timeout", 0.0, f"no verdict within {self._options.time_limit:g} s")
             else:
                 continue
             worker.kill()
@@ -215,14 +187,12 @@ class _Clock:
 class _Worker:
     """The parent's side of one process: the cases it holds, oldest first, and the time by which it must answer."""
 
-    def __init__(self, context: Any, arguments: tuple[Any, ...], time_limit: float, clock: _Clock):
+    def __init__(self, context: Any, options: ScoringOptions, clock: _Clock):
         self.connection, theirs = context.Pipe()
-        self._process: ForkServerProcess = context.Process(
-            target=_serve, args=(theirs, *arguments, time_limit), daemon=True
-        )
+        self._process: ForkServerProcess = context.Process(target=_serve, args=(theirs, options), daemon=True)
         self._process.start()
         theirs.close()
-        self._time_limit, self._clock = time_limit, clock
+        self._time_limit, self._clock = options.time_limit, clock
         self.pending: deque[tuple[int, Case]] = deque()
         self.starting, self.closed = True, False
         self.judging_seconds = 0.0  # CPU time spent on verdicts
@@ -295,32 +265,30 @@ class _Worker:
         self.connection.close()
 
 
-def _serve(
-    connection: Connection, name: str, options: dict[str, str], memory_limit_gib: float, time_limit: float
-) -> None:
+def _serve(connection: Connection, options: ScoringOptions) -> None:
     """A worker's life: build the verifier, say so with ``None`` (or why not, with a string), then judge until EOF.
 
     Every message is a pair with the CPU seconds used so far.
     """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    limit, highest = int(memory_limit_gib * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit, highest = int(options.memory_limit_gib * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = limit if highest == resource.RLIM_INFINITY else min(limit, highest)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         try:
-            verifier = build_verifier(name, options)
+            verifier = build_verifier(options.verifier, options.verifier_options)
             warm_up = getattr(verifier, "warm_up", None)
             if warm_up is not None:
                 warm_up()
         except InputError as error:
             connection.send((str(error), time.process_time()))
         except MemoryError:
-            reason = f"verifier {name!r}: its import needs more than {memory_limit_gib:g} GiB -> raise the memory limit"
-            connection.send((reason, time.process_time()))
+            needs = f"its import needs more than {options.memory_limit_gib:g} GiB -> raise the memory limit"
+            connection.send((f"verifier {options.verifier!r}: {needs}", time.process_time()))
         else:
             connection.send((None, time.process_time()))
-            _judge_all(connection, verifier, math.ceil(STARVED_FACTOR * time_limit) + GRACE_SECONDS)
+            _judge_all(connection, verifier, math.ceil(STARVED_FACTOR * options.time_limit) + GRACE_SECONDS)
     except (EOFError, OSError):  # the parent is gone
         os.killpg(0, signal.SIGKILL)
 

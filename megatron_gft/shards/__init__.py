@@ -1,7 +1,7 @@
 """Group shards: tokens of groups on disk. What other packages use stands here."""
 
 from megatron_gft.shards.manifest import TokenizerStamp, check_sets, expand_shards, verify_shard, verify_shards
-from megatron_gft.shards.reader import Group, GroupShard, add_rewards_sidecar
+from megatron_gft.shards.reader import Group, GroupShard
 from megatron_gft.shards.writer import GroupShardWriter, tokenizer_stamp
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "GroupShard",
     "GroupShardWriter",
     "TokenizerStamp",
-    "add_rewards_sidecar",
     "check_sets",
     "expand_shards",
     "tokenizer_stamp",

@@ -7,13 +7,12 @@ byte of it is found when it is read. Nothing here needs torch or megatron.
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -74,12 +73,14 @@ class RewardStats(_Part):
     zero_variance_groups: int
 
 
-class RewardSidecar(_Part):
-    """One judgement of all responses: rewards float32 [responses] and, when known, outcomes int8 [responses]."""
+class Judgement(_Part):
+    """Rewards float32 [responses] and, when known, outcomes int8 [responses], and what gave them."""
 
-    rewards: str  # file name
-    outcomes: str | None  # file name
-    outcome_names: list[str]  # of the codes in `outcomes`; -1 = unknown
+    # In the JSON they are called "rewards" and "outcomes", as in shards of earlier versions.
+    model_config = pydantic.ConfigDict(populate_by_name=True)
+    rewards_file: str = pydantic.Field(validation_alias="rewards", serialization_alias="rewards")
+    outcomes_file: str | None = pydantic.Field(validation_alias="outcomes", serialization_alias="outcomes")
+    outcome_names: list[str]  # of the codes in `outcomes_file`; -1 = unknown
     verifier: dict[str, Any]
     stats: RewardStats
 
@@ -101,13 +102,13 @@ class ShardManifest(_Part):
     files: dict[str, FileEntry]
     counts: Counts
     tokenizer: TokenizerStamp
-    judgements: list[RewardSidecar]  # the last one is in force
+    judgements: list[Judgement]  # one; earlier versions added more, of which the last one is in force
     logprobs: str | None  # file name
     provenance: dict[str, Any]
     shard_set: ShardSet | None
 
     @property
-    def rewards(self) -> RewardSidecar:
+    def judgement(self) -> Judgement:
         """The judgement in force."""
         return self.judgements[-1]
 
@@ -123,12 +124,12 @@ def empty_part_path(prefix: str | Path) -> Path:
 
 def manifest_text(manifest: ShardManifest) -> str:
     """Canonical text, its hash last."""
-    value = manifest.model_dump(mode="json")
+    value = manifest.model_dump(mode="json", by_alias=True)
     return json.dumps({**value, "sha256": sha256_json(value)}, indent=1, ensure_ascii=True) + "\n"
 
 
 def write_manifest(prefix: str | Path, manifest: ShardManifest) -> None:
-    """Write or replace ``PREFIX.json``, atomically."""
+    """Write ``PREFIX.json``, atomically."""
     with atomic_file(manifest_path(prefix)) as temporary:
         temporary.write_text(manifest_text(manifest), encoding="ascii")
 
@@ -170,21 +171,6 @@ def read_manifest(prefix: str | Path) -> ShardManifest:
         raise InputError(f"{path}: the manifest does not match its own hash -> preprocess again, do not edit it")
     if not {f"{Path(prefix).name}.bin", f"{Path(prefix).name}.idx"} <= manifest.files.keys():
         raise InputError(f"{path}: lists the files of another prefix -> give it its name back, shards keep theirs")
-    return manifest
-
-
-def update_manifest(prefix: str | Path, change: Callable[[ShardManifest], ShardManifest]) -> ShardManifest:
-    """Replace ``PREFIX.json`` by what ``change`` makes of it; of several processes, one after another.
-
-    The lock is an empty hidden file beside the shard, ``.NAME.lock``. It stays: removing it would let two in.
-
-    Raises:
-        InputError: see :func:`read_manifest`.
-    """
-    with open(Path(prefix).with_name(f".{Path(prefix).name}.lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        manifest = change(read_manifest(prefix))
-        write_manifest(prefix, manifest)
     return manifest
 
 
@@ -257,7 +243,7 @@ def _raise_damage(prefix: str | Path, problems: Sequence[str]) -> None:
 
 def content_fingerprint(manifest: ShardManifest) -> str:
     """Hex sha256 of what training reads: tokens, index, rewards in force, log-probs. Names and provenance are out."""
-    names = {"rewards": manifest.rewards.rewards, "logprobs": manifest.logprobs}
+    names = {"rewards": manifest.judgement.rewards_file, "logprobs": manifest.logprobs}
     for kind in ("bin", "idx"):
         names[kind] = min((name for name in manifest.files if name.endswith(f".{kind}")), key=len)  # not .meta.bin
     hashes = {role: manifest.files[name].sha256 for role, name in names.items() if name}

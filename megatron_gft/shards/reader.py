@@ -14,7 +14,7 @@ import functools
 import json
 import struct
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_gft.atomic import fsync_path
 from megatron_gft.errors import InputError
 from megatron_gft.groups import SOURCES
 from megatron_gft.shards.encoded import PROMPT_MODE, EncodedGroups
@@ -34,18 +33,16 @@ from megatron_gft.shards.manifest import (
     content_fingerprint,
     expand_shards,
     read_manifest,
-    update_manifest,
     verify_shard,
     verify_shards,
 )
-from megatron_gft.shards.writer import GroupShardWriter, reward_stats, tokenizer_stamp, write_judgement
+from megatron_gft.shards.writer import GroupShardWriter, tokenizer_stamp
 
 __all__ = [
     "Group",
     "GroupShard",
     "GroupShardWriter",
     "TokenizerStamp",
-    "add_rewards_sidecar",
     "check_sets",
     "expand_shards",
     "tokenizer_stamp",
@@ -96,7 +93,7 @@ class GroupShard:
         self._lengths = index.sequence_lengths  # int32 [S]
         self._pointers = index.sequence_pointers  # int64 [S]: bytes
         self._modes = index.sequence_modes  # int8 [S]
-        self.rewards = self._sidecar(self.manifest.rewards.rewards, counts.responses, np.float32)
+        self.rewards = self._sidecar(self.manifest.judgement.rewards_file, counts.responses, np.float32)
 
     def __reduce__(self) -> tuple[type[GroupShard], tuple[str]]:
         return GroupShard, (self.prefix,)  # data-loader workers open the files themselves
@@ -171,7 +168,7 @@ class GroupShard:
         """What the verifier said about each response of group ``i``."""
         first, end = self._bounds(i)
         codes = self.outcome_codes
-        names = [*self.manifest.rewards.outcome_names, None]  # code -1
+        names = [*self.manifest.judgement.outcome_names, None]  # code -1
         chosen = [-1] * (end - first - 1) if codes is None else codes[first - i : end - i - 1].tolist()
         with self._reading():
             return [names[code] for code in chosen]
@@ -249,8 +246,8 @@ class GroupShard:
 
     @functools.cached_property
     def outcome_codes(self) -> np.ndarray | None:
-        """int8 [M]: index into ``manifest.rewards.outcome_names``, -1 unknown; None without outcomes."""
-        name = self.manifest.rewards.outcomes
+        """int8 [M]: index into ``manifest.judgement.outcome_names``, -1 unknown; None without outcomes."""
+        name = self.manifest.judgement.outcomes_file
         return None if name is None else self._sidecar(name, self.manifest.counts.responses, np.int8)
 
     @functools.cached_property
@@ -306,41 +303,3 @@ def _open_indexed(prefix: str, multimodal: bool) -> IndexedDataset:
         raise InputError(
             f"{prefix}.idx: damaged index ({error or type(error).__name__}) -> preprocess again"
         ) from error
-
-
-def add_rewards_sidecar(
-    prefix: str | Path,
-    rewards: np.ndarray,
-    *,
-    outcomes: Sequence[str | None] | None = None,
-    verifier: dict[str, Any],
-) -> ShardManifest:
-    """Judge an existing shard anew: write a sidecar, then replace the manifest, in which the new one is in force.
-
-    Args:
-        prefix: of the shard.
-        rewards: float [M], one per response in shard order, NaN = none.
-        outcomes: what the verifier said, M names or None.
-        verifier: JSON object naming the verifier and its settings.
-
-    Raises:
-        InputError: wrong number of rewards or outcomes, or an infinite reward.
-    """
-    shard = GroupShard(prefix)
-    values = np.asarray(rewards, dtype=np.float32)
-    expected = shard.manifest.counts.responses
-    if values.shape != (expected,) or (outcomes is not None and len(outcomes) != expected):
-        raise InputError(f"{prefix}: {values.shape} rewards for {expected} responses -> give one per response")
-    if np.isinf(values).any():
-        raise InputError(
-            f"{prefix}: an infinite reward at response {int(np.isinf(values).argmax())} -> set NaN for none"
-        )
-    stats = reward_stats(values, shard.sources, shard.response_counts)
-    sidecar, files = write_judgement(Path(prefix), values, outcomes, verifier, stats)
-    fsync_path(Path(prefix).parent)
-
-    def judged(manifest: ShardManifest) -> ShardManifest:
-        judgements = [j for j in manifest.judgements if j != sidecar] + [sidecar]
-        return manifest.model_copy(update={"files": manifest.files | files, "judgements": judgements})
-
-    return update_manifest(prefix, judged)

@@ -1,13 +1,13 @@
 """Writing group shards: whole or not at all, the same bytes for the same groups.
 
-Files of a shard ``PREFIX`` (all immutable but the manifest, which is replaced when a judgement is added):
+Files of a shard ``PREFIX``, all immutable:
 
     PREFIX.bin, PREFIX.idx            Megatron IndexedDataset, int32: document = group, sequence 0 = prompt, then the
                                       responses; int8 mode of a sequence = source code (prompt: -1)
     PREFIX.meta.bin, PREFIX.meta.idx  IndexedDataset, uint8: JSON {"id", "answer", "models"} of each group
-    PREFIX.rewards-<hash>.npy         float32 [responses], NaN = no reward
-    PREFIX.outcomes-<hash>.npy        int8 [responses], code of the verifier's outcome (only when there are any)
-    PREFIX.logprobs-<hash>.npy        float32 [response tokens], NaN = unknown (only when there are any)
+    PREFIX.rewards.npy                float32 [responses], NaN = no reward
+    PREFIX.outcomes.npy               int8 [responses], code of the verifier's outcome (only when there are any)
+    PREFIX.logprobs.npy               float32 [response tokens], NaN = unknown (only when there are any)
     PREFIX.json                       manifest, written last
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,8 +32,7 @@ from megatron_gft.shards.manifest import (
     FORMAT,
     FORMAT_VERSION,
     Counts,
-    FileEntry,
-    RewardSidecar,
+    Judgement,
     RewardStats,
     ShardManifest,
     ShardSet,
@@ -43,8 +42,6 @@ from megatron_gft.shards.manifest import (
     write_manifest,
 )
 from megatron_gft.tokenizer import Tokenizer
-
-HASH_DIGITS = 12
 
 
 def check_prefix(prefix: str | Path) -> None:
@@ -207,27 +204,40 @@ class GroupShardWriter:
             max_responses=int(sizes.max()) - 1,
             max_token_id=self._max_token,
         )
+        judgement = self._judgement(rewards, reward_stats(rewards, modes[modes != PROMPT_MODE], sizes - 1))
+        logprobs = self._logprobs.path.name if self._logprobs.finish() else None
         names = [f"{self.prefix.name}{suffix}" for suffix in (".bin", ".idx", ".meta.bin", ".meta.idx")]
-        files = {name: file_entry(self._folder / name) for name in names}
-        stats = reward_stats(rewards, modes[modes != PROMPT_MODE], sizes - 1)
-        target = self._folder / self.prefix.name
-        judgement, more = write_judgement(target, rewards, self._outcomes, self.verifier, stats)
-        files |= more
-        logprobs = None
-        if self._logprobs.finish():
-            logprobs, files_entry = _place_array(self._logprobs.path, target, "logprobs")
-            files[logprobs] = files_entry
+        names += [name for name in (judgement.rewards_file, judgement.outcomes_file, logprobs) if name is not None]
         return ShardManifest(
             format=FORMAT,
             format_version=FORMAT_VERSION,
             tool_version=megatron_gft.__version__,
-            files=files,
+            files={name: file_entry(self._folder / name) for name in names},
             counts=counts,
             tokenizer=self.tokenizer,
             judgements=[judgement],
             logprobs=logprobs,
             provenance=self.provenance,
             shard_set=self.shard_set,
+        )
+
+    def _judgement(self, rewards: np.ndarray, stats: RewardStats) -> Judgement:
+        """Write the files of rewards float32 [M] and of the outcomes, if there are any."""
+        path = Path(self._path(".rewards.npy"))
+        np.save(path, rewards, allow_pickle=False)
+        outcomes, names = None, sorted({outcome for outcome in self._outcomes if outcome is not None})
+        if len(names) > np.iinfo(np.int8).max:
+            raise InputError(f"{self.prefix}: {len(names)} different outcomes -> a verifier should give a handful")
+        if names:
+            codes = {None: UNKNOWN_OUTCOME} | {outcome: code for code, outcome in enumerate(names)}
+            outcomes = Path(self._path(".outcomes.npy"))
+            np.save(outcomes, np.array([codes[said] for said in self._outcomes], dtype=np.int8), allow_pickle=False)
+        return Judgement(
+            rewards_file=path.name,
+            outcomes_file=outcomes and outcomes.name,
+            outcome_names=names,
+            verifier=self.verifier,
+            stats=stats,
         )
 
 
@@ -299,52 +309,3 @@ def reward_stats(rewards: np.ndarray, sources: np.ndarray, responses_per_group: 
         maximum=float(rewards[known].max()) if known.any() else None,
         zero_variance_groups=int((equal & (responses_per_group > 1)).sum()),
     )
-
-
-def write_judgement(
-    prefix: Path,
-    rewards: np.ndarray,
-    outcomes: Sequence[str | None] | None,
-    verifier: dict[str, Any],
-    stats: RewardStats,
-) -> tuple[RewardSidecar, dict[str, FileEntry]]:
-    """Write the sidecar files of one judgement; return its manifest part and file entries."""
-    name, entry = _write_array(prefix, "rewards", rewards)
-    files = {name: entry}
-    names = sorted({outcome for outcome in outcomes or () if outcome is not None})
-    outcome_file = None
-    if names:
-        codes = {None: UNKNOWN_OUTCOME} | {outcome: code for code, outcome in enumerate(names)}
-        if len(names) > np.iinfo(np.int8).max:
-            raise InputError(f"{prefix}: {len(names)} different outcomes -> a verifier should give a handful")
-        coded = np.array([codes[outcome] for outcome in outcomes or ()], dtype=np.int8)
-        outcome_file, files_entry = _write_array(prefix, "outcomes", coded)
-        files[outcome_file] = files_entry
-    sidecar = RewardSidecar(rewards=name, outcomes=outcome_file, outcome_names=names, verifier=verifier, stats=stats)
-    return sidecar, files
-
-
-def _write_array(prefix: Path, kind: str, values: np.ndarray) -> tuple[str, FileEntry]:
-    """Write ``PREFIX.<kind>-<hash>.npy``; the name follows from the content, so a rewrite changes nothing."""
-    with _temporary_beside(prefix.with_name(f"{prefix.name}.{kind}.npy")) as temporary:
-        with open(temporary, "wb") as file:
-            np.save(file, values, allow_pickle=False)
-        return _place_array(temporary, prefix, kind)
-
-
-def _place_array(written: Path, prefix: Path, kind: str) -> tuple[str, FileEntry]:
-    """Give an ``.npy`` file its name ``PREFIX.<kind>-<hash>.npy``."""
-    entry = file_entry(written)
-    path = prefix.with_name(f"{prefix.name}.{kind}-{entry.sha256[:HASH_DIGITS]}.npy")
-    fsync_path(written)
-    os.replace(written, path)
-    return path.name, entry
-
-
-@contextlib.contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    temporary = temporary_name(path)
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -265,7 +265,7 @@ def write_hollow_shard(prefix: Path, groups: int, responses: int, length: int = 
     _write_index(f"{prefix}.meta.idx", np.full(groups, 10, np.int32), np.uint8, None, 1)
     os.truncate(f"{prefix}.bin", sequences * length * 4)
     os.truncate(f"{prefix}.meta.bin", groups * 10)
-    rewards = prefix.with_name(manifest.rewards.rewards)
+    rewards = prefix.with_name(manifest.judgement.rewards_file)
     np.save(rewards, np.zeros(groups * responses, np.float32))
     files = {
         file: FileEntry(bytes=prefix.with_name(file).stat().st_size, sha256=entry.sha256)

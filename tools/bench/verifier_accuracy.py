@@ -22,6 +22,7 @@ from megatron_gft.groups.problems import ProblemLog
 from megatron_gft.groups.records import gold_answer
 from megatron_gft.sampling.prompts import scalar_text
 from megatron_gft.scoring.final_answers import last_boxed, replace_boxed
+from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.math_answers import parse_number, same_answer
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case
@@ -186,7 +187,7 @@ def measure(solutions: Sequence[Solution], options: Mapping[str, str], time_limi
                         (answer, Case(form.format(answer), solution.gold))
                     )
     rows = []
-    with VerifierPool("math", options, workers=1, time_limit=time_limit) as pool:
+    with VerifierPool(ScoringOptions("math", options, time_limit=time_limit)) as pool:
         list(pool.judge([Case("1", "1")]))  # start the worker outside the timing
         for kind, pairs in cases.items():
             before = pool.judging_seconds
