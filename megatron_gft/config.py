@@ -120,9 +120,9 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegativeInt = Field(0, description="update k of them uses lr * k / warmup_steps")
     decay_steps: PositiveInt | None = Field(None, description="steps until min_lr; default: all steps of the run")
     weight_decay: NonNegativeFloat = Field(0.0, description="not applied to norms and biases")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: PositiveFloat = Field(1e-8)
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients")
+    eps: PositiveFloat = Field(1e-8, description="added to the root of the mean square")
     clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm; 0 turns clipping off")
     distributed: bool = Field(True, description="shard the optimizer state over data-parallel ranks")
     overlap_grad_reduce: bool = Field(False, description="reduce gradients while backward runs")
@@ -297,7 +297,7 @@ def _explain(problem: Any) -> str:
         near = difflib.get_close_matches(where, known, 1, 0.6) or [
             key for key in known if difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], leaf).ratio() > 0.75
         ]
-        hint = f" -> did you mean {near[0]}?" if near else " -> see megatron_gft/config.py for the known keys"
+        hint = f" -> did you mean {near[0]}?" if near else " -> see docs/configuration.md for the known keys"
         return f"{where}: unknown key{hint}"
     if problem["type"] == "missing":
         return f"{where}: missing -> set it in the configuration file or as {where}=..."

@@ -5,9 +5,13 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import ranks  # noqa: F401
 import torch
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # others' load is no fault of ours
+hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_configure():

@@ -13,11 +13,17 @@ from collections.abc import Sequence
 from megatron_gft.config import Config, load_config
 from megatron_gft.errors import InputError, command
 from megatron_gft.hf.shape import ModelShape, read_model_shape
+from megatron_gft.reports.configuration import help_text
 from megatron_gft.validation import check
 
 # The same bad input stops every rank. Ranks other than a machine's first wait so long with their message, by when
 # torchrun has ended them because of the first one's exit code; what only they saw is still said.
 QUIET_SECONDS = 3.0
+
+EXAMPLE = """example: torchrun --nproc-per-node 8 -m megatron_gft.train --config FILE optimizer.lr=2e-6 train.output=RUN
+
+Every key, as it stands in a file under its section, and on the command line as section.key=value:
+"""
 
 
 def read_command_line(argv: Sequence[str] | None = None) -> Config:
@@ -25,8 +31,8 @@ def read_command_line(argv: Sequence[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_gft.train",
         description="Train a model on group shards with GFT, SFT or DFT on Megatron-Core.",
-        epilog="example: torchrun --nproc-per-node 8 -m megatron_gft.train --config FILE optimizer.lr=2e-6 "
-        "train.output=runs/second",
+        epilog=EXAMPLE + help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config", action="append", required=True, metavar="FILE", help="YAML file; later files win, key by key"

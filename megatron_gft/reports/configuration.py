@@ -1,0 +1,103 @@
+"""Every key that a user can set, from the descriptions of its fields: for ``--help``, and as a page of the docs.
+
+``python -m megatron_gft.reports.configuration > docs/configuration.md`` makes the page anew.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from megatron_gft.config import Config, Section
+
+HEAD = """# Configuration
+
+`python -m megatron_gft.train --config FILE [section.key=value ...]` reads one tree of settings. Several
+`--config` files are laid over each other, and the later one wins key by key; an override on the command line
+wins over all files. An unknown key is an error that names the nearest known one. All problems are reported at
+once, before any process starts. The resolved tree is written to `RUN/config.yaml`. In YAML:
+
+```yaml
+model: {config: models/Qwen2.5-1.5B}
+data: {train: [data/train], groups_per_step: 64}
+optimizer: {lr: 1e-6}
+```
+
+This page is made from `megatron_gft/config.py`; a test keeps it in step.
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One settable key; ``default`` is YAML, ``required`` where there is none."""
+
+    name: str
+    kind: str
+    default: str
+    description: str
+
+
+def keys(section: str) -> Iterator[Key]:
+    """The keys of a section of the configuration, in order."""
+    for name, field in section_class(section).model_fields.items():
+        yield Key(f"{section}.{name}", kind_text(field.annotation), _default_text(field), field.description or "")
+
+
+def section_class(section: str) -> type[Section]:
+    annotation = Config.model_fields[section].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, Section)
+    return annotation
+
+
+def kind_text(annotation: Any) -> str:
+    """``Literal["a", "b"] | None`` -> ``a, b or null``."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        names = [kind_text(argument) for argument in arguments]
+        return f"{', '.join(names[:-1])} or {names[-1]}"
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin is list:
+        return f"list of {kind_text(arguments[0])}"
+    if hasattr(annotation, "__metadata__"):  # PositiveInt and the like
+        return kind_text(arguments[0])
+    return {type(None): "null", str: "text", bool: "true, false"}.get(annotation, annotation.__name__)
+
+
+def _default_text(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return yaml.safe_dump(field.get_default(call_default_factory=True)).removesuffix("\n...\n").strip()
+
+
+def help_text() -> str:
+    """All keys for ``--help``."""
+    lines = []
+    for section in Config.model_fields:
+        lines.append(f"\n{section}: {(section_class(section).__doc__ or '').splitlines()[0]}")
+        for key in keys(section):
+            text = f"{key.description} ({key.kind}; default {key.default})".replace("default required", "required")
+            lines.append(f"  {key.name}")
+            lines += textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """All keys as Markdown."""
+    parts = [HEAD]
+    for section in Config.model_fields:
+        parts.append(f"## {section}\n\n{(section_class(section).__doc__ or '').splitlines()[0]}\n")
+        parts.append("| key | values | default | meaning |\n|---|---|---|---|")
+        parts += [f"| `{k.name}` | {k.kind} | {k.default} | {k.description} |" for k in keys(section)]
+        parts.append("")
+    return "\n".join(parts).replace("``", "`")
+
+
+if __name__ == "__main__":
+    print(page(), end="")
