@@ -59,39 +59,47 @@ def suggest_layout(
 
 
 def _candidates(config: Config, shape: ModelShape, world_size: int) -> Iterator[tuple[float, Config]]:
-    p, d, m = config.parallel, config.data, config.model
-    sizes = [2**i for i in range(int(math.log2(MAX_WORLD_SIZE)) + 1)]
-    tps = [n for n in sizes if n <= MAX_TENSOR_PARALLEL]
-    pps = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0 and world_size % n == 0]
-    eps = [n for n in sizes if shape.num_moe_experts and shape.num_moe_experts % n == 0] or [1]
-    packs = [
-        n for n in (d.max_tokens_per_pack >> i for i in range(3)) if n == d.max_tokens_per_pack or n >= SMALLEST_PACK
-    ]
-    for tp, pp, ep, pack, recompute in itertools.product(tps, pps, eps, packs, {m.recompute, "full"}):
-        keeps_vpp = p.vpp is not None and pp > 1 and shape.num_layers % (pp * p.vpp) == 0
-        candidate = config.model_copy(
-            update={
-                "parallel": p.model_copy(
-                    update={
-                        "tp": tp,
-                        "pp": pp,
-                        "ep": ep,
-                        "vpp": p.vpp if keeps_vpp else None,
-                        "sequence_parallel": tp > 1 and (p.sequence_parallel or p.tp == 1),
-                    }
-                ),
-                "data": d.model_copy(update={"max_tokens_per_pack": pack}),
-                "model": m.model_copy(update={"recompute": recompute}),
-            }
-        )
+    """(distance from ``config``, configuration) of every layout that passes :func:`check`."""
+    for layout in _layouts(config, shape, world_size):
+        candidate = _changed(config, shape, *layout)
         try:
             check(candidate, shape, world_size, training=False)
         except InputErrors:
             continue
-        steps = [(tp, p.tp), (pp, p.pp), (ep, p.ep), (d.max_tokens_per_pack, pack)]
-        distance = sum(abs(math.log2(new / old)) for new, old in steps)
-        distance += 1.5 * (recompute != m.recompute) + 0.5 * (p.vpp is not None and not keeps_vpp)
-        yield distance, candidate
+        yield _distance(config, candidate), candidate
+
+
+def _layouts(config: Config, shape: ModelShape, world_size: int) -> Iterator[tuple[int, int, int, int, str]]:
+    """(tp, pp, ep, tokens of a pack, recomputation) to try."""
+    sizes = [2**i for i in range(int(math.log2(MAX_WORLD_SIZE)) + 1)]
+    tps = [n for n in sizes if n <= MAX_TENSOR_PARALLEL]
+    pps = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0 and world_size % n == 0]
+    eps = [n for n in sizes if shape.num_moe_experts and shape.num_moe_experts % n == 0] or [1]
+    pack = config.data.max_tokens_per_pack
+    packs = [n for n in (pack, pack >> 1, pack >> 2) if n == pack or n >= SMALLEST_PACK]
+    return itertools.product(tps, pps, eps, packs, dict.fromkeys((config.model.recompute, "full")))
+
+
+def _changed(config: Config, shape: ModelShape, tp: int, pp: int, ep: int, pack: int, recompute: str) -> Config:
+    """``config`` in another layout. Virtual stages stay where they divide; TP brings sequence parallelism with it."""
+    p = config.parallel
+    keeps_vpp = p.vpp is not None and pp > 1 and shape.num_layers % (pp * p.vpp) == 0
+    sizes = {"tp": tp, "pp": pp, "ep": ep, "vpp": p.vpp if keeps_vpp else None}
+    sizes["sequence_parallel"] = tp > 1 and (p.sequence_parallel or p.tp == 1)
+    return config.model_copy(
+        update={
+            "parallel": p.model_copy(update=sizes),
+            "data": config.data.model_copy(update={"max_tokens_per_pack": pack}),
+            "model": config.model.model_copy(update={"recompute": recompute}),
+        }
+    )
+
+
+def _distance(old: Config, new: Config) -> float:
+    o, n = old.parallel, new.parallel
+    steps = [(n.tp, o.tp), (n.pp, o.pp), (n.ep, o.ep), (old.data.max_tokens_per_pack, new.data.max_tokens_per_pack)]
+    doublings = sum(abs(math.log2(one / other)) for one, other in steps)
+    return doublings + 1.5 * (new.model.recompute != old.model.recompute) + 0.5 * (n.vpp != o.vpp)
 
 
 def _approximate_peak(config: Config, shape: ModelShape, world_size: int) -> float:

@@ -80,14 +80,7 @@ def static_memory(chunks: list[DistributedDataParallel], optimizer: MegatronOpti
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
     weights = parameters + [buffer for chunk in chunks for buffer in chunk.module.buffers()]
     gradients = [buffer.grad_data for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    main = [
-        parameter
-        for part in parts
-        if not getattr(part, "is_stub_optimizer", False)
-        for group in part.optimizer.param_groups
-        for parameter in group["params"]
-    ]
+    main = list(_updated(optimizer))
     trunk = [
         parameter
         for chunk in chunks
@@ -101,6 +94,14 @@ def static_memory(chunks: list[DistributedDataParallel], optimizer: MegatronOpti
         gradients=storage_bytes(gradients),
         optimizer=storage_bytes(main, without=weights) + MOMENT_BYTES * sum(parameter.numel() for parameter in main),
     )
+
+
+def _updated(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+    """What Adam updates: float32 main weights (of this rank's share), or the weights themselves."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not getattr(part, "is_stub_optimizer", False):
+            for group in part.optimizer.param_groups:
+                yield from group["params"]
 
 
 @contextlib.contextmanager
