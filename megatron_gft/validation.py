@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_gft.config import Config, row_multiples
+from megatron_gft.config import Config
 from megatron_gft.errors import InputErrors
 from megatron_gft.gpu_packages import apex_problem
 from megatron_gft.hf.shape import ModelShape, shape_problems
@@ -38,26 +39,25 @@ def check(config: Config, shape: ModelShape, world_size: int, *, training: bool 
         raise InputErrors("configuration", problems)
 
 
-def _world_size(config: Config, shape: ModelShape, world_size: int) -> list[str]:
-    p, problems = config.parallel, []
+def _world_size(config: Config, shape: ModelShape, world_size: int) -> Iterator[str]:
+    p = config.parallel
     model_size = p.tp * p.pp * p.cp
     if world_size % model_size:
-        problems.append(
+        yield (
             f"parallel.tp={p.tp} * parallel.pp={p.pp} * parallel.cp={p.cp} = {model_size} does not divide the world "
             f"size {world_size} -> start a multiple of {model_size} processes, or choose sizes that divide it"
         )
     etp = p.etp or p.tp
     expert_size = etp * p.ep * p.pp
     if shape.num_moe_experts and world_size % expert_size:
-        problems.append(
+        yield (
             f"parallel.ep={p.ep} * parallel.etp={etp} * parallel.pp={p.pp} = {expert_size} does not divide the world "
             f"size {world_size} -> choose sizes that divide it (parallel.etp follows parallel.tp unless it is set)"
         )
-    return problems
 
 
-def _parallel(config: Config, shape: ModelShape) -> list[str]:
-    p, problems = config.parallel, []
+def _parallel(config: Config, shape: ModelShape) -> Iterator[str]:
+    p = config.parallel
     sizes = {
         "parallel.tp": {"tp": p.tp},
         "parallel.pp": {"pp": p.pp, "vpp": p.vpp or 1},
@@ -65,118 +65,109 @@ def _parallel(config: Config, shape: ModelShape) -> list[str]:
         "parallel.etp": {"etp": p.etp or p.tp},
     }
     for key, size in sizes.items():
-        problems += [f"{key}: {text}" for text in shape_problems(shape, **size)]
+        yield from (f"{key}: {text}" for text in shape_problems(shape, **size))
     if p.vpp is not None and p.pp < 2:
-        problems.append(
-            f"parallel.vpp={p.vpp} interleaves pipeline stages and parallel.pp is 1 -> raise it or drop vpp"
-        )
+        yield (f"parallel.vpp={p.vpp} interleaves pipeline stages and parallel.pp is 1 -> raise it or drop vpp")
     if p.sequence_parallel and p.tp == 1:
-        problems.append("parallel.sequence_parallel cuts over tensor ranks and parallel.tp is 1 -> set it to false")
+        yield "parallel.sequence_parallel cuts over tensor ranks and parallel.tp is 1 -> set it to false"
     if p.etp is not None and not shape.num_moe_experts:
-        problems.append(f"parallel.etp={p.etp} cuts experts and this model has none -> drop it")
+        yield f"parallel.etp={p.etp} cuts experts and this model has none -> drop it"
     if shape.num_moe_experts and p.tp > 1 and not p.sequence_parallel:
-        problems.append(
+        yield (
             f"parallel.tp={p.tp}: Megatron-Core trains mixture-of-experts with tensor parallelism only together with "
             "sequence parallelism -> set parallel.sequence_parallel=true"
         )
-    return problems
 
 
-def _data(config: Config, shape: ModelShape, training: bool) -> list[str]:
-    d, problems = config.data, []
+def _data(config: Config, shape: ModelShape, training: bool) -> Iterator[str]:
+    d = config.data
     if training and not d.train:
-        problems.append("data.train: missing -> name shard prefixes or globs, written by tools/preprocess_groups.py")
+        yield "data.train: missing -> name shard prefixes or globs, written by tools/preprocess_groups.py"
     if d.train_weights is not None and len(d.train_weights) != len(d.train):
-        problems.append(
+        yield (
             f"data.train_weights has {len(d.train_weights)} entries for {len(d.train)} of data.train -> one for each"
         )
-    shares = d.split.split(",")
-    try:
-        numbers = [float(share) for share in shares]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 3 or min(numbers, default=-1) < 0 or numbers[0] <= 0:
-        problems.append(f'data.split={d.split!r}: not three shares -> for example "98,2,0" (train, valid, test)')
-    elif config.train.validate_every and not d.valid and numbers[1] == 0:
-        problems.append(
-            "train.validate_every is set and there is no validation data -> set data.valid, or data.split to 98,2,0"
-        )
-    unit = math.lcm(*row_multiples(config))
+    yield from _split(config)
+    unit = math.lcm(*config.row_multiples)
     if d.max_tokens_per_pack < unit:
-        problems.append(
+        yield (
             f"data.max_tokens_per_pack={d.max_tokens_per_pack} is below {unit}, to a multiple of which this layout "
             f"pads a pack (2 * parallel.cp rows of a response, sequence parallelism, FP8) -> at least {unit}"
         )
     if d.max_response_tokens is not None and d.max_response_tokens > shape.max_sequence_length:
-        problems.append(
+        yield (
             f"data.max_response_tokens={d.max_response_tokens} exceeds the {shape.max_sequence_length} positions that "
             "the model was made for (max_position_embeddings) -> lower it"
         )
-    return problems
 
 
-def _objective(config: Config) -> list[str]:
-    o, problems = config.objective, []
+def _split(config: Config) -> Iterator[str]:
+    d = config.data
+    try:
+        train, valid, test = map(float, d.split.split(","))
+    except ValueError:
+        train = valid = test = -1
+    if train <= 0 or valid < 0 or test < 0:
+        yield f'data.split={d.split!r}: not three shares -> for example "98,2,0" (train, valid, test)'
+    elif config.train.validate_every and not d.valid and valid == 0:
+        yield "train.validate_every is set and there is no validation data -> set data.valid, or data.split to 98,2,0"
+
+
+def _objective(config: Config) -> Iterator[str]:
+    o = config.objective
     sources = o.sources or []
     if len(set(sources)) != len(sources):
-        problems.append(f"objective.sources={sources}: a source is named twice -> once")
+        yield f"objective.sources={sources}: a source is named twice -> once"
     if o.advantage != "none" and sources == ["expert"]:
-        problems.append(
+        yield (
             f"objective.advantage={o.advantage}: over a single expert per group it is the reward alone -> set it to "
             "none, or add to objective.sources"
         )
-    return problems
 
 
-def _optimizer(config: Config) -> list[str]:
-    o, problems = config.optimizer, []
+def _optimizer(config: Config) -> Iterator[str]:
+    o = config.optimizer
     if o.min_lr > o.lr:
-        problems.append(f"optimizer.min_lr={o.min_lr} is above optimizer.lr={o.lr} -> lower it")
+        yield f"optimizer.min_lr={o.min_lr} is above optimizer.lr={o.lr} -> lower it"
     if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
-        problems.append(
+        yield (
             f"optimizer.decay_steps={o.decay_steps} does not exceed optimizer.warmup_steps={o.warmup_steps} -> it "
             "counts from the first step, warm-up included"
         )
     if o.overlap_param_gather and not (o.overlap_grad_reduce and o.distributed):
-        problems.append(
+        yield (
             "optimizer.overlap_param_gather needs optimizer.overlap_grad_reduce=true and optimizer.distributed=true "
             "-> set them"
         )
-    return problems
 
 
-def _model(config: Config, training: bool) -> list[str]:
-    m, problems = config.model, []
+def _model(config: Config, training: bool) -> Iterator[str]:
+    m = config.model
     if m.fp8 and m.backend == "local":
-        problems.append(f"model.fp8={m.fp8} needs Transformer Engine -> set model.backend=auto")
+        yield f"model.fp8={m.fp8} needs Transformer Engine -> set model.backend=auto"
     if m.fp8 and m.precision != "bf16":
-        problems.append(f"model.fp8={m.fp8} quantises bf16 weights -> set model.precision=bf16")
+        yield f"model.fp8={m.fp8} quantises bf16 weights -> set model.precision=bf16"
     if m.backend == "transformer_engine" and m.precision == "fp32":
-        problems.append(
+        yield (
             "model.backend=transformer_engine: its attention over packs is half precision -> set "
             "model.precision=bf16 or model.backend=local"
         )
     if training and m.fp8 and importlib.util.find_spec("transformer_engine") is None:
-        problems.append(
-            f"model.fp8={m.fp8} needs Transformer Engine -> pip install -r requirements-gpu.txt, or drop model.fp8"
-        )
+        yield (f"model.fp8={m.fp8} needs Transformer Engine -> pip install -r requirements-gpu.txt, or drop model.fp8")
     if training and (problem := apex_problem()):
-        problems.append(problem)
-    return problems
+        yield problem
 
 
-def _run(config: Config, world_size: int, training: bool) -> list[str]:
-    problems = []
+def _run(config: Config, world_size: int, training: bool) -> Iterator[str]:
     beyond = [rank for rank in config.profile.ranks if rank >= world_size]
     if config.profile.steps and beyond:
-        problems.append(f"profile.ranks={beyond}: ranks go from 0 to {world_size - 1} -> choose among them")
+        yield f"profile.ranks={beyond}: ranks go from 0 to {world_size - 1} -> choose among them"
     origin = config.checkpoint.init_from
     if training and origin is not None and not Path(origin.removeprefix("hf:")).is_dir():
-        problems.append(
+        yield (
             f"checkpoint.init_from={origin}: no such folder -> hf:DIR for a Hugging Face model, DIR for a Megatron "
             "checkpoint"
         )
-    return problems
 
 
 def transformer_problems(config: Any) -> list[str]:
