@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from megatron_gft.config import Config, row_multiples
+from megatron_gft.config import Config
 from megatron_gft.dataset import GroupSplit, LengthLimits, build_group_datasets
 from megatron_gft.errors import InputError
 from megatron_gft.gft import group_advantages, response_weights
-from megatron_gft.hf.shape import ModelShape, config_path
+from megatron_gft.hf.shape import ModelShape
 from megatron_gft.objectives import ALL_SOURCES
 from megatron_gft.packing import Pack, build_pack, slice_for_context_parallel
 from megatron_gft.parallel import Parallel
@@ -76,8 +76,8 @@ def open_groups(config: Config, shape: ModelShape) -> tuple[GroupSplit, GroupSpl
         InputError: missing or damaged shards, another tokenizer than the model's, responses that do not fit a pack.
     """
     data = config.data
-    unit = math.lcm(*row_multiples(config))
-    tokenizer = Path(config.model.tokenizer or config_path(config.model.config).parent)
+    unit = math.lcm(*config.row_multiples)
+    tokenizer = Path(config.model.tokenizer or config.model.folder)
     check = not data.allow_tokenizer_mismatch and (config.model.tokenizer is not None or has_tokenizer(tokenizer))
     splits = build_group_datasets(
         data.train,
@@ -119,7 +119,7 @@ class StepSource:
         self.validation = validation
         self.flop_model = FlopModel.from_shape(shape)
         self.source_codes = [ALL_SOURCES.index(source) for source in config.objective.sources or ALL_SOURCES]
-        self.alignment, self.pad_multiple = row_multiples(config)
+        self.alignment, self.pad_multiple = config.row_multiples
 
     @property
     def steps_per_epoch(self) -> int:

@@ -6,7 +6,6 @@ any process group starts. ``load_config`` gives a :class:`Config` or raises one 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_gft.atomic import atomic_file
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.objectives import OBJECTIVES, Advantage, Coefficient, Normalize, Source, ZeroVariance
 
 
@@ -44,6 +43,12 @@ class ModelConfig(Section):
         "none", description="activations made again in backward instead of kept"
     )
     make_vocab_size_divisible_by: PositiveInt = Field(128, description="vocabulary rows per tensor rank divide by it")
+
+    @property
+    def folder(self) -> Path:
+        """Where ``config`` lies, and with it the tokenizer and generation settings."""
+        path = Path(self.config)
+        return path if path.is_dir() else path.parent
 
 
 class ParallelConfig(Section):
@@ -198,17 +203,17 @@ class Config(Section):
         with atomic_file(path) as temporary:
             temporary.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
+    @property
+    def row_multiples(self) -> tuple[int, int]:
+        """Of what the rows of a segment, and those of a pack, are multiples in this layout.
 
-def row_multiples(config: Config) -> tuple[int, int]:
-    """Of what the rows of a segment, and those of a pack, are multiples in this layout.
-
-    Context parallelism deals out chunks of each segment in pairs; sequence parallelism cuts a rank's rows evenly;
-    FP8 matrix products take rows by 16.
-    """
-    p = config.parallel
-    alignment = 2 * p.cp if p.cp > 1 else 1
-    rows_per_rank = math.lcm(p.tp if p.sequence_parallel else 1, 16 if config.model.fp8 else 1)
-    return alignment, p.cp * rows_per_rank
+        Context parallelism deals out chunks of each segment in pairs; sequence parallelism cuts a rank's rows evenly;
+        FP8 matrix products take rows by 16.
+        """
+        p = self.parallel
+        alignment = 2 * p.cp if p.cp > 1 else 1
+        rows_per_rank = math.lcm(p.tp if p.sequence_parallel else 1, 16 if self.model.fp8 else 1)
+        return alignment, p.cp * rows_per_rank
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -294,11 +299,10 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = all_keys() + list(Config.model_fields)
         leaf = where.rsplit(".", 1)[-1]
-        near = difflib.get_close_matches(where, known, 1, 0.6) or [
-            key for key in known if difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], leaf).ratio() > 0.75
-        ]
-        hint = f" -> did you mean {near[0]}?" if near else " -> see docs/configuration.md for the known keys"
-        return f"{where}: unknown key{hint}"
+        leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
+        near = nearest(where, known) or leaves.get(nearest(leaf, leaves, 0.75) or "")
+        hint = f"did you mean {near}?" if near else "see docs/configuration.md for the known keys"
+        return f"{where}: unknown key -> {hint}"
     if problem["type"] == "missing":
         return f"{where}: missing -> set it in the configuration file or as {where}=..."
     return f"{where}: {problem['msg'].lower()} (got {problem['input']!r})"

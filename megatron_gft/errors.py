@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 EXIT_BAD_INPUT = 2
 
@@ -30,6 +31,11 @@ class InputErrors(InputError):
     def __init__(self, heading: str, problems: Sequence[str]):
         self.problems = list(problems)
         super().__init__(f"{heading} ({len(self.problems)}):\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most like a misspelt one ("did you mean ..."), None where none is alike (0 to 1: ``cutoff``)."""
+    return next(iter(difflib.get_close_matches(name, known, 1, cutoff)), None)
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:

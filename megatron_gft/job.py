@@ -22,7 +22,7 @@ from megatron_gft.checkpoints.checkpointer import (
 )
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError
-from megatron_gft.hf.shape import ModelShape, config_path
+from megatron_gft.hf.shape import ModelShape
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.metrics import Reporter
 from megatron_gft.model import build_model
@@ -72,7 +72,7 @@ def build_trainer(
         parallel,
         keep_last=config.checkpoint.keep_last,
         background=config.checkpoint.async_save,
-        model_files=config_path(config.model.config).parent,
+        model_files=config.model.folder,
     )
     state = RunState(data_fingerprint=train_groups.fingerprint, groups_per_step=config.data.groups_per_step)
     if resume_from is not None:

@@ -32,12 +32,10 @@ from megatron_gft.attention import CoreAttention, RMSNorm, TECoreAttention
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.head import GFTOutputLayer, HeadSettings
-from megatron_gft.hf.shape import ModelShape, gpt_model_kwargs, padded_vocab_size, transformer_config_kwargs
+from megatron_gft.hf.shape import DTYPES, ModelShape, gpt_model_kwargs, padded_vocab_size, transformer_config_kwargs
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
 from megatron_gft.validation import transformer_problems
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Megatron's names: TransformerConfig.fp8_recipe (0.16.1 to 0.19), all with the hybrid e4m3/e5m2 format.
 FP8_FORMAT = "hybrid"
@@ -72,7 +70,7 @@ def build_transformer_config(
     Raises:
         InputErrors: ``extra`` sets what would silently train another loss.
     """
-    dtype = PRECISIONS[model.precision]
+    dtype = getattr(torch, DTYPES[model.precision])
     kwargs = transformer_config_kwargs(shape)
     kwargs["activation_func"] = {"silu": torch.nn.functional.silu}[kwargs["activation_func"]]
     on_gpu = torch.cuda.is_available()

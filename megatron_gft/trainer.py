@@ -23,7 +23,7 @@ from megatron_gft.checkpoints.checkpointer import (
     RunState,
 )
 from megatron_gft.config import Config
-from megatron_gft.hf.shape import ModelShape, config_path
+from megatron_gft.hf.shape import ModelShape
 from megatron_gft.hf.weights import export_hf_weights
 from megatron_gft.metrics import Record, Reporter, loss_record, step_record
 from megatron_gft.optimizer import (
@@ -268,7 +268,7 @@ class Trainer:
     def _export(self) -> None:
         folder = self.output / "export" / f"step-{self.state.step:08d}"
         if not folder.exists():
-            files = config_path(self.config.model.config).parent
+            files = self.config.model.folder
             export_hf_weights(self.chunks, self.shape, self.parallel, folder, model_files=files)
             self._say(f"exported to {folder}")
 

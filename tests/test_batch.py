@@ -13,7 +13,7 @@ from layout_cases import TinyGroups
 from ranks import run_ranks
 
 from megatron_gft.batch import StepSource, open_groups
-from megatron_gft.config import load_config, row_multiples
+from megatron_gft.config import load_config
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.shape import model_shape_from_config
 from megatron_gft.parallel import Parallel
@@ -104,7 +104,7 @@ def test_every_live_token_is_learned_once_with_its_weight(layout, packing, dp_si
     overrides = [*layout, f"data.packing={packing}", f"data.max_tokens_per_pack={rows}"]
     config, packs = packs_of_all_ranks(overrides, groups, step, dp_size)
     batch = source_of(overrides, groups).batch(step)
-    segment, unit = row_multiples(config)
+    segment, unit = config.row_multiples
     assert len({len(of_rank) for of_rank in packs.values()}) == 1
     learned = {}
     for of_rank in packs.values():

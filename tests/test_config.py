@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gft.config import Config, all_keys, load_config, row_multiples
+from megatron_gft.config import Config, all_keys, load_config
 from megatron_gft.errors import InputError, InputErrors
 
 REPOSITORY = Path(__file__).parents[1]
@@ -162,7 +162,7 @@ def test_every_key_has_a_place_and_help_is_complete():
     ],
 )
 def test_rows_are_multiples_of_what_the_layout_cuts(overrides, segment, pack):
-    assert row_multiples(load_config([], BASE + overrides)) == (segment, pack)
+    assert load_config([], BASE + overrides).row_multiples == (segment, pack)
 
 
 _IMPORT = "import sys, time; t = time.perf_counter(); import megatron_gft.config; print(time.perf_counter() - t); " + (

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_gft.errors import command
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Names on the command line, and torch's."""
+from megatron_gft.hf.shape import DTYPES
 
 EPILOG = """examples:
   python tools/convert_checkpoint.py hf-to-megatron --hf models/Qwen2.5-1.5B --output checkpoints/qwen

@@ -11,13 +11,12 @@ its kind says what happens to the data:
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from megatron_gft.errors import InputErrors
+from megatron_gft.errors import InputErrors, nearest
 
 ERROR, DROP, FIX, KEEP = "error", "drop", "fix", "keep"
 
@@ -173,8 +172,8 @@ def parse_policies(settings: Sequence[str]) -> dict[str, str]:
         name, _, policy = setting.partition("=")
         policy = _ALIASES.get(policy, policy)
         if name not in KINDS:
-            near = difflib.get_close_matches(name, KINDS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"kinds: {', '.join(KINDS)}"
+            near = nearest(name, KINDS)
+            hint = f"did you mean {near!r}?" if near else f"kinds: {', '.join(KINDS)}"
             wrong.append(f"unknown kind of problem {name!r} -> {hint}")
         elif policy not in KINDS[name].choices:
             wrong.append(f"{name}={policy!r} -> set one of {', '.join(KINDS[name].choices)}")

@@ -33,6 +33,17 @@ _REQUIRED = (
 )
 
 
+# Of ModelShape, under the same names in Megatron's TransformerConfig.
+_TRANSFORMER_FIELDS = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size"),
+    *("layernorm_epsilon", "add_qkv_bias", "qk_layernorm"),
+)
+_MOE_FIELDS = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax")
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Dtypes of models by the names that people set: torch's and Hugging Face's name."""
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Everything about a model that does not depend on how it is run. Sizes are global, not per rank.
@@ -67,26 +78,20 @@ class ModelShape:
     moe_router_pre_softmax: bool
 
 
-def config_path(model: str | os.PathLike) -> Path:
-    """``config.json`` of a model folder, or the path itself when it names a file.
-
-    Raises:
-        InputError: there is no such file.
-    """
+def _config_file(model: str | os.PathLike) -> Path:
     path = Path(model)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise InputError(f"{path}: no Hugging Face config.json there -> name a model folder or its config.json")
-    return path
+    return path / "config.json" if path.is_dir() else path
 
 
 def read_config(model: str | os.PathLike) -> dict[str, Any]:
-    """The parsed ``config.json``.
+    """The parsed ``config.json`` of a model folder, or of the file that is named itself.
 
     Raises:
         InputError: missing, or not a JSON object.
     """
-    path = config_path(model)
+    path = _config_file(model)
+    if not path.is_file():
+        raise InputError(f"{path}: no Hugging Face config.json there -> name a model folder or its config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -102,7 +107,7 @@ def read_model_shape(model: str | os.PathLike) -> ModelShape:
     Raises:
         InputError: an architecture or an option that is not mapped; all problems of the file at once.
     """
-    return model_shape_from_config(read_config(model), str(config_path(model)))
+    return model_shape_from_config(read_config(model), str(_config_file(model)))
 
 
 def model_shape_from_config(config: Mapping[str, Any], place: str) -> ModelShape:
@@ -111,21 +116,12 @@ def model_shape_from_config(config: Mapping[str, Any], place: str) -> ModelShape
     if problems := _required_problems(config):
         raise InputErrors(place, problems)
     problems = _option_problems(config, family)
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    if config.get("num_key_value_heads") is None and config["model_type"] != "llama":
-        problems.append("num_key_value_heads is missing -> add it")
     theta, scaling_factor, interpolation_factor = _rope(config, family, problems)
-    experts = _positive_or_none(config, family.num_experts_key or "", problems)
-    if family.num_experts_key == "num_experts" and experts is None:
-        experts = _positive_or_none(config, "num_local_experts", problems)
-    if family.num_experts_key and experts is None:
-        problems.append(f"{family.num_experts_key} is missing -> add it")
-    topk = _positive_or_none(config, "num_experts_per_tok", problems) if experts else None
-    if experts and topk is None:
-        problems.append("num_experts_per_tok is missing -> add it")
+    experts, topk = _experts(config, family, problems)
     window = _window(config, family, problems)
     if problems:
         raise InputErrors(place, problems)
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
     return ModelShape(
         architecture=family.architecture,
         model_type=config["model_type"],
@@ -174,12 +170,20 @@ def _required_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _positive_or_none(config: Mapping[str, Any], key: str, problems: list[str]) -> int | None:
-    value = config.get(key)
-    if value is None or (isinstance(value, int) and value > 0):
-        return value
-    problems.append(f"{key} is {value!r} -> it must be a positive integer")
-    return None
+def _experts(config: Mapping[str, Any], family: Family, problems: list[str]) -> tuple[int | None, int | None]:
+    """(experts, experts of a token), None for a dense family. transformers 5 writes ``num_local_experts`` for both."""
+    if family.num_experts_key is None:
+        return None, None
+    key = family.num_experts_key if config.get(family.num_experts_key) is not None else "num_local_experts"
+    found = []
+    for name, shown in ((key, family.num_experts_key), ("num_experts_per_tok", "num_experts_per_tok")):
+        value = config.get(name)
+        if value is None:
+            problems.append(f"{shown} is missing -> add it")
+        elif not isinstance(value, int) or value <= 0:
+            problems.append(f"{name} is {value!r} -> it must be a positive integer")
+        found.append(value)
+    return found[0], found[1]
 
 
 def _option_problems(config: Mapping[str, Any], family: Family) -> list[str]:
@@ -192,6 +196,8 @@ def _option_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     if config.get("quantization_config"):
         problems.append("quantization_config is set -> dequantize the weights first")
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    if groups is None and config["model_type"] != "llama":
+        problems.append("num_key_value_heads is missing -> add it")
     if groups and heads % groups:
         problems.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups} -> correct it")
     if not (config.get("head_dim") or family.head_dim) and config["hidden_size"] % heads:
@@ -209,26 +215,30 @@ def _rope(config: Mapping[str, Any], family: Family, problems: list[str]) -> tup
         problems.append("rope_parameters differ by layer type -> not mapped")
         return family.rope_theta, None, None
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta)
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
     if (rotary := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1, 1.0):
         problems.append(f"partial_rotary_factor is {rotary!r} -> only 1 is mapped")
+    return theta, *_rope_scaling(rope, problems)
+
+
+def _rope_scaling(rope: Mapping[str, Any], problems: list[str]) -> tuple[float | None, float | None]:
+    """(llama3 factor or None, linear factor or None)."""
+    rope_type, factor = rope.get("rope_type") or rope.get("type") or "default", rope.get("factor")
     if rope_type == "default":
-        return theta, None, None
+        return None, None
     if rope_type not in ("llama3", "linear"):
         problems.append(f"rope type {rope_type!r} is not mapped -> default, linear and llama3 are")
-        return theta, None, None
-    factor = rope.get("factor")
+        return None, None
     if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
         problems.append(f"rope factor is {factor!r} -> it must be a number of at least 1")
-        return theta, None, None
+        return None, None
     if rope_type == "linear":
-        return theta, None, float(factor)
+        return None, float(factor)
     problems.extend(
         f"llama3 rope {key} is {rope.get(key)!r}, Megatron-Core fixes it at {fixed} -> not mapped"
         for key, fixed in LLAMA3_ROPE_CONSTANTS.items()
         if rope.get(key) != fixed
     )
-    return theta, float(factor), None
+    return float(factor), None
 
 
 def _window(config: Mapping[str, Any], family: Family, problems: list[str]) -> int | None:
@@ -259,34 +269,19 @@ def transformer_config_kwargs(shape: ModelShape) -> dict[str, Any]:
 
     ``activation_func`` is the string ``"silu"``; the caller puts the function there.
     """
-    kwargs: dict[str, Any] = {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.kv_channels,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "layernorm_epsilon": shape.layernorm_epsilon,
+    kwargs: dict[str, Any] = {name: getattr(shape, name) for name in _TRANSFORMER_FIELDS} | {
         "normalization": "RMSNorm",
         "activation_func": "silu",
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        "add_qkv_bias": shape.add_qkv_bias,
-        "qk_layernorm": shape.qk_layernorm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
     if shape.window_size is not None:
         kwargs["window_size"] = shape.window_size
     if shape.num_moe_experts:
-        kwargs |= {
-            "num_moe_experts": shape.num_moe_experts,
-            "moe_router_topk": shape.moe_router_topk,
-            "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
-            "moe_router_pre_softmax": shape.moe_router_pre_softmax,
-            "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "alltoall",
-        }
+        kwargs |= {name: getattr(shape, name) for name in _MOE_FIELDS}
+        kwargs |= {"moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall"}
     return kwargs
 
 

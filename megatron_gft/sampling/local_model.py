@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from megatron_gft.errors import InputError
+from megatron_gft.hf.shape import DTYPES
 from megatron_gft.sampling.settings import Prompt, SamplingParams
 from megatron_gft.tokenizer import Tokenizer, load_tokenizer
 
@@ -40,7 +41,6 @@ _LOAD_ERRORS = (
     pickle.UnpicklingError,
     struct.error,
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -76,7 +76,7 @@ class LocalModel:
         self.path = str(path)
         self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer: Tokenizer = load_tokenizer(path, chat_template)
-        chosen = DTYPES[dtype] if dtype else torch.float32 if self.device.type == "cpu" else "auto"
+        chosen = getattr(torch, DTYPES[dtype]) if dtype else torch.float32 if self.device.type == "cpu" else "auto"
         self.model = _load_model(path, chosen).eval()
         self.model.to(self.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         self.eos_ids = frozenset(_eos_ids(self.model)) | {self.tokenizer.eos_id}

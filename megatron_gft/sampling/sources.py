@@ -11,7 +11,6 @@ lists, numbers and switches are YAML, and quotes inside a list need quotes aroun
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import shlex
 import sys
@@ -26,7 +25,7 @@ import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_gft.config import Section
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.sampling.openai_client import ServerOptions
 from megatron_gft.sampling.settings import SamplingParams, model_fingerprint
 from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
@@ -314,8 +313,8 @@ def _explain(problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         kind, key = str(problem["loc"][2]), str(problem["loc"][-1])
-        near = difflib.get_close_matches(key, _KINDS[kind].model_fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_KINDS[kind].model_fields)}"
+        near = nearest(key, _KINDS[kind].model_fields)
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(_KINDS[kind].model_fields)}"
         return f"{place}: unknown key -> {hint}"
     if problem["type"] == "missing":
         return f"{place}: missing -> set it"

@@ -12,7 +12,6 @@ another form.
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib
 import inspect
 import re
@@ -22,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.groups.records import FLOAT32_MAX
 from megatron_gft.scoring.final_answers import extract_answer
 from megatron_gft.scoring.math_answers import PercentPolicy, UnitPolicy, same_answer, warm_up
@@ -192,8 +191,8 @@ def build_verifier(name: str, options: Mapping[str, str] | None = None) -> Verif
         return _build_builtin(name, options)
     module_name, colon, function_name = name.partition(":")
     if not colon:
-        near = difflib.get_close_matches(name, _BUILTIN, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(_BUILTIN)} or module:function"
+        near = nearest(name, _BUILTIN)
+        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(_BUILTIN)} or module:function"
         raise InputError(f"verifier {name!r} is not known -> {hint}")
     function = getattr(user_module(name), function_name, None)
     if not callable(function):
