@@ -8,11 +8,10 @@ for every layout; only then are the tokens of this rank's packs read. Responses 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from megatron_gft.objectives import ALL_SOURCES
 from megatron_gft.packing import Pack, build_pack, slice_for_context_parallel
 from megatron_gft.parallel import Parallel
 from megatron_gft.planning import FlopModel, GroupLengths, StepPlan, plan_step, step_groups, steps_per_epoch
+from megatron_gft.shards import Group
 from megatron_gft.shards.limited import GroupTable
 from megatron_gft.tokenizer import has_tokenizer, tokenizer_fingerprint
 
@@ -38,7 +38,7 @@ class Groups(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    def __getitem__(self, index: int) -> Group: ...
 
     def table(self, indices: np.ndarray) -> GroupTable: ...
 
@@ -214,18 +214,15 @@ class StepSource:
         if batch.plan is None:
             return []
         plans = batch.plan.packs[self.parallel.dp_rank]
-        needed = {group for plan in plans for group, _ in plan.items}
-        sizes = np.diff(batch.offsets)
-        groups = [
-            self._read(batch, group) if group in needed else {"responses": range(sizes[group])}
-            for group in range(len(batch.groups))
-        ]
+        needed = sorted({place for plan in plans for place, _ in plan.items})
+        groups = {place: self.groups[int(batch.groups[place])] for place in needed}
         device = torch.device(torch.cuda.current_device())
         packs = []
         for plan in plans:
             pack = build_pack(
                 plan,
                 groups,
+                batch.offsets,
                 batch.weights,
                 batch.advantages,
                 pad_multiple=self.pad_multiple,
@@ -233,12 +230,6 @@ class StepSource:
             )
             packs.append(slice_for_context_parallel(pack, self.parallel.cp_size, self.parallel.cp_rank).to(device))
         return packs
-
-    def _read(self, batch: StepBatch, group: int) -> Mapping[str, Any]:
-        item = dict(self.groups[int(batch.groups[group])])
-        lengths = batch.lengths[batch.offsets[group] : batch.offsets[group + 1]]
-        item["responses"] = [tokens[:length] for tokens, length in zip(item["responses"], lengths, strict=True)]
-        return item
 
 
 class StepPrefetcher:

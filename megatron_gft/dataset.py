@@ -1,7 +1,7 @@
 """Groups as Megatron datasets: blends with weights, train/valid/test splits, nothing tokenized on the fly.
 
     data = build_group_datasets(["data/math*", "data/code"], weights=[0.7, 0.3], split="98,2,0", seed=1)
-    item = data.train[0]                      # prompt, responses, sources, rewards, logprobs, ...
+    group = data.train[0]                     # prompt, responses, sources, rewards, logprobs
     table = data.train.table([5, 3, 8])       # lengths, sources and rewards for planning, no token is read
 
 Blends and splits are those of ``BlendedMegatronDatasetBuilder``. Its known traps are out of reach: the key of its
@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.shards import GroupShard, check_sets, expand_shards
+from megatron_gft.shards import Group, GroupShard, check_sets, expand_shards
 from megatron_gft.shards.limited import GroupSource, GroupTable, LengthLimits, LimitedCounts
 
 __all__ = ["GroupDataset", "GroupDatasets", "GroupSplit", "LengthLimits", "build_group_datasets"]
@@ -80,17 +80,8 @@ class GroupDataset(MegatronDataset):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, idx: int) -> dict[str, Any]:
-        group = self.dataset[int(self.order[idx])]
-        item: dict[str, Any] = {
-            "prompt": group.prompt,
-            "responses": group.responses,
-            "sources": group.sources,
-            "rewards": group.rewards,
-        }
-        if group.logprobs is not None:
-            item["logprobs"] = group.logprobs
-        return item
+    def __getitem__(self, idx: int) -> Group:  # type: ignore[override]
+        return self.dataset[int(self.order[idx])]
 
 
 def _passes(indices: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -119,17 +110,11 @@ class GroupSplit(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """Group ``i``.
-
-        Returns:
-            ``prompt`` int32 [P]; ``responses`` K arrays int32 [R_k]; ``sources`` int8 [K]; ``rewards`` float32 [K]
-            (NaN = none); ``logprobs`` K arrays float32 [R_k] when the shard has them; ``index`` and ``dataset_id``.
-            Log-probs are read-only views of the file.
-        """
+    def __getitem__(self, i: int) -> Group:
         if not 0 <= i < len(self):
             raise IndexError(f"group {i} of {len(self)} in the {self.name} split")
-        return {"index": i, "dataset_id": 0, **self._dataset[i]}
+        source, group = self._place(i)
+        return source[group]
 
     def _place(self, i: int) -> tuple[GroupSource, int]:
         part, groups = self._places(np.array([i]))

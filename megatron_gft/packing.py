@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_gft.errors import InputError
 from megatron_gft.pack_layout import PackLayout, zigzag_indices
 from megatron_gft.planning import PackPlan
+from megatron_gft.shards import Group
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class _PackBuilder:
 
 def build_pack(
     plan: PackPlan,
-    groups: Sequence[Mapping[str, Any]],
+    groups: Mapping[int, Group],
+    offsets: np.ndarray,
     response_weights: Sequence[float] | np.ndarray | Tensor,
     advantages: Sequence[float] | np.ndarray | Tensor,
     *,
@@ -128,8 +130,8 @@ def build_pack(
 
     Args:
         plan: one pack of :func:`megatron_gft.planning.plan_step`.
-        groups: the groups of the step in the order of the plan: ``prompt`` int [P >= 1], ``responses`` K arrays
-            int [R_k >= 1], ``sources`` int [K].
+        groups: those that the pack needs, by their place in the step.
+        offsets: int [groups of the step + 1]: first response of each group among all responses of the step.
         response_weights: A * u of every response of the step, flat, groups in order, dead responses included.
         advantages: A, likewise.
         pad_multiple, segment_multiple: as ``pad_multiple`` and ``alignment`` of the plan. Padding is a segment of
@@ -141,24 +143,16 @@ def build_pack(
         ValueError: the plan does not belong to these groups.
     """
     builder = _PackBuilder(segment_multiple, pad_token)
-    first_response = np.cumsum([0] + [len(group["responses"]) for group in groups])
-    for group, responses in plan.items:
-        prompt = np.asarray(groups[group]["prompt"], dtype=np.int64)
-        if not len(prompt):
-            raise InputError(f"group {group} of the step: prompt has no token -> give it one")
-        members = [
-            (
-                np.asarray(groups[group]["responses"][k], dtype=np.int64),
-                int(first_response[group] + k),
-                int(groups[group]["sources"][k]),
-            )
-            for k in responses
-        ]
+    for place, responses in plan.items:
+        group = groups[place]
+        if not len(group.prompt):
+            raise InputError(f"group {place} of the step: prompt has no token -> give it one")
+        members = [(group.responses[k], int(offsets[place]) + k, int(group.sources[k])) for k in responses]
         if plan.form == "shared_prefix" and len(members) > 1:
-            builder.together(prompt, members)
+            builder.together(group.prompt, members)
         else:
             for member in members:
-                builder.alone(prompt, *member)
+                builder.alone(group.prompt, *member)
     unit = math.lcm(pad_multiple, segment_multiple)
     padding = max(unit, -(-builder.length // unit) * unit) - builder.length
     if padding:

@@ -19,6 +19,7 @@ from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.job import build_trainer
 from megatron_gft.parallel import destroy_parallel, initialize_parallel
 from megatron_gft.runtime import set_up_logging, start_process_group
+from megatron_gft.shards import Group
 
 
 class RandomGroups(MemoryGroups):
@@ -29,14 +30,10 @@ class RandomGroups(MemoryGroups):
         items = []
         for _ in range(count):
             size = int(rng.integers(2, 7))
-            items.append(
-                {
-                    "prompt": rng.integers(0, vocab_size, rng.integers(4, 60)),
-                    "responses": [rng.integers(0, vocab_size, rng.integers(1, 80)) for _ in range(size)],
-                    "sources": np.array([0] + [int(rng.integers(1, 3)) for _ in range(size - 1)], dtype=np.int8),
-                    "rewards": rng.integers(0, 2, size).astype(np.float32),
-                }
-            )
+            prompt = rng.integers(0, vocab_size, rng.integers(4, 60))
+            responses = [rng.integers(0, vocab_size, rng.integers(1, 80)) for _ in range(size)]
+            sources = np.array([0] + [int(rng.integers(1, 3)) for _ in range(size - 1)], dtype=np.int8)
+            items.append(Group(prompt, responses, sources, rng.integers(0, 2, size).astype(np.float32), None))
         super().__init__(items, f"random-{count}-{vocab_size}-{seed}")
 
 

@@ -28,6 +28,7 @@ from megatron_gft.hf.weights import gather_to_hf, live_parameters
 from megatron_gft.job import build_trainer
 from megatron_gft.model import unwrap
 from megatron_gft.parallel import initialize_parallel
+from megatron_gft.shards import Group
 from megatron_gft.step import StepRunner
 from megatron_gft.trainer import Trainer
 from megatron_gft.validation import check
@@ -94,14 +95,9 @@ class TinyGroups(MemoryGroups):
                 rewards[0] = 1 - rewards[1]
             if index in dead:
                 rewards[:] = 1.0 if size > 1 else 0.0
-            items.append(
-                {
-                    "prompt": rng.integers(0, VOCAB_SIZE, prompt),
-                    "responses": [rng.integers(0, VOCAB_SIZE, length) for length in lengths],
-                    "sources": np.array([0, 1, 2, 2, 2][:size]),
-                    "rewards": rewards,
-                }
-            )
+            prompt_tokens = rng.integers(0, VOCAB_SIZE, prompt)
+            responses = [rng.integers(0, VOCAB_SIZE, length) for length in lengths]
+            items.append(Group(prompt_tokens, responses, np.array([0, 1, 2, 2, 2][:size]), rewards, None))
         super().__init__(items, "tiny")
 
 

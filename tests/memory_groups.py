@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
+
+from megatron_gft.packing import Pack, build_pack
+from megatron_gft.planning import PackPlan
+from megatron_gft.shards import Group
 from megatron_gft.shards.limited import GroupTable
 
 
-class MemoryGroups:
-    """A data set (``batch.Groups``) over dicts with ``prompt``, ``responses``, ``sources`` and ``rewards``."""
+def table_of(groups: Sequence[Group]) -> GroupTable:
+    """What planning sees of these groups."""
+    return GroupTable.of_groups([(len(g.prompt), [*map(len, g.responses)], g.sources, g.rewards) for g in groups])
 
-    def __init__(self, items: list[dict[str, Any]], fingerprint: str):
+
+def pack_of(plan: PackPlan, groups: Sequence[Group], weights, advantages, **options) -> Pack:
+    """The pack of a plan, where ``groups`` are all groups of the step."""
+    offsets = np.cumsum([0, *(len(group.responses) for group in groups)])
+    return build_pack(plan, dict(enumerate(groups)), offsets, weights, advantages, **options)
+
+
+class MemoryGroups:
+    """A data set (``batch.Groups``) in memory."""
+
+    def __init__(self, items: list[Group], fingerprint: str):
         self.items, self.fingerprint = items, fingerprint
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Group:
         return self.items[index]
 
     def table(self, indices) -> GroupTable:
-        items = [self.items[index] for index in indices]
-        return GroupTable.of_groups(
-            [
-                (len(item["prompt"]), [len(tokens) for tokens in item["responses"]], item["sources"], item["rewards"])
-                for item in items
-            ]
-        )
+        return table_of([self.items[index] for index in indices])
 
     def describe(self, index: int) -> str:
         return f"g{index}"

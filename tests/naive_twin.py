@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from megatron_gft.shards import Group
+
 
 @dataclass(frozen=True)
 class TwinResult:
@@ -45,20 +47,20 @@ def advantages(rewards: list[float], mode: str, eps: float) -> list[float]:
     return [r - (sum(rewards) - r) / (len(rewards) - 1) for r in rewards]
 
 
-def weighted_responses(groups: list[dict], objective) -> tuple[list[tuple[dict, int, float]], int]:
+def weighted_responses(groups: list[Group], objective) -> tuple[list[tuple[Group, int, float]], int]:
     """[(group, response, A * u)] of the selected responses, and D."""
     weighted, tokens, responses, counted_groups = [], 0, 0, 0
     names = ("expert", "teacher", "self")
     for group in groups:
-        chosen = [k for k, source in enumerate(group["sources"]) if names[source] in objective.sources]
+        chosen = [k for k, source in enumerate(group.sources) if names[source] in objective.sources]
         if not chosen:
             continue
-        values = advantages([group["rewards"][k] for k in chosen], objective.advantage, objective.advantage_eps)
+        values = advantages([group.rewards[k] for k in chosen], objective.advantage, objective.advantage_eps)
         if objective.zero_variance == "skip" and not any(values):
             continue
         counted_groups += 1
         for k, value in zip(chosen, values, strict=True):
-            length = len(group["responses"][k])
+            length = len(group.responses[k])
             tokens += length
             responses += 1
             unit = {"tokens": 1.0, "sequences": 1 / length, "groups": 1 / (len(chosen) * length)}
@@ -66,9 +68,9 @@ def weighted_responses(groups: list[dict], objective) -> tuple[list[tuple[dict, 
     return weighted, {"tokens": tokens, "sequences": responses, "groups": counted_groups}[objective.normalize]
 
 
-def response_logprobs(model, group: dict, k: int) -> torch.Tensor:
+def response_logprobs(model, group: Group, k: int) -> torch.Tensor:
     """log p of each token of a response after its prompt, by a softmax over the whole vocabulary; float64 [R]."""
-    prompt, response = (torch.as_tensor(tokens) for tokens in (group["prompt"], group["responses"][k]))
+    prompt, response = (torch.as_tensor(tokens) for tokens in (group.prompt, group.responses[k]))
     logits = model(torch.cat((prompt, response))[None]).logits[0].double()
     predictions = logits[len(prompt) - 1 : -1].log_softmax(-1)
     return predictions[torch.arange(len(response)), response]
@@ -81,7 +83,7 @@ def load_twin(folder: Path, dtype: torch.dtype = torch.float64):
     ).train()
 
 
-def twin_step(model, groups: list[dict], objective, *, gradients: bool = True) -> TwinResult:
+def twin_step(model, groups: list[Group], objective, *, gradients: bool = True) -> TwinResult:
     """One step over ``groups`` with the settings of an ``ObjectiveConfig``; D = 0 gives loss 0 and no gradient."""
     model.zero_grad()
     weighted, denominator = weighted_responses(groups, objective)

@@ -117,7 +117,7 @@ def test_every_live_token_is_learned_once_with_its_weight(layout, packing, dp_si
                 learned.setdefault(index, []).extend(pack.labels[mine].tolist())
                 np.testing.assert_allclose(pack.token_weights[mine], float(batch.weights[index]), rtol=1e-6)
                 assert (pack.sources[mine] == int(batch.sources[index])).all()
-    responses = [tokens.tolist() for index in batch.groups for tokens in groups[index]["responses"]]
+    responses = [tokens.tolist() for index in batch.groups for tokens in groups[index].responses]
     live = {index for index, advantage in enumerate(batch.advantages) if advantage != 0}
     assert learned.keys() == live
     for index in live:
@@ -141,7 +141,7 @@ def test_each_epoch_takes_every_group_once_and_the_last_step_is_smaller():
     assert [sorted(epoch) for epoch in epochs] == [list(range(20))] * 2 and epochs[0] != epochs[1]
     last = source.batch(3)
     assert len(last.groups) == 2
-    assert last.denominator == sum(len(t) for g in last.groups for t in groups[g]["responses"])
+    assert last.denominator == sum(len(t) for g in last.groups for t in groups[g].responses)
 
 
 def test_the_order_depends_on_seed_and_data():
@@ -158,7 +158,7 @@ def test_sources_that_are_not_selected_enter_nothing():
     groups = TinyGroups(dead=())
     batch = source_of(["objective.advantage=none", "objective.sources=[teacher]"], groups).batch(0)
     chosen = [int(source) == 1 for source in batch.sources]
-    lengths = [len(tokens) for index in batch.groups for tokens in groups[index]["responses"]]
+    lengths = [len(tokens) for index in batch.groups for tokens in groups[index].responses]
     assert batch.lengths.tolist() == [n if mine else 0 for n, mine in zip(lengths, chosen, strict=True)]
     assert batch.denominator == batch.loss_tokens == int(batch.lengths.sum())
     # the advantage of those that remain is computed among them

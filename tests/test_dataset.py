@@ -32,7 +32,7 @@ def write_equal_groups(prefix, groups: int) -> None:
 
 
 def prompts(split) -> list[list[int]]:
-    return [split[i]["prompt"].tolist() for i in range(len(split))]
+    return [split[i].prompt.tolist() for i in range(len(split))]
 
 
 def shard_prompts(*prefixes) -> list[list[int]]:
@@ -46,11 +46,11 @@ def check_table(split) -> None:
         for row, i in enumerate(chosen.tolist()):
             item = split[i]
             span = slice(table.offsets[row], table.offsets[row + 1])
-            assert table.prompt_lengths[row] == len(item["prompt"])
-            assert table.response_lengths[span].tolist() == [len(r) for r in item["responses"]]
-            assert table.sources[span].tolist() == item["sources"].tolist()
-            assert np.array_equal(table.rewards[span], item["rewards"], equal_nan=True)
-            assert split.group_lengths(i) == (len(item["prompt"]), [len(r) for r in item["responses"]])
+            assert table.prompt_lengths[row] == len(item.prompt)
+            assert table.response_lengths[span].tolist() == [len(r) for r in item.responses]
+            assert table.sources[span].tolist() == item.sources.tolist()
+            assert np.array_equal(table.rewards[span], item.rewards, equal_nan=True)
+            assert split.group_lengths(i) == (len(item.prompt), [len(r) for r in item.responses])
 
 
 def test_without_weights_every_group_comes_once_in_order(shards):
@@ -58,10 +58,10 @@ def test_without_weights_every_group_comes_once_in_order(shards):
     assert data.valid is None and data.test is None
     assert prompts(data.train) == shard_prompts(shards / "math", shards / "math-00001", shards / "code")
     check_table(data.train)
-    assert data.train.table().offsets[-1] == sum(len(data.train[i]["responses"]) for i in range(45))
+    assert data.train.table().offsets[-1] == sum(len(data.train[i].responses) for i in range(45))
     item = data.train[25]
-    assert item["index"] == 25 and "math-00001 group 5 (id 'g-5-é')" in data.train.describe(25)
-    assert len(item["logprobs"]) == len(item["responses"])
+    assert "math-00001 group 5 (id 'g-5-é')" in data.train.describe(25)
+    assert len(item.logprobs) == len(item.responses)
 
 
 def test_splits_are_disjoint_and_complete(shards):
@@ -77,16 +77,15 @@ def test_splits_are_disjoint_and_complete(shards):
 def test_weights_give_shares_of_the_blend(shards, weights):
     data = build_group_datasets([str(shards / "math*"), str(shards / "code")], weights=weights, split="80,20,0", seed=5)
     assert len(data.train) == pytest.approx(24 + 12, abs=1)
-    source = np.array([data.train[i]["dataset_id"] for i in range(len(data.train))])
+    source = np.array(["code group" in data.train.describe(i) for i in range(len(data.train))])
     assert source.mean() == pytest.approx(weights[1] / sum(weights), abs=1.5 / len(source))
     math, code = shard_prompts(shards / "math", shards / "math-00001")[:24], shard_prompts(shards / "code")[:12]
     for which, allowed in ((0, math), (1, code)):
-        drawn = [data.train[int(i)]["prompt"].tolist() for i in np.flatnonzero(source == which)]
+        drawn = [data.train[int(i)].prompt.tolist() for i in np.flatnonzero(source == which)]
         counts = [drawn.count(prompt) for prompt in allowed]
         assert sum(counts) == len(drawn) and max(counts) - min(counts) <= 1  # whole passes before a repeat
     check_table(data.train)
     check_table(data.valid)
-    assert "code group" in data.train.describe(int(np.flatnonzero(source == 1)[0]))
 
 
 def test_one_weighted_entry_is_that_entry(shards):
@@ -159,12 +158,10 @@ def test_limits_drop_or_truncate_what_exceeds(shards, policy, limit):
             if responses:
                 expected.append((group.prompt.tolist(), responses))
     train = build_group_datasets(names, limits=limits).train
-    found = [(train[i]["prompt"].tolist(), [r.tolist() for r in train[i]["responses"]]) for i in range(len(train))]
+    found = [(train[i].prompt.tolist(), [r.tolist() for r in train[i].responses]) for i in range(len(train))]
     assert found == expected
     assert all(
-        len(a) == len(b)
-        for i in range(len(train))
-        for a, b in zip(train[i]["logprobs"], train[i]["responses"], strict=True)
+        len(a) == len(b) for i in range(len(train)) for a, b in zip(train[i].logprobs, train[i].responses, strict=True)
     )
     check_table(train)
     if policy == "truncate":
@@ -178,11 +175,11 @@ def test_reading_a_group_under_limits_makes_no_array_of_all_groups(shards, polic
     train = build_group_datasets(
         [str(shards / "math")], limits=LengthLimits(max_response_tokens=5, policy=policy)
     ).train
-    expected = [[r.tolist() for r in train[i]["responses"]] for i in range(len(train))]
+    expected = [[r.tolist() for r in train[i].responses] for i in range(len(train))]
     for name, value in vars(GroupShard).items():
         if isinstance(value, property):
             monkeypatch.setattr(GroupShard, name, property(lambda _, name=name: pytest.fail(f"reads {name}")))
-    assert [[r.tolist() for r in train[i]["responses"]] for i in range(len(train))] == expected
+    assert [[r.tolist() for r in train[i].responses] for i in range(len(train))] == expected
 
 
 def test_over_long_responses_are_an_error_that_names_shard_and_group(shards):
@@ -281,7 +278,7 @@ def test_data_loader_workers_read_the_same(shards):
     train = build_group_datasets([str(shards / "math*"), str(shards / "code")], weights=[1, 1]).train
     assert prompts(pickle.loads(pickle.dumps(train))) == prompts(train)
     loader = torch.utils.data.DataLoader(train, batch_size=None, num_workers=1, collate_fn=lambda item: item)
-    assert [item["prompt"].tolist() for item in loader] == prompts(train)
+    assert [item.prompt.tolist() for item in loader] == prompts(train)
 
 
 def _build_on_rank(folder, cache):
@@ -315,6 +312,6 @@ def test_a_shard_with_one_group(tmp_path):
     with GroupShardWriter(tmp_path / "one", STAMP) as writer:
         writer.add_group([3], [[2]], ["expert"], [None], group_id="x")
     train = build_group_datasets([str(tmp_path / "one")]).train
-    assert len(train) == 1 and np.isnan(train[0]["rewards"][0])
+    assert len(train) == 1 and np.isnan(train[0].rewards[0])
     with pytest.raises(IndexError):
         train[1]

@@ -10,6 +10,7 @@ import transformers
 from layout_cases import Case, TinyGroups, make_config, model_folder
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
+from memory_groups import pack_of
 from ranks import run_ranks
 from tiny_models import MODELS, write_tiny_model
 
@@ -20,7 +21,7 @@ from megatron_gft.head import GFTOutputLayer
 from megatron_gft.hf.shape import gpt_model_kwargs, padded_vocab_size, parameter_count, read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.model import HalfModule, LossOutput, build_model, choose_backend, unwrap
-from megatron_gft.packing import Pack, build_pack
+from megatron_gft.packing import Pack
 from megatron_gft.parallel import initialize_parallel, seed_everything
 from megatron_gft.planning import GroupLengths, plan_step
 
@@ -42,11 +43,11 @@ def build(folder: Path, model: ModelConfig = MODEL, objective: ObjectiveConfig =
     return chunks, shape
 
 
-def pack_of(groups, packing: str) -> Pack:
-    lengths = [GroupLengths(len(g["prompt"]), tuple(len(r) for r in g["responses"])) for g in groups]
+def plan_and_pack(groups, packing: str) -> Pack:
+    lengths = [GroupLengths(len(g.prompt), tuple(len(r) for r in g.responses)) for g in groups]
     plan = plan_step(lengths, 1, 4096, packing=packing, pad_multiple=16)
-    weights = np.ones(sum(len(g["responses"]) for g in groups))
-    return build_pack(plan.packs[0][0], groups, weights, weights, pad_multiple=16)
+    weights = np.ones(sum(len(g.responses) for g in groups))
+    return pack_of(plan.packs[0][0], groups, weights, weights, pad_multiple=16)
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def pack_of(groups, packing: str) -> Pack:
 def _pack_logits(folder: Path, packing: str):
     """Logits of the loss rows of three groups, and which response they belong to."""
     (chunk,), shape = build(folder)
-    pack = pack_of([TinyGroups()[index] for index in (0, 2, 5)], packing)
+    pack = plan_and_pack([TinyGroups()[index] for index in (0, 2, 5)], packing)
     with torch.no_grad():
         logits = unwrap(chunk).logits(pack)
     return logits[pack.loss_rows, : shape.vocab_size], pack.response_index
@@ -71,10 +72,10 @@ def test_logits_over_packs_are_those_of_transformers(tmp_path, name, packing):
     ).eval()
     index = 0
     for group in (TinyGroups()[place] for place in (0, 2, 5)):
-        for response in group["responses"]:
-            tokens = torch.from_numpy(np.concatenate((group["prompt"], response)))
+        for response in group.responses:
+            tokens = torch.from_numpy(np.concatenate((group.prompt, response)))
             with torch.no_grad():
-                expected = reference(tokens[None]).logits[0, len(group["prompt"]) - 1 : -1]
+                expected = reference(tokens[None]).logits[0, len(group.prompt) - 1 : -1]
             found = logits[owner == index]
             assert found.shape == expected.shape
             assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
@@ -125,7 +126,7 @@ def test_the_loss_head_adds_no_parameter(root, name, matrices):
 def _padding_rows(folder: Path, fused: bool):
     """Loss and gradient of the vocabulary matrix before and after its padding rows are filled with large numbers."""
     (chunk,), shape = build(folder, objective=OBJECTIVE.model_copy(update={"fused_head": fused}))
-    pack = pack_of([TinyGroups()[0]], "packed")
+    pack = plan_and_pack([TinyGroups()[0]], "packed")
     results = []
     for _ in range(2):
         chunk.zero_grad()
@@ -163,7 +164,7 @@ def test_interleaved_stages_hold_every_layer_once_and_one_head(root):
 
 def _half(folder: Path):
     (chunk,), _ = build(folder, MODEL.model_copy(update={"precision": "bf16"}))
-    pack = dataclasses.replace(pack_of([TinyGroups()[0]], "packed"))
+    pack = dataclasses.replace(plan_and_pack([TinyGroups()[0]], "packed"))
     pack.token_weights.fill_(1 + 2**-20)  # not a bf16 number
     output = chunk(pack)
     assert isinstance(output, LossOutput)

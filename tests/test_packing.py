@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_groups import pack_of
 
 from megatron_gft.errors import InputError
 from megatron_gft.pack_layout import zigzag_indices
-from megatron_gft.packing import build_pack, slice_for_context_parallel
+from megatron_gft.packing import slice_for_context_parallel
 from megatron_gft.planning import GroupLengths, PackPlan, plan_step
+from megatron_gft.shards import Group
 
 PAD = 99
 
@@ -24,13 +26,15 @@ def make_groups(lengths, seed=0):
         return rng.integers(0, PAD, n).astype(np.int32)
 
     return [
-        {
-            "prompt": tokens(group.prompt),
-            "responses": [tokens(r) for r in group.responses],
-            "sources": rng.integers(0, 3, len(group.responses)).astype(np.int8),
-        }
+        group_of(tokens(group.prompt), [tokens(r) for r in group.responses], rng.integers(0, 3, len(group.responses)))
         for group in lengths
     ]
+
+
+def group_of(prompt, responses, sources) -> Group:
+    count = len(responses)
+    arrays = [np.array(tokens, np.int32) for tokens in (prompt, *responses)]
+    return Group(arrays[0], arrays[1:], np.array(sources, np.int8), np.full(count, np.nan, np.float32), None)
 
 
 def visible_rows(pack):
@@ -66,12 +70,12 @@ def expected_examples(groups, live, weights, advantages):
     """The same from the responses one by one."""
     examples, index = [], 0
     for group, lengths in zip(groups, live, strict=True):
-        for k, response in enumerate(group["responses"]):
+        for k, response in enumerate(group.responses):
             if lengths.responses[k]:
                 for i, label in enumerate(response):
-                    context = (*group["prompt"].tolist(), *response[:i].tolist())
+                    context = (*group.prompt.tolist(), *response[:i].tolist())
                     positions = tuple(range(len(context)))
-                    values = (float(weights[index]), float(advantages[index]), int(group["sources"][k]))
+                    values = (float(weights[index]), float(advantages[index]), int(group.sources[k]))
                     examples.append((index, context, positions, int(label), *values))
             index += 1
     return sorted(examples)
@@ -104,7 +108,7 @@ def test_packs_train_every_response_as_if_it_were_alone(step, packing, cp_size, 
     multiples = dict(pad_multiple=pad_multiple)
     plan = plan_step(live, 2, 96, packing=packing, alignment=alignment, **multiples)
     packs = [
-        build_pack(p, groups, weights, advantages, segment_multiple=alignment, pad_token=PAD, **multiples)
+        pack_of(p, groups, weights, advantages, segment_multiple=alignment, pad_token=PAD, **multiples)
         for rank in plan.packs
         for p in rank
     ]
@@ -134,9 +138,9 @@ def check_slices(pack, cp_size):
 
 
 def test_shared_prefix_pack_by_hand():
-    groups = [{"prompt": [1, 2, 3], "responses": [[4, 5], [6], [7, 8, 9]], "sources": [0, 1, 2]}]
+    groups = [group_of([1, 2, 3], [[4, 5], [6], [7, 8, 9]], [0, 1, 2])]
     plan = PackPlan("shared_prefix", ((0, (0, 1, 2)),), tokens=8, flops=0.0, loss_rows=6)
-    pack = build_pack(plan, groups, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], pad_multiple=8, pad_token=PAD)
+    pack = pack_of(plan, groups, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], pad_multiple=8, pad_token=PAD)
     assert pack.tokens.tolist() == [1, 2, 3, 4, 7, 8, PAD, PAD]
     assert pack.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 0, 0]
     assert pack.layout.segments.tolist() == [[0, 3, 0, 0], [3, 1, 0, 3], [4, 2, 0, 3], [6, 2, 0, 0]]
@@ -149,12 +153,9 @@ def test_shared_prefix_pack_by_hand():
 
 
 def test_packed_pack_by_hand():
-    groups = [
-        {"prompt": [1], "responses": [[2, 3]], "sources": [0]},
-        {"prompt": [4, 5], "responses": [[6], [7, 8]], "sources": [1, 2]},
-    ]
+    groups = [group_of([1], [[2, 3]], [0]), group_of([4, 5], [[6], [7, 8]], [1, 2])]
     plan = PackPlan("packed", ((0, (0,)), (1, (1,))), tokens=8, flops=0.0, loss_rows=4)
-    pack = build_pack(plan, groups, [1.0, 2.0, 3.0], [0.0] * 3, segment_multiple=4, pad_token=PAD)
+    pack = pack_of(plan, groups, [1.0, 2.0, 3.0], [0.0] * 3, segment_multiple=4, pad_token=PAD)
     assert pack.tokens.tolist() == [1, 2, PAD, PAD, 4, 5, 7, PAD]
     assert pack.position_ids.tolist() == [0, 1, 0, 0, 0, 1, 2, 0]
     assert pack.layout.segments.tolist() == [[0, 4, 0, 0], [4, 4, 0, 0]]
@@ -168,7 +169,7 @@ def test_packed_pack_by_hand():
 
 def test_empty_pack_is_padding_without_loss():
     plan = PackPlan("packed", (), tokens=8, flops=0.0, loss_rows=0)
-    pack = build_pack(plan, [], [], [], pad_multiple=8, pad_token=PAD)
+    pack = pack_of(plan, [], [], [], pad_multiple=8, pad_token=PAD)
     assert pack.tokens.tolist() == [PAD] * 8 and pack.layout.segments.tolist() == [[0, 8, 0, 0]]
     for name in ("loss_rows", "labels", "token_weights", "sources", "advantages", "response_index"):
         assert getattr(pack, name).shape == (0,)
@@ -178,7 +179,7 @@ def test_empty_pack_is_padding_without_loss():
 def test_dtypes_are_those_that_the_model_takes():
     groups = make_groups([GroupLengths(3, (2, 4))])
     plan = plan_step([GroupLengths(3, (2, 4))], 1, 64, packing="shared_prefix").packs[0][0]
-    pack = build_pack(plan, groups, np.ones(2), np.ones(2), weight_dtype=torch.float64)
+    pack = pack_of(plan, groups, np.ones(2), np.ones(2), weight_dtype=torch.float64)
     kinds = {field.name: getattr(pack, field.name).dtype for field in dataclasses.fields(pack)[:2]}
     assert set(kinds.values()) == {torch.int64} and pack.token_weights.dtype == torch.float64
     assert (pack.loss_rows.dtype, pack.labels.dtype) == (torch.int64, torch.int64)
@@ -191,10 +192,10 @@ def test_a_plan_of_other_groups_is_refused():
     groups = make_groups([GroupLengths(3, (2, 4))])
     plan = plan_step([GroupLengths(3, (2, 5))], 1, 64).packs[0][0]
     with pytest.raises(ValueError, match="plan says"):
-        build_pack(plan, groups, np.ones(2), np.ones(2))
+        pack_of(plan, groups, np.ones(2), np.ones(2))
 
 
 def test_an_empty_prompt_is_refused():
-    groups = [{"prompt": [], "responses": [[1]], "sources": [0]}]
+    groups = [group_of([], [[1]], [0])]
     with pytest.raises(InputError, match="group 0 of the step: prompt has no token"):
-        build_pack(PackPlan("packed", ((0, (0,)),), 1, 0.0, 1), groups, [1.0], [1.0])
+        pack_of(PackPlan("packed", ((0, (0,)),), 1, 0.0, 1), groups, [1.0], [1.0])

@@ -145,12 +145,12 @@ def test_dead_groups_are_never_read_nor_packed(root):
 
     [(read, dead, packed, denominator)] = run_ranks(1, plan)
     order = groups_of_step(groups, 0)
-    rewards = [groups.items[index]["rewards"] for index in order]
+    rewards = [groups.items[index].rewards for index in order]
     live = {place for place, r in enumerate(rewards) if (r[0] != 0 if len(r) == 1 else len(set(r)) > 1)}
     assert dead == GROUPS_PER_STEP - len(live) >= 3
     assert read == {order[place] for place in live}
     assert {place for pack in packed for place in pack} == live
-    assert denominator == sum(len(tokens) for index in order for tokens in groups.items[index]["responses"])
+    assert denominator == sum(len(tokens) for index in order for tokens in groups.items[index].responses)
 
 
 # --- what reaches the head --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ are found from the index alone; the policy says what becomes of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -181,14 +181,18 @@ class _LimitedPart(_Part):
         if self.keep is not None:
             first = int(self.shard.spans(np.array([original]))[1][0])  # response_offsets would be made of all groups
             stays = np.flatnonzero(self.keep[first : first + len(group.responses)])
-            group.responses = [group.responses[k] for k in stays]
-            group.sources, group.rewards = group.sources[stays], group.rewards[stays]
-            group.logprobs = None if group.logprobs is None else [group.logprobs[k] for k in stays]
-        elif self.counts.truncated_responses:
+            return replace(
+                group,
+                responses=[group.responses[k] for k in stays],
+                sources=group.sources[stays],
+                rewards=group.rewards[stays],
+                logprobs=None if group.logprobs is None else [group.logprobs[k] for k in stays],
+            )
+        if self.counts.truncated_responses:
             lengths = self.response_lengths[self.offsets[i] : self.offsets[i + 1]].tolist()
-            group.responses = [r[:length] for r, length in zip(group.responses, lengths, strict=True)]
-            if group.logprobs is not None:
-                group.logprobs = [p[:length] for p, length in zip(group.logprobs, lengths, strict=True)]
+            cut = [group.responses, group.logprobs or group.responses]
+            responses, logprobs = ([a[:n] for a, n in zip(arrays, lengths, strict=True)] for arrays in cut)
+            return replace(group, responses=responses, logprobs=None if group.logprobs is None else logprobs)
         return group
 
 

@@ -51,9 +51,10 @@ __all__ = [
 ]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """One group as tokens. Arrays are copies, but for the log-probs (read-only views of the file).
+    """One group as tokens, from the shard to the pack. Arrays are copies, but for the log-probs (read-only views of
+    the file).
 
     Attributes:
         prompt: int32 [P].

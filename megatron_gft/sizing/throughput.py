@@ -6,9 +6,9 @@ training. Seconds and MFU are estimates, as good as the efficiency they start fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class AssumedGroups:
     def __len__(self) -> int:
         return self.workload.groups
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> NoReturn:
         raise TypeError("assumed groups have lengths and no tokens")
 
     def describe(self, index: int) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_gft.attention import CoreAttention, PackLayout, RMSNorm
 from megatron_gft.packing import Pack, build_pack
 from megatron_gft.planning import FlopModel, GroupLengths, Packing, plan_step
+from megatron_gft.shards import Group
 
 # (prompt, response, responses): GSM8K, mathematical chains of thought, balanced, and two with long prompts.
 SHARED_PREFIX_SHAPES = ((120, 200, 8), (200, 1500, 8), (1000, 1000, 8), (2000, 125, 8), (4000, 250, 4))
@@ -147,15 +148,13 @@ def _packs_of_one_group(prompt: int, response: int, responses: int, flop_model: 
     """One group in both forms: ``{"packed": (pack, flops), "shared_prefix": ...}``."""
     rng = np.random.default_rng(0)
     lengths = [GroupLengths(prompt, (response,) * responses)]
-    group = {
-        "prompt": rng.integers(0, 1000, prompt),
-        "responses": [rng.integers(0, 1000, response) for _ in range(responses)],
-        "sources": np.zeros(responses, dtype=np.int8),
-    }
+    tokens = [rng.integers(0, 1000, length) for length in (prompt, *[response] * responses)]
+    group = Group(tokens[0], tokens[1:], np.zeros(responses, np.int8), np.zeros(responses, np.float32), None)
+    ones = np.ones(responses)
     packs = {}
     for packing in ("packed", "shared_prefix"):
         plan = plan_step(lengths, 1, 10**9, packing=packing, flop_model=flop_model)
-        pack = build_pack(plan.packs[0][0], [group], np.ones(responses), np.ones(responses))
+        pack = build_pack(plan.packs[0][0], {0: group}, np.array([0, responses]), ones, ones)
         packs[packing] = (pack, plan.flops)
     return packs
 

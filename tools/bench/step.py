@@ -24,6 +24,7 @@ from megatron_gft.optimizer import apply_gradients, build_optimizer, reduce_grad
 from megatron_gft.packing import Pack, build_pack
 from megatron_gft.parallel import current_parallel, seed_everything
 from megatron_gft.planning import GroupLengths, PackPlan
+from megatron_gft.shards import Group
 from megatron_gft.shards.limited import GroupTable
 from megatron_gft.step import StepRunner
 from tools.bench.head import single_rank
@@ -113,13 +114,8 @@ class RandomGroups:
         """Expert, teacher, then the model's own."""
         return np.minimum(np.arange(len(self.responses[index])), 2).astype(np.int8)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {
-            "prompt": self.prompts[index],
-            "responses": self.responses[index],
-            "sources": self.sources(index),
-            "rewards": self.rewards(index),
-        }
+    def __getitem__(self, index: int) -> Group:
+        return Group(self.prompts[index], self.responses[index], self.sources(index), self.rewards(index), None)
 
     def table(self, indices: np.ndarray) -> GroupTable:
         return GroupTable.of_groups(
@@ -353,15 +349,14 @@ def padded_batches(shape: StepShape | None = None, *, pairs: int = 5) -> dict[st
 
 def _padded(data: RandomGroups, batch: StepBatch) -> list[Pack]:
     """Padded batches as packs of segments of one length, with loss rows of weight 0 where others compute logits."""
-    order = [int(index) for index in batch.groups]
-    groups = [data[index] for index in order]
-    responses = [(g, k) for g, group in enumerate(groups) for k in range(len(group["responses"]))]
+    groups = {place: data[int(index)] for place, index in enumerate(batch.groups)}
+    responses = [(place, k) for place, group in groups.items() for k in range(len(group.responses))]
     packs = []
     for start in range(0, len(responses), BATCH_SIZE):
         members = responses[start : start + BATCH_SIZE]
-        longest = max(len(groups[g]["prompt"]) + len(groups[g]["responses"][k]) for g, k in members)
+        longest = max(len(groups[g].prompt) + len(groups[g].responses[k]) for g, k in members)
         plan = PackPlan("packed", tuple((g, (k,)) for g, k in members), longest * len(members), 0.0, 0)
-        pack = build_pack(plan, groups, batch.weights, batch.advantages, segment_multiple=longest)
+        pack = build_pack(plan, groups, batch.offsets, batch.weights, batch.advantages, segment_multiple=longest)
         unused = torch.tensor(np.setdiff1d(np.arange(len(pack.tokens)), pack.loss_rows.numpy()))
         zeros = torch.zeros(len(unused))
         packs.append(
