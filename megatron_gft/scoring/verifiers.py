@@ -1,7 +1,8 @@
 """Verifiers by name: is this response to this problem right?
 
 ``math`` (see :mod:`megatron_gft.scoring.math_answers`), ``exact``, ``choice``, or any function of the user as
-``module:function``. A verifier is a function of one :class:`Case`; it runs in a worker process that may be killed
+``module:function``. The first three judge what a response says after its thoughts (``thoughts.py``); a user's function
+gets the whole response. A verifier is a function of one :class:`Case`; it runs in a worker process that may be killed
 at any time (``verifier_pool.py``), so it owns no time limit and keeps no state that matters.
 
 A user's function takes a :class:`Case` and returns a :class:`Verdict`, a bool, or a reward as a finite number
@@ -25,6 +26,7 @@ from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.groups.records import FLOAT32_MAX
 from megatron_gft.scoring.final_answers import extract_answer
 from megatron_gft.scoring.math_answers import PercentPolicy, UnitPolicy, same_answer, warm_up
+from megatron_gft.scoring.thoughts import after_thoughts
 
 Outcome = Literal["correct", "wrong", "unparsed", "timeout", "error"]
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
@@ -59,14 +61,33 @@ def _judged(equal: bool | None, detail: str | None) -> Verdict:
 
 
 @dataclass(frozen=True)
-class MathVerifier:
+class _AfterThoughts:
+    """What the built-in verifiers share: they judge the text after the thoughts that ``thoughts`` names.
+
+    Raises:
+        InputError: ``thoughts`` names no known tags.
+    """
+
+    thoughts: str = "all"
+
+    def __post_init__(self) -> None:
+        after_thoughts("", self.thoughts)
+
+    def said(self, case: Case) -> str:
+        """The response after its thoughts; "" where they never end."""
+        prompt = case.prompt if isinstance(case.prompt, str) else (case.prompt or [{}])[-1].get("content")
+        return after_thoughts(case.response, self.thoughts, prompt if isinstance(prompt, str) else "") or ""
+
+
+@dataclass(frozen=True)
+class MathVerifier(_AfterThoughts):
     """The final answer equals the gold answer mathematically; policies: :mod:`~megatron_gft.scoring.math_answers`."""
 
     percent: PercentPolicy = "off"
     units: UnitPolicy = "off"
 
     def __call__(self, case: Case) -> Verdict:
-        answer = extract_answer(case.response)
+        answer = extract_answer(self.said(case))
         if answer is None:
             return Verdict("unparsed", 0.0)
         return _judged(same_answer(_final_gold(case), answer, self.percent, self.units), answer)
@@ -76,7 +97,7 @@ class MathVerifier:
 
 
 @dataclass(frozen=True)
-class ExactVerifier:
+class ExactVerifier(_AfterThoughts):
     """The response is the gold answer, letter for letter but for white space around and between words.
 
     ``part``: ``whole`` compares the whole response, ``answer`` only its final answer (box, ``####``, "answer is").
@@ -86,7 +107,8 @@ class ExactVerifier:
     case: Literal["sensitive", "ignore"] = "sensitive"
 
     def __call__(self, case: Case) -> Verdict:
-        said = extract_answer(case.response) if self.part == "answer" else case.response
+        whole = self.said(case)
+        said = extract_answer(whole) if self.part == "answer" else whole
         if said is None or not said.strip():
             return Verdict("unparsed", 0.0)
         expected = _final_gold(case) if self.part == "answer" else _gold_text(case)
@@ -98,7 +120,7 @@ class ExactVerifier:
 
 
 @dataclass(frozen=True)
-class ChoiceVerifier:
+class ChoiceVerifier(_AfterThoughts):
     """The letter chosen: boxed, after "answer is" or "answer:", or the last one in parentheses or alone on a line.
 
     A small letter is one only in a box, or where nothing else follows it: "a" is a word, and ``f(a)`` a formula.
@@ -110,7 +132,7 @@ class ChoiceVerifier:
         expected = self.find_gold(_gold_text(case))
         if expected is None:
             raise InputError(f"gold answer {case.answer!r} names none of the choices {self.letters} -> set letters=...")
-        chosen = self.find(case.response)
+        chosen = self.find(self.said(case))
         return _judged(None if chosen is None else chosen == expected, chosen)
 
     def find(self, text: str) -> str | None:

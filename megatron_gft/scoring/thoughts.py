@@ -1,0 +1,76 @@
+r"""Thoughts of responses: only what follows them is said to the user, and only that is judged.
+
+Tags are named by the model families that write them; ``all`` (the default of every verifier) knows all of them,
+``none`` judges the whole text, ``qwen,mistral`` takes some, and ``OPENING...CLOSING`` is a pair of one's own.
+Templates may open the thoughts in the prompt, so a closing tag alone ends thoughts, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+from megatron_gft.errors import InputError
+
+_THINK = ("<think>", "</think>")
+TAGS = {
+    "qwen": _THINK,
+    "deepseek": _THINK,
+    "mistral": ("[THINK]", "[/THINK]"),
+    "gpt-oss": ("<|channel|>", "<|channel|>final<|message|>"),
+    "thinking": ("<thinking>", "</thinking>"),
+    "exaone": ("<thought>", "</thought>"),
+    "seed": ("<seed:think>", "</seed:think>"),
+    "kimi": ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+    "command": ("<|START_THINKING|>", "<|END_THINKING|>"),
+    "openthoughts": ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    "reasoning": ("<reasoning>", "</reasoning>"),
+}
+_HARMONY_TOKEN = re.compile(r"<\|(?:return|end|call)\|>.*", re.DOTALL)
+_HARMONY_WITHOUT_TOKENS = re.compile(r"analysis(?=[A-Z]).*?(?:assistant(final)|\Z)", re.DOTALL)
+
+
+def after_thoughts(text: str, tags: str = "all", before: str = "") -> str | None:
+    """What ``text`` says after the last closing tag; ``None`` where thoughts are opened and never closed.
+
+    ``before`` is the text that the response continues: a prompt may end with an opening tag.
+
+    Raises:
+        InputError: ``tags`` names no family.
+    """
+    opening, closing = _patterns(tags)
+    if opening is None or closing is None:
+        return text
+    harmony = "gpt-oss" in _families(tags)
+    if harmony and (shown := _HARMONY_WITHOUT_TOKENS.match(text)):  # decoded without special tokens
+        return text[shown.end() :] if shown[1] else None
+    ends = [match.end() for match in closing.finditer(text)]
+    opened = bool(ends) or not any(match.end() == len(before.rstrip()) for match in opening.finditer(before))
+    said = text[ends[-1] :] if ends else text
+    if not opened or opening.search(said):
+        return None
+    return _HARMONY_TOKEN.sub("", said) if harmony else said
+
+
+def _families(tags: str) -> list[str]:
+    return list(TAGS) if tags == "all" else [name.strip() for name in tags.split(",")]
+
+
+@functools.cache
+def _patterns(tags: str) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None]:
+    """What opens thoughts and what closes them.
+
+    Raises:
+        InputError: a name that is not known.
+    """
+    if tags == "none":
+        return None, None
+    own = tuple(tags.split("...")) if "..." in tags else ()
+    if own and (len(own) != 2 or not all(own)):
+        raise InputError(f"thoughts={tags!r} is no pair of tags -> write OPENING...CLOSING")
+    unknown = [] if own else [name for name in _families(tags) if name not in TAGS]
+    if unknown:
+        raise InputError(f"thoughts={unknown[0]!r} -> all, none, OPENING...CLOSING or some of {', '.join(TAGS)}")
+    pairs = [own] if own else [TAGS[name] for name in _families(tags)]
+    opening, closing = ("|".join(re.escape(pair[side]) for pair in pairs) for side in (0, 1))
+    return re.compile(opening, re.IGNORECASE), re.compile(closing, re.IGNORECASE)
