@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 
 from megatron_gft.sampling.generation import GenerationRun, PromptSet
-from megatron_gft.sampling.openai_client import ServerOptions
+from megatron_gft.sampling.openai_client import OpenAIBackend
 from megatron_gft.sampling.settings import SampleRequest, SamplingParams
-from megatron_gft.sampling.sources import load_sources
+from megatron_gft.sampling.sources import OpenAISource, load_sources
+
+os.environ.setdefault("NO_PROXY", "127.0.0.1")  # where the servers of tests are
 
 
-def server_options(server, **changes):
-    return ServerOptions(
-        **{"url": server.url, "model": "m", "backoff": 0.01, "timeout": 5.0, "concurrency": 4} | changes
-    )
+def client(url, **changes):
+    """Client of a server at ``url``, impatient unless told otherwise."""
+    fields = {"kind": "openai", "model": "m", "backoff": 0.01, "timeout": 5.0, "concurrency": 4} | changes
+    return OpenAIBackend(OpenAISource(url=url, **fields))
 
 
 def collect(backend, count, params=None, prompt="hi"):

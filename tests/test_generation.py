@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from generation_runs import collect, run, server_options, write_prompts
+from generation_runs import client, collect, run, write_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai_server import FAULTS, FaultyServer, expected_text
@@ -25,7 +25,7 @@ from megatron_gft.errors import InputError
 from megatron_gft.groups import iter_group_file
 from megatron_gft.journal import Journal
 from megatron_gft.sampling.generation import GenerationRun, PromptSet, journal_path, summary_path
-from megatron_gft.sampling.openai_client import FAILURES_IN_A_ROW, OpenAIBackend, ServerOptions
+from megatron_gft.sampling.openai_client import FAILURES_IN_A_ROW
 from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
 from megatron_gft.sampling.settings import Sample, SampleFailure, SampleRequest, SamplingParams, sample_seed
 from megatron_gft.sampling.sources import load_sources
@@ -100,7 +100,7 @@ def test_two_runs_never_share_a_journal_and_a_key_is_written_once(tmp_path):
 def test_a_healthy_server_is_asked_once_per_response_with_all_parameters():
     with FaultyServer() as server:
         params = SamplingParams(0.7, 0.9, 5, 33, ("END",))
-        outcomes = collect(OpenAIBackend(server_options(server, extra_body={"min_p": 0.1})), 30, params)
+        outcomes = collect(client(server.url, extra_body={"min_p": 0.1}), 30, params)
     messages = [{"role": "user", "content": "hi"}]
     assert {key: o.text for key, o in outcomes.items()} == {str(i): expected_text(messages, i) for i in range(30)}
     assert len(server.requests) == 30 and sorted(body["seed"] for body in server.requests) == list(range(30))
@@ -112,14 +112,14 @@ def test_a_healthy_server_is_asked_once_per_response_with_all_parameters():
 def test_every_fault_is_survived(fault):
     with FaultyServer(fault_share=0.3, seed=3, faults=(fault,), stall=0.5) as server:
         timeout = 0.25 if fault == "stall" else 5.0
-        outcomes = collect(OpenAIBackend(server_options(server, timeout=timeout, attempts=12)), 25)
+        outcomes = collect(client(server.url, timeout=timeout, attempts=12), 25)
         assert server.seen[fault] >= 3
     assert all(isinstance(outcome, Sample) for outcome in outcomes.values()) and len(outcomes) == 25
 
 
 def test_a_request_that_always_fails_is_given_up_and_a_dead_server_ends_the_run():
     with FaultyServer(fault_share=1.0, faults=("500",)) as server:
-        backend = OpenAIBackend(server_options(server, attempts=2, concurrency=2))
+        backend = client(server.url, attempts=2, concurrency=2)
         outcomes = []
         with pytest.raises(InputError, match=f"{FAILURES_IN_A_ROW} requests in a row failed.*HTTP 500: internal error"):
             for outcome in backend.generate(
@@ -129,34 +129,34 @@ def test_a_request_that_always_fails_is_given_up_and_a_dead_server_ends_the_run(
         assert all(isinstance(outcome, SampleFailure) and "(2 attempts)" in outcome.reason for outcome in outcomes)
         assert len(server.requests) < 100
     with pytest.raises(InputError, match="ConnectionRefusedError"):
-        collect(OpenAIBackend(server_options(server, attempts=1)), 40)
+        collect(client(server.url, attempts=1), 40)
 
 
 def test_a_refusal_is_not_tried_again():
     with FaultyServer(status=400) as server:
-        outcomes = collect(OpenAIBackend(server_options(server)), 5)
+        outcomes = collect(client(server.url), 5)
         assert all("HTTP 400" in outcome.reason for outcome in outcomes.values()) and len(server.requests) == 5
     with FaultyServer(status=401) as server:
         with pytest.raises(InputError, match="HTTP 401.*check url, model and api_key_env"):
-            collect(OpenAIBackend(server_options(server)), 100)
+            collect(client(server.url), 100)
         assert len(server.requests) <= 10
 
 
 def test_the_rate_limit_holds_over_all_threads():
     with FaultyServer() as server:
-        collect(OpenAIBackend(server_options(server, requests_per_second=50, concurrency=8)), 30)
+        collect(client(server.url, requests_per_second=50, concurrency=8), 30)
         assert server.times[-1] - server.times[0] >= 29 / 50 - 0.05
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):
     with FaultyServer() as server:
         with pytest.raises(InputError, match="NO_SUCH_KEY is not set"):
-            OpenAIBackend(server_options(server, api_key_env="NO_SUCH_KEY"))
+            client(server.url, api_key_env="NO_SUCH_KEY")
         monkeypatch.setenv("SOME_KEY", "s3cret")
-        collect(OpenAIBackend(server_options(server, api_key_env="SOME_KEY")), 1)
+        collect(client(server.url, api_key_env="SOME_KEY"), 1)
         assert server.headers[0]["Authorization"] == "Bearer s3cret"
     with pytest.raises(InputError, match="is not http"):
-        OpenAIBackend(ServerOptions(url="host:8000", model="m"))
+        client("host:8000")
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
@@ -167,10 +167,10 @@ def test_ids_and_logprobs_come_with_the_tokenizer_that_vouches_for_them(tmp_path
         return [*tokenizer.encode_response(text), tokenizer.eos_id]
 
     with FaultyServer(token_ids=sampled) as server:
-        options = server_options(server, api=api, token_ids=True)
-        outcomes = collect(OpenAIBackend(options, tokenizer), 3, SamplingParams(logprobs=True))
+        keyed = client(server.url, api=api, token_ids=True, tokenizer=str(tmp_path / "t"))
+        outcomes = collect(keyed, 3, SamplingParams(logprobs=True))
         sent = server.requests[0]
-        without = collect(OpenAIBackend(server_options(server, token_ids=True)), 1)
+        without = collect(client(server.url, extra_body={"return_token_ids": True}), 1)
     if api == "completions":
         assert sent["prompt"] == tokenizer.encode(tokenizer.render_prompt("hi")) and sent["logprobs"] == 1
     for outcome in outcomes.values():

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from generation_runs import collect, run, server_options, write_prompts
+from generation_runs import client, collect, run, write_prompts
 from openai_server import FaultyServer
 from tiny_language_model import language_model_folder
 from tiny_tokenizers import byte_level_folder
@@ -22,7 +22,7 @@ from megatron_gft.errors import InputError
 from megatron_gft.groups import iter_group_file
 from megatron_gft.journal import Journal
 from megatron_gft.sampling.generation import GenerationRun, PromptSet, journal_path, summary_path
-from megatron_gft.sampling.openai_client import FAILURES_IN_A_ROW, OpenAIBackend, ServerOptions
+from megatron_gft.sampling.openai_client import FAILURES_IN_A_ROW
 from megatron_gft.sampling.settings import Sample, SampleFailure, SamplingParams, model_fingerprint
 from megatron_gft.sampling.sources import load_sources
 from megatron_gft.tokenizer import load_tokenizer
@@ -310,7 +310,7 @@ def test_half_a_character_is_replaced_and_counted(tmp_path, tokenizer_folder):
 )
 def test_log_probs_that_a_server_cannot_give_end_the_run_at_once(tokenizer_folder, answer, missing):
     with FaultyServer(answer=lambda body: answer) as server:
-        backend = OpenAIBackend(server_options(server, token_ids=True), load_tokenizer(tokenizer_folder))
+        backend = client(server.url, token_ids=True, tokenizer=str(tokenizer_folder))
         with pytest.raises(InputError, match=f"the reply has no {missing}.*set logprobs=false"):
             collect(backend, 50, SamplingParams(logprobs=True))
         assert len(server.requests) < 20
@@ -344,13 +344,15 @@ def test_responses_without_their_log_probs_are_counted(tmp_path, tokenizer_folde
         ((200, b"[" * 200_000), "not JSON", 2),
         ((200, b'{"choices": [7]}'), "reply without", 2),
         ((429, b"later"), "HTTP 429", 2),
+        ((307, b"elsewhere"), "HTTP 307: elsewhere", 1),
+        (reply("4" * 2000), "reply of more than 0 MiB", 1),
     ],
 )
-def test_replies_that_are_not_what_they_should_be(tokenizer_folder, answer, result, requests):
+def test_replies_that_are_not_what_they_should_be(monkeypatch, tokenizer_folder, answer, result, requests):
+    monkeypatch.setattr("megatron_gft.sampling.openai_client.MAX_REPLY_BYTES", 2000 if b"44" in answer[1] else 1 << 20)
     with FaultyServer(answer=lambda body: answer) as server:
-        options = server_options(server, token_ids=True, attempts=2)
-        params = SamplingParams(logprobs=b"logprobs" in answer[1])
-        (outcome,) = collect(OpenAIBackend(options, load_tokenizer(tokenizer_folder)), 1, params).values()
+        backend = client(server.url, token_ids=True, tokenizer=str(tokenizer_folder), attempts=2)
+        (outcome,) = collect(backend, 1, SamplingParams(logprobs=b"logprobs" in answer[1])).values()
         assert len(server.requests) == requests
     if isinstance(result, Sample):
         assert outcome == result
@@ -395,7 +397,7 @@ def test_the_time_limit_is_for_the_whole_request_however_it_trickles(first, drop
         threading.Thread(target=trickle, daemon=True).start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         began = time.monotonic()
-        (outcome,) = collect(OpenAIBackend(ServerOptions(url, "m", timeout=0.4, attempts=1)), 1).values()
+        (outcome,) = collect(client(url, timeout=0.4, attempts=1), 1).values()
     assert "no reply within 0.4 s" in outcome.reason and 0.3 < time.monotonic() - began < 2.0
 
 
@@ -404,22 +406,32 @@ def test_the_time_limit_is_for_the_whole_request_however_it_trickles(first, drop
 )
 def test_urls_that_are_none(url):
     with pytest.raises(InputError, match="is not http"):
-        OpenAIBackend(ServerOptions(url, "m"))
+        client(url)
 
 
 @pytest.mark.parametrize("key", ["abc\n", "clé", "日本", ""])
 def test_keys_that_are_none(monkeypatch, key):
     monkeypatch.setenv("SOME_KEY", key)
     with pytest.raises(InputError, match="SOME_KEY (is not set|holds what no HTTP header can carry)") as caught:
-        OpenAIBackend(ServerOptions("http://h/v1", "m", api_key_env="SOME_KEY"))
+        client("http://h/v1", api_key_env="SOME_KEY")
     assert not key or key.strip() not in str(caught.value)
 
 
 def test_a_path_beyond_ascii_and_a_query_reach_the_server():
     with FaultyServer(answer=seeded_reply) as server:
-        options = server_options(server, url=server.url + "/é x?api-version=1", attempts=1)
-        (outcome,) = collect(OpenAIBackend(options), 1).values()
+        (outcome,) = collect(client(server.url + "/é x?api-version=1", attempts=1), 1).values()
         assert outcome.text == "answer 0" and server.paths == ["/v1/%C3%A9%20x/chat/completions?api-version=1"]
+
+
+def test_a_proxy_of_the_environment_is_used_and_a_broken_one_refused(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "")
+    with FaultyServer(answer=seeded_reply) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        assert collect(client("http://far.invalid/v1"), 1)["0"].text == "answer 0"
+        assert proxy.paths == ["http://far.invalid/v1/chat/completions"]
+    monkeypatch.setenv("HTTP_PROXY", "http://h:port")
+    with pytest.raises(InputError, match="proxy of the environment: Invalid port.* unset HTTP_PROXY"):
+        client("http://h/v1")
 
 
 # --- the journal -----------------------------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ def build_backend(source: SampledSource) -> Backend:
     if isinstance(source, OpenAISource):
         from megatron_gft.sampling.openai_client import OpenAIBackend
 
-        return OpenAIBackend(source.server(), source.load_tokenizer())
+        return OpenAIBackend(source)
     if isinstance(source, VllmSource):
         from megatron_gft.sampling.local_backends import VllmBackend
 

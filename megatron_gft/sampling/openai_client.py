@@ -1,12 +1,11 @@
-"""Samples from a server with the OpenAI interface (vLLM, SGLang, any other), over the standard library's HTTP client.
+"""Samples from a server with the OpenAI interface (vLLM, SGLang, any other), over httpx.
 
 One request asks for one response, so that each has its own seed and a lost connection costs one response (servers
-share the prompt's computation by prefix caching). ``concurrency`` threads keep one connection each. What may be
-transient is tried again with exponential back-off and full jitter, honouring ``Retry-After``: no connection, a
-dropped connection, a time-out, HTTP 408/409/425/429/5xx, an answer that is not what the interface says. Other HTTP
-errors give the request up. 401, 403, 404 and a row of requests that were given up after all their tries end the run,
-because every further request would fail too. Connections go straight to ``url``: proxy variables of the environment
-are not used.
+share the prompt's computation by prefix caching). What may be transient is tried again with exponential back-off and
+full jitter, honouring ``Retry-After``: no connection, a dropped connection, a time-out, HTTP 408/409/425/429/5xx, an
+answer that is not what the interface says. Other HTTP errors, redirects among them, give the request up. 401, 403, 404
+and a row of requests that were given up after all their tries end the run, because every further request would fail
+too. Proxies, ``NO_PROXY`` and certificates of the environment hold as they do for other programs.
 
 Of a reasoning model behind a server that parses its thoughts out (``reasoning_content``), the answer alone becomes the
 response: how the thoughts were spelled is not known here, so ids and log-probs are dropped with them and the summary
@@ -15,68 +14,35 @@ counts such responses. A server without a reasoning parser leaves the thoughts i
 
 from __future__ import annotations
 
-import functools
-import http.client
-import io
+import asyncio
 import json
 import math
 import os
-import queue
 import random
-import socket
-import ssl
-import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
+
+import httpx2
 
 from megatron_gft.errors import InputError
 from megatron_gft.sampling.settings import Outcome, Sample, SampleFailure, SampleRequest, SamplingParams, with_own_eos
-from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
+from megatron_gft.sampling.sources import OpenAISource
+from megatron_gft.tokenizer import ChatTemplateError
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
 FATAL_STATUS = frozenset({401, 403, 404})
+MAX_PAUSE_SECONDS = 60.0
 MAX_RETRY_AFTER_SECONDS = 120.0
+MAX_REPLY_BYTES = 256 << 20  # a hundred times the log-probs of a long response; what is longer is no reply
 REFUSED_FINISH = frozenset({"content_filter", "tool_calls", "function_call"})  # the same seed gives the same again
 FAILURES_IN_A_ROW = 16  # requests given up after all their tries, without a success between them
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """How to speak to one server.
-
-    Args:
-        url: base, with the version (``http://host:8000/v1``); a query (``?api-version=1``) goes with every request.
-        model: name that the server knows the model by.
-        api: ``chat`` (the server renders the chat template) or ``completions`` (we render it).
-        api_key_env: environment variable with the key; the key itself is never written anywhere.
-        timeout: seconds for one request from connecting to the last byte.
-        attempts: tries per request; ``backoff`` seconds is the longest first pause, doubled for each further one.
-        requests_per_second: limit over all threads; ``None`` for none.
-        token_ids: ask for the sampled ids (vLLM's ``return_token_ids``).
-        extra_body: further fields of each request.
-    """
-
-    url: str
-    model: str
-    api: str = "chat"
-    api_key_env: str | None = None
-    concurrency: int = 16
-    timeout: float = 600.0
-    attempts: int = 8
-    backoff: float = 1.0
-    max_backoff: float = 60.0
-    requests_per_second: float | None = None
-    token_ids: bool = False
-    extra_body: dict[str, Any] = field(default_factory=dict)
 
 
 class _Transient(Exception):
     """Worth another try, after ``retry_after`` seconds if the server said so."""
 
-    def __init__(self, reason: str, retry_after: float | None = None):
+    def __init__(self, reason: str, retry_after: float = 0.0):
         super().__init__(reason)
         self.retry_after = retry_after
 
@@ -88,112 +54,135 @@ class _Refused(Exception):
 class OpenAIBackend:
     """:class:`megatron_gft.sampling.settings.Backend` over HTTP.
 
-    Args:
-        options: the server.
-        tokenizer: the model's; renders prompts for ``api: completions`` and vouches for sampled ids, which are not
-            kept without it.
+    The tokenizer of the source renders prompts for ``api: completions`` and vouches for sampled ids, which are not
+    kept without it.
 
     Raises:
-        InputError: a bad url, or ``api_key_env`` names a variable that is not set or holds no key.
+        InputError: a bad url or proxy, or ``api_key_env`` names a variable that is not set or holds no key.
     """
 
-    def __init__(self, options: ServerOptions, tokenizer: Tokenizer | None = None):
-        if options.api == "completions" and tokenizer is None:
-            raise InputError("api: completions needs the model's tokenizer -> set tokenizer=DIR, or api=chat")
-        self._options, self._url, self._tokenizer = options, _parse_url(options.url), tokenizer
-        self._headers = {"Content-Type": "application/json", **_authorization(options.api_key_env)}
-        self._limiter = RateLimiter(options.requests_per_second)
-        self._random = random.Random()
+    def __init__(self, source: OpenAISource):
+        self._source, self._tokenizer = source, source.load_tokenizer()
+        self._url = _endpoint(source.url, "chat/completions" if source.api == "chat" else "completions")
+        self._headers = {"Content-Type": "application/json", **_authorization(source.api_key_env)}
+        self._certificates, self._next_turn = httpx2.create_ssl_context(), 0.0
+        try:
+            self._client()
+        except (httpx2.InvalidURL, ValueError, ImportError) as error:
+            raise InputError(f"proxy of the environment: {error} -> correct or unset HTTP_PROXY, ALL_PROXY") from None
+
+    def _client(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(headers=self._headers, verify=self._certificates, timeout=None)
 
     def generate(
         self, requests: Iterable[SampleRequest], params: SamplingParams, is_done: Callable[[str], bool]
     ) -> Iterator[Outcome]:
-        """Outcomes as they arrive.
+        """Outcomes as they arrive, from an event loop that runs in the caller's thread while an outcome is waited for.
 
         Raises:
             InputError: the server refuses every request, or none succeeded for long.
         """
         work = (request for request in requests if not is_done(request.key))
-        lock, stop = threading.Lock(), threading.Event()
-        results: queue.Queue[Outcome | BaseException | None] = queue.Queue()
+        arrived: asyncio.Queue[Any] = asyncio.Queue()
 
-        def serve() -> None:
-            connection = _Connection(self._url, self._headers, self._options.timeout)
-            try:
-                while not stop.is_set():
-                    with lock:
-                        request = next(work, None)
-                    if request is None:
-                        break
-                    results.put(self._sample(connection, request, params, stop))
-            except BaseException as error:
-                results.put(error)
-            finally:
-                connection.close()
-                results.put(None)
+        async def ask() -> None:
+            async with self._client() as client:  # one each: looking through a pool of 512 takes 4 ms a request
+                for request in work:
+                    arrived.put_nowait(await self._sample(client, request, params))
 
-        threads = [threading.Thread(target=serve, daemon=True) for _ in range(self._options.concurrency)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield from self._drain(results, len(threads))
-        finally:
-            stop.set()
+        async def ask_all() -> None:
+            await asyncio.gather(*(ask() for _ in range(self._source.concurrency)))
 
-    def _drain(self, results: queue.Queue[Outcome | BaseException | None], running: int) -> Iterator[Outcome]:
-        failures = 0
-        while running:
-            result = results.get()
-            if result is None:
-                running -= 1
-            elif isinstance(result, BaseException):
-                raise result
-            elif isinstance(result, SampleFailure):
-                yield result
-                failures += result.transient  # a refused prompt says nothing about the next one
+        with asyncio.Runner() as runner:
+            everything = runner.get_loop().create_task(ask_all())
+            everything.add_done_callback(arrived.put_nowait)  # comes last, with what went wrong
+            failures = 0
+            while (outcome := runner.run(arrived.get())) is not everything:
+                yield outcome
+                if isinstance(outcome, Sample):
+                    failures = 0
+                    continue
+                failures += outcome.transient  # a refused prompt says nothing about the next one
                 if failures >= FAILURES_IN_A_ROW:
                     raise InputError(
-                        f"{self._options.url}: {failures} requests in a row failed, the last with: {result.reason} "
+                        f"{self._source.url}: {failures} requests in a row failed, the last with: {outcome.reason} "
                         "-> see to the server, then run again: finished samples are kept"
                     )
-            else:
-                failures = 0
-                yield result
+            everything.result()
 
-    def _sample(
-        self, connection: _Connection, request: SampleRequest, params: SamplingParams, stop: threading.Event
-    ) -> Outcome:
+    async def _sample(self, client: httpx2.AsyncClient, request: SampleRequest, params: SamplingParams) -> Outcome:
         """One request with its retries."""
         try:
             body = json.dumps(self._body(request, params)).encode()
         except ChatTemplateError as error:
             return SampleFailure(request.key, f"chat template: {error}")
-        path = f"{self._url.path.rstrip('/')}/{'chat/completions' if self._options.api == 'chat' else 'completions'}"
-        path += f"?{self._url.query}" if self._url.query else ""
-        reason = ""
-        for attempt in range(self._options.attempts):
-            self._limiter.wait()
+        reason, pause = "", 0.0
+        for attempt in range(self._source.attempts):
+            await asyncio.sleep(pause)
+            await self._turn()
             try:
-                return self._read_sample(request.key, connection.post(path, body), params)
+                return self._read_sample(request.key, await self._post(client, body), params)
             except _Refused as refused:
                 return SampleFailure(request.key, str(refused))
             except _Transient as transient:
                 reason = str(transient)
-                connection.close()
-                longest = min(self._options.max_backoff, self._options.backoff * 2**attempt)
-                pause = max(self._random.uniform(0, longest), min(transient.retry_after or 0, MAX_RETRY_AFTER_SECONDS))
-                if attempt + 1 < self._options.attempts and stop.wait(pause):
-                    break
-        return SampleFailure(request.key, f"{reason} ({self._options.attempts} attempts)", transient=True)
+                longest = min(MAX_PAUSE_SECONDS, self._source.backoff * 2**attempt)
+                pause = max(random.uniform(0, longest), min(transient.retry_after, MAX_RETRY_AFTER_SECONDS))
+        return SampleFailure(request.key, f"{reason} ({self._source.attempts} attempts)", transient=True)
+
+    async def _turn(self) -> None:
+        """Wait until ``requests_per_second`` allows one more."""
+        if self._source.requests_per_second is not None:
+            turn = max(time.monotonic(), self._next_turn)
+            self._next_turn = turn + 1 / self._source.requests_per_second
+            await asyncio.sleep(turn - time.monotonic())
+
+    async def _post(self, client: httpx2.AsyncClient, body: bytes) -> Any:
+        """The JSON value of the reply to one POST; from connecting to the last byte within ``timeout`` seconds.
+
+        Raises:
+            _Transient, _Refused, InputError: every way to fail.
+        """
+        content = bytearray()
+        try:
+            async with (
+                asyncio.timeout(self._source.timeout),  # httpx would grant every single read the whole time-out
+                client.stream("POST", self._url, content=body) as response,
+            ):
+                async for piece in response.aiter_bytes():
+                    content += piece
+                    if len(content) > MAX_REPLY_BYTES:
+                        raise _Refused(f"reply of more than {MAX_REPLY_BYTES >> 20} MiB")
+        except TimeoutError as error:
+            raise _Transient(f"no reply within {self._source.timeout:g} s") from error
+        except (httpx2.HTTPError, OSError) as error:
+            cause: BaseException = error
+            while inner := cause.__cause__ or cause.__context__:  # httpx says that connecting failed, the first one why
+                cause = inner
+            raise _Transient(f"{type(cause).__name__}: {cause}") from error
+        if response.status_code != 200:
+            self._refuse(response.status_code, response.headers.get("Retry-After", ""), bytes(content))
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise _Transient(f"reply is not JSON ({len(content)} bytes)") from error
+
+    def _refuse(self, status: int, retry_after: str, content: bytes) -> None:
+        reason = f"HTTP {status}: {content[:300].decode('utf-8', 'replace').strip()}"
+        if status in RETRIED_STATUS or status >= 500:
+            raise _Transient(reason, float(retry_after) if retry_after.replace(".", "", 1).isdecimal() else 0.0)
+        if status in FATAL_STATUS:
+            raise InputError(f"{self._url}: {reason} -> check url, model and api_key_env")
+        raise _Refused(reason)
 
     def _body(self, request: SampleRequest, params: SamplingParams) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self._options.model, "n": 1, "seed": request.seed}
+        body: dict[str, Any] = {"model": self._source.model, "n": 1, "seed": request.seed}
         body |= {"temperature": params.temperature, "top_p": params.top_p, "max_tokens": params.max_tokens}
         if params.top_k:
             body["top_k"] = params.top_k
         if params.stop:
             body["stop"] = list(params.stop)
-        if self._options.api == "chat":
+        if self._source.api == "chat":
             prompt = request.prompt
             body["messages"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             if params.logprobs:
@@ -203,9 +192,9 @@ class OpenAIBackend:
             body["prompt"] = self._tokenizer.encode(self._tokenizer.render_prompt(request.prompt))
             if params.logprobs:
                 body["logprobs"] = 1
-        if self._options.token_ids:
+        if self._source.token_ids:
             body["return_token_ids"] = True
-        return body | self._options.extra_body
+        return body | self._source.extra_body
 
     def _read_sample(self, key: str, reply: Any, params: SamplingParams) -> Sample:
         """Check the reply field by field: a proxy's or a dying server's answer must not become a response.
@@ -213,30 +202,35 @@ class OpenAIBackend:
         Raises:
             InputError: the server cannot give the log-probs that were asked for.
         """
+        choice, text, thoughts = self._choice(reply)
+        finish = choice["finish_reason"]
+        if text is None and (thoughts or finish == "length"):
+            text = ""  # all its tokens went into the thoughts; the same seed would do it again
+        if not isinstance(text, str):
+            raise _Transient(f"reply with content {text!r}")
+        missing = [name for name in ("token_ids", "logprobs") if choice.get(name) is None]
+        if params.logprobs and text and missing:
+            raise InputError(
+                f"{self._source.url}: the reply has no {missing[0]}, which log-probs need -> use a server that gives "
+                "them (vLLM with return_token_ids), or set logprobs=false"
+            )
+        ids, logprobs = (None, None) if thoughts else self._ids_and_logprobs(choice, finish, params)
+        return Sample(key, text, finish, ids, logprobs, without_reasoning=bool(thoughts))
+
+    def _choice(self, reply: Any) -> tuple[dict[str, Any], Any, Any]:
+        """The one choice of a reply that ended as a response may, its text and the thoughts that were kept apart."""
         try:
             choice = reply["choices"][0]
             finish = choice["finish_reason"]
-            message = choice["message"] if self._options.api == "chat" else {"content": choice["text"]}
-            text = message["content"]
-            thoughts = message.get("reasoning_content") or message.get("reasoning")
+            message = choice["message"] if self._source.api == "chat" else {"content": choice["text"]}
+            text, thoughts = message["content"], message.get("reasoning_content") or message.get("reasoning")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise _Transient(f"reply without {error}") from error
         if finish in REFUSED_FINISH:
             raise _Refused(f"reply with finish_reason {finish!r}")
         if finish not in ("stop", "length"):
             raise _Transient(f"reply with finish_reason {finish!r}")
-        if text is None and (thoughts or finish == "length"):
-            text = ""  # all its tokens went into the thoughts; the same seed would do it again
-        if not isinstance(text, str):
-            raise _Transient(f"reply with content {text!r}")
-        if params.logprobs and text and (choice.get("token_ids") is None or choice.get("logprobs") is None):
-            missing = "token_ids" if choice.get("token_ids") is None else "logprobs"
-            raise InputError(
-                f"{self._options.url}: the reply has no {missing}, which log-probs need -> use a server that gives "
-                "them (vLLM with return_token_ids), or set logprobs=false"
-            )
-        ids, logprobs = (None, None) if thoughts else self._ids_and_logprobs(choice, finish, params)
-        return Sample(key, text, finish, ids, logprobs, without_reasoning=bool(thoughts))
+        return choice, text, thoughts
 
     def _ids_and_logprobs(
         self, choice: dict[str, Any], finish: str, params: SamplingParams
@@ -251,7 +245,7 @@ class OpenAIBackend:
             known = f"{self._tokenizer.path}, which has {self._tokenizer.vocab_size} ids"
             raise _Refused(f"reply with token id {max(ids)}, unknown to tokenizer {known}: is it the model's?")
         if params.logprobs and choice.get("logprobs") is not None:
-            values = _logprobs(choice["logprobs"], self._options.api)
+            values = _logprobs(choice["logprobs"], self._source.api)
             logprobs = values if len(values) == len(ids) else None
         end = self._tokenizer.special_ids if finish == "stop" else frozenset()
         return with_own_eos(ids, logprobs, end, self._tokenizer.eos_id)
@@ -270,18 +264,16 @@ def _logprobs(found: Any, api: str) -> list[float]:
     return values
 
 
-def _parse_url(url: str) -> urllib.parse.SplitResult:
-    """Parts of a server's url, its path spelled as HTTP wants it."""
+def _endpoint(url: str, method: str) -> httpx2.URL:
     try:
-        parts = urllib.parse.urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-        (parts.hostname or "").encode("idna")
-    except ValueError:  # of a port or a host name
+        base = httpx2.URL(url)
+        labels = base.host.removesuffix(".").split(".")
+        usable = base.scheme in ("http", "https") and all(labels) and (base.port is None or 0 < base.port < 1 << 16)
+    except httpx2.InvalidURL:
         usable = False
     if not usable:
         raise InputError(f"url {url!r} is not http(s)://host[:port]/v1 -> correct it")
-    path, query = (urllib.parse.quote(part, safe="/%:@&=+,;?!$'()*~") for part in (parts.path, parts.query))
-    return parts._replace(path=path, query=query)
+    return base.copy_with(path=f"{base.path.rstrip('/')}/{method}")
 
 
 def _authorization(variable: str | None) -> dict[str, str]:
@@ -296,108 +288,3 @@ def _authorization(variable: str | None) -> dict[str, str]:
             "-> export the key alone"
         )
     return {"Authorization": f"Bearer {key}"}
-
-
-class RateLimiter:
-    """Spaces the calls of all threads ``1 / rate`` seconds apart."""
-
-    def __init__(self, rate: float | None):
-        self._interval = 1 / rate if rate else 0.0
-        self._next = 0.0
-        self._lock = threading.Lock()
-
-    def wait(self) -> None:
-        """Sleep until this call's turn."""
-        if not self._interval:
-            return
-        with self._lock:
-            turn = max(time.monotonic(), self._next)
-            self._next = turn + self._interval
-        time.sleep(max(0.0, turn - time.monotonic()))
-
-
-class _TimedReader(io.RawIOBase):
-    """What a socket receives until a deadline; http.client alone would grant every single read the whole time-out."""
-
-    def __init__(self, connection: socket.socket, deadline: float):
-        self._socket, self._raw, self._deadline = connection, connection.makefile("rb", buffering=0), deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        remaining = self._deadline - time.monotonic()
-        if remaining <= 0:
-            raise TimeoutError
-        self._socket.settimeout(remaining)
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Response(http.client.HTTPResponse):
-    """Status, headers and body of a reply, all of them within one deadline."""
-
-    def __init__(self, connection: socket.socket, *arguments: Any, deadline: float, **options: Any):
-        super().__init__(connection, *arguments, **options)
-        self.fp.close()
-        self.fp = io.BufferedReader(_TimedReader(connection, deadline))
-
-
-class _Connection:
-    """One kept-alive connection; every way to fail becomes :class:`_Transient`, :class:`_Refused` or InputError."""
-
-    def __init__(self, url: urllib.parse.SplitResult, headers: dict[str, str], timeout: float):
-        self._url, self._headers, self._timeout = url, headers, timeout
-        self._http: http.client.HTTPConnection | None = None
-
-    def post(self, path: str, body: bytes) -> Any:
-        """The JSON value of the reply to one POST."""
-        try:
-            status, headers, content = self._exchange(path, body)
-        except TimeoutError as error:
-            raise _Transient(f"no reply within {self._timeout:g} s") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise _Transient(f"{type(error).__name__}: {error}") from error
-        if status != 200:
-            self._refuse(status, headers, content)
-        try:
-            return json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise _Transient(f"reply is not JSON ({len(content)} bytes)") from error
-
-    def _exchange(self, path: str, body: bytes) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Send and read everything before one deadline, however slowly the bytes trickle in."""
-        deadline = time.monotonic() + self._timeout
-        if self._http is None:
-            host, port = self._url.hostname or "", self._url.port
-            if self._url.scheme == "https":
-                context = ssl.create_default_context()
-                self._http = http.client.HTTPSConnection(host, port, timeout=self._timeout, context=context)
-            else:
-                self._http = http.client.HTTPConnection(host, port, timeout=self._timeout)
-            self._http.connect()
-        self._http.sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        self._http.response_class = functools.partial(_Response, deadline=deadline)  # type: ignore[assignment]
-        self._http.request("POST", path, body, self._headers)
-        with self._http.getresponse() as response:
-            content = response.read()
-        if response.will_close:
-            self.close()
-        return response.status, response.headers, content
-
-    def _refuse(self, status: int, headers: http.client.HTTPMessage, content: bytes) -> None:
-        reason = f"HTTP {status}: {content[:300].decode('utf-8', 'replace').strip()}"
-        if status in RETRIED_STATUS or status >= 500:
-            after = headers.get("Retry-After", "")
-            raise _Transient(reason, float(after) if after.replace(".", "", 1).isdecimal() else None)
-        if status in FATAL_STATUS:
-            raise InputError(f"{self._url.geturl()}: {reason} -> check url, model and api_key_env")
-        raise _Refused(reason)
-
-    def close(self) -> None:
-        if self._http is not None:
-            self._http.close()
-            self._http = None

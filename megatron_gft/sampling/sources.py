@@ -26,7 +26,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_gft.config import Section
 from megatron_gft.errors import InputError, InputErrors, nearest
-from megatron_gft.sampling.openai_client import ServerOptions
 from megatron_gft.sampling.settings import SamplingParams, model_fingerprint
 from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
 
@@ -116,7 +115,6 @@ class OpenAISource(SampledSource):
         "timeout",
         "attempts",
         "backoff",
-        "max_backoff",
         "requests_per_second",
     }
 
@@ -131,7 +129,6 @@ class OpenAISource(SampledSource):
     timeout: PositiveFloat = Field(600.0, description="seconds for one request")
     attempts: PositiveInt = Field(8, description="tries of one request")
     backoff: PositiveFloat = Field(1.0, description="seconds; longest first pause, doubled for each further one")
-    max_backoff: PositiveFloat = Field(60.0, description="seconds; longest pause")
     requests_per_second: PositiveFloat | None = Field(None, description="rate limit")
     token_ids: bool = Field(False, description="ask for the sampled ids (vLLM); needs tokenizer")
     extra_body: dict[str, Any] = Field(default_factory=dict, description="further fields of each request")
@@ -143,23 +140,6 @@ class OpenAISource(SampledSource):
         if self.logprobs and not self.token_ids:
             raise ValueError("logprobs are kept beside token ids only: set token_ids=true (vLLM) and tokenizer=DIR")
         return self
-
-    def server(self) -> ServerOptions:
-        """Connection settings as the client takes them."""
-        return ServerOptions(
-            url=self.url,
-            model=self.model,
-            api=self.api,
-            api_key_env=self.api_key_env,
-            concurrency=self.concurrency,
-            timeout=self.timeout,
-            attempts=self.attempts,
-            backoff=self.backoff,
-            max_backoff=self.max_backoff,
-            requests_per_second=self.requests_per_second,
-            token_ids=self.token_ids,
-            extra_body=self.extra_body,
-        )
 
     def load_tokenizer(self) -> Tokenizer | None:
         if self.tokenizer is None:
