@@ -13,8 +13,8 @@ Nothing here needs megatron; torch comes only with transformers.
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -63,56 +63,47 @@ class Tokenizer(ABC):
             text: what renders a prompt.
     """
 
-    path: str
-    vocab_size: int
-    eos_id: int
-    bos_id: int | None
-    special_ids: frozenset[int]
-    special_pattern: re.Pattern[str]
-    fingerprint: str
-    chat_template: str | None
-    chat_template_fingerprint: str
-    _unknown_id: int | None
-
-    def _describe(self, path: str, vocab: dict[str, int], eos_id: int | None, bos_id: int | None) -> None:
-        if eos_id is None or eos_id < 0:
+    def __init__(
+        self,
+        path: str | Path,
+        vocab: dict[str, int],
+        specials: dict[str, int],
+        names: dict[str, str],
+        *,
+        template: str | None,
+        adds_bos: bool,
+    ):
+        """
+        Args:
+            specials: special tokens that the vocabulary has, by their spelling.
+            names: spelling of ``eos_token`` and ``bos_token``, and of what else the template may name.
+        """
+        self.path, self.vocab_size = str(path), max(vocab.values()) + 1
+        eos_id, self.bos_id = (vocab.get(names.get(name, "")) for name in ("eos_token", "bos_token"))
+        if eos_id is None:
             raise InputError(f"{path}: the tokenizer has no EOS token -> a response must end; set eos_token")
-        self.path = path
-        self.vocab_size = max(vocab.values()) + 1
-        self.eos_id, self.bos_id = eos_id, bos_id
-        self.fingerprint = vocabulary_fingerprint(vocab, eos_id, bos_id)
-
-    def _describe_specials(self, specials: dict[str, int]) -> None:
-        self.special_ids = frozenset(specials.values())
-        self.special_pattern = _any_of(specials)
-
-    def _describe_template(self, template: str | None, bos_token: str | None, adds_bos: bool) -> None:
-        self.chat_template = template
-        dated = template is not None and "strftime_now" in template
-        self._rendered_template = _FIXED_DATE_MACRO + (template or "") if dated else template
-        self._raw_prefix = bos_token if adds_bos and bos_token else ""
+        self.eos_id: int = eos_id
+        self.fingerprint = vocabulary_fingerprint(vocab, eos_id, self.bos_id)
+        self.special_ids, self.special_pattern = frozenset(specials.values()), _any_of(specials)
+        self.chat_template, self._names = template, names
+        self._bos = [self.bos_id] if adds_bos and self.bos_id is not None else []  # before raw text
+        self._raw_prefix = names["bos_token"] if self._bos else ""
         raw = f"{NO_TEMPLATE}+bos" if self._raw_prefix else NO_TEMPLATE
         self.chat_template_fingerprint = raw if template is None else hashlib.sha256(template.encode()).hexdigest()
 
-    def _check_boundary(self) -> None:
+    def _check_boundary(self, unknown_id: int | None) -> None:
         """What the tokenizer itself makes of a text (lower case, spaces for line breaks) is what its model knows; where
         the text is cut must not matter."""
         for prompt, response in _BOUNDARY_PROBES:
             whole = self.encode(prompt + response)
-            if self._unknown_id in whole:
+            if unknown_id in whole:
                 continue  # no text can be told from another then, boundary or not
-            expected = self.decode(whole)
-            joined = self.decode(self.encode(prompt) + self.encode_response(response))
+            expected, joined = map(self.decode, (whole, self.encode(prompt) + self.encode_response(response)))
             if joined != expected:
                 raise InputError(
                     f"{self.path}: prompt {prompt!r} and response {response!r} decode to {joined!r}, not {expected!r} "
                     "-> the boundary between them would not be exact; use another tokenizer"
                 )
-
-    @property
-    @abstractmethod
-    def _template_renderer(self) -> Any:
-        """Hugging Face tokenizer whose ``apply_chat_template`` renders."""
 
     def render_prompt(self, prompt: str | list[dict[str, Any]]) -> str:
         """Text of a prompt as the model sees it, special tokens spelled.
@@ -128,14 +119,13 @@ class Tokenizer(ABC):
             if not isinstance(prompt, str):
                 raise ChatTemplateError("the prompt is a list of messages, but the chat template is 'none'")
             return prompt if prompt.startswith(self._raw_prefix) else self._raw_prefix + prompt
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        template = (_FIXED_DATE_MACRO if "strftime_now" in self.chat_template else "") + self.chat_template
+        options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True}
         try:
-            return self._template_renderer.apply_chat_template(
-                messages,
-                chat_template=self._rendered_template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+            return render_jinja_template([messages], **options | self._names)[0][0]
         except Exception as error:  # a template is a program of the user's; it may raise anything
             raise ChatTemplateError(f"{type(error).__name__}: {error}") from error
 
@@ -146,16 +136,13 @@ class Tokenizer(ABC):
         due. After special tokens of a chat template it is not.
         """
         prefix = self._raw_prefix
-        if not prefix:
-            return self._encode_prompts(texts)
         parts = self._encode_prompts([text.removeprefix(prefix) for text in texts])
-        bos = [] if self.bos_id is None else [self.bos_id]
-        return [bos + ids if text.startswith(prefix) else ids for text, ids in zip(texts, parts, strict=True)]
+        return [self._bos + ids if text.startswith(prefix) else ids for text, ids in zip(texts, parts, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens spelled."""
         ids = list(map(int, ids))
-        if self._raw_prefix and ids and ids[0] == self.bos_id:
+        if self._bos and ids[:1] == self._bos:
             return self._raw_prefix + self._decode(ids[1:])
         return self._decode(ids)
 
@@ -193,45 +180,28 @@ class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face folder with a fast tokenizer."""
 
     def __init__(self, path: str | Path, chat_template: str | None = None, add_bos: bool | None = None):
-        self._hf = _load_hugging_face(path)
-        backend = self._hf.backend_tokenizer
-        vocab = backend.get_vocab(with_added_tokens=True)
-        self._describe(str(path), vocab, self._hf.eos_token_id, self._hf.bos_token_id)
-        added = {token.content: id_ for id_, token in self._hf.added_tokens_decoder.items() if token.special}
-        named = dict(zip(self._hf.all_special_tokens, self._hf.all_special_ids, strict=True))
-        self._describe_specials(added | named)
-        template = _template_text(chat_template, path, self._own_template)
-        ids = self._hf("a")["input_ids"]
-        adds_bos = bool(ids) and ids[0] == self.bos_id if add_bos is None else add_bos
-        self._describe_template(template, self._hf.bos_token, adds_bos)
-
-        pipeline = json.loads(backend.to_str())
+        hf = _load_hugging_face(path)
+        vocab = hf.backend_tokenizer.get_vocab(with_added_tokens=True)
+        specials = {token.content: id_ for id_, token in hf.added_tokens_decoder.items() if token.special}
+        specials |= zip(hf.all_special_tokens, hf.all_special_ids, strict=True)
+        template = _template_text(chat_template, path, hf)
+        if add_bos is None:
+            add_bos = hf("a")["input_ids"][:1] == [hf.bos_token_id]
+        super().__init__(path, vocab, specials, hf.special_tokens_map, template=template, adds_bos=add_bos)
+        pipeline = json.loads(hf.backend_tokenizer.to_str())
         unknown = pipeline["model"].get("unk_token")
-        self._unknown_id = pipeline["model"].get("unk_id") if unknown is None else vocab.get(unknown)
+        unknown_id = pipeline["model"].get("unk_id") if unknown is None else vocab.get(unknown)
         # Nothing is added to what is encoded here; a post-processor would only go over offsets that nobody reads.
         pipeline["padding"] = pipeline["truncation"] = pipeline["post_processor"] = None
         prompt_pipeline = json.dumps(pipeline)
-        for part in ("normalizer", "pre_tokenizer"):
-            pipeline[part] = _without_dummy_prefix(pipeline[part])
+        pipeline |= {part: _without_dummy_prefix(pipeline[part]) for part in ("normalizer", "pre_tokenizer")}
         response_pipeline = json.dumps(pipeline)
         self._prompt_backend, self._text_backend = _backend(prompt_pipeline), _backend(response_pipeline)
-        same = response_pipeline == prompt_pipeline  # nothing to take away: byte-level tokenizers
-        self._special_backend = self._prompt_backend if same else _backend(response_pipeline)
+        self._special_backend = self._prompt_backend  # byte-level tokenizers: there was nothing to take away
+        if response_pipeline != prompt_pipeline:
+            self._special_backend = _backend(response_pipeline)
         self._text_backend.encode_special_tokens = True  # spelled special tokens become ordinary text
-        self._check_boundary()
-
-    def _own_template(self) -> str | None:
-        own = self._hf.chat_template
-        if isinstance(own, dict) and "default" not in own:
-            raise InputError(
-                f"{self.path}: the chat templates have names ({', '.join(sorted(own))}) and none is the default "
-                "-> save one in a file and set --chat-template FILE, or none (raw text)"
-            )
-        return self._hf.get_chat_template() if own else None
-
-    @property
-    def _template_renderer(self) -> Any:
-        return self._hf
+        self._check_boundary(unknown_id)
 
     def _encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._prompt_backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -248,31 +218,19 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``.model``; it has no chat template of its own."""
 
     def __init__(self, path: str | Path, chat_template: str | None = None, add_bos: bool | None = None):
-        template = _template_text(chat_template, path, lambda: None)
+        template = _template_text(chat_template, path)
         markers, (self._prompt_model, self._response_model, self._text_model) = _load_sentencepiece(path)
         model = self._prompt_model
-        self._unknown_id = model.unk_id()
         vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
-        bos_id = model.bos_id() if model.bos_id() >= 0 else None
-        self._describe(str(path), vocab, model.eos_id(), bos_id)
         self._controls = {piece: i for piece, i in vocab.items() if model.is_control(i)}
         self._control_ids = frozenset(self._controls.values())
-        self._control_pattern = _any_of(self._controls)
-        self._describe_specials(self._controls | {piece: vocab[piece] for piece in markers})
-        bos_token = None if bos_id is None else model.id_to_piece(bos_id)
+        self._control_pattern = re.compile(f"({_any_of(self._controls).pattern})")  # a group: split keeps what it finds
+        specials = self._controls | {piece: vocab[piece] for piece in markers}
+        named = {"eos_token": model.eos_id(), "bos_token": model.bos_id()}
+        names = {name: model.id_to_piece(id_) for name, id_ in named.items() if id_ >= 0}
         # Language models with a SentencePiece vocabulary and a BOS are trained with it (Llama 2, Mistral, Gemma).
-        self._describe_template(template, bos_token, bos_id is not None if add_bos is None else add_bos)
-        self._check_boundary()
-
-    @functools.cached_property
-    def _template_renderer(self) -> Any:
-        from tokenizers import Tokenizer as Backend
-        from tokenizers.models import BPE
-        from transformers import PreTrainedTokenizerFast
-
-        names = {"eos_token": self.eos_id, "bos_token": self.bos_id}
-        tokens = {name: self._prompt_model.id_to_piece(id_) for name, id_ in names.items() if id_ is not None}
-        return PreTrainedTokenizerFast(tokenizer_object=Backend(BPE()), **tokens)
+        super().__init__(path, vocab, specials, names, template=template, adds_bos=add_bos is not False)
+        self._check_boundary(model.unk_id())
 
     def _encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode_with_specials(text, self._prompt_model) for text in texts]
@@ -285,30 +243,24 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_with_specials(self, text: str, first_model: Any) -> list[int]:
         """Cut at spelled control tokens, which SentencePiece takes for text; only the first part begins a text."""
         ids: list[int] = []
-        model, position = first_model, 0
-        for match in self._control_pattern.finditer(text):
-            if match.start() > position:
-                ids += model.encode(text[position : match.start()])
+        model = first_model
+        for part in self._control_pattern.split(text):
+            if part in self._controls:
+                ids.append(self._controls[part])
+            elif part:
+                ids += model.encode(part)
                 model = self._response_model
-            ids.append(self._controls[match.group()])
-            position = match.end()
-        if position < len(text):
-            ids += model.encode(text[position:])
         return ids
 
     def _decode(self, ids: list[int]) -> str:
         text: list[str] = []
-        run: list[int] = []
         model = self._prompt_model  # drops the dummy prefix of the first piece of text
-        for id_ in [*ids, -1]:
-            if id_ >= 0 and id_ not in self._control_ids:
-                run.append(id_)
-                continue
-            if run:
-                text.append(model.decode(run))
-                model, run = self._response_model, []
-            if id_ >= 0:
-                text.append(model.id_to_piece(id_))
+        for is_control, run in itertools.groupby(ids, self._control_ids.__contains__):
+            if is_control:
+                text += map(model.id_to_piece, run)
+            else:
+                text.append(model.decode(list(run)))
+                model = self._response_model
         return "".join(text)
 
 
@@ -375,9 +327,8 @@ def _backend(pipeline: str) -> Any:
     from tokenizers.models import BPE, Unigram
 
     backend = Backend.from_str(pipeline)
-    model = backend.model
-    if isinstance(model, BPE | Unigram):
-        model._resize_cache(_CACHED_WORDS)
+    if isinstance(backend.model, BPE | Unigram):
+        backend.model._resize_cache(_CACHED_WORDS)
     return backend
 
 
@@ -400,15 +351,12 @@ def _load_sentencepiece(path: str | Path) -> tuple[list[str], tuple[Any, Any, An
     normal.add_dummy_prefix = False
     continues = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     kinds = model.SentencePiece
-    markers = [piece for piece in model.pieces if piece.type == kinds.USER_DEFINED and _is_marker(piece.piece)]
+    defined = [piece for piece in model.pieces if piece.type == kinds.USER_DEFINED]
+    markers = [p for p in defined if _MARKER.fullmatch(p.piece) and not _WRITTEN_TAG.fullmatch(p.piece)]
     for piece in markers:
         piece.type = kinds.CONTROL  # which SentencePiece never finds in a text
     text = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()) if markers else continues
     return [piece.piece for piece in markers], (begins, continues, text)
-
-
-def _is_marker(piece: str) -> bool:
-    return bool(_MARKER.fullmatch(piece)) and not _WRITTEN_TAG.fullmatch(piece)
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
@@ -416,7 +364,8 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
 
-def _template_text(chat_template: str | None, path: str | Path, own: Any) -> str | None:
+def _template_text(chat_template: str | None, path: str | Path, hf: Any = None) -> str | None:
+    """The template that was asked for: raw text (None), a file's, or that of the Hugging Face tokenizer itself."""
     if chat_template == NO_TEMPLATE:
         return None
     if chat_template is not None:
@@ -424,10 +373,15 @@ def _template_text(chat_template: str | None, path: str | Path, own: Any) -> str
             return Path(chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{chat_template}: chat template cannot be read ({error})") from error
-    template = own()
-    if template is None:
+    own = None if hf is None else hf.chat_template
+    if not own:
         raise InputError(f"{path}: the tokenizer has no chat template -> set --chat-template FILE or none (raw text)")
-    return template
+    if isinstance(own, dict) and "default" not in own:
+        raise InputError(
+            f"{path}: the chat templates have names ({', '.join(sorted(own))}) and none is the default "
+            "-> save one in a file and set --chat-template FILE, or none (raw text)"
+        )
+    return hf.get_chat_template()
 
 
 def _without_dummy_prefix(part: Any) -> Any:

@@ -23,10 +23,6 @@ class CharacterTokenizer(Tokenizer):
         self.special_ids, self.special_pattern = frozenset(), re.compile(r"(?!)")
         self.fingerprint = "characters"
 
-    @property
-    def _template_renderer(self) -> Any:
-        raise AssertionError("characters have no template")
-
     def render_prompt(self, prompt: str | list[dict[str, Any]]) -> str:
         return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 

@@ -105,7 +105,10 @@ def compare_preprocessing(
         written per second of each (fastest round); and ``token_ratio``: tokens of our shard / tokens of theirs.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from transformers import AutoTokenizer
+
     tokenizer = HuggingFaceTokenizer(tokenizer_folder, chat_template)
+    plain_tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_group_file(folder / "groups.jsonl", records)
@@ -117,7 +120,7 @@ def compare_preprocessing(
         pieces = sum(1 for _ in read_chunks(folder / "groups.jsonl"))
         ways: dict[str, Callable[[], Iterator[int]]] = {
             "ours": lambda: _our_way(folder / "groups.jsonl", tokenizer, folder / "ours" / "shard"),
-            "theirs": lambda: _megatron_way(lines, tokenizer._hf, folder / "theirs", pieces),
+            "theirs": lambda: _megatron_way(lines, plain_tokenizer, folder / "theirs", pieces),
         }
         tokens = {way: sum(run()) for way, run in ways.items()}
         times = lockstep_seconds(ways, repeats=repeats)
