@@ -1,4 +1,4 @@
-"""Benchmarks of the data path: preprocessing against the way of Megatron-LM, reading and opening shards.
+"""Benchmarks of the data path: preprocessing against the way of Megatron-LM, reading shards.
 
 ``bench_preprocess`` compares with a loop that does what Megatron-LM's ``tools/preprocess_data.py`` does for each
 line: parse JSON, call the Hugging Face tokenizer on the text, ``IndexedDatasetBuilder.add_document``. In the way of
@@ -14,13 +14,12 @@ import random
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, _IndexWriter
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_gft.dataset import build_group_datasets
 from megatron_gft.groups import GroupRecord, ResponseRecord, read_chunks, write_group_file
@@ -28,8 +27,6 @@ from megatron_gft.groups.problems import DEFAULT_POLICIES
 from megatron_gft.preprocess.encode import ChunkEncoder, EncodingOptions
 from megatron_gft.preprocess.run import PreprocessOptions, preprocess
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
-from megatron_gft.shards.encoded import PROMPT_MODE
-from megatron_gft.shards.manifest import FileEntry, write_manifest
 from megatron_gft.tokenizer import NO_TEMPLATE, HuggingFaceTokenizer
 from tools.bench.timing import interleaved_seconds, lockstep_seconds, summary, wall_seconds
 
@@ -152,7 +149,7 @@ def bench_preprocess_workers(groups: int = 12_000, workers: int = 2, repeats: in
     """Wall seconds with one process and with several, start and tokenizer included: some 20 s of work for one.
 
     Much less would measure what is the same for every size (loading the tokenizer, starting, stopping). Cores share
-    caches, memory and, on a lent machine, their hardware with strangers. ``ceiling`` shows what is left to gain: the
+    caches and memory, and virtual ones their hardware with other work. ``ceiling`` shows what is left to gain: the
     speed-up of as many processes that know nothing of each other, each with its part of the input.
     """
     records = synthetic_records(groups, 8)
@@ -225,66 +222,3 @@ def bench_shard_reading(groups: int = 4000, responses: int = 8, mean_length: int
         "mtok_per_cpu_second": tokens / times["shard"] / 1e6,
         "tokens_per_group": tokens / groups,
     }
-
-
-def bench_open(groups: int = 10_000_000, responses: int = 2) -> dict[str, Any]:
-    """Seconds to open a shard of many groups (true index, token file with holes), and to read its first group."""
-    with tempfile.TemporaryDirectory() as name:
-        prefix = Path(name) / "large"
-        write_hollow_shard(prefix, groups, responses)
-        opened = []
-        for _ in range(5):
-            started = time.perf_counter()
-            shard = GroupShard(prefix)
-            opened.append(time.perf_counter() - started)
-        started = time.perf_counter()
-        first = shard[groups // 2]
-        read = time.perf_counter() - started
-        size = os.path.getsize(f"{prefix}.idx")
-        started = time.perf_counter()
-        split = build_group_datasets([str(prefix)]).train
-        built = time.perf_counter() - started
-        assert len(first.responses) == responses and len(split) == groups
-    return {
-        "groups": groups,
-        "index_gib": size / 2**30,
-        "open_seconds": min(opened),
-        "open_seconds_worst": max(opened),
-        "first_group_seconds": read,
-        "dataset_seconds": built,
-    }
-
-
-def write_hollow_shard(prefix: Path, groups: int, responses: int, length: int = 100) -> None:
-    """A shard whose index is real and whose tokens are a hole in the file; it opens, but does not verify."""
-    with GroupShardWriter(prefix, STAMP) as writer:
-        writer.add_group(
-            [3] * length, [[3] * length] * responses, ["self"] * responses, [0.0] * responses, group_id="0"
-        )
-    manifest = GroupShard(prefix).manifest
-    sequences = groups * (1 + responses)
-    modes = np.tile(np.array([PROMPT_MODE] + [2] * responses, dtype=np.int8), groups)
-    _write_index(f"{prefix}.idx", np.full(sequences, length, np.int32), np.int32, modes, 1 + responses)
-    _write_index(f"{prefix}.meta.idx", np.full(groups, 10, np.int32), np.uint8, None, 1)
-    os.truncate(f"{prefix}.bin", sequences * length * 4)
-    os.truncate(f"{prefix}.meta.bin", groups * 10)
-    rewards = prefix.with_name(manifest.judgement.rewards_file)
-    np.save(rewards, np.zeros(groups * responses, np.float32))
-    files = {
-        file: FileEntry(bytes=prefix.with_name(file).stat().st_size, sha256=entry.sha256)
-        for file, entry in manifest.files.items()
-    }
-    counts = manifest.counts.model_copy(update={"groups": groups, "responses": groups * responses})
-    write_manifest(prefix, manifest.model_copy(update={"files": files, "counts": counts}))
-
-
-def _write_index(path: str, lengths: np.ndarray, dtype: Any, modes: np.ndarray | None, per_document: int) -> None:
-    """The format of Megatron's index writer without its Python loop over sequences."""
-    pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(dtype).itemsize
-    documents = np.arange(0, len(lengths) + 1, per_document, dtype=np.int64)
-    with _IndexWriter(path, dtype) as writer:
-        file = writer.idx_writer
-        file.write(np.array([len(lengths), len(documents)], dtype=np.uint64).tobytes())
-        for column in (lengths, pointers, documents, modes):
-            if column is not None:
-                column.tofile(file)

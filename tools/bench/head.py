@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from megatron_gft import cpu
 from megatron_gft.gft import coefficient
 from megatron_gft.objectives import Coefficient
 from megatron_gft.vocab_parallel import linear_gft_loss
-from tools.bench.timing import default_device, environment, interleaved_seconds, summary
+from tools.bench.timing import default_device, interleaved_seconds, summary
 
 TAU = 0.1
 
@@ -86,14 +85,14 @@ class Workload:
 
         return run
 
-    def fused(self, kind: Coefficient = "rectified", *, rows: slice = slice(None), **options: Any) -> None:
-        """:func:`linear_gft_loss` on ``rows``."""
+    def fused(self, kind: Coefficient = "rectified", **options: Any) -> None:
+        """:func:`linear_gft_loss`."""
         self.clear()
         loss, _, _ = linear_gft_loss(
-            self.hidden[rows],
+            self.hidden,
             self.weight,
-            self.labels[rows],
-            self.token_weights[rows],
+            self.labels,
+            self.token_weights,
             tau=TAU,
             coefficient=kind,
             chunk_tokens=self.shape.chunk_tokens,
@@ -149,11 +148,8 @@ class Workload:
 
 
 @contextlib.contextmanager
-def single_rank() -> Iterator[bool]:
-    """Megatron in one rank for the time of the block; yields False where Megatron-Core is not installed."""
-    if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
-        yield False
-        return
+def single_rank() -> Iterator[None]:
+    """Megatron in one rank for the time of the block."""
     cpu.install()
     from megatron_gft.parallel import destroy_parallel, initialize_parallel
 
@@ -162,7 +158,7 @@ def single_rank() -> Iterator[bool]:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     initialize_parallel()
     try:
-        yield True
+        yield
     finally:
         destroy_parallel()
 
@@ -182,40 +178,20 @@ def head_time(shape: HeadShape | None = None, *, repeats: int = 7) -> dict[str, 
         "fused_entropy": lambda: work.fused(compute_entropy=True),
         "fused_main_grad": work.fused_main_grad,
         "torch_cross_entropy": work.torch_cross_entropy,
+        "megatron_unfused": work.megatron_unfused,
+        "megatron_fused": work.megatron_fused,
     }
-    with single_rank() as megatron:
-        if megatron:
-            runs |= {"megatron_unfused": work.megatron_unfused, "megatron_fused": work.megatron_fused}
+    with single_rank():
         durations = interleaved_seconds(runs, repeats=repeats)
     result = summary(durations, "three_gemms")
     ratios = {"fused / three_gemms": result["fused"]["ratio_median"]}
     for other in ("fused_sft", "torch_cross_entropy", "megatron_unfused", "megatron_fused"):
-        if other in durations:
-            ratios[f"fused / {other}"] = summary(durations, other)["fused"]["ratio_median"]
+        ratios[f"fused / {other}"] = summary(durations, other)["fused"]["ratio_median"]
     return {
-        "benchmark": "head_time",
-        "environment": environment(),
         "shape": dataclasses.asdict(shape),
         "dtype": str(shape.dtype),
         "repeats": repeats,
         "ratios": ratios,
-        "runs": result,
-    }
-
-
-def masked_rows(shape: HeadShape | None = None, *, loss_fraction: float = 0.5, repeats: int = 7) -> dict[str, Any]:
-    """Head time when ``loss_fraction`` of the rows carry loss, relative to all rows; goal 1.03 * fraction."""
-    shape = shape or default_shape()
-    work = Workload(shape)
-    kept = int(shape.tokens * loss_fraction)
-    runs = {"all_rows": work.fused, "loss_rows": lambda: work.fused(rows=slice(kept))}
-    result = summary(interleaved_seconds(runs, repeats=repeats), "all_rows")
-    return {
-        "benchmark": "masked_rows",
-        "environment": environment(),
-        "shape": dataclasses.asdict(shape),
-        "repeats": repeats,
-        "ratios": {"loss_rows / all_rows": result["loss_rows"]["ratio_median"], "fraction": kept / shape.tokens},
         "runs": result,
     }
 
@@ -238,26 +214,19 @@ def head_memory(shape: HeadShape | None = None, variants: tuple[str, ...] = MEMO
         if child.returncode:
             raise RuntimeError(f"measuring {variant} failed:\n{child.stderr[-4000:]}")
         results[variant] = json.loads(child.stdout.splitlines()[-1])
+    ratios = {f"{variant} extra / chunk": run["extra_bytes"] / shape.chunk_bytes for variant, run in results.items()}
     return {
-        "benchmark": "head_memory",
-        "environment": environment(),
         "shape": dataclasses.asdict(shape),
         "chunk_bytes": shape.chunk_bytes,
-        "ratios": {
-            f"{variant} extra / chunk": result["extra_bytes"] / shape.chunk_bytes
-            for variant, result in results.items()
-            if result is not None
-        },
+        "ratios": ratios,
         "runs": results,
     }
 
 
-def _measure_memory(shape: HeadShape, variant: str) -> dict[str, int] | None:
+def _measure_memory(shape: HeadShape, variant: str) -> dict[str, int]:
     """Bytes of one run in this process: peak over what was held before, and without the gradients it leaves."""
     torch.set_num_threads(1)
-    with single_rank() as megatron:
-        if variant.startswith("megatron") and not megatron:
-            return None
+    with single_rank():
         # A tiny run first: libraries load and keep what they keep.
         getattr(Workload(HeadShape(tokens=8, vocab=64, hidden=16, chunk_tokens=4)), variant)()
         work = Workload(shape)

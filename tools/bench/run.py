@@ -18,23 +18,19 @@ from megatron_gft.errors import InputError, command
 
 BENCHMARKS = {
     "head_time": "tools.bench.head:head_time",
-    "head_masked_rows": "tools.bench.head:masked_rows",
     "head_memory": "tools.bench.head:head_memory",
     "planner": "tools.bench.packing:bench_planner",
-    "shared_prefix_trunk": "tools.bench.packing:bench_shared_prefix",
     "step_ratio": "tools.bench.step:step_ratio",
-    "step_breakdown": "tools.bench.step:step_breakdown",
     "dead_groups": "tools.bench.step:dead_groups",
     "shared_prefix_step": "tools.bench.step:shared_prefix_step",
     "padded_batches": "tools.bench.step:padded_batches",
     "preprocess": "tools.bench.data:bench_preprocess",
     "preprocess_workers": "tools.bench.data:bench_preprocess_workers",
     "shard_reading": "tools.bench.data:bench_shard_reading",
-    "shard_opening": "tools.bench.data:bench_open",
     "conversion": "tools.bench.convert:measure_conversion",
+    "start_up": "tools.bench.start_up:start_up",
 }
-_HOST_ONLY = ("planner", "preprocess", "preprocess_workers", "shard_reading", "shard_opening", "conversion")
-ON_GPU = tuple(name for name in BENCHMARKS if name not in _HOST_ONLY)
+ON_GPU = ("head_time", "head_memory", "step_ratio", "dead_groups", "shared_prefix_step", "padded_batches")
 
 
 def run_benchmarks(names: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measurements of whole steps as ratios: GFT against SFT, dead groups, shared prompts, and where a step's time goes.
+"""Measurements of whole steps as ratios: GFT against SFT, dead groups, shared prompts, padded batches.
 
 Every function runs the trainer's own parts (plan, packs, model under Megatron's DDP, optimizer) on one rank, picks
 the device itself and returns a JSON-able dict. Contestants take turns within one run (``bench/timing.py``).
@@ -29,7 +29,7 @@ from megatron_gft.shards.limited import GroupTable
 from megatron_gft.step import StepRunner
 from tools.bench.head import single_rank
 from tools.bench.packing import lognormal_lengths
-from tools.bench.timing import interleaved_seconds, seconds, summary
+from tools.bench.timing import interleaved_seconds, summary
 
 # Pairs of a comparison whose goal is within a percent.
 PAIRS = 31
@@ -371,71 +371,3 @@ def _padded(data: RandomGroups, batch: StepBatch) -> list[Pack]:
             ).to(torch.device(torch.cuda.current_device()))
         )
     return packs
-
-
-def step_breakdown(shape: StepShape | None = None, *, repeats: int = 5) -> dict[str, Any]:
-    """Median seconds of each part of a GFT step, and how many of its rows reach the vocabulary matrix.
-
-    ``head`` is within forward: the fused head makes its gradients there.
-    """
-    shape = shape or default_shape()
-    with single_rank():
-        bench = Workbench(shape)
-        groups = RandomGroups.equal(shape)
-        source, batch = bench.plan(groups)
-        packs = source.packs(batch)
-        head = _TimedModule(unwrap(bench.chunks[-1]).output_layer)
-        parts: dict[str, list[float]] = {
-            name: [] for name in ("plan", "packs", "forward", "head", "backward", "update")
-        }
-        for turn in range(repeats + 1):
-            bench.clear()
-            found = {"plan": seconds(lambda: source.batch(0)), "packs": seconds(lambda: source.packs(batch))}
-            found |= {"forward": 0.0, "head": 0.0, "backward": 0.0}
-            for pack in packs:
-                taken, output = _timed(partial(bench.chunks[0], pack))
-                found["forward"] += taken
-                found["head"] += head.seconds
-                found["backward"] += seconds(output.loss_sum.backward)
-            found["update"] = seconds(bench.update)
-            if turn:  # the first one warms up
-                for name, value in found.items():
-                    parts[name].append(value)
-        head.remove()
-    medians = {name: float(np.median(values)) for name, values in parts.items()}
-    total = sum(value for name, value in medians.items() if name != "head")
-    return {
-        "shape": dataclasses.asdict(shape),
-        "seconds": medians | {"total": total},
-        "share": {name: value / total for name, value in medians.items()},
-        "rows": sum(len(pack.tokens) for pack in packs),
-        "rows_in_head": sum(head.rows[-len(packs) :]),
-        "loss_tokens": batch.loss_tokens,
-    }
-
-
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of a call, and what it returned."""
-    results: list[Any] = []
-    return seconds(lambda: results.append(run())), results[0]
-
-
-class _TimedModule:
-    """Seconds of the last forward of a module, and the loss rows that each forward was given."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.seconds = 0.0
-        self.rows: list[int] = []
-        inner: Callable[..., Any] = module.forward
-        self.module = module
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self.seconds, result = _timed(partial(inner, *args, **kwargs))
-            self.rows.append(len(kwargs["loss_rows"]))
-            return result
-
-        module.forward = forward  # type: ignore[method-assign]
-
-    def remove(self) -> None:
-        """Put the module's own forward back."""
-        del self.module.forward
