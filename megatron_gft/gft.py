@@ -24,10 +24,10 @@ from megatron_gft.objectives import OBJECTIVES, Advantage, Coefficient, Normaliz
 
 __all__ = [
     "OBJECTIVES",
-    "coefficient",
     "group_advantages",
     "rectified_coefficient",
     "response_weights",
+    "token_coefficient",
     "token_losses",
 ]
 
@@ -135,8 +135,8 @@ def rectified_coefficient(logprobs: torch.Tensor, tau: float) -> torch.Tensor:
     return torch.where(p > tau, 1.0, p)
 
 
-def coefficient(logprobs: torch.Tensor, tau: float, kind: Coefficient) -> torch.Tensor:
-    """Token coefficient of one kind: ``rectified`` (GFT), ``none`` (1: SFT) or ``probability`` (p: DFT).
+def token_coefficient(logprobs: torch.Tensor, tau: float, coefficient: Coefficient) -> torch.Tensor:
+    """c of each token: ``rectified`` (GFT), ``none`` (1: SFT) or ``probability`` (p: DFT).
 
     Args:
         logprobs: [T] log p of the labels, reduced over all tensor-parallel ranks: each must see the same p,
@@ -146,13 +146,13 @@ def coefficient(logprobs: torch.Tensor, tau: float, kind: Coefficient) -> torch.
         [T] without gradient, float32 or wider.
 
     Raises:
-        InputError: unknown kind.
+        InputError: unknown coefficient.
     """
-    _check_choice("coefficient", kind, get_args(Coefficient))
-    if kind == "rectified":
+    _check_choice("coefficient", coefficient, get_args(Coefficient))
+    if coefficient == "rectified":
         return rectified_coefficient(logprobs, tau)
     p = _probabilities(logprobs)
-    return p if kind == "probability" else torch.ones_like(p)
+    return p if coefficient == "probability" else torch.ones_like(p)
 
 
 def token_losses(
@@ -172,8 +172,7 @@ def token_losses(
         InputError: unknown objective.
     """
     _check_choice("objective", objective, tuple(OBJECTIVES))
-    kind = OBJECTIVES[objective].coefficient
-    return advantages * coefficient(logprobs, tau, kind) * -logprobs
+    return advantages * token_coefficient(logprobs, tau, OBJECTIVES[objective].coefficient) * -logprobs
 
 
 def _probabilities(logprobs: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,6 @@ pre-hook. Only the rows named in ``loss_rows`` reach the matrix: prompt rows cos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -17,26 +15,9 @@ from megatron.core.tensor_parallel import (
 )
 from torch.autograd.function import once_differentiable
 
-from megatron_gft.gft import coefficient
-from megatron_gft.objectives import Coefficient
+from megatron_gft.gft import token_coefficient
+from megatron_gft.objectives import HeadSettings
 from megatron_gft.vocab_parallel import VocabShard, linear_gft_loss
-
-
-@dataclass(frozen=True)
-class HeadSettings:
-    """How the head computes the loss.
-
-    ``vocab_size`` is the tokenizer's (None: the matrix has no padding rows); ``fused`` False takes Megatron's own
-    linear layer and vocab-parallel cross entropy, which hold all logits; ``chunk_tokens`` is the number of logit
-    rows that the fused path holds.
-    """
-
-    tau: float = 0.1
-    coefficient: Coefficient = "rectified"
-    vocab_size: int | None = None
-    fused: bool = True
-    chunk_tokens: int = 2048
-    entropy: bool = False
 
 
 class GFTOutputLayer(ColumnParallelLinear):
@@ -107,12 +88,8 @@ class GFTOutputLayer(ColumnParallelLinear):
             weight,
             labels,
             token_weights,
-            tau=settings.tau,
-            coefficient=settings.coefficient,
+            settings,
             tp_group=self.tp_group,
-            chunk_tokens=settings.chunk_tokens,
-            compute_entropy=settings.entropy,
-            vocab_size=settings.vocab_size,
             reduce_hidden_grad=self.allreduce_dgrad,
             # Megatron's DDP sets both attributes: there is a buffer, and its hooks know of gradients put there.
             accumulate_into_main_grad=self.training
@@ -148,7 +125,7 @@ class GFTOutputLayer(ColumnParallelLinear):
             full = gather_from_tensor_model_parallel_region(logits.detach(), group=self.tp_group)
             entropy = torch.special.entr(full.float().softmax(dim=1)).sum(1)
         logprobs = -vocab_parallel_cross_entropy(logits[:, None], labels[:, None])[:, 0]
-        c = coefficient(logprobs, settings.tau, settings.coefficient)
+        c = token_coefficient(logprobs, settings.tau, settings.coefficient)
         return -(token_weights * c * logprobs).sum(), logprobs.detach(), entropy
 
 

@@ -80,7 +80,6 @@ def build_trainer(
         _check_same_data(stored, state, config, resume_from)
         state = replace(stored, data_fingerprint=state.data_fingerprint, groups_per_step=state.groups_per_step)
     scheduler.step(state.step + 1)  # update k uses the rate of step k: the first one is not wasted at rate 0
-    objective = config.objective
     return Trainer(
         config=config,
         shape=shape,
@@ -88,7 +87,7 @@ def build_trainer(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=scheduler,
-        runner=StepRunner(chunks, parallel, tau=objective.tau, kind=objective.coefficient or "rectified"),
+        runner=StepRunner(chunks, parallel),
         source=source,
         prefetcher=StepPrefetcher(source, total_steps),
         validation=StepSource(valid_groups, config, shape, parallel, validation=True) if valid_groups else None,

@@ -47,10 +47,10 @@ def loss_record(report: LossReport, *, with_entropy: bool, prefix: str = "") -> 
         if place and report.denominator:
             record[f"{prefix}{place}loss"] = sums["loss"] / report.denominator
 
-    add("", dict(zip(STATISTICS, report.buckets.sum((0, 1)).tolist(), strict=True)))
+    add("", dict(zip(STATISTICS, report.token_sums.sum((0, 1)).tolist(), strict=True)))
     for i, source in enumerate(ALL_SOURCES):
         for j, sign in enumerate(SIGNS):
-            sums = dict(zip(STATISTICS, report.buckets[i, j].tolist(), strict=True))
+            sums = dict(zip(STATISTICS, report.token_sums[i, j].tolist(), strict=True))
             if sums["tokens"]:
                 add(f"{source}/{sign}/", sums)
     return record

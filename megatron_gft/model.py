@@ -31,8 +31,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_gft.attention import CoreAttention, RMSNorm, TECoreAttention
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.head import GFTOutputLayer, HeadSettings
+from megatron_gft.head import GFTOutputLayer
 from megatron_gft.hf.shape import DTYPES, ModelShape, gpt_model_kwargs, padded_vocab_size, transformer_config_kwargs
+from megatron_gft.objectives import HeadSettings
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
 from megatron_gft.validation import transformer_problems

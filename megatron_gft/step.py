@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_gft.gft import coefficient
-from megatron_gft.model import LossOutput
-from megatron_gft.objectives import ALL_SOURCES, Coefficient
+from megatron_gft.gft import token_coefficient
+from megatron_gft.model import LossOutput, unwrap
+from megatron_gft.objectives import ALL_SOURCES, HeadSettings
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
 from megatron_gft.timing import ForwardTimer
@@ -32,48 +32,48 @@ STATISTICS = ("tokens", "loss", "nll", "probability", "rectified", "abs_advantag
 class LossReport:
     """Sums over all loss rows of a step, equal on every rank.
 
-    ``buckets`` is float64 ``[source, sign of advantage, statistic]`` in the order of ``ALL_SOURCES``, ``SIGNS``
+    ``token_sums`` is float64 ``[source, sign of advantage, statistic]`` in the order of ``ALL_SOURCES``, ``SIGNS``
     and ``STATISTICS``; every statistic is a sum over tokens. ``denominator`` is D.
     """
 
-    buckets: torch.Tensor
+    token_sums: torch.Tensor
     denominator: int
 
     @property
     def loss(self) -> float:
         """The step's loss, ``sum(w * c * -log p) / D``; 0 where nothing was divided by."""
-        total = float(self.buckets[..., STATISTICS.index("loss")].sum())
+        total = float(self.token_sums[..., STATISTICS.index("loss")].sum())
         return total / self.denominator if self.denominator else 0.0
 
 
-def pack_buckets(pack: Pack, logprobs: torch.Tensor, entropy: torch.Tensor | None, tau: float, kind: Coefficient):
+def pack_token_sums(pack: Pack, output: LossOutput, head: HeadSettings) -> torch.Tensor:
     """Metrics of one pack as float64 ``[3, 2, 7]`` (see :class:`LossReport`); no communication, no host sync."""
+    logprobs, entropy = output.logprobs, output.entropy
     p = logprobs.double().exp()
-    weight = pack.token_weights.double() * coefficient(logprobs, tau, kind).double()
+    weight = pack.token_weights.double() * token_coefficient(logprobs, head.tau, head.coefficient).double()
     rows = torch.stack(
         [
             torch.ones_like(p),
             weight * -logprobs.double(),
             -logprobs.double(),
             p,
-            (p <= tau).double(),
+            (p <= head.tau).double(),
             pack.advantages.double().abs(),
             torch.zeros_like(p) if entropy is None else entropy.double(),
         ],
         dim=-1,
     )
-    bucket = pack.sources.long() * len(SIGNS) + (pack.advantages < 0).long()
+    place = pack.sources.long() * len(SIGNS) + (pack.advantages < 0).long()
     flat = rows.new_zeros(len(ALL_SOURCES) * len(SIGNS), len(STATISTICS))
-    return flat.index_add_(0, bucket, rows).view(len(ALL_SOURCES), len(SIGNS), len(STATISTICS))
+    return flat.index_add_(0, place, rows).view(len(ALL_SOURCES), len(SIGNS), len(STATISTICS))
 
 
 class StepRunner:
     """Runs packs through the model chunks of this rank with Megatron's pipeline schedules."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], parallel: Parallel, *, tau: float, kind: Coefficient):
+    def __init__(self, chunks: Sequence[torch.nn.Module], parallel: Parallel):
         self.chunks = list(chunks)
         self.parallel = parallel
-        self.tau, self.kind = tau, kind
         self.loss_sums: list[torch.Tensor] = []
         self.timer = ForwardTimer()
 
@@ -104,7 +104,7 @@ class StepRunner:
                     forward_only=forward_only,
                 )
             for report in reports:
-                total += report["buckets"]
+                total += report["token_sums"]
         self._reduce(total)
         return LossReport(total.cpu(), denominator)
 
@@ -128,8 +128,8 @@ class StepRunner:
     def _loss(self, pack: Pack, output: LossOutput, count: int, loss_sum: torch.Tensor):
         self.loss_sums.append(loss_sum.detach())
         tokens = torch.tensor(count, dtype=torch.int, device=loss_sum.device)
-        buckets = pack_buckets(pack, output.logprobs, output.entropy, self.tau, self.kind)
-        return loss_sum, tokens, {"buckets": buckets}
+        head = unwrap(self.chunks[-1]).head  # a stage's last chunk is the one that ends in a loss
+        return loss_sum, tokens, {"token_sums": pack_token_sums(pack, output, head)}
 
     def _reduce(self, total: torch.Tensor) -> None:
         """Sum over dp x cp on the last stage, then give it to all stages: every rank decides alike."""

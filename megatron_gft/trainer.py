@@ -223,7 +223,7 @@ class Trainer:
             return
         for chunk in self.chunks:
             chunk.eval()
-        buckets, denominator, step = None, 0, 0
+        token_sums, denominator, step = None, 0, 0
         size = self.config.data.groups_per_step
         with self.watchdog.doing(f"validating after step {self.state.step}"):
             while step * size < min(self.config.train.validate_groups, len(self.validation.groups)):
@@ -231,14 +231,14 @@ class Trainer:
                 report = self.runner.forward_backward(
                     self.validation.packs(batch), batch.denominator, forward_only=True
                 )
-                buckets = report.buckets if buckets is None else buckets + report.buckets
+                token_sums = report.token_sums if token_sums is None else token_sums + report.token_sums
                 denominator += batch.denominator
                 step += 1
         for chunk in self.chunks:
             chunk.train()
-        if self.reporter is not None and buckets is not None:
+        if self.reporter is not None and token_sums is not None:
             record = loss_record(
-                LossReport(buckets, denominator), with_entropy=self.config.objective.entropy, prefix="valid/"
+                LossReport(token_sums, denominator), with_entropy=self.config.objective.entropy, prefix="valid/"
             )
             self.reporter.validation({"step": self.state.step} | record)
 

@@ -28,14 +28,15 @@ Shapes: T rows, V vocabulary rows of all ranks (padding included), v = V/tp rows
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_gft.gft import coefficient as token_coefficient
-from megatron_gft.objectives import OBJECTIVES, Coefficient
+from megatron_gft.gft import token_coefficient
+from megatron_gft.objectives import OBJECTIVES, HeadSettings
 
 # Rows are handled in blocks so that several passes over them hit the cache (CPU), or so that float32
 # temporaries of half-precision logits stay small beside the chunk (elsewhere).
@@ -48,12 +49,14 @@ class VocabShard:
     """The vocabulary columns of this rank: ``size`` of them from ``start``, of which the first ``valid`` are real.
 
     The rest is padding that makes the vocabulary divisible; its weights are zeros in converted checkpoints, so
-    its logits (0) must stay out of the softmax for the loss to equal the original model's.
+    its logits (0) must stay out of the softmax for the loss to equal the original model's. The ranks of ``tp_group``
+    hold the other columns; None is one rank.
     """
 
     start: int
     size: int
     valid: int
+    tp_group: dist.ProcessGroup | None
 
     @classmethod
     def of_rank(cls, size: int, tp_group: dist.ProcessGroup | None, vocab_size: int | None) -> VocabShard:
@@ -62,7 +65,7 @@ class VocabShard:
         start = rank * size
         total = world_size * size if vocab_size is None else vocab_size
         assert 0 < total <= world_size * size, f"vocab_size {total} exceeds {world_size} shards of {size} columns"
-        return cls(start, size, min(max(total - start, 0), size))
+        return cls(start, size, min(max(total - start, 0), size), tp_group if world_size > 1 else None)
 
     def targets(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Column of each label here (0 where it is another rank's), and whether it is ours; both [T]."""
@@ -108,38 +111,7 @@ def exponentiate_rows_(
     return statistics
 
 
-def softmax_gradient(
-    exponentials: torch.Tensor,
-    labels: torch.Tensor,
-    shard: VocabShard,
-    *,
-    row_scale: torch.Tensor,
-    row_weights: torch.Tensor,
-    logprobs: torch.Tensor,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """``out[t] = row_weights[t] * (softmax[t] - onehot[t])`` [T, v] from :func:`exponentiate_rows_`'s result.
-
-    Args:
-        exponentials: [T, v] exp(logit - row maximum).
-        row_scale: [T] softmax = exponentials * row_scale.
-        row_weights: [T] gradient with respect to -log p of each row.
-        logprobs: [T] log p of the labels.
-        out: [T, v], may be ``exponentials`` itself; padding columns are set to 0.
-    """
-    valid = slice(shard.valid)
-    torch.mul(exponentials[:, valid], (row_scale * row_weights)[:, None], out=out[:, valid])
-    out[:, shard.valid :].zero_()
-    columns, owned = shard.targets(labels)
-    # w (p - 1) by expm1: no cancellation where p is close to 1, and no rounding of p to half precision
-    label_gradient = (row_weights * torch.expm1(logprobs)).to(out.dtype)
-    current = out.gather(1, columns[:, None])[:, 0]
-    out.scatter_(1, columns[:, None], torch.where(owned, label_gradient, current)[:, None])
-    return out
-
-
-@dataclass(frozen=True)
-class _RowResult:
+class RowResult(NamedTuple):
     """Per row, each [T]: log p of the label, entropy (or None), and exp(local maximum) / partition function."""
 
     logprobs: torch.Tensor
@@ -147,14 +119,41 @@ class _RowResult:
     scale: torch.Tensor
 
 
-def _combine(statistics: torch.Tensor, tp_group: dist.ProcessGroup | None) -> _RowResult:
+def softmax_gradient(
+    exponentials: torch.Tensor,
+    labels: torch.Tensor,
+    shard: VocabShard,
+    rows: RowResult,
+    row_weights: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """``out[t] = row_weights[t] * (softmax[t] - onehot[t])`` [T, v] from :func:`exponentiate_rows_`'s result.
+
+    Args:
+        exponentials: [T, v] exp(logit - row maximum).
+        rows: what was combined over the ranks; softmax = exponentials * ``rows.scale``.
+        row_weights: [T] gradient with respect to -log p of each row.
+        out: [T, v], may be ``exponentials`` itself; padding columns are set to 0.
+    """
+    valid = slice(shard.valid)
+    torch.mul(exponentials[:, valid], (rows.scale * row_weights)[:, None], out=out[:, valid])
+    out[:, shard.valid :].zero_()
+    columns, owned = shard.targets(labels)
+    # w (p - 1) by expm1: no cancellation where p is close to 1, and no rounding of p to half precision
+    label_gradient = (row_weights * torch.expm1(rows.logprobs)).to(out.dtype)
+    current = out.gather(1, columns[:, None])[:, 0]
+    out.scatter_(1, columns[:, None], torch.where(owned, label_gradient, current)[:, None])
+    return out
+
+
+def _combine(statistics: torch.Tensor, tp_group: dist.ProcessGroup | None) -> RowResult:
     """Statistics [3 or 4, T] of every rank -> the same row results on every rank; one all-gather."""
-    rank, world_size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
-    gathered = statistics[None]
-    if world_size > 1:
-        gathered = statistics.new_empty((world_size * len(statistics), statistics.shape[1]))
+    rank, gathered = 0, statistics[None]
+    if tp_group is not None:
+        rank = tp_group.rank()
+        gathered = statistics.new_empty((tp_group.size() * len(statistics), statistics.shape[1]))
         dist.all_gather_into_tensor(gathered, statistics, group=tp_group)
-        gathered = gathered.view(world_size, *statistics.shape)
+        gathered = gathered.view(-1, *statistics.shape)
     maximum, sums, target = gathered[:, 0], gathered[:, 1], gathered[:, 2]
     top = maximum.amax(0)
     rescale = (maximum - top).exp()
@@ -164,14 +163,14 @@ def _combine(statistics: torch.Tensor, tp_group: dist.ProcessGroup | None) -> _R
     if len(statistics) == 4:
         expected = ((gathered[:, 3] + (maximum - top) * sums) * rescale).sum(0) / total  # E[logit - top]
         entropy = total.log() - expected
-    return _RowResult(logprobs, entropy, rescale[rank] / total)
+    return RowResult(logprobs, entropy, rescale[rank] / total)
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, shard, tp_group):
+    def forward(ctx, logits, labels, shard):
         exponentials = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        rows = _combine(exponentiate_rows_(exponentials, labels, shard), tp_group)
+        rows = _combine(exponentiate_rows_(exponentials, labels, shard), shard.tp_group)
         ctx.shard = shard
         ctx.save_for_backward(exponentials, labels, rows.scale, rows.logprobs)
         return rows.logprobs
@@ -180,16 +179,9 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprobs):
         exponentials, labels, scale, logprobs = ctx.saved_tensors
-        gradient = softmax_gradient(
-            exponentials,
-            labels,
-            ctx.shard,
-            row_scale=scale,
-            row_weights=-grad_logprobs,
-            logprobs=logprobs,
-            out=torch.empty_like(exponentials),
-        )
-        return gradient, None, None, None
+        rows, out = RowResult(logprobs, None, scale), torch.empty_like(exponentials)
+        gradient = softmax_gradient(exponentials, labels, ctx.shard, rows, -grad_logprobs, out)
+        return gradient, None, None
 
 
 def vocab_parallel_logprobs(
@@ -212,43 +204,17 @@ def vocab_parallel_logprobs(
     """
     assert logits.dim() == 2 and labels.shape == logits.shape[:1], (logits.shape, labels.shape)
     shard = VocabShard.of_rank(logits.shape[1], tp_group, vocab_size)
-    return _VocabParallelLogprobs.apply(logits, labels, shard, tp_group)
+    return _VocabParallelLogprobs.apply(logits, labels, shard)
 
 
-@dataclass(frozen=True)
-class _Head:
-    """What stays the same from chunk to chunk of :func:`linear_gft_loss`."""
-
-    shard: VocabShard
-    tp_group: dist.ProcessGroup | None
-    tau: float
-    coefficient: Coefficient
-    chunk_tokens: int
-    entropy: bool
-    reduce_hidden_grad: bool
-    accumulate_into_main_grad: bool
-    loss_scale: torch.Tensor | float
-
-
-@dataclass
-class _Gradients:
-    """Where a pass leaves its gradients (None: not wanted). ``fresh``: the weight's holds no values yet."""
+class _Gradients(NamedTuple):
+    """Where a pass leaves its gradients (None: nobody wants it) and how; see :func:`linear_gft_loss`."""
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None
-    fresh: bool
-
-    def add(self, rows: slice, logits_grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, head: _Head):
-        """Both gradients of one chunk; returns the handle of the running all-reduce of the hidden one, if any."""
-        work = None
-        if self.hidden is not None:
-            torch.mm(logits_grad, weight, out=self.hidden[rows])
-            if head.reduce_hidden_grad and head.tp_group is not None and head.tp_group.size() > 1:
-                work = dist.all_reduce(self.hidden[rows], group=head.tp_group, async_op=True)
-        if self.weight is not None:
-            _add_weight_gradient_(self.weight, logits_grad, x, overwrite=self.fresh)
-            self.fresh = False
-        return work
+    reduce_hidden: bool
+    into_main_grad: bool
+    loss_scale: torch.Tensor | float
 
 
 def _run_chunks(
@@ -256,68 +222,61 @@ def _run_chunks(
     weight: torch.Tensor,
     labels: torch.Tensor,
     token_weights: torch.Tensor,
-    head: _Head,
-    gradients: _Gradients | None,
+    settings: HeadSettings,
+    shard: VocabShard,
+    gradients: _Gradients,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Loss sum, log-probs [T] and entropy [T]; fills ``gradients`` on the way unless it is None."""
-    num_rows = len(hidden)
+    """Loss sum, log-probs [T] and entropy [T]; fills ``gradients`` on the way."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logprobs = torch.empty(num_rows, dtype=dtype, device=hidden.device)
-    entropy = torch.empty_like(logprobs) if head.entropy else None
-    chunks = list(_chunks(num_rows, head.chunk_tokens))
+    logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+    entropy = torch.empty_like(logprobs) if settings.entropy else None
+    chunks = list(_chunks(len(hidden), settings.chunk_tokens))
     largest = max((rows.stop - rows.start for rows in chunks), default=0)
-    buffer = torch.empty((largest, head.shard.size), dtype=hidden.dtype, device=hidden.device)
+    buffer = torch.empty((largest, shard.size), dtype=hidden.dtype, device=hidden.device)
     reductions = []
     for rows in chunks:
         x, y = hidden[rows], labels[rows]
         logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
-        result = _combine(exponentiate_rows_(logits, y, head.shard, entropy=head.entropy), head.tp_group)
+        result = _combine(exponentiate_rows_(logits, y, shard, entropy=settings.entropy), shard.tp_group)
         logprobs[rows] = result.logprobs
         if entropy is not None and result.entropy is not None:
             entropy[rows] = result.entropy
-        if gradients is None:
+        if gradients.hidden is None and gradients.weight is None:
             continue
-        c = token_coefficient(result.logprobs, head.tau, head.coefficient)
-        logits_grad = softmax_gradient(
-            logits,
-            y,
-            head.shard,
-            row_scale=result.scale,
-            row_weights=token_weights[rows] * c * head.loss_scale,
-            logprobs=result.logprobs,
-            out=logits,
-        )
-        # The all-reduce runs behind the weight-gradient GEMM and the next chunk's logits GEMM.
-        reductions.append(gradients.add(rows, logits_grad, x, weight, head))
+        c = token_coefficient(result.logprobs, settings.tau, settings.coefficient)
+        row_weights = token_weights[rows] * c * gradients.loss_scale
+        logits_grad = softmax_gradient(logits, y, shard, result, row_weights, out=logits)
+        if gradients.hidden is not None:
+            torch.mm(logits_grad, weight, out=gradients.hidden[rows])
+            if gradients.reduce_hidden and shard.tp_group is not None:
+                # Runs behind the weight-gradient GEMM and the next chunk's logits GEMM.
+                reductions.append(dist.all_reduce(gradients.hidden[rows], group=shard.tp_group, async_op=True))
+        if gradients.weight is not None:
+            holds_nothing = rows.start == 0 and not gradients.into_main_grad
+            _add_weight_gradient_(gradients.weight, logits_grad, x, overwrite=holds_nothing)
     for work in reductions:
-        if work is not None:
-            work.wait()
-    loss_sum = -(token_weights * token_coefficient(logprobs, head.tau, head.coefficient) * logprobs).sum()
-    return loss_sum, logprobs, entropy
+        work.wait()
+    c = token_coefficient(logprobs, settings.tau, settings.coefficient)
+    return -(token_weights * c * logprobs).sum(), logprobs, entropy
 
 
 class _LinearGFTLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weights, head):
+    def forward(ctx, hidden, weight, labels, token_weights, settings, shard, reduce_hidden, into_main_grad, loss_scale):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        into_main_grad = head.accumulate_into_main_grad and wants_weight
-        weight_grad = None
-        if into_main_grad:
-            weight_grad = weight.main_grad
-        elif wants_weight:
+        into_main_grad = into_main_grad and wants_weight
+        weight_grad = weight.main_grad if into_main_grad else None
+        if wants_weight and not into_main_grad:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             allocate = torch.empty if len(hidden) else torch.zeros
             weight_grad = allocate(weight.shape, dtype=dtype, device=weight.device)
-        gradients = _Gradients(
-            hidden=torch.empty_like(hidden) if wants_hidden else None,
-            weight=weight_grad,
-            fresh=not into_main_grad,
-        )
-        outputs = _run_chunks(hidden, weight, labels, token_weights, head, gradients)
-        ctx.hidden_grad = gradients.hidden
+        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+        gradients = _Gradients(hidden_grad, weight_grad, reduce_hidden, into_main_grad, loss_scale)
+        outputs = _run_chunks(hidden, weight, labels, token_weights, settings, shard, gradients)
+        ctx.hidden_grad = hidden_grad
         ctx.weight_grad = None if into_main_grad else weight_grad
         ctx.weight = weight if into_main_grad else None
-        ctx.loss_scale, ctx.done = head.loss_scale, False
+        ctx.loss_scale, ctx.done = loss_scale, False
         ctx.mark_non_differentiable(*(tensor for tensor in outputs[1:] if tensor is not None))
         return outputs
 
@@ -341,7 +300,7 @@ class _LinearGFTLoss(torch.autograd.Function):
             weight_grad = _placeholder_gradient(weight)
         elif weight_grad is not None:
             weight_grad = weight_grad.mul_(factor)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, *[None] * 7
 
 
 def linear_gft_loss(
@@ -349,17 +308,14 @@ def linear_gft_loss(
     weight: torch.Tensor,
     labels: torch.Tensor,
     token_weights: torch.Tensor,
+    settings: HeadSettings | None = None,
     *,
-    tau: float = 0.1,
-    objective: str = "gft",
-    coefficient: Coefficient | None = None,
+    objective: str | None = None,
     tp_group: dist.ProcessGroup | None = None,
-    chunk_tokens: int = 2048,
-    compute_entropy: bool = False,
-    vocab_size: int | None = None,
     reduce_hidden_grad: bool = True,
     accumulate_into_main_grad: bool = False,
     loss_scale: torch.Tensor | float = 1.0,
+    **changes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Output layer + cross entropy + GFT coefficient in one pass over chunks of rows.
 
@@ -373,43 +329,32 @@ def linear_gft_loss(
         weight: [v, h] this rank's rows of the output matrix, in the dtype of ``hidden``.
         labels: [T] int64 in the whole vocabulary.
         token_weights: [T] float32 or wider, A * u of each row (``gft.response_weights``).
-        tau: threshold of the rectification.
+        settings: see :class:`HeadSettings`; None for its defaults.
         objective: ``gft``, ``sft`` or ``dft``: picks the coefficient unless ``coefficient`` names one.
         tp_group: ranks that hold the other rows of the matrix; None for one rank.
-        chunk_tokens: rows of logits held at a time; T is cut evenly. Larger chunks re-read ``weight`` and its
-            gradient less often.
-        compute_entropy: also the entropy of each row's distribution, in the same pass.
-        vocab_size: true size of the vocabulary; rows of ``weight`` beyond it are padding, get no probability
-            and no gradient.
         reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``, as for an input that is replicated.
             With sequence parallelism pass False: the gather before this call reduce-scatters the partial sums.
         accumulate_into_main_grad: add the weight gradient to ``weight.main_grad`` in forward (see the module's
             docstring for when that is sound), mark ``grad_added_to_main_grad`` and return a placeholder.
         loss_scale: upstream gradient to expect (fp16 loss scaling); gradients are made at this scale, so that
             they do not underflow.
+        changes: fields of ``settings`` by name: ``tau=0.2, chunk_tokens=512``.
 
     Returns:
         (sum over t of token_weights * c * -log p, scalar with gradient; log p [T]; entropy [T] in nats or None);
         the last two without gradient. Equal on all ranks of ``tp_group``.
     """
+    if objective is not None:
+        changes = {"coefficient": OBJECTIVES[objective].coefficient} | changes
+    settings = replace(settings or HeadSettings(), **changes)
     assert hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
     assert labels.shape == token_weights.shape == hidden.shape[:1], (hidden.shape, labels.shape, token_weights.shape)
-    assert chunk_tokens > 0, chunk_tokens
-    head = _Head(
-        shard=VocabShard.of_rank(len(weight), tp_group, vocab_size),
-        tp_group=tp_group,
-        tau=tau,
-        coefficient=coefficient or OBJECTIVES[objective].coefficient,
-        chunk_tokens=chunk_tokens,
-        entropy=compute_entropy,
-        reduce_hidden_grad=reduce_hidden_grad,
-        accumulate_into_main_grad=accumulate_into_main_grad,
-        loss_scale=loss_scale,
-    )
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _LinearGFTLoss.apply(hidden, weight, labels, token_weights, head)
-    with torch.no_grad():
-        return _run_chunks(hidden, weight, labels, token_weights, head, None)
+    assert settings.chunk_tokens > 0, settings
+    shard = VocabShard.of_rank(len(weight), tp_group, settings.vocab_size)
+    if not torch.is_grad_enabled():  # which the function below cannot see
+        hidden, weight = hidden.detach(), weight.detach()
+    inputs = (hidden, weight, labels, token_weights, settings, shard)
+    return _LinearGFTLoss.apply(*inputs, reduce_hidden_grad, accumulate_into_main_grad, loss_scale)
 
 
 def _chunks(num_rows: int, largest: int) -> Iterator[slice]:
@@ -421,28 +366,24 @@ def _chunks(num_rows: int, largest: int) -> Iterator[slice]:
 
 def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
     rows, columns = logits.shape
-    if logits.device.type == "cpu":
-        step = max(1, _CPU_BLOCK_ELEMENTS // columns)
-    else:
-        step = max(1, -(-rows // _BLOCKS_PER_CHUNK))
+    on_cpu = logits.device.type == "cpu"
+    step = max(1, _CPU_BLOCK_ELEMENTS // columns if on_cpu else -(-rows // _BLOCKS_PER_CHUNK))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def _add_weight_gradient_(
-    weight_grad: torch.Tensor, logits_grad: torch.Tensor, x: torch.Tensor, *, overwrite: bool
-) -> None:
-    """``weight_grad [v, h] (+)= logits_grad.T [v, T] @ x [T, h]``, accumulated in the dtype of ``weight_grad``."""
+def _add_weight_gradient_(total: torch.Tensor, logits_grad: torch.Tensor, x: torch.Tensor, *, overwrite: bool) -> None:
+    """``total [v, h] (+)= logits_grad.T [v, T] @ x [T, h]``, accumulated in the dtype of ``total``."""
     beta = 0 if overwrite else 1
-    if weight_grad.dtype == x.dtype:
-        torch.addmm(weight_grad, logits_grad.t(), x, beta=beta, out=weight_grad)
+    if total.dtype == x.dtype:
+        torch.addmm(total, logits_grad.t(), x, beta=beta, out=total)
     elif x.is_cuda:
-        torch.addmm(weight_grad, logits_grad.t(), x, out_dtype=weight_grad.dtype, beta=beta, out=weight_grad)
+        torch.addmm(total, logits_grad.t(), x, out_dtype=total.dtype, beta=beta, out=total)
     else:
         # No mixed-dtype GEMM on the CPU: slices of the vocabulary keep the half-precision product small.
-        for rows in _chunks(len(weight_grad), 4096):
+        for rows in _chunks(len(total), 4096):
             product = torch.mm(logits_grad[:, rows].t(), x)
-            weight_grad[rows] = product if overwrite else weight_grad[rows].add_(product)
+            total[rows] = product if overwrite else total[rows].add_(product)
 
 
 def _placeholder_gradient(weight: torch.Tensor) -> torch.Tensor:

@@ -166,7 +166,7 @@ class RecordingRunner(StepRunner):
     """Keeps p and w of every loss token, and the gradients of the first step under both heads."""
 
     def __init__(self, trainer: Trainer):
-        super().__init__(trainer.chunks, trainer.parallel, tau=trainer.runner.tau, kind=trainer.runner.kind)
+        super().__init__(trainer.chunks, trainer.parallel)
         self.trainer = trainer
         self.tokens: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.gradients: dict[str, dict[str, np.ndarray]] = {}
@@ -244,11 +244,12 @@ def _train(folder: Path, output: Path, case: Case) -> Run:
         run.grad_norms.append(outcome.grad_norm)
         run.updated.append(outcome.updated)
         run.denominators.append(batch.denominator)
-        run.rectified.append(int(outcome.report.buckets[..., 4].sum()))
+        run.rectified.append(int(outcome.report.token_sums[..., 4].sum()))
         logprobs = torch.cat([logprobs for _, logprobs in runner.tokens] or [torch.empty(0)]).double()
         weights = torch.cat([weights for weights, _ in runner.tokens] or [torch.empty(0)]).double()
         p = logprobs.exp()
-        c = torch.where(p > config.objective.tau, 1.0, p) if runner.kind == "rectified" else torch.ones_like(p)
+        rectified = config.objective.coefficient == "rectified"
+        c = torch.where(p > config.objective.tau, 1.0, p) if rectified else torch.ones_like(p)
         run.scales.append(float((weights.abs() * c * -logprobs).sum()) / max(batch.denominator, 1))
         run.probabilities.append(p.numpy())
     run.evaluation = evaluate(trainer, case.steps[0])

@@ -100,7 +100,7 @@ def test_missing_reward_names_the_group_and_the_tool(bad):
         lambda: gft.group_advantages(torch.ones(1), torch.zeros(1), mode="grpo"),
         lambda: gft.response_weights(torch.ones(1), torch.ones(1), torch.zeros(1), normalize="batch"),
         lambda: gft.response_weights(torch.ones(1), torch.ones(1), torch.zeros(1), zero_variance="drop"),
-        lambda: gft.coefficient(torch.zeros(1), 0.1, "clip"),
+        lambda: gft.token_coefficient(torch.zeros(1), 0.1, "clip"),
         lambda: gft.token_losses(torch.zeros(1), torch.ones(1), objective="ppo"),
     ],
 )
@@ -153,8 +153,8 @@ def test_rectification_is_strict_at_tau():
     p = logprobs.exp()
     assert p[0] == tau  # log and exp round-trip here, so equality is really tested
     assert gft.rectified_coefficient(logprobs, tau).tolist() == [0.25, 1.0, p[2].item(), 1.0]
-    assert gft.coefficient(logprobs, tau, "none").tolist() == [1, 1, 1, 1]
-    assert gft.coefficient(logprobs, tau, "probability").tolist() == p.tolist()
+    assert gft.token_coefficient(logprobs, tau, "none").tolist() == [1, 1, 1, 1]
+    assert gft.token_coefficient(logprobs, tau, "probability").tolist() == p.tolist()
 
 
 def test_improbable_token_has_weight_zero_and_finite_loss():

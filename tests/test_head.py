@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import run_ranks
 
-from megatron_gft.gft import coefficient
-from megatron_gft.head import GFTOutputLayer, HeadSettings
+from megatron_gft.gft import token_coefficient
+from megatron_gft.head import GFTOutputLayer
+from megatron_gft.objectives import HeadSettings
 from megatron_gft.parallel import initialize_parallel, seed_everything
 
 HIDDEN, VOCAB, PADDED, ROWS, TAU = 16, 61, 64, 24, 0.2
@@ -172,7 +173,7 @@ def test_placeholder_that_is_not_added_loses_the_embeddings_gradient():
     assert movement_error(fused, unfused) > 0.1
 
 
-def dense(start: dict[str, torch.Tensor], tied: bool, batches: list[dict], kind: str = "rectified") -> dict:
+def dense(start: dict[str, torch.Tensor], tied: bool, batches: list[dict], coefficient: str = "rectified") -> dict:
     """Loss and gradients of the whole model in float64 on one rank, summed over ``batches``."""
     weights = {name: value.clone().requires_grad_() for name, value in start.items()}
     embedding = weights["embedding.word_embeddings.weight"]
@@ -181,7 +182,7 @@ def dense(start: dict[str, torch.Tensor], tied: bool, batches: list[dict], kind:
     for batch in batches:
         hidden = torch.tanh(embedding[batch["tokens"]])[batch["loss_rows"]]
         lp = torch.log_softmax(hidden @ output[:VOCAB].t(), dim=1).gather(1, batch["labels"][:, None])[:, 0]
-        loss = loss - (batch["token_weights"] * coefficient(lp, TAU, kind) * lp).sum()
+        loss = loss - (batch["token_weights"] * token_coefficient(lp, TAU, coefficient) * lp).sum()
         logprobs.append(lp.detach())
     loss.backward()
     return {"loss": loss.item(), "logprobs": torch.cat(logprobs), "gradients": {n: w.grad for n, w in weights.items()}}
@@ -236,12 +237,12 @@ def test_data_rank_without_loss_rows_takes_part(fused, tied):
         assert error(results[3]["gradients"][name], gradient) <= 5e-6
 
 
-@pytest.mark.parametrize("kind", ["rectified", "none", "probability"])
+@pytest.mark.parametrize("coefficient", ["rectified", "none", "probability"])
 @pytest.mark.parametrize(("world_size", "tp"), [(1, 1), (2, 2)])
-def test_both_paths_report_the_same_metrics(world_size, tp, kind):
-    settings = [head_settings(fused=fused, entropy=True, coefficient=kind) for fused in (True, False)]
+def test_both_paths_report_the_same_metrics(world_size, tp, coefficient):
+    settings = [head_settings(fused=fused, entropy=True, coefficient=coefficient) for fused in (True, False)]
     fused, unfused = (run_ranks(world_size, first_gradients, tp, False, False, s, [make_batch(2)])[0] for s in settings)
-    want = dense(fused["start"], False, [make_batch(2)], kind)
+    want = dense(fused["start"], False, [make_batch(2)], coefficient)
     for result in (fused, unfused):
         torch.testing.assert_close(result["logprobs"].double(), want["logprobs"], rtol=0, atol=1e-5)
         assert error(result["gradients"]["output_layer.weight"], want["gradients"]["output_layer.weight"]) <= 5e-6

@@ -13,13 +13,14 @@ from ranks import run_ranks
 from megatron_gft.batch import StepSource
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
-from megatron_gft.model import build_model
+from megatron_gft.model import LossOutput, build_model
+from megatron_gft.objectives import HeadSettings
 from megatron_gft.optimizer import build_optimizer, reduce_gradients, wrap_data_parallel
 from megatron_gft.pack_layout import PackLayout
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import initialize_parallel, seed_everything
 from megatron_gft.planning import step_groups
-from megatron_gft.step import STATISTICS, LossReport, StepRunner, pack_buckets
+from megatron_gft.step import STATISTICS, LossReport, StepRunner, pack_token_sums
 
 SHARED, SMALL = "data.packing=shared_prefix", "data.max_tokens_per_pack=64"
 OVERLAP = "optimizer.overlap_grad_reduce=true"
@@ -177,7 +178,7 @@ def _rows_in_head(folder: Path, overrides: tuple[str, ...]):
             return function(*args, **(kwargs or {}))
 
     with Products():
-        runner = StepRunner(chunks, parallel, tau=config.objective.tau, kind="rectified")
+        runner = StepRunner(chunks, parallel)
         runner.forward_backward(packs, batch.denominator, forward_only=True)
     return sum(rows), sum(len(pack.tokens) for pack in packs), batch.loss_tokens
 
@@ -216,9 +217,9 @@ def _one_step(folder: Path, overrides: tuple[str, ...]):
             return super()._loss(pack, output, count, loss_sum)
 
     logprobs: list[torch.Tensor] = []
-    runner = Recording(chunks, parallel, tau=config.objective.tau, kind="rectified")
+    runner = Recording(chunks, parallel)
     report = runner.forward_backward(source.packs(batch), batch.denominator)
-    rectified = int(report.buckets[..., STATISTICS.index("rectified")].sum())
+    rectified = int(report.token_sums[..., STATISTICS.index("rectified")].sum())
     return report.loss, reduce_gradients(optimizer), rectified, torch.cat(logprobs), config.objective.tau
 
 
@@ -253,7 +254,7 @@ def test_half_precision_stays_near_single(root, world_size, layout, fused):
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def test_buckets_are_sums_by_source_and_sign():
+def test_token_sums_are_sums_by_source_and_sign():
     rng = torch.Generator().manual_seed(0)
     count, tau = 50, 0.3
     logprobs = -torch.rand(count, generator=rng) * 3
@@ -272,7 +273,8 @@ def test_buckets_are_sums_by_source_and_sign():
         response_index=torch.zeros(count, dtype=torch.int32),
         groups=(0,),
     )
-    buckets = pack_buckets(pack, logprobs, entropy, tau, "rectified")
+    output = LossOutput(torch.zeros(()), logprobs, entropy)
+    token_sums = pack_token_sums(pack, output, HeadSettings(tau))
     for source in range(3):
         for sign in range(2):
             rows = [i for i in range(count) if sources[i] == source and (advantages[i] < 0) == (sign == 1)]
@@ -286,9 +288,9 @@ def test_buckets_are_sums_by_source_and_sign():
                 sum(abs(float(advantages[i])) for i in rows),
                 sum(float(entropy[i]) for i in rows),
             ]
-            np.testing.assert_allclose(buckets[source, sign], expected, rtol=1e-6)
-    report = LossReport(buckets, 7)
-    assert report.loss == pytest.approx(float(buckets[..., 1].sum()) / 7)
+            np.testing.assert_allclose(token_sums[source, sign], expected, rtol=1e-6)
+    report = LossReport(token_sums, 7)
+    assert report.loss == pytest.approx(float(token_sums[..., 1].sum()) / 7)
     assert dataclasses.replace(report, denominator=0).loss == 0.0
 
 
@@ -301,7 +303,7 @@ def _poisoned(folder: Path, overrides: tuple[str, ...]):
     batch = source.batch(0)
     packs = source.packs(batch)
     packs[1].token_weights[0] = torch.nan
-    runner = StepRunner(chunks, parallel, tau=0.1, kind="rectified")
+    runner = StepRunner(chunks, parallel)
     report = runner.forward_backward(packs, batch.denominator)
     return report.loss, runner.nonfinite_packs(), parallel.is_last_stage
 

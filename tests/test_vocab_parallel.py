@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from megatron_gft.gft import coefficient
+from megatron_gft.gft import token_coefficient
 from megatron_gft.vocab_parallel import linear_gft_loss, vocab_parallel_logprobs
 
 TAU = 0.2
@@ -55,13 +55,13 @@ def make_problem(rows: int = 37, hidden: int = 16, vocab: int = 101, padded: int
     return Problem(states, weight, labels, token_weights, vocab)
 
 
-def dense(problem: Problem, kind: str = "rectified") -> dict[str, torch.Tensor]:
+def dense(problem: Problem, coefficient: str = "rectified") -> dict[str, torch.Tensor]:
     """The loss by a full softmax in float64, differentiated by autograd."""
     hidden = problem.hidden.detach().double().requires_grad_()
     weight = problem.weight.detach().double().requires_grad_()
     table = torch.log_softmax(hidden @ weight[: problem.vocab].t(), dim=1)
     logprobs = table.gather(1, problem.labels[:, None])[:, 0]
-    c = coefficient(logprobs, TAU, kind)
+    c = token_coefficient(logprobs, TAU, coefficient)
     loss = -(problem.token_weights.double() * c * logprobs).sum()
     loss.backward()
     scale = (problem.token_weights * c * logprobs).abs().sum().item()
@@ -115,14 +115,14 @@ def fused_on_rank(problem: Problem, options: dict) -> dict[str, torch.Tensor]:
     return result if entropy is None else result | {"entropy": entropy}
 
 
-def logprobs_on_rank(problem: Problem, kind: str) -> dict[str, torch.Tensor]:
+def logprobs_on_rank(problem: Problem, coefficient: str) -> dict[str, torch.Tensor]:
     """The same through logits and ``vocab_parallel_logprobs``; the hidden gradient is summed by hand."""
     hidden = problem.hidden.clone().requires_grad_()
     weight = problem.weight[local_rows(problem)].clone().requires_grad_()
     logits = hidden @ weight.t()
     kept = logits.detach().clone()
     logprobs = vocab_parallel_logprobs(logits, problem.labels, tp_group(), vocab_size=problem.vocab)
-    loss = -(problem.token_weights * coefficient(logprobs, TAU, kind) * logprobs).sum()
+    loss = -(problem.token_weights * token_coefficient(logprobs, TAU, coefficient) * logprobs).sum()
     loss.backward()
     assert torch.equal(logits, kept)
     if dist.is_initialized():
@@ -150,13 +150,13 @@ PRECISIONS = [
 
 
 @pytest.mark.parametrize(("dtype", "loss_tolerance", "gradient_tolerance"), PRECISIONS)
-@pytest.mark.parametrize("kind", ["rectified", "none", "probability"])
+@pytest.mark.parametrize("coefficient", ["rectified", "none", "probability"])
 @pytest.mark.parametrize("chunk_tokens", [1, 8, 64])
-def test_fused_head_equals_dense_softmax(dtype, loss_tolerance, gradient_tolerance, kind, chunk_tokens):
+def test_fused_head_equals_dense_softmax(dtype, loss_tolerance, gradient_tolerance, coefficient, chunk_tokens):
     problem = make_problem().to(dtype)
-    want = dense(problem, kind)
+    want = dense(problem, coefficient)
     assert_both_branches(want["logprobs"])
-    options = {"coefficient": kind, "chunk_tokens": chunk_tokens, "compute_entropy": True}
+    options = {"coefficient": coefficient, "chunk_tokens": chunk_tokens, "entropy": True}
     got = fused_on_rank(problem, options)
     assert got["logprobs"].dtype == got["entropy"].dtype == dtype
     check([got], want, loss_tolerance, gradient_tolerance)
@@ -170,20 +170,20 @@ def test_fused_head_over_tensor_parallel_ranks(dtype, loss_tolerance, gradient_t
     problem = make_problem(vocab=vocab, padded=padded, seed=1).to(dtype)
     want = dense(problem)
     assert_both_branches(want["logprobs"])
-    results = run_ranks(world_size, fused_on_rank, problem, {"chunk_tokens": 10, "compute_entropy": True})
+    results = run_ranks(world_size, fused_on_rank, problem, {"chunk_tokens": 10, "entropy": True})
     check(results, want, loss_tolerance, gradient_tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "loss_tolerance", "gradient_tolerance"), PRECISIONS)
-@pytest.mark.parametrize("kind", ["rectified", "none", "probability"])
+@pytest.mark.parametrize("coefficient", ["rectified", "none", "probability"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_logprobs_over_tensor_parallel_ranks(dtype, loss_tolerance, gradient_tolerance, kind, world_size):
+def test_logprobs_over_tensor_parallel_ranks(dtype, loss_tolerance, gradient_tolerance, coefficient, world_size):
     problem = make_problem(seed=2).to(dtype)
     if world_size == 1:
-        results = [logprobs_on_rank(problem, kind)]
+        results = [logprobs_on_rank(problem, coefficient)]
     else:
-        results = run_ranks(world_size, logprobs_on_rank, problem, kind)
-    want = dense(problem, kind)
+        results = run_ranks(world_size, logprobs_on_rank, problem, coefficient)
+    want = dense(problem, coefficient)
     assert_both_branches(want["logprobs"])
     # float32 log-probs of wide logits: rounding of logits of magnitude ~10 dominates
     atol = 1e-12 if dtype == torch.float64 else 1e-5
@@ -216,7 +216,7 @@ def test_label_in_the_padding_is_not_a_silent_number():
 def test_no_rows(world_size):
     """A pack without loss rows still takes part in forward and backward, with zero gradients."""
     problem = make_problem(rows=0)
-    options = {"compute_entropy": True}
+    options = {"entropy": True}
     ranks = [fused_on_rank(problem, options)] if world_size == 1 else run_ranks(2, fused_on_rank, problem, options)
     for result in ranks:
         assert result["loss"] == 0 and result["logprobs"].shape == result["entropy"].shape == (0,)
@@ -243,7 +243,7 @@ def test_large_logits_do_not_overflow(size):
     hidden = torch.tensor([[size, 1.0], [size, 1.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     loss, logprobs, entropy = linear_gft_loss(
-        hidden, weight, torch.tensor([0, 1]), torch.ones(2), tau=TAU, compute_entropy=True
+        hidden, weight, torch.tensor([0, 1]), torch.ones(2), tau=TAU, entropy=True
     )
     loss.backward()
     assert loss == 0 and logprobs[0] == 0 and logprobs[1].item() == pytest.approx(1 - size)
@@ -262,7 +262,7 @@ def test_bf16_stays_near_float64(world_size):
     problem = problem.rows((dense(problem)["logprobs"].exp() / TAU - 1).abs() > 0.05)
     want = dense(problem)
     assert_both_branches(want["logprobs"])
-    options = {"chunk_tokens": 16, "compute_entropy": True}
+    options = {"chunk_tokens": 16, "entropy": True}
     results = [fused_on_rank(problem, options)] if world_size == 1 else run_ranks(2, fused_on_rank, problem, options)
     assert results[0]["logprobs"].dtype == torch.float32 and results[0]["hidden"].dtype == torch.bfloat16
     check(results, want, 5e-3, 1.5e-2)
@@ -300,7 +300,7 @@ class CountMatmuls(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("how", ["no_grad", "frozen"])
 def test_evaluation_runs_one_gemm_a_chunk_and_gives_the_same_numbers(how):
     problem = make_problem()
-    want = fused_on_rank(problem, {"chunk_tokens": 16, "compute_entropy": True})
+    want = fused_on_rank(problem, {"chunk_tokens": 16, "entropy": True})
     hidden = problem.hidden.clone().requires_grad_(how == "no_grad")
     with CountMatmuls() as count, torch.set_grad_enabled(how == "frozen"):
         loss, logprobs, entropy = linear_gft_loss(
@@ -311,7 +311,7 @@ def test_evaluation_runs_one_gemm_a_chunk_and_gives_the_same_numbers(how):
             tau=TAU,
             vocab_size=problem.vocab,
             chunk_tokens=16,
-            compute_entropy=True,
+            entropy=True,
         )
     assert len(count.products) == 3 and not loss.requires_grad
     assert torch.equal(loss, want["loss"])

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gft import cpu
-from megatron_gft.gft import coefficient
+from megatron_gft.gft import token_coefficient
 from megatron_gft.objectives import Coefficient
 from megatron_gft.vocab_parallel import linear_gft_loss
 from tools.bench.timing import default_device, interleaved_seconds, summary
@@ -85,7 +85,7 @@ class Workload:
 
         return run
 
-    def fused(self, kind: Coefficient = "rectified", **options: Any) -> None:
+    def fused(self, coefficient: Coefficient = "rectified", **options: Any) -> None:
         """:func:`linear_gft_loss`."""
         self.clear()
         loss, _, _ = linear_gft_loss(
@@ -94,7 +94,7 @@ class Workload:
             self.labels,
             self.token_weights,
             tau=TAU,
-            coefficient=kind,
+            coefficient=coefficient,
             chunk_tokens=self.shape.chunk_tokens,
             **options,
         )
@@ -143,7 +143,7 @@ class Workload:
         )
 
     def _backward(self, cross_entropy: torch.Tensor) -> None:
-        c = coefficient(-cross_entropy, TAU, "rectified")
+        c = token_coefficient(-cross_entropy, TAU, "rectified")
         (self.token_weights * c * cross_entropy).sum().backward()
 
 
@@ -175,7 +175,7 @@ def head_time(shape: HeadShape | None = None, *, repeats: int = 7) -> dict[str, 
         "three_gemms": work.three_gemms(),
         "fused": work.fused,
         "fused_sft": lambda: work.fused("none"),
-        "fused_entropy": lambda: work.fused(compute_entropy=True),
+        "fused_entropy": lambda: work.fused(entropy=True),
         "fused_main_grad": work.fused_main_grad,
         "torch_cross_entropy": work.torch_cross_entropy,
         "megatron_unfused": work.megatron_unfused,

@@ -175,13 +175,12 @@ class Workbench:
         self.optimizer.zero_grad()
 
     def forward_backward(self, packs: list[Pack], denominator: int, coefficient: Coefficient = "rectified") -> None:
-        """Gradients of a step with one kind of token coefficient."""
+        """Gradients of a step with one token coefficient."""
         for chunk in self.chunks:
             model = unwrap(chunk)
             model.head = dataclasses.replace(model.head, coefficient=coefficient)
         self.clear()
-        tau = self.config.objective.tau
-        StepRunner(self.chunks, self.parallel, tau=tau, kind=coefficient).forward_backward(packs, denominator)
+        StepRunner(self.chunks, self.parallel).forward_backward(packs, denominator)
 
     def update(self) -> None:
         """Clip and Adam."""
