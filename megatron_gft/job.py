@@ -15,11 +15,9 @@ from megatron_gft.checkpoints.checkpointer import (
     Checkpointer,
     RunState,
     SaveFailed,
-    find_checkpoint,
-    list_checkpoints,
     load_weights,
-    newest_checkpoint,
 )
+from megatron_gft.checkpoints.history import find_checkpoint, list_checkpoints, newest_checkpoint
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError
 from megatron_gft.hf.shape import ModelShape

@@ -16,7 +16,7 @@ from ranks import RankGroup, run_ranks
 from test_trainer import losses
 from tiny_models import write_tiny_model
 
-from megatron_gft.checkpoints.checkpointer import find_checkpoint, find_damage, list_checkpoints
+from megatron_gft.checkpoints.history import find_checkpoint, find_damage, list_checkpoints
 
 OPTIONS = ["model.precision=fp32", "objective.coefficient=none"]
 

@@ -14,7 +14,7 @@ import torch
 from ranks import RankGroup, run_ranks
 from tiny_models import write_tiny_model
 
-from megatron_gft.checkpoints.checkpointer import find_checkpoint, list_checkpoints
+from megatron_gft.checkpoints.history import find_checkpoint, list_checkpoints
 from megatron_gft.errors import EXIT_REQUEUE
 from tools import convert_checkpoint
 

@@ -1,14 +1,7 @@
 """Checkpoints of a run: Megatron's distributed format, any layout to any layout, complete or absent.
 
-Layout of ``RUN/checkpoints``::
-
-    step-00000200/        a complete checkpoint: *.distcp, .metadata, metadata.json, common.pt (Megatron's),
-                          state.json (our cursor and data fingerprint), files.json (size and sha256 of each file)
-    .step-00000400/       one that is being written, or was when the job died; never read
-    latest                name of the newest complete one, replaced atomically
-
-A save is written to the hidden folder, in the background by default, renamed when every rank is done, and only
-then named in ``latest``.
+A save is written to a hidden folder, in the background by default. When every rank is done it is published
+(:mod:`megatron_gft.checkpoints.history`).
 """
 
 from __future__ import annotations
@@ -17,8 +10,6 @@ import concurrent.futures
 import inspect
 import json
 import logging
-import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -41,8 +32,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_gft.atomic import atomic_file, fsync_path, sha256_file, write_json
+from megatron_gft.atomic import fsync_path, sha256_file, write_json
 from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
+from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, find_damage, publish
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, write_model_files
 from megatron_gft.model import unwrap
@@ -52,12 +44,6 @@ logger = logging.getLogger(__name__)
 
 # The only format that changes layout in every dimension; Megatron's default is not.
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-Files = dict[str, dict[str, Any]]
-"""Size and sha256 of each file of a checkpoint, by its name in the folder."""
-
-STATE_FILE, FILES_FILE, LATEST_FILE = "state.json", "files.json", "latest"
-_STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
@@ -86,48 +72,6 @@ class _Pending:
     state: RunState
     folder: Path
     hashes: concurrent.futures.Future[Files] | None = None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name)]
-    return sorted(path for path in found if (path / FILES_FILE).is_file())
-
-
-def find_checkpoint(folder: Path, which: str) -> Path | None:
-    """``latest`` or ``previous`` complete checkpoint of ``RUN/checkpoints``; None when there is none.
-
-    Raises:
-        InputError: ``latest`` names a checkpoint that is not there.
-    """
-    complete = list_checkpoints(folder)
-    if which == "previous":
-        return complete[-2] if len(complete) > 1 else None
-    pointer = folder / LATEST_FILE
-    if not pointer.is_file():
-        return None
-    path = folder / pointer.read_text().strip()
-    if path not in complete:
-        raise InputError(
-            f"{pointer}: names {path.name}, which is missing or incomplete -> set checkpoint.resume=previous "
-            "or restore the folder"
-        )
-    return path
-
-
-def find_damage(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
-    """Compare part ``part`` of ``parts`` of a checkpoint's files with their recorded size and sha256."""
-    expected: Files = json.loads((path / FILES_FILE).read_text())
-    problems = []
-    for name in sorted(expected)[part::parts]:
-        file, entry = path / name, expected[name]
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written")
-        elif sha256_file(file) != entry["sha256"]:
-            problems.append(f"{name}: the content differs from what was written")
-    return problems
 
 
 def _verify(path: Path, parallel: Parallel) -> None:
@@ -295,18 +239,11 @@ class Checkpointer:
         shares: list[Files] = [{}] * self.parallel.world_size
         dist.all_gather_object(shares, pending.hashes.result())
         if self.parallel.rank == 0:
-            partial, final = pending.folder, self.folder / f"step-{pending.state.step:08d}"
+            partial = pending.folder
             write_json(partial / STATE_FILE, asdict(pending.state))
             files = {name: entry for share in shares for name, entry in share.items()}
             write_json(partial / FILES_FILE, files | _describe_files(partial, [partial / STATE_FILE]))
-            fsync_path(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(partial, final)
-            fsync_path(self.folder)
-            with atomic_file(self.folder / LATEST_FILE) as temporary:
-                temporary.write_text(final.name + "\n")
-            for old in list_checkpoints(self.folder)[: -self.keep_last]:
-                shutil.rmtree(old, ignore_errors=True)
+            publish(partial, pending.state.step, self.keep_last)
         dist.barrier()
 
     def _sharded_state(self, *, loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
@@ -333,23 +270,6 @@ class Checkpointer:
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
         return read_state(path)
-
-
-def newest_checkpoint(path: Path, option: str) -> Path:
-    """``path`` itself when it is a checkpoint, else the newest one of the run folder that it is.
-
-    Raises:
-        InputError: neither; the message names the ``option`` that gave the path.
-    """
-    if (path / "metadata.json").is_file():
-        return path
-    for folder in (path, path / "checkpoints"):
-        if (found := find_checkpoint(folder, "latest")) is not None:
-            return found
-    raise InputError(
-        f"{option}={path}: neither a Megatron checkpoint nor a run folder with one -> name one of these (Hugging Face "
-        f"weights for checkpoint.init_from: hf:{path})"
-    )
 
 
 def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) -> None:

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.command == "hf-to-megatron":
             hf_to_megatron(arguments.hf, arguments.output, **common)
         else:
-            from megatron_gft.checkpoints.checkpointer import newest_checkpoint  # Megatron-Core: seconds
+            from megatron_gft.checkpoints.history import newest_checkpoint
 
             checkpoint = newest_checkpoint(Path(arguments.checkpoint), "--checkpoint")
             max_shard_bytes = int(arguments.max_shard_gb * 1e9)
