@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 
-from megatron_gft.sampling.generation import GenerationRun, PromptSet
+from megatron_gft.sampling.generation import GenerationRun
 from megatron_gft.sampling.openai_client import OpenAIBackend
+from megatron_gft.sampling.prompts import PromptSet
 from megatron_gft.sampling.settings import SampleRequest, SamplingParams
 from megatron_gft.sampling.sources import OpenAISource, load_sources
 

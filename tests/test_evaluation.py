@@ -20,7 +20,7 @@ from megatron_gft.evaluation.intervals import (
 )
 from megatron_gft.evaluation.run import EvaluationOptions, evaluate, reference_texts, result_table
 from megatron_gft.sampling.local_model import LocalModel
-from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
+from megatron_gft.sampling.prompts import PromptSet
 from megatron_gft.sampling.settings import SamplingParams
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifiers import Verdict
@@ -88,7 +88,7 @@ def test_the_whole_on_a_tiny_model(model, problems):
     options = EvaluationOptions(samples=6, pass_at=(1, 3, 6), max_tokens=12, batch_size=4, scoring=SCORING)
     result = evaluate(model, [problems], options, progress=False)
     assert json.loads(json.dumps(result)) and result["num_problems"] == 5
-    rows = list(iter_prompts(problems, PromptColumns()))
+    rows = list(PromptSet([problems]))
     greedy = result["greedy"]
     assert greedy["num_responses"] == 5 and greedy["accuracy"] == greedy["correct"] / 5
     prompt = model.prompt_ids(rows[0].prompt)

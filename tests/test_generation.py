@@ -24,9 +24,9 @@ from tiny_tokenizers import byte_level_folder
 from megatron_gft.errors import InputError
 from megatron_gft.groups import iter_group_file
 from megatron_gft.journal import Journal
-from megatron_gft.sampling.generation import GenerationRun, PromptSet, journal_path, summary_path
+from megatron_gft.sampling.generation import GenerationRun, journal_path, summary_path
 from megatron_gft.sampling.openai_client import FAILURES_IN_A_ROW
-from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
+from megatron_gft.sampling.prompts import PromptColumns, PromptSet
 from megatron_gft.sampling.settings import Sample, SampleFailure, SampleRequest, SamplingParams, sample_seed
 from megatron_gft.sampling.sources import load_sources
 from megatron_gft.tokenizer import load_tokenizer
@@ -383,13 +383,13 @@ def test_prompts_of_every_kind_of_input(tmp_path):
     expected = [(f"q{i}", f"100{i}", {"level": i}) for i in range(4)]
     ids = set()
     for source in (tmp_path / "j.jsonl", tmp_path / "p.parquet", tmp_path / "hub", tmp_path / "saved"):
-        found = list(iter_prompts(source, PromptColumns()))
+        found = list(PromptSet([source]))
         assert [(row.prompt, row.answer, row.meta) for row in found] == expected, source
         ids.add(tuple(row.id for row in found))
     assert len(ids) == 1 and len(set(ids.pop())) == 4
-    assert [row.prompt for row in iter_prompts(tmp_path / "hub", PromptColumns(), "test")] == ["q0"]
+    assert [row.prompt for row in PromptSet([tmp_path / "hub"], split="test")] == ["q0"]
     with pytest.raises(InputError, match="set --split"):
-        list(iter_prompts(tmp_path / "hub", PromptColumns(), "valid"))
+        list(PromptSet([tmp_path / "hub"], split="valid"))
 
 
 def test_columns_template_and_messages(tmp_path):
@@ -398,13 +398,13 @@ def test_columns_template_and_messages(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = PromptColumns("text", "gold", "nr", "Solve {prompt}.")
-    first, second = iter_prompts(path, columns)
+    first, second = PromptSet([path], columns)
     assert (first.id, first.prompt, first.answer) == ("7", "Solve 2+2.", "4")
     assert (second.id, second.prompt, second.answer) == ("8", messages, None)
     with pytest.raises(InputError, match=r"p.jsonl:1: no column prompt, question.* set --prompt-column"):
-        list(iter_prompts(path, PromptColumns()))
+        list(PromptSet([path]))
     with pytest.raises(InputError, match=r"p.jsonl:1: no column anser -> set --answer-column"):
-        list(iter_prompts(path, PromptColumns("text", "anser")))
+        list(PromptSet([path], PromptColumns("text", "anser")))
 
 
 def test_a_group_file_is_enlarged_and_keeps_its_responses(tmp_path):

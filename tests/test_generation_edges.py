@@ -21,8 +21,9 @@ from tiny_tokenizers import byte_level_folder
 from megatron_gft.errors import InputError
 from megatron_gft.groups import iter_group_file
 from megatron_gft.journal import Journal
-from megatron_gft.sampling.generation import GenerationRun, PromptSet, journal_path, summary_path
+from megatron_gft.sampling.generation import GenerationRun, journal_path, summary_path
 from megatron_gft.sampling.openai_client import FAILURES_IN_A_ROW
+from megatron_gft.sampling.prompts import PromptSet
 from megatron_gft.sampling.settings import Sample, SampleFailure, SamplingParams, model_fingerprint
 from megatron_gft.sampling.sources import load_sources
 from megatron_gft.tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
-from megatron_gft.sampling.prompts import PromptColumns, iter_prompts, prompt_files
+from megatron_gft.sampling.prompts import PromptColumns, PromptSet, prompt_files
 
 USER = {"role": "user", "content": "2+2?"}
 EXPERT = {"text": "It is 4.", "source": "expert"}
@@ -25,7 +25,7 @@ def rows_file(path, rows):
 
 
 def read(path, split="train", **columns):
-    return list(iter_prompts(path, PromptColumns(**columns), split))
+    return list(PromptSet([path], PromptColumns(**columns), split))
 
 
 def read_rows(tmp_path, *rows, **columns):
@@ -153,8 +153,7 @@ def test_duplicates_are_kept_dropped_or_numbered_in_all_files_of_a_run(tmp_path)
     def ids(duplicates):
         seen: Counter[str] = Counter()
         columns = PromptColumns(duplicates=duplicates)
-        found = [row.id for path in (first, second) for row in iter_prompts(path, columns, seen=seen)]
-        return found, seen
+        return [row.id for row in PromptSet([first, second], columns).rows(seen)], seen
 
     assert ids("keep")[0] == ["x", "x#2", "x", "y", "x"]
     found, seen = ids("drop")

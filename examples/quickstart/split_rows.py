@@ -19,7 +19,7 @@ from word_problems import problem_row, write_rows
 from megatron_gft.atomic import atomic_directory
 from megatron_gft.errors import InputError, InputErrors, command
 from megatron_gft.groups.records import gold_answer
-from megatron_gft.sampling.prompts import PromptColumns, iter_prompts
+from megatron_gft.sampling.prompts import PromptColumns, PromptSet
 
 PROBLEMS_SHOWN = 10
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
@@ -33,7 +33,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """
     rows: dict[str, dict[str, str]] = {}
     wrong = []
-    for row in iter_prompts(path, PromptColumns(prompt="question")):
+    for row in PromptSet([path], PromptColumns(prompt="question")):
         answer = row.columns.get("answer")
         gold = gold_answer(answer) if isinstance(answer, str) else None
         if not isinstance(row.prompt, str) or not isinstance(answer, str) or not gold:

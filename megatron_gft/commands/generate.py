@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options = parser.parse_args(argv)
 
-    from megatron_gft.sampling.generation import GenerationRun, PromptSet
-    from megatron_gft.sampling.prompts import PromptColumns
+    from megatron_gft.sampling.generation import GenerationRun
+    from megatron_gft.sampling.prompts import PromptColumns, PromptSet
     from megatron_gft.sampling.sources import load_sources
 
     sources = load_sources(options.source, options.config)

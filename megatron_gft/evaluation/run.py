@@ -25,10 +25,9 @@ from tqdm import tqdm
 from megatron_gft import __version__
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.evaluation.intervals import mean_interval, pass_at_k_summary, ratio_interval, wilson_interval
-from megatron_gft.sampling.generation import PromptSet
 from megatron_gft.sampling.local_backends import TransformersBackend, encode_prompt
 from megatron_gft.sampling.local_model import LocalModel
-from megatron_gft.sampling.prompts import PromptColumns, PromptRow
+from megatron_gft.sampling.prompts import PromptColumns, PromptRow, PromptSet
 from megatron_gft.sampling.settings import SampleFailure, SampleRequest, SamplingParams, model_fingerprint, sample_seed
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifier_pool import VerifierPool

@@ -30,7 +30,7 @@ from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import GROUP_FILE_SUFFIXES, write_group_file
 from megatron_gft.groups.records import GroupRecord, ResponseRecord
 from megatron_gft.journal import Journal
-from megatron_gft.sampling.prompts import PromptColumns, PromptRow, iter_prompts, prompt_files, scalar_text
+from megatron_gft.sampling.prompts import PromptRow, PromptSet, scalar_text
 from megatron_gft.sampling.responses import FAILED, ResponseMaker, journal_value, sample_key
 from megatron_gft.sampling.settings import (
     Backend,
@@ -52,40 +52,6 @@ JOURNAL_FORMAT = 1
 SHOWN_PROBLEMS = 20
 _SOURCE_KEY = "source/"
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Where prompts come from: files or folders, how their rows are read, and at most how many.
-
-    Raises:
-        InputError: a limit below 1.
-    """
-
-    inputs: Sequence[str | Path]
-    columns: PromptColumns = PromptColumns()
-    split: str = "train"
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"--limit {self.limit}: no prompts would be left -> at least 1, or leave it out for all")
-
-    def __iter__(self) -> Iterator[PromptRow]:
-        return self.rows(Counter())
-
-    def rows(self, seen: Counter[str]) -> Iterator[PromptRow]:
-        """The prompts; counts in ``seen`` how often each id came, unless duplicates are kept."""
-        rows = (row for path in self.inputs for row in iter_prompts(path, self.columns, self.split, seen))
-        return itertools.islice(rows, self.limit)
-
-    def files(self) -> list[str]:
-        """The data files, in order."""
-        return [file for path in self.inputs for file in prompt_files(path, self.split)]
-
-    def fingerprint(self) -> str:
-        """Changes with any byte of the files and with how they are read."""
-        return sha256_json([[sha256_file(file) for file in self.files()], repr(self.columns), self.limit])
 
 
 @dataclass

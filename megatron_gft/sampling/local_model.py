@@ -111,21 +111,18 @@ class LocalModel:
         generators = [numpy.random.Generator(numpy.random.Philox(seed)) for seed in seeds]
         active = list(range(len(prompts)))  # request of each row of the batch
         logits, cache, mask = self._prefill(prompts)
-        finished: set[int] = set()
         for step in range(params.max_tokens):
             uniforms = torch.tensor([generators[i].random() for i in active], dtype=torch.float64)
             tokens = pick_tokens(logits, uniforms.to(logits.device), params)
-            values = token_logprobs(logits, tokens).tolist() if params.logprobs else None
+            values = token_logprobs(logits, tokens).tolist() if params.logprobs else []
             for row, token in enumerate(tokens.tolist()):
-                request = active[row]
-                if request not in finished:
-                    decoded[request].ids.append(token)
-                    if values is not None:
-                        decoded[request].logprobs.append(values[row])
-                    if token in self.eos_ids or self._stopped(prompts[request], decoded[request].ids, params.stop):
-                        decoded[request].finish_reason = "stop"
-                        finished.add(request)
-            alive = [row for row, request in enumerate(active) if request not in finished]
+                said = decoded[active[row]]
+                if said.finish_reason != "stop":  # an ended row stays until enough of them leave together
+                    said.ids.append(token)
+                    said.logprobs += values[row : row + 1]
+                    if token in self.eos_ids or self._stopped(prompts[active[row]], said.ids, params.stop):
+                        said.finish_reason = "stop"
+            alive = [row for row, request in enumerate(active) if decoded[request].finish_reason != "stop"]
             if not alive or step + 1 == params.max_tokens:
                 break
             if len(active) - len(alive) >= max(1, len(active) * COMPACT_SHARE):

@@ -8,6 +8,7 @@ enlarged, and so can be a file in which some groups have none yet.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_gft.atomic import sha256_file, sha256_json
 from megatron_gft.errors import InputError
 from megatron_gft.groups import RawChunk, iter_rows, read_chunks, refuse_problems
 from megatron_gft.groups.problems import ProblemLog
@@ -81,32 +83,56 @@ class PromptRow:
         return hashlib.blake2b(json.dumps(self.prompt, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-def iter_prompts(
-    path: str | Path, columns: PromptColumns, split: str = "train", seen: Counter[str] | None = None
-) -> Iterator[PromptRow]:
-    """Rows of a file or dataset folder, in order.
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts of files or dataset folders: iterating reads their rows, in order.
 
     Args:
-        path: of the file or folder.
+        inputs: files and folders.
         columns: how a row is read.
         split: of a folder.
-        seen: how often each id came; share one between the paths of a run, so that ``columns.duplicates`` holds for
-            all of them. Counted unless duplicates are kept.
+        limit: at most so many prompts; no row behind them is looked at.
 
     Raises:
-        InputError: nothing readable there, or a row without a usable prompt (``file:line``).
+        InputError: a limit below 1; while reading, nothing readable there, or a row without a usable prompt
+            (``file:line``).
     """
-    seen = Counter() if seen is None else seen
+
+    inputs: Sequence[str | Path]
+    columns: PromptColumns = PromptColumns()
+    split: str = "train"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"--limit {self.limit}: no prompts would be left -> at least 1, or leave it out for all")
+
+    def __iter__(self) -> Iterator[PromptRow]:
+        return self.rows(Counter())
+
+    def rows(self, seen: Counter[str]) -> Iterator[PromptRow]:
+        """The prompts; counts in ``seen`` how often each id came, unless duplicates are kept."""
+        rows = (row for file in self.files() for row in _rows_of_file(file, self.columns))
+        if self.columns.duplicates != "keep":
+            rows = (own for row in rows if (own := _with_own_id(row, seen, self.columns.duplicates)) is not None)
+        return itertools.islice(rows, self.limit)
+
+    def files(self) -> list[str]:
+        """The data files, in order."""
+        return [file for path in self.inputs for file in prompt_files(path, self.split)]
+
+    def fingerprint(self) -> str:
+        """Changes with any byte of the files and with how they are read."""
+        return sha256_json([[sha256_file(file) for file in self.files()], repr(self.columns), self.limit])
+
+
+def _rows_of_file(file: str, columns: PromptColumns) -> Iterator[PromptRow]:
     problems = ProblemLog()
-    for file in prompt_files(path, split):
-        for chunk in _arrow_chunks(file) if file.endswith(".arrow") else read_chunks(file, _ROWS_PER_CHUNK):
-            for value, place in iter_rows(chunk, problems):
-                refuse_problems(problems)
-                row = _group_row(value, place, columns) if "responses" in value else _prompt_row(value, place, columns)
-                unique = row if columns.duplicates == "keep" else _with_own_id(row, seen, columns.duplicates)
-                if unique is not None:
-                    yield unique
+    for chunk in _arrow_chunks(file) if file.endswith(".arrow") else read_chunks(file, _ROWS_PER_CHUNK):
+        for value, place in iter_rows(chunk, problems):
             refuse_problems(problems)
+            yield _group_row(value, place, columns) if "responses" in value else _prompt_row(value, place, columns)
+        refuse_problems(problems)
 
 
 def _with_own_id(row: PromptRow, seen: Counter[str], duplicates: str) -> PromptRow | None:
@@ -144,17 +170,21 @@ def prompt_files(path: str | Path, split: str = "train") -> list[str]:
     if (folder / "state.json").is_file():
         return [str(file) for file in _saved_files(folder, None if own_folder else split)]
     files = [
-        file for suffix in _SUFFIXES for part in (folder, folder / "data") for file in sorted(part.glob(f"*{suffix}"))
+        file for suffix in _SUFFIXES for part in (folder, folder / "data") for file in sorted(part.glob("*" + suffix))
     ]
     found = files if own_folder else _of_split(files, split, path)
     if not found:
-        labels = ", ".join(sorted({_label(file) or file.name for file in files})) or "none"
-        folders = ", ".join(sorted(item.name for item in path.iterdir() if item.is_dir())) or "none"
-        raise InputError(
-            f"{path}: no parquet, jsonl or arrow files of the split {split!r} in this folder "
-            f"(files: {labels}; folders: {folders}) -> set --split, or name a file or another folder"
-        )
+        raise _no_files(path, split, files)
     return [str(file) for file in found if file.suffix == found[0].suffix]  # not the same rows in two formats
+
+
+def _no_files(path: Path, split: str, files: Sequence[Path]) -> InputError:
+    labels = ", ".join(sorted({_label(file) or file.name for file in files})) or "none"
+    folders = ", ".join(sorted(item.name for item in path.iterdir() if item.is_dir())) or "none"
+    return InputError(
+        f"{path}: no parquet, jsonl or arrow files of the split {split!r} in this folder "
+        f"(files: {labels}; folders: {folders}) -> set --split, or name a file or another folder"
+    )
 
 
 def _saved_files(folder: Path, split: str | None) -> list[Path]:
@@ -245,29 +275,39 @@ def _group_row(value: dict[str, Any], place: str, columns: PromptColumns) -> Pro
 
 
 def _prompt_row(row: dict[str, Any], place: str, columns: PromptColumns) -> PromptRow:
-    name = columns.prompt or next((c for c in PROMPT_COLUMNS if row.get(c) is not None), None)
-    if name is None or name not in row:
-        wanted = columns.prompt or ", ".join(PROMPT_COLUMNS)
-        raise InputError(f"{place}: no column {wanted} (there are {', '.join(row)}) -> set --prompt-column")
+    name = _prompt_column(row, place, columns.prompt)
     prompt = _checked_prompt(row[name], place, name)
     if columns.template is not None and isinstance(prompt, str):
         prompt = columns.template.replace("{prompt}", prompt)
-    answer_column, id_column = columns.answer or "answer", columns.id or "id"
     if columns.answer and columns.answer not in row:
         raise InputError(f"{place}: no column {columns.answer} -> set --answer-column")
+    answer_column, id_column = columns.answer or "answer", columns.id or "id"
     answer = scalar_text(row.get(answer_column), place, answer_column)
-    if answer is not None:
-        answer = gold_answer(answer) or answer
     group_id = scalar_text(row.get(id_column), place, id_column)
     if columns.id and not group_id:
         raise InputError(f"{place}: no id in column {columns.id} -> set --id-column")
-    if not group_id:
-        group_id = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
-    used = {name, answer_column, id_column, "responses"}
+    return PromptRow(
+        group_id or hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16],
+        prompt,
+        answer and (gold_answer(answer) or answer),
+        place,
+        row,
+        meta=_meta(row, {name, answer_column, id_column, "responses"}),
+    )
+
+
+def _prompt_column(row: dict[str, Any], place: str, name: str | None) -> str:
+    found = name or next((column for column in PROMPT_COLUMNS if row.get(column) is not None), None)
+    if found in row:
+        return found
+    wanted = name or ", ".join(PROMPT_COLUMNS)
+    raise InputError(f"{place}: no column {wanted} (there are {', '.join(row)}) -> set --prompt-column")
+
+
+def _meta(row: dict[str, Any], used: set[str]) -> dict[str, Any]:
+    """What is in no column that was used; a ``meta`` among it is opened, as in a group file."""
     meta = {key: value for key, value in row.items() if key not in used and value is not None}
-    if isinstance(meta.get("meta"), dict):  # as in a group file
-        meta = meta.pop("meta") | meta
-    return PromptRow(group_id, prompt, answer, place, row, meta=meta)
+    return meta.pop("meta") | meta if isinstance(meta.get("meta"), dict) else meta
 
 
 def scalar_text(value: Any, place: str, column: str) -> str | None:
