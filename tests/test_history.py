@@ -79,10 +79,13 @@ def test_a_damaged_pointer_is_refused(tmp_path, text):
 
 
 def test_half_a_checkpoint_is_refused_before_it_could_be_overwritten(tmp_path):
-    made(tmp_path, 3, latest=3)
     (tmp_path / "step-00000004").mkdir()
     with pytest.raises(InputError, match="step-00000004: incomplete"):
         find_checkpoint(tmp_path, "latest")
+    made(tmp_path, 3)
+    assert step_of(find_checkpoint(tmp_path, "latest")) == 3
+    publish(fill(tmp_path, 4), 4, 2)
+    assert steps(tmp_path) == [3, 4]
 
 
 @pytest.mark.parametrize(

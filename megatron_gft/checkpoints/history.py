@@ -36,16 +36,12 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, by step.
+    """Complete checkpoints of a run, by step."""
+    return [path for path in _step_folders(folder) if (path / FILES_FILE).is_file()]
 
-    Raises:
-        InputError: a checkpoint lacks its list of files. None of ours ever does; it would be overwritten later.
-    """
-    found = sorted(path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name))
-    for path in found:
-        if not (path / FILES_FILE).is_file():
-            raise InputError(f"{path}: incomplete, there is no {FILES_FILE} -> restore the folder, or remove it")
-    return found
+
+def _step_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name))
 
 
 def find_checkpoint(folder: Path, which: str) -> Path | None:
@@ -54,11 +50,13 @@ def find_checkpoint(folder: Path, which: str) -> Path | None:
     Without the file ``latest`` the newest step counts: its writer died before it could name it.
 
     Raises:
-        InputError: ``latest`` names a checkpoint that is not there; no checkpoint came before it; one is incomplete.
+        InputError: ``latest`` names a checkpoint that is not there; no checkpoint came before it; all are incomplete.
     """
     complete = list_checkpoints(folder)
     named = _named(folder)
     if named is None and not complete:
+        if halves := _step_folders(folder):  # a run from step 0 would overwrite them
+            raise InputError(f"{halves[-1]}: incomplete, it has no {FILES_FILE} -> restore the folder, or remove it")
         return None
     latest = complete[-1] if named is None else folder / named
     if which == "previous":
