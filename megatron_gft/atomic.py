@@ -75,6 +75,20 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_output(path: str | os.PathLike) -> None:
+    """Refuse what a file could not be written to, before there is something to write.
+
+    Raises:
+        InputError: it is no file, or its folder can be neither written to nor made.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_file():
+        raise InputError(f"{target}: exists and is no file -> choose another output")
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"{target}: {folder} is not a folder to write in -> choose another output")
+
+
 def sha256_file(path: str | os.PathLike) -> str:
     """Hex sha256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:

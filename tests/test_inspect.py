@@ -20,14 +20,19 @@ from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
 from megatron_gft.groups.problems import parse_policies
 from megatron_gft.inspection.inputs import open_source
-from megatron_gft.inspection.packing_estimate import PackingQuestion, estimate_packing
-from megatron_gft.inspection.statistics import inspect_group_files, inspect_shards
-from megatron_gft.inspection.views import group_text, html_page, report_text, view_tokens
+from megatron_gft.inspection.output import group_text, html_page, report_text
+from megatron_gft.inspection.statistics import estimate_packing
+from megatron_gft.inspection.views import view_tokens
 from megatron_gft.planning import DEFAULT_FLOP_MODEL
 from megatron_gft.preprocess.run import PreprocessOptions, preprocess
 from megatron_gft.shards import GroupShard, GroupShardWriter
 from megatron_gft.shards.manifest import ShardSet
 from megatron_gft.tokenizer import load_tokenizer
+
+
+def report_of(*inputs, tokenizer=None, packing=()):
+    """Report on shards or group files; ``packing`` = (max_tokens_per_pack, groups_per_step)."""
+    return open_source(list(map(str, inputs)), tokenizer and str(tokenizer)).report(*packing)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def tool(monkeypatch):
 
 def test_report_of_a_shard_has_the_right_numbers(case):
     base, _, records = case
-    report = inspect_shards([str(base / "train")])
+    report = report_of(base / "train")
     responses = [response for record in records for response in record.responses]
     shard = GroupShard(base / "train")
     assert report["groups"] == 22 and report["responses"] == len(responses)
@@ -105,14 +110,14 @@ def test_duplicates_and_inner_end_markers_are_found(case, tmp_path):
     record.responses.append(record.responses[0])
     write_group_file(tmp_path / "a.jsonl", [record])
     preprocess(PreprocessOptions([str(tmp_path / "a.jsonl")], str(folder), str(tmp_path / "a")), progress=False)
-    report = inspect_shards([str(base / "train"), str(tmp_path / "a")])
+    report = report_of(base / "train", tmp_path / "a")
     assert report["problems"]["duplicate_response"] == 1 and report["problems"]["duplicate_id"] == 1
     assert "special_tokens" not in report["problems"]
     with GroupShardWriter(tmp_path / "b", GroupShard(tmp_path / "a").manifest.tokenizer) as writer:
         writer.add_group([5], [[6, eos, 7, eos], [6, eos]], ["self", "self"], [0.0, 1.0], group_id="inner")
         writer.add_group([5, eos, 5], [[6, eos]], ["self"], [0.0], group_id="prompt may have them")
         writer.add_group([5], [[0, 6, eos]], ["self"], [0.0], group_id="bos")
-    found = inspect_shards([str(tmp_path / "b")])
+    found = report_of(tmp_path / "b")
     assert found["zero_variance_groups"] == 0  # one response alone has nothing to be equal to
     assert found["problems"]["special_tokens"] == 2
     assert [line.split("id ")[1] for line in found["examples"]["special_tokens"]] == ["'inner'", "'bos'"]
@@ -120,8 +125,8 @@ def test_duplicates_and_inner_end_markers_are_found(case, tmp_path):
 
 def test_file_with_the_tokenizer_and_its_shard_agree(case):
     base, folder, _ = case
-    of_file = inspect_group_files([str(base / "in.jsonl")], load_tokenizer(folder))
-    of_shard = inspect_shards([str(base / "train")])
+    of_file = report_of(base / "in.jsonl", tokenizer=folder)
+    of_shard = report_of(base / "train")
     same = ["unit", "groups", "responses", "prompt_length", "response_length", "by_source", "zero_variance_groups"]
     assert {name: of_file[name] for name in same} == {name: of_shard[name] for name in same}
     assert of_file["problems"]["duplicate_response"] == 1  # as text; in the shard the cut-off one differs by its EOS
@@ -131,7 +136,7 @@ def test_file_without_tokenizer_is_measured_in_characters_and_bad_rows_are_count
     base, _, records = case
     lines = (base / "in.jsonl").read_bytes()
     (tmp_path / "bad.jsonl").write_bytes(b"nope\n" + lines + lines.splitlines()[0] + b"\n" + b'{"id": 1}\n')
-    report = inspect_group_files([str(tmp_path / "bad.jsonl")])
+    report = report_of(tmp_path / "bad.jsonl")
     assert report["unit"] == "characters" and report["groups"] == 23
     assert report["prompt_length"]["max"] == max(len(record.prompt) for record in records)
     assert report["problems"]["invalid_json"] == 1 and report["problems"]["missing_field"] == 1
@@ -142,7 +147,7 @@ def test_file_without_tokenizer_is_measured_in_characters_and_bad_rows_are_count
 
 def test_a_file_without_any_group(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b"nope\n")
-    report = inspect_group_files([str(tmp_path / "bad.jsonl")], None, PackingQuestion(100))
+    report = report_of(tmp_path / "bad.jsonl", packing=(100,))
     assert report["groups"] == 0 and report["problems"] == {"invalid_json": 1}
     assert "invalid_json" in report_text(report) and "<svg" not in html_page(report)
 
@@ -151,7 +156,7 @@ def test_a_file_without_any_group(tmp_path):
 def test_packing_of_groups_that_fill_one_pack_a_step(case, groups_per_step, steps):
     base, _, _ = case
     limit = 100_000
-    packing = inspect_shards([str(base / "train")], PackingQuestion(limit, groups_per_step))["packing"]
+    packing = report_of(base / "train", packing=(limit, groups_per_step))["packing"]
     shard = GroupShard(base / "train")
     lengths = [shard.lengths(i) for i in range(len(shard))]
     packed = sum(prompt + r - 1 for prompt, responses in lengths for r in responses)
@@ -172,20 +177,20 @@ def test_groups_that_fit_no_pack_are_counted_among_all_not_in_the_sample():
     prompts, counts = np.full(6000, 5, np.int32), np.tile([1, 2], 3000)
     lengths = np.full(counts.sum(), 6, np.int32)
     lengths[[4999, 8999]] = 997  # 5 + 997 - 1 rows
-    estimate = estimate_packing(prompts, counts, lengths, PackingQuestion(1000))
+    estimate = estimate_packing(prompts, counts, lengths, 1000)
     assert estimate["unfit_groups"] == 2 and estimate["sampled_groups"] == 2048
-    assert estimate_packing(prompts, counts, lengths, PackingQuestion(1001))["unfit_groups"] == 0
-    nothing = estimate_packing(prompts, counts, lengths, PackingQuestion(9))
+    assert estimate_packing(prompts, counts, lengths, 1001)["unfit_groups"] == 0
+    nothing = estimate_packing(prompts, counts, lengths, 9)
     assert nothing["unfit_groups"] == 6000 and nothing["token_ratio"] is None
 
 
 def test_generated_file_without_tokenizer_has_no_problem_of_its_token_ids(generated):
     base, folder, known = generated
-    report = inspect_group_files([str(base / "in.jsonl")])
+    report = report_of(base / "in.jsonl")
     assert set(report["problems"]) == {"no_expert", "truncated"}
     assert report["responses"] == len(known) == 5 and report["by_source"]["self"]["truncated"] == 2
     assert report["total_response_length"] == len("one.") + len("two ? ?") + len("three four.") + 1 + 1
-    with_tokenizer = inspect_group_files([str(base / "in.jsonl")], load_tokenizer(folder))
+    with_tokenizer = report_of(base / "in.jsonl", tokenizer=folder)
     assert with_tokenizer["problems"] == report["problems"]
     assert with_tokenizer["total_response_length"] == sum(map(len, known))
 
@@ -194,7 +199,7 @@ def test_generated_file_without_tokenizer_has_no_problem_of_its_token_ids(genera
 def test_rewards_all_equal_make_a_histogram(tmp_path, reward):
     responses = [ResponseRecord("a", "expert", reward), ResponseRecord("b", "self", reward)]
     write_group_file(tmp_path / "a.jsonl", [GroupRecord("1", "p", responses)])
-    report = inspect_group_files([str(tmp_path / "a.jsonl")])
+    report = report_of(tmp_path / "a.jsonl")
     assert sum(report["rewards"]["histogram"]["counts"]) == 2 and "<svg" in html_page(report)
 
 
@@ -207,7 +212,7 @@ def test_the_judgement_shows(case, tmp_path):
             response.reward, response.outcome = 1.0, "timeout"
     write_group_file(tmp_path / "in.jsonl", records)
     preprocess(PreprocessOptions([str(tmp_path / "in.jsonl")], str(folder), str(tmp_path / "t")), progress=False)
-    report = inspect_shards([str(tmp_path / "t")])
+    report = report_of(tmp_path / "t")
     assert report["zero_variance_groups"] == 22 and report["by_source"]["self"]["outcomes"].keys() == {"timeout"}
     assert report["shards"][0]["verifier"] == {"group_files": [{"verifier": {"name": "x"}, "groups": 22}]}
 
@@ -251,11 +256,11 @@ def test_one_group_for_the_terminal(case, tool, capsys, source):
     assert tool([*command, "--color", "always"]) == 0
     coloured = capsys.readouterr().out
     blocks = coloured.split("\033[1mresponse ")[1:]
-    assert "\033[7m<|im_end|>" in coloured and len(blocks) == len(records[0].responses)
-    green, red, grey = "\033[32m", "\033[31m", "\033[90m"
+    assert re.search(r"\033\[(4;)?7;\d+m<\|im_end\|>", coloured) and len(blocks) == len(records[0].responses)
+    green, red, grey = "32m", "31m", "90m"
     for block, response in zip(blocks, records[0].responses, strict=True):
         assert {c for c in (green, red, grey) if c in block} == {green if response.reward else red}
-    assert re.sub(r"\033\[\d+m", "", coloured) == re.sub(r"(?<!<)\|(?!im_|>)", "", plain).replace("||", "|")
+    assert re.sub(r"\033\[[\d;]+m", "", coloured) == re.sub(r"(?<!<)\|(?!im_|>)", "", plain).replace("||", "|")
 
 
 class _Page(HTMLParser):
@@ -318,7 +323,7 @@ def test_json_and_exit_codes(case, tool, capsys, tmp_path):
         ([str(base / "in.jsonl"), str(base / "train")], "at once"),
         ([str(base / "absent")], "no such group shard"),
         ([str(base / "train"), "--max-tokens-per-pack", "0"], "at least 1"),
-        ([str(base / "train"), "--html", str(tmp_path / "file" / "x.html")], "no folder can be made"),
+        ([str(base / "train"), "--html", str(tmp_path / "file" / "x.html")], "is not a folder to write in"),
         ([str(base / "train"), "--json", str(tmp_path)], "exists and is no file"),
         ([str(base / "train"), "--html", "-"], "needs a file"),
     ]
@@ -376,9 +381,9 @@ def test_damage_is_named_when_it_is_run_into(case, tool, capsys, tmp_path, suffi
 
 
 def test_a_bug_of_ours_is_not_called_damage(case, monkeypatch):
-    monkeypatch.setattr("megatron_gft.inspection.inputs.inspect_shards", lambda *_: {}["bug"])
+    monkeypatch.setattr("megatron_gft.inspection.inputs.Statistics", lambda *_: {}["bug"])
     with pytest.raises(KeyError, match="bug"):
-        open_source([str(case[0] / "train")], None, None).report(None, 1)
+        open_source([str(case[0] / "train")]).report()
 
 
 def test_group_numbers_count_what_the_report_counts(case, tool, capsys, tmp_path):
@@ -389,14 +394,14 @@ def test_group_numbers_count_what_the_report_counts(case, tool, capsys, tmp_path
     drop = parse_policies(["invalid_json=drop"])
     options = PreprocessOptions([name], str(folder), str(tmp_path / "train"), policies=drop)
     preprocess(options, progress=False)
-    assert inspect_group_files([name])["groups"] == inspect_shards([str(tmp_path / "train")])["groups"] == 22
-    of_file, of_shard = (open_source([source], str(folder), None) for source in (name, str(tmp_path / "train")))
+    assert report_of(name)["groups"] == report_of(tmp_path / "train")["groups"] == 22
+    of_file, of_shard = (open_source([source], str(folder)) for source in (name, str(tmp_path / "train")))
     for view, twin in zip(of_file.groups([21, 0, 1]), of_shard.groups([21, 0, 1]), strict=True):
         assert (view.prompt, view.responses) == (twin.prompt, twin.responses)
     assert of_file.groups([1])[0].title == f"{name}:5 group 1, id q1"
     second = str(tmp_path / "second.jsonl")
     write_group_file(second, random_records(1))
-    titles = [view.title for view in open_source([name, second], str(folder), None).groups([22, 1])]
+    titles = [view.title for view in open_source([name, second], str(folder)).groups([22, 1])]
     assert titles == [f"{second}:1 group 22, id q0", f"{name}:5 group 1, id q1"]
     Path(name).write_text("\nnot json\n")
     assert tool([name, "--tokenizer", str(folder), "--group", "0"]) == 2
@@ -439,7 +444,7 @@ def test_any_file_of_a_shard_stands_for_it(case, tool, capsys, tmp_path):
     assert "no manifest of a shard is beside it" in capsys.readouterr().err
     (tmp_path / "lines.json").write_bytes((base / "in.jsonl").read_bytes())
     for name in ("lines.json", "line*.json"):
-        assert open_source([str(tmp_path / name)], None, None).report(None, 1)["groups"] == 22
+        assert open_source([str(tmp_path / name)]).report()["groups"] == 22
 
 
 def test_another_tokenizer_is_refused(case, tmp_path):
@@ -448,12 +453,12 @@ def test_another_tokenizer_is_refused(case, tmp_path):
     write_group_file(tmp_path / "a.jsonl", random_records(2))
     preprocess(PreprocessOptions([str(tmp_path / "a.jsonl")], str(other), str(tmp_path / "a")), progress=False)
     with pytest.raises(InputError, match="of different tokenizers"):
-        inspect_shards([str(base / "train"), str(tmp_path / "a")])
+        report_of(base / "train", tmp_path / "a")
     with pytest.raises(InputError, match="made with another tokenizer"):
-        open_source([str(base / "train")], str(other), None).groups([0])
+        open_source([str(base / "train")], str(other)).groups([0])
 
 
 def test_group_text_marks_boundaries_without_colour(case):
     base, folder, _ = case
-    view = open_source([str(base / "train")], str(folder), None).groups([0])[0]
+    view = open_source([str(base / "train")], str(folder)).groups([0])[0]
     assert "|" in group_text(view, colour=False) and "\033" not in group_text(view, colour=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
+from megatron_gft.atomic import check_output
 from megatron_gft.errors import InputError, command
 
 EPILOG = """example:
@@ -48,21 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_output(path: Path) -> None:
-    """Refuse what a result could not be written to, before there is one."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder -> name a file")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"{path}: {folder} is not a folder to write in -> choose another output")
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
 
     if options.output:
-        check_output(Path(options.output))
+        check_output(options.output)
 
     from megatron_gft.atomic import write_json
     from megatron_gft.evaluation.run import EvaluationOptions, evaluate, result_table

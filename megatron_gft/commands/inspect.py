@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
+import shutil
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
-from megatron_gft.atomic import atomic_file
+from megatron_gft.atomic import atomic_file, check_output
 from megatron_gft.errors import InputError, command
 
 EXAMPLES = """examples:
@@ -39,25 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_output(option: str, name: str | None) -> None:
-    """Before the work, not after it.
-
-    Raises:
-        InputError: a file cannot be written there.
-    """
-    if name is None or name == "-":
-        return
-    path = Path(name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{option} {name}: no folder can be made there ({error}) -> choose another file") from error
-    if path.exists() and not path.is_file():
-        raise InputError(f"{option} {name}: exists and is no file -> choose another one")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{option} {name}: the folder cannot be written to -> choose another one")
-
-
 def _write(name: str, text: str) -> None:
     try:
         with atomic_file(name) as temporary:  # backslashreplace: names of files need not be Unicode
@@ -67,42 +47,54 @@ def _write(name: str, text: str) -> None:
     print(f"wrote {name}", file=sys.stderr)
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0 when everything was read (and, with --verify, is sound)."""
-    arguments = _parser().parse_args(argv)
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be known before the work.
+
+    Raises:
+        InputError: a size below 1, or a file that cannot be written.
+    """
     if any(value is not None and value < 1 for value in (arguments.groups_per_step, arguments.max_tokens_per_pack)):
         raise InputError("--groups-per-step and --max-tokens-per-pack must be at least 1")
     if arguments.html == "-":
         raise InputError("--html -: the page needs a file -> name one")
-    _check_output("--html", arguments.html)
-    _check_output("--json", arguments.json)
+    for name in (arguments.html, arguments.json):
+        if name is not None and name != "-":
+            check_output(name)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 when everything was read (and, with --verify, is sound)."""
+    arguments = _parser().parse_args(argv)
+    _check(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # any text is to be shown, whatever the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     from megatron_gft.inspection.inputs import open_source  # imports megatron: seconds
-    from megatron_gft.inspection.views import group_text, html_page, report_text
+    from megatron_gft.inspection.output import group_text, html_page, report_text
 
     source = open_source(arguments.inputs, arguments.tokenizer, arguments.chat_template)
+    to_files = bool(arguments.html or arguments.json)
     if arguments.verify:
-        alone = not (arguments.group or arguments.html or arguments.json or arguments.max_tokens_per_pack)
+        alone = not (arguments.group or to_files or arguments.max_tokens_per_pack)
         for prefix in source.verify():
             print(f"{prefix}: every byte is as written", file=sys.stdout if alone else sys.stderr)
         if alone:
             return 0
+    terminal = sys.stdout.isatty()
+    colour = arguments.color == "always" or (arguments.color == "auto" and terminal)
     views = source.groups(arguments.group) if arguments.group else []
-    if views and not (arguments.html or arguments.json):
-        colour = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty())
+    if views and not to_files:
         print("\n".join(group_text(view, colour) for view in views), end="")
         return 0
     report = source.report(arguments.max_tokens_per_pack, arguments.groups_per_step)
+    if not to_files:
+        print(report_text(report, colour, shutil.get_terminal_size().columns if terminal else None))
     if arguments.html:
         _write(arguments.html, html_page(report, views))
     if arguments.json:
-        text = json.dumps(report | {"views": [asdict(view) for view in views]}, indent=1)
+        text = json.dumps(report | {"views": [asdict(view) for view in views]}, indent=1) + "\n"
         if arguments.json == "-":
-            print(text)
+            print(text, end="")
         else:
-            _write(arguments.json, text + "\n")
-    if not (arguments.html or arguments.json):
-        print(report_text(report))
+            _write(arguments.json, text)
     return 0

@@ -22,23 +22,18 @@ class CharacterTokenizer(Tokenizer):
         self.path, self.vocab_size, self.eos_id, self.bos_id = "", 0x110002, 0x110001, None
         self.special_ids, self.special_pattern = frozenset(), re.compile(r"(?!)")
         self.fingerprint = "characters"
+        self._bos, self._raw_prefix = [], ""
 
     def render_prompt(self, prompt: str | list[dict[str, Any]]) -> str:
         return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_responses(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         return [list(map(ord, text)) for text in texts]
 
-    _encode_prompts = encode_batch
-
-    def encode_responses(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
-        return self.encode_batch(texts)
+    _encode_prompts = encode_responses
 
     def _decode(self, ids: list[int]) -> str:
         return "".join(chr(i) for i in ids if i != self.eos_id)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._decode(list(map(int, ids)))
 
 
 class CharacterEncoder(ChunkEncoder):

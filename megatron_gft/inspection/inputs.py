@@ -1,48 +1,36 @@
-"""Shards or group files behind one face for ``tools/inspect_groups.py``."""
+"""Shards or group files behind one face for ``tools/inspect_groups.py``: ``verify``, ``report`` and ``groups``."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import glob
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from megatron_gft.errors import InputError
+from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import GROUP_FILE_SUFFIXES, expand_inputs, read_chunks
-from megatron_gft.inspection.characters import LENIENT
-from megatron_gft.inspection.packing_estimate import PackingQuestion
-from megatron_gft.inspection.statistics import inspect_group_files, inspect_shards
+from megatron_gft.inspection.characters import LENIENT, CharacterEncoder
+from megatron_gft.inspection.statistics import EXAMPLES_PER_KIND, Statistics
 from megatron_gft.inspection.views import GroupView, view_group
 from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, EncodingOptions
-from megatron_gft.shards import Group, GroupShard, expand_shards, verify_shard, verify_shards
+from megatron_gft.shards import Group, GroupShard, check_sets, expand_shards, verify_shard, verify_shards
 from megatron_gft.shards.encoded import PROMPT_MODE
 from megatron_gft.shards.manifest import manifest_path
 from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
 
 SHARD_FILE_SUFFIXES = (".bin", ".idx", ".npy")
 PREPROCESSING_REPORT = ".report.ndjson"  # lies beside the shards; a glob that the shell expanded names it, too
+GROUPS_PER_SLICE = 2048
 
 
-class InspectedSource(Protocol):
-    """Something to look into."""
-
-    def verify(self) -> list[str]:
-        """Check every byte; names of what was checked."""
-
-    def groups(self, numbers: Sequence[int]) -> list[GroupView]:
-        """Groups by number, decoded; numbers count what the report counts, from 0."""
-
-    def report(self, max_tokens_per_pack: int | None, groups_per_step: int) -> dict[str, Any]:
-        """Statistics and problems."""
-
-
-def open_source(inputs: Sequence[str], tokenizer: str | None, chat_template: str | None) -> InspectedSource:
+def open_source(
+    inputs: Sequence[str], tokenizer: str | None = None, chat_template: str | None = None
+) -> ShardSource | FileSource:
     """Group files when all inputs are named like them, else shards, which any of their files may stand for.
 
     Raises:
@@ -53,13 +41,13 @@ def open_source(inputs: Sequence[str], tokenizer: str | None, chat_template: str
     shards = [name for name in inputs if name not in files]
     if not shards:
         loaded = None if tokenizer is None else load_tokenizer(tokenizer, chat_template)
-        return _Files(expand_inputs(inputs), loaded)
+        return FileSource(expand_inputs(inputs), loaded)
     if files:
         raise InputError(f"{files[0]} and {shards[0]}: a group file and a shard at once -> inspect them one by one")
     prefixes = expand_shards(list(dict.fromkeys(map(_shard_prefix, shards))))
     # The template is already in the tokens of a shard.
     loaded = None if tokenizer is None else load_tokenizer(tokenizer, NO_TEMPLATE, add_bos=False)
-    return _Shards(prefixes, loaded)
+    return ShardSource(prefixes, loaded)
 
 
 def _is_group_file(name: str) -> bool:
@@ -87,83 +75,146 @@ def _shard_prefix(name: str) -> str:
     raise InputError(f"{name}: no manifest of a shard is beside it -> give prefixes of shards, in quotes with a glob")
 
 
-def _packing(max_tokens_per_pack: int | None, groups_per_step: int) -> PackingQuestion | None:
-    return None if max_tokens_per_pack is None else PackingQuestion(max_tokens_per_pack, groups_per_step)
-
-
 def _no_such_group(number: int, total: int) -> InputError:
     numbers = f"there are groups 0 to {total - 1}" if total else "there is no usable group"
     return InputError(f"--group {number}: {numbers} -> see the report (without --group)")
 
 
-@contextlib.contextmanager
-def _naming_damage(prefixes: Sequence[str]) -> Iterator[None]:
-    """While what these shards hold is used: an exception that damaged bytes caused becomes what verification says.
+class ShardSource:
+    """Shards, opened when they are looked into; their groups are counted through."""
 
-    Raises:
-        InputErrors: names the damaged files of the first such shard.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception:  # tokens and codes out of range raise anything; where no byte is damaged, it is a bug of ours
-        for prefix in prefixes:
-            verify_shard(prefix)
-        raise
+    def __init__(self, prefixes: Sequence[str], tokenizer: Tokenizer | None):
+        self.prefixes, self.tokenizer = list(prefixes), tokenizer
 
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[list[GroupShard]]:
+        """While what the shards hold is used: an exception that damaged bytes caused becomes what verification says.
 
-@dataclass
-class _Shards:
-    prefixes: list[str]
-    tokenizer: Tokenizer | None
-
-    @functools.cached_property
-    def _shards(self) -> list[GroupShard]:
-        return [GroupShard(prefix) for prefix in self.prefixes]
+        Raises:
+            InputErrors: names the damaged files of the first such shard.
+        """
+        shards = [GroupShard(prefix) for prefix in self.prefixes]
+        try:
+            yield shards
+        except InputError:
+            raise
+        except Exception:  # tokens and codes out of range raise anything; where no byte is damaged, it is a bug of ours
+            for prefix in self.prefixes:
+                verify_shard(prefix)
+            raise
 
     def verify(self) -> list[str]:
+        """Check every byte; the prefixes of what was checked."""
         verify_shards(self.prefixes)
         return self.prefixes
 
-    def report(self, max_tokens_per_pack: int | None, groups_per_step: int) -> dict[str, Any]:
-        with _naming_damage(self.prefixes):
-            return inspect_shards(self.prefixes, _packing(max_tokens_per_pack, groups_per_step))
+    def report(self, max_tokens_per_pack: int | None = None, groups_per_step: int = 128) -> dict[str, Any]:
+        """Statistics and problems (JSON object).
+
+        Raises:
+            InputError: a shard is missing or damaged, or the shards are of different tokenizers.
+        """
+        with self._opened() as shards:
+            stamps = {shard.manifest.tokenizer.fingerprint: shard for shard in shards}
+            if len(stamps) > 1:
+                names = ", ".join(shard.prefix for shard in stamps.values())
+                raise InputError(f"{names}: of different tokenizers -> inspect them one by one")
+            stamp = shards[0].manifest.tokenizer
+            statistics = Statistics(stamp.eos_id, stamp.bos_id)
+            for shard in shards:
+                for first in range(0, len(shard), GROUPS_PER_SLICE):
+                    statistics.add(shard.encoded(first, first + GROUPS_PER_SLICE), shard.prefix)
+            return statistics.report("tokens", max_tokens_per_pack, groups_per_step) | {
+                "problems": dict(sorted(statistics.problems.items())),
+                "examples": statistics.examples,
+                "inputs": [shard.prefix for shard in shards],
+                "incomplete_sets": _incomplete_sets(shards),
+                "tokenizer": stamp.model_dump(),
+                "shards": [
+                    {
+                        "prefix": shard.prefix,
+                        "groups": len(shard),
+                        "fingerprint": shard.fingerprint,
+                        "verifier": shard.manifest.judgement.verifier,
+                        "provenance": shard.manifest.provenance,
+                    }
+                    for shard in shards
+                ],
+            }
 
     def groups(self, numbers: Sequence[int]) -> list[GroupView]:
-        with _naming_damage(self.prefixes):
-            return [self._group(number) for number in numbers]
-
-    def _group(self, number: int) -> GroupView:
+        """Groups by number, decoded; numbers count what the report counts, from 0."""
         if self.tokenizer is None:
             raise InputError("--group needs --tokenizer, the one that made the shard")
-        total = sum(map(len, self._shards))
+        with self._opened() as shards:
+            return [self._group(shards, number, self.tokenizer) for number in numbers]
+
+    @staticmethod
+    def _group(shards: Sequence[GroupShard], number: int, tokenizer: Tokenizer) -> GroupView:
+        total = sum(map(len, shards))
         if not 0 <= number < total:
             raise _no_such_group(number, total)
-        for shard in self._shards:
+        for shard in shards:
             if number < len(shard):
                 break
             number -= len(shard)
-        if shard.manifest.tokenizer.fingerprint != self.tokenizer.fingerprint:
-            raise InputError(f"{shard.prefix}: made with another tokenizer than {self.tokenizer.path} -> give that one")
+        if shard.manifest.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise InputError(f"{shard.prefix}: made with another tokenizer than {tokenizer.path} -> give that one")
         meta = shard.meta(number)
         title = f"{shard.prefix} group {number}, id {meta['id']}"
-        return view_group(shard[number], self.tokenizer, title, meta["answer"], shard.outcomes(number))
+        return view_group(shard[number], tokenizer, title, meta["answer"], shard.outcomes(number))
 
 
-@dataclass
-class _Files:
-    files: list[str]
-    tokenizer: Tokenizer | None
+def _incomplete_sets(shards: Sequence[GroupShard]) -> list[str]:
+    """One shard of several may be looked at alone; the report says that it is not all."""
+    try:
+        check_sets((shard.prefix, shard.manifest) for shard in shards)
+        return []
+    except InputErrors as error:
+        return error.problems
+
+
+class FileSource:
+    """Group files; lengths are in tokens with a tokenizer, in characters without."""
+
+    def __init__(self, files: Sequence[str], tokenizer: Tokenizer | None):
+        self.files, self.tokenizer = list(files), tokenizer
 
     def verify(self) -> list[str]:
+        """There is nothing to compare with."""
         raise InputError("--verify: group files have no manifest to compare with -> give shards")
 
-    def report(self, max_tokens_per_pack: int | None, groups_per_step: int) -> dict[str, Any]:
-        return inspect_group_files(self.files, self.tokenizer, _packing(max_tokens_per_pack, groups_per_step))
+    def report(self, max_tokens_per_pack: int | None = None, groups_per_step: int = 128) -> dict[str, Any]:
+        """Statistics and problems (JSON object); bad rows are counted, not raised.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        options = EncodingOptions(LENIENT)
+        encoder = CharacterEncoder() if self.tokenizer is None else ChunkEncoder(self.tokenizer, options)
+        statistics = Statistics(encoder.tokenizer.eos_id, encoder.tokenizer.bos_id)
+        problems: Counter[str] = Counter()
+        examples: dict[str, list[str]] = {}
+        for name in self.files:
+            for chunk in read_chunks(name):
+                encoded = encoder.encode(chunk)
+                statistics.add(encoded.groups, name)
+                for problem in encoded.problems:
+                    problems[problem.kind] += 1
+                    if problems[problem.kind] <= EXAMPLES_PER_KIND:
+                        examples.setdefault(problem.kind, []).append(str(problem))
+        if statistics.problems["duplicate_id"]:  # seen over all chunks; the encoder sees one at a time
+            problems["duplicate_id"] = statistics.problems["duplicate_id"]
+            examples["duplicate_id"] = statistics.examples["duplicate_id"]
+        unit = "characters" if self.tokenizer is None else "tokens"
+        return statistics.report(unit, max_tokens_per_pack, groups_per_step) | {
+            "problems": dict(sorted(problems.items())),
+            "examples": examples,
+            "inputs": self.files,
+        }
 
     def groups(self, numbers: Sequence[int]) -> list[GroupView]:
-        """In one pass; only the encoder knows which rows become groups, so all before the last one are encoded."""
+        """As of shards, in one pass: only the encoder knows which rows become groups, so all before are encoded."""
         if self.tokenizer is None:
             raise InputError("--group needs --tokenizer, to tokenize the group")
         encoder = ChunkEncoder(self.tokenizer, EncodingOptions(LENIENT))
@@ -173,21 +224,19 @@ class _Files:
             encoded = encoder.encode(chunk)
             for number in numbers:
                 if total <= number < total + len(encoded.groups):
-                    views[number] = self._view(encoded, number - total, number)
+                    views[number] = _view(encoded, number - total, number, self.tokenizer)
             total += len(encoded.groups)
             if len(views) == len(set(numbers)):
                 return [views[number] for number in numbers]
         raise _no_such_group(next(number for number in numbers if number not in views), total)
 
-    def _view(self, encoded: EncodedChunk, index: int, number: int) -> GroupView:
-        assert self.tokenizer is not None
-        groups = encoded.groups.select(np.arange(len(encoded.groups)) == index)
-        parts = np.split(groups.tokens, np.cumsum(groups.sequence_lengths)[:-1])
-        logprobs = None
-        if groups.logprobs is not None:
-            logprobs = np.split(groups.logprobs, np.cumsum(groups.sequence_lengths[1:])[:-1])
-        sources = groups.sequence_modes[groups.sequence_modes != PROMPT_MODE]
-        group = Group(parts[0], parts[1:], sources, groups.rewards, logprobs)
-        title = f"{encoded.places[index]} group {number}, id {encoded.ids[index]}"
-        answer = json.loads(groups.metas[0])["answer"]
-        return view_group(group, self.tokenizer, title, answer, groups.outcomes)
+
+def _view(encoded: EncodedChunk, index: int, number: int, tokenizer: Tokenizer) -> GroupView:
+    groups = encoded.groups.select(np.arange(len(encoded.groups)) == index)
+    lengths, known = groups.sequence_lengths, groups.logprobs
+    prompt, *responses = np.split(groups.tokens, np.cumsum(lengths)[:-1])
+    logprobs = None if known is None else np.split(known, np.cumsum(lengths[1:])[:-1])
+    sources = groups.sequence_modes[groups.sequence_modes != PROMPT_MODE]
+    title = f"{encoded.places[index]} group {number}, id {encoded.ids[index]}"
+    group = Group(prompt, responses, sources, groups.rewards, logprobs)
+    return view_group(group, tokenizer, title, json.loads(groups.metas[0])["answer"], groups.outcomes)
