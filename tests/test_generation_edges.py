@@ -199,7 +199,8 @@ def test_ctrl_c_ends_with_a_line_and_the_next_run_continues(tmp_path):
         ("stop=[END]", "stop", ["END"]),
         ("extra_body='{min_p: 0.1, x: [1]}'", "extra_body", {"min_p": 0.1, "x": [1]}),
         ("temperature=1e-1", "temperature", 0.1),
-        ("requests_per_second=null", "requests_per_second", None),
+        ("requests_per_second=2", "requests_per_second", 2.0),
+        ("logprobs=false", "logprobs", False),
     ],
 )
 def test_text_is_taken_as_it_is_and_the_rest_as_yaml(argument, field, value):
@@ -215,7 +216,7 @@ def test_text_is_taken_as_it_is_and_the_rest_as_yaml(argument, field, value):
         ("stop='[####, END]'", "not valid YAML -> quote a list twice"),
         ("stop=END", "not a list .got 'END'. -> quote a list twice"),
         ("k=2 k=3", "k is given twice"),
-        ("temperature=.inf", "finite"),
+        ("temperature=inf", "finite"),
     ],
 )
 def test_values_that_would_mean_something_else_are_refused(argument, message):

@@ -14,8 +14,8 @@ EPILOG = """examples:
   python tools/generate_groups.py --input prompts.jsonl --output groups.jsonl --config sources.yaml
 
 Killed or failed: run the same command again, finished responses are kept in OUTPUT.journal.
-Values of --source: text is taken as it is (quote what has spaces: system='Answer after ####'); lists, mappings,
-numbers and switches are YAML, and quotes inside a list need quotes around it: stop='["\\n\\n", "####"]'
+Values of --source: text is taken as it is (quote what has spaces: system='Answer after ####'); lists and
+mappings are YAML, and quotes inside a list need quotes around it: stop='["\\n\\n", "####"]'
 Kinds of source and their keys: megatron_gft/sampling/sources.py.
 """
 
@@ -62,6 +62,6 @@ def main(argv: list[str] | None = None) -> None:
     run = GenerationRun(prompts, options.output, sources, options.seed)
     summary = run.execute(allow_failures=options.allow_failures, progress=not options.quiet)
     counts = ", ".join(f"{name} {sum(by.values())}" for name, by in summary.responses.items())
-    print(f"{summary.output}: {summary.groups} groups; responses: {counts}; dropped: {summary.dropped or 'none'}")
+    print(f"{summary.output}: {summary.groups} groups; responses: {counts}; dropped: {dict(summary.dropped) or 'none'}")
     for note, count in summary.notes.items():
         print(f"note: {note}: {count}")

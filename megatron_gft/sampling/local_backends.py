@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from megatron_gft.errors import InputError
 from megatron_gft.sampling.local_model import Decoded, LocalModel
 from megatron_gft.sampling.settings import (
     Outcome,
@@ -17,7 +16,8 @@ from megatron_gft.sampling.settings import (
     SamplingParams,
     with_own_eos,
 )
-from megatron_gft.tokenizer import ChatTemplateError, Tokenizer, load_tokenizer
+from megatron_gft.sampling.sources import VllmSource
+from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
 
 BATCHES_PER_WINDOW = 64  # requests are sorted by length within so many batches
 
@@ -40,32 +40,17 @@ class TransformersBackend:
         while window := list(itertools.islice(stream, self._batch_size * BATCHES_PER_WINDOW)):
             if all(is_done(request.key) for request in window):
                 continue
-            fitting = []
-            for request in window:
-                ids, problem = encode_prompt(self.model.tokenizer, request.prompt, self._longest_prompt(params))
-                if problem is None:
-                    fitting.append((request, ids))
-                elif not is_done(request.key):
-                    yield SampleFailure(request.key, problem)
+            fitting, failures = _fitting(self.model.tokenizer, window, self.model.max_positions - params.max_tokens)
+            yield from (failure for failure in failures if not is_done(failure.key))
             fitting.sort(key=lambda pair: len(pair[1]))
             for start in range(0, len(fitting), self._batch_size):
                 batch = fitting[start : start + self._batch_size]
-                if not all(is_done(request.key) for request, _ in batch):
-                    yield from self._sample(batch, params, is_done)
-
-    def _longest_prompt(self, params: SamplingParams) -> int:
-        return self.model.max_positions - params.max_tokens
-
-    def _sample(
-        self,
-        batch: Sequence[tuple[SampleRequest, list[int]]],
-        params: SamplingParams,
-        is_done: Callable[[str], bool],
-    ) -> Iterator[Sample]:
-        decoded = self.model.sample([ids for _, ids in batch], [request.seed for request, _ in batch], params)
-        for (request, prompt), result in zip(batch, decoded, strict=True):
-            if not is_done(request.key):
-                yield as_sample(request.key, self.model, prompt, result, params)
+                if all(is_done(request.key) for request, _ in batch):
+                    continue
+                decoded = self.model.sample([ids for _, ids in batch], [request.seed for request, _ in batch], params)
+                for (request, prompt), result in zip(batch, decoded, strict=True):
+                    if not is_done(request.key):
+                        yield as_sample(request.key, self.model, prompt, result, params)
 
 
 def as_sample(key: str, model: LocalModel, prompt: Sequence[int], result: Decoded, params: SamplingParams) -> Sample:
@@ -91,31 +76,29 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, longest: int) -> tuple[l
     return ids, None
 
 
+def _fitting(
+    tokenizer: Tokenizer, requests: Iterable[SampleRequest], longest: int
+) -> tuple[list[tuple[SampleRequest, list[int]]], list[SampleFailure]]:
+    """The requests with the ids of their prompts, and those that cannot be sampled from."""
+    fitting, failures = [], []
+    for request in requests:
+        ids, problem = encode_prompt(tokenizer, request.prompt, longest)
+        if problem is None:
+            fitting.append((request, ids))
+        else:
+            failures.append(SampleFailure(request.key, problem))
+    return fitting, failures
+
+
 class VllmBackend:
-    """vLLM's offline engine.
+    """vLLM's offline engine, which is imported here."""
 
-    Args:
-        path: model folder.
-        engine: keyword arguments of ``vllm.LLM`` (``tensor_parallel_size``, ``max_model_len``, ...).
-        requests_per_call: responses between two writes to the journal.
-        chat_template: file, ``none``, or ``None`` for the folder's own.
+    def __init__(self, source: VllmSource):
+        import vllm
 
-    Raises:
-        InputError: vLLM is not installed.
-    """
-
-    def __init__(
-        self, path: str, engine: dict[str, Any], requests_per_call: int = 1024, chat_template: str | None = None
-    ):
-        try:
-            import vllm
-        except ImportError as error:
-            raise InputError(
-                f"kind: vllm needs the vllm package ({error}) -> pip install vllm, or use openai"
-            ) from error
-        self._vllm, self._requests_per_call = vllm, requests_per_call
-        self._tokenizer = load_tokenizer(path, chat_template)
-        self._engine = vllm.LLM(model=path, **engine)
+        self._vllm, self._requests_per_call = vllm, source.requests_per_call
+        self._tokenizer = source.load_tokenizer()
+        self._engine = vllm.LLM(model=source.model, **source.engine)
         self._longest = self._engine.llm_engine.model_config.max_model_len
 
     def generate(
@@ -124,13 +107,8 @@ class VllmBackend:
         """Outcomes call by call; each request has its own seed, so calls may be cut anywhere."""
         stream = (request for request in requests if not is_done(request.key))
         while batch := list(itertools.islice(stream, self._requests_per_call)):
-            fitting = []
-            for request in batch:
-                ids, problem = encode_prompt(self._tokenizer, request.prompt, self._longest - params.max_tokens)
-                if problem is None:
-                    fitting.append((request, ids))
-                else:
-                    yield SampleFailure(request.key, problem)
+            fitting, failures = _fitting(self._tokenizer, batch, self._longest - params.max_tokens)
+            yield from failures
             if not fitting:
                 continue
             outputs = self._engine.generate(

@@ -1,110 +1,141 @@
-"""Sampled responses as a journal keeps them, and the records of a group file that become of them."""
+"""A source in a run: what it is asked, and the records of a group file that become of the answers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
 from megatron_gft.groups.records import ResponseRecord
 from megatron_gft.journal import Journal
 from megatron_gft.sampling.prompts import PromptRow
-from megatron_gft.sampling.settings import Sample, sample_seed
-from megatron_gft.sampling.sources import SampledSource
+from megatron_gft.sampling.settings import Outcome, Prompt, Sample, SampleRequest, sample_seed
+from megatron_gft.sampling.sources import ColumnSource, OpenAISource, SampledSource
 
 FAILED = "request failed"
 
 
-def sample_key(source: SampledSource, k: int, row: PromptRow) -> str:
-    """Name of one response in the journal."""
-    return f"{source.name}/{k}/{row.digest()}/{row.id}"
+@dataclass
+class Summary:
+    """What a finished run made; written beside the group file."""
+
+    output: str
+    groups: int = 0
+    responses: dict[str, dict[str, int]] = field(default_factory=dict)  # source name -> counts by finish reason
+    dropped: dict[str, int] = field(default_factory=Counter)  # reason -> count
+    notes: dict[str, int] = field(default_factory=Counter)  # what else is not as one might expect -> count
+    plan: str = ""
+    sha256: str = ""
+    sources: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    version: str = __version__
 
 
-def journal_value(sample: Sample) -> dict[str, Any]:
-    """One response as the journal keeps it."""
-    value: dict[str, Any] = {"text": sample.text, "finish_reason": sample.finish_reason}
-    if sample.token_ids is not None:
-        value["token_ids"] = sample.token_ids
-    if sample.logprobs is not None:
-        value["logprobs"] = sample.logprobs
-    if sample.without_reasoning:
-        value["without_reasoning"] = True
-    return value
+class ColumnResponses:
+    """Responses that the rows bring along."""
+
+    def __init__(self, source: ColumnSource, seed: int):
+        self.source, self.identity = source, source.identity() | {"seed": seed}
+
+    def records(self, row: PromptRow, journal: Journal, summary: Summary) -> Iterator[ResponseRecord]:
+        yield ResponseRecord(str(row.columns[self.source.column]), self.source.source, finish_reason="stop")
 
 
-class ResponseMaker:
-    """Makes the records of one source out of a journal: who sampled, from which checkpoint, how.
+class SampledResponses:
+    """Responses that a model is asked for: who sampled, from which checkpoint, how.
 
     Args:
         source: as the user describes it.
-        identity: all that decides what it samples (``source.identity()`` and the run's ``seed``); its hash goes into
-            every record as ``sampling["settings"]``.
+        seed: of the run.
+
+    Attributes:
+        identity: all that decides what is sampled; its hash goes into every record as ``sampling["settings"]``.
+
+    Raises:
+        InputError: what the source needs is not there.
     """
 
-    def __init__(self, source: SampledSource, identity: dict[str, Any]):
-        self._source, self._identity = source, identity
-        sampling = source.params().as_dict() | {"backend": source.kind, "name": source.name}
-        if "checkpoint" in identity:
-            sampling["checkpoint"] = identity["checkpoint"]
-        self._sampling = sampling | {"settings": sha256_json(identity)[:16]}
+    def __init__(self, source: SampledSource, seed: int):
+        self.source, self.identity = source, source.identity() | {"seed": seed}
+        self._server = source.backend() if isinstance(source, OpenAISource) else None
+        own = {key: self.identity[key] for key in ("checkpoint",) if key in self.identity}
+        own |= {"backend": source.kind, "name": source.name, "settings": sha256_json(self.identity)[:16]}
+        self._sampling = source.params().as_dict() | own
 
-    def seed(self, row: PromptRow, k: int) -> int:
-        return sample_seed(self._identity["seed"], row.id, self._source.name, k)
-
-    def wanted(self, row: PromptRow) -> Sequence[int]:
-        """Numbers k of the responses that the row does not carry yet."""
-        if not row.responses:
-            return range(self._source.k)
+    def wanted(self, row: PromptRow) -> dict[int, int]:
+        """Numbers k of the responses that the row does not carry yet, with their seeds."""
+        seeds = {k: sample_seed(self.identity["seed"], row.id, self.source.name, k) for k in range(self.source.k)}
         carried = [response.sampling for response in row.responses]
-        return [k for k in range(self._source.k) if self._sampling | {"seed": self.seed(row, k)} not in carried]
+        return {k: seed for k, seed in seeds.items() if self._sampling | {"seed": seed} not in carried}
 
-    def responses(
-        self, row: PromptRow, journal: Journal, dropped: Counter[str], notes: Counter[str]
-    ) -> list[ResponseRecord]:
+    def requests(self, rows: Iterable[PromptRow]) -> Iterator[SampleRequest]:
+        """In the order of the rows; the key names a response in the journal."""
+        for row in rows:
+            prompt = _with_system(row.prompt, self.source.system)
+            for k, seed in self.wanted(row).items():
+                yield SampleRequest(self._key(row, k), prompt, seed)
+
+    def _key(self, row: PromptRow, k: int) -> str:
+        return f"{self.source.name}/{k}/{row.digest()}/{row.id}"
+
+    def outcomes(self, rows: Iterable[PromptRow], journal: Journal) -> Iterator[Outcome]:
+        """Ask for what the journal lacks; a model is loaded when the first outcome is wanted."""
+        backend = self._server or self.source.backend()
+        yield from backend.generate(self.requests(rows), self.source.params(), journal.__contains__)
+
+    def records(self, row: PromptRow, journal: Journal, summary: Summary) -> Iterator[ResponseRecord]:
         """The row's new responses; those that are missing or empty are counted, and what they lack."""
-        source, made = self._source, []
         wanted = self.wanted(row)
-        if len(wanted) < source.k:
-            notes[f"{source.name}: in the input already"] += source.k - len(wanted)
-        for k in wanted:
-            key = sample_key(source, k, row)
+        if len(wanted) < self.source.k:
+            summary.notes[f"{self.source.name}: in the input already"] += self.source.k - len(wanted)
+        for k, seed in wanted.items():
+            key = self._key(row, k)
             if key not in journal:
-                dropped[FAILED] += 1
+                summary.dropped[FAILED] += 1
                 continue
-            value = journal[key]
-            if not value["text"] and not value.get("token_ids"):
-                dropped["reasoning without an answer" if value.get("without_reasoning") else "empty response"] += 1
+            sample = Sample(key, **journal[key])
+            if not sample.text and not sample.token_ids:
+                summary.dropped["reasoning without an answer" if sample.without_reasoning else "empty response"] += 1
                 continue
-            record = self._record(value, self.seed(row, k))
-            notes.update(f"{source.name}: {note}" for note in self._notes(value, record))
-            made.append(record)
-        return made
+            record = self._record(sample, seed)
+            for note in self._notes(sample, record):
+                summary.notes[f"{self.source.name}: {note}"] += 1
+            yield record
 
-    def _record(self, value: dict[str, Any], seed: int) -> ResponseRecord:
-        text, ids = _whole_characters(value["text"]), value.get("token_ids")
-        if text != value["text"]:
-            ids = None  # they spell something else now
+    def _record(self, sample: Sample, seed: int) -> ResponseRecord:
+        text = _whole_characters(sample.text)
+        ids = sample.token_ids if text == sample.text else None  # else they spell something else now
         return ResponseRecord(
             text,
-            self._source.source,
-            finish_reason=value["finish_reason"],
-            model=self._source.model,
-            tokenizer=self._identity["tokenizer"] if ids is not None else None,
+            self.source.source,
+            finish_reason=sample.finish_reason,
+            model=self.source.model,
+            tokenizer=self.identity["tokenizer"] if ids is not None else None,
             token_ids=ids,
-            logprobs=value.get("logprobs") if ids is not None else None,
+            logprobs=sample.logprobs if ids is not None else None,
             sampling=self._sampling | {"seed": seed},
         )
 
-    def _notes(self, value: dict[str, Any], record: ResponseRecord) -> Iterator[str]:
-        if record.text != value["text"]:
+    def _notes(self, sample: Sample, record: ResponseRecord) -> Iterator[str]:
+        if record.text != sample.text:
             yield "half a character replaced by U+FFFD"
-        if value.get("without_reasoning"):
+        if sample.without_reasoning:
             yield "reasoning, which the server kept apart, left out"
-        if self._source.logprobs and record.logprobs is None:
+        if self.source.logprobs and record.logprobs is None:
             yield "without log-probs"
-        elif self._identity.get("token_ids") and record.token_ids is None:
+        elif self.identity.get("token_ids") and record.token_ids is None:
             yield "without token ids"
+
+
+def _with_system(prompt: Prompt, system: str | None) -> Prompt:
+    """The prompt, which has none of its own, as messages that begin with a system message, if there is one to add."""
+    if system is None:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _whole_characters(text: str) -> str:

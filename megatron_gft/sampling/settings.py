@@ -70,6 +70,10 @@ class Sample:
     logprobs: list[float] | None = None
     without_reasoning: bool = False
 
+    def as_dict(self) -> dict[str, Any]:
+        """What a journal keeps under ``key``: all fields that say something."""
+        return {name: value for name, value in vars(self).items() if name != "key" and value not in (None, False)}
+
 
 @dataclass(frozen=True)
 class SampleFailure:
@@ -87,7 +91,7 @@ Outcome = Sample | SampleFailure
 
 
 class Backend(Protocol):
-    """A source of samples.
+    """What samples come from.
 
     ``generate`` takes the requests of a run in their order, ``is_done(key)`` among them telling which need no sample
     any more, and yields the outcomes of the others in any order. A backend whose samples depend on what shares their

@@ -6,19 +6,19 @@
       - {kind: transformers, source: self, model: models/student, k: 4, max_tokens: 512, logprobs: true}
 
 The same on the command line: ``--source "kind=column source=expert column=solution"``. There, text is taken as it is;
-lists, numbers and switches are YAML, and quotes inside a list need quotes around it: ``stop='["\\n\\n", "####"]'``.
+lists and mappings are YAML, and quotes inside a list need quotes around it: ``stop='["\\n\\n", "####"]'``.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import shlex
 import sys
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_origin
 
 import pydantic
 import yaml
@@ -26,35 +26,58 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_gft.config import Section
 from megatron_gft.errors import InputError, InputErrors, nearest
-from megatron_gft.sampling.settings import SamplingParams, model_fingerprint
+from megatron_gft.sampling.prompts import PromptRow, scalar_text
+from megatron_gft.sampling.settings import Backend, SamplingParams, model_fingerprint
 from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
 
 Role = Literal["expert", "teacher", "self"]
 
 
-class ColumnSource(Section):
+class Source(Section):
+    """One source of responses. Fields with ``exclude`` may change while a journal grows."""
+
+    kind: str
+    name: str = Field("", exclude=True, description="default: the source, numbered when there are several")
+    source: Role
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides what the responses are; files by their contents.
+
+        Raises:
+            InputError: files that the source needs are not there.
+        """
+        return self.model_dump(mode="json")
+
+    @abstractmethod
+    def problems(self, row: PromptRow) -> Iterator[str]:
+        """Why there can be no response of this source to a prompt."""
+
+
+class ColumnSource(Source):
     """Answers that the rows bring along."""
 
     kind: Literal["column"]
-    name: str = Field("", description="default: the source, numbered when there are several")
     source: Role = "expert"
     column: str = Field(description="column with the whole answer")
 
-    def identity(self) -> dict[str, Any]:
-        return {"kind": self.kind, "source": self.source, "column": self.column}
+    def problems(self, row: PromptRow) -> Iterator[str]:
+        if self.column not in row.columns:
+            names = ", ".join(row.columns) or "none: it is a group already"
+            yield f"{row.place}: no column {self.column!r} for source {self.name} (columns: {names})"
+            return
+        try:
+            if not (scalar_text(row.columns[self.column], row.place, self.column) or "").strip():
+                yield f"{row.place}: column {self.column!r} is empty, there is no answer of source {self.name}"
+        except InputError as error:
+            yield str(error)
 
 
-class SampledSource(Section):
-    """Answers to be sampled. Fields named in ``operational`` may change while a journal grows."""
+class SampledSource(Source):
+    """Answers to be sampled."""
 
-    model_config = pydantic.ConfigDict(allow_inf_nan=False)
-    operational: ClassVar[frozenset[str]] = frozenset({"name", "k", "tokenizer", "chat_template"})
-
-    kind: str
-    name: str = Field("", description="default: the source, numbered when there are several")
-    source: Role
     model: str
-    k: PositiveInt = Field(1, description="responses per prompt")
+    chat_template: str | None = Field(None, exclude=True, description="template file or none; default: the folder's")
+    k: PositiveInt = Field(1, exclude=True, description="responses per prompt")
     temperature: NonNegativeFloat = Field(1.0, description="0: greedy")
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: NonNegativeInt = Field(0, description="0: off")
@@ -85,20 +108,23 @@ class SampledSource(Section):
             InputError: it cannot be loaded.
         """
 
-    def identity(self) -> dict[str, Any]:
-        """All that decides what is sampled; files by their contents.
+    @abstractmethod
+    def backend(self) -> Backend:
+        """Load or connect what is sampled from; torch, transformers or vLLM are imported only here."""
 
-        Raises:
-            InputError: files that the source needs are not there.
-        """
-        identity = {key: value for key, value in self.model_dump(mode="json").items() if key not in self.operational}
+    def identity(self) -> dict[str, Any]:
         tokenizer = self.load_tokenizer()
         if tokenizer is None:
-            return identity
-        return identity | {
-            "tokenizer": tokenizer.fingerprint,
-            "chat_template": tokenizer.chat_template_fingerprint,
-        }
+            return super().identity()
+        own = {"tokenizer": tokenizer.fingerprint, "chat_template": tokenizer.chat_template_fingerprint}
+        return super().identity() | own
+
+    def problems(self, row: PromptRow) -> Iterator[str]:
+        if self.system is not None and not isinstance(row.prompt, str) and row.prompt[0]["role"] == "system":
+            yield (
+                f"{row.place}: the prompt begins with a system message, source {self.name} would add another "
+                "-> leave system= out of the source, or the message out of the prompt"
+            )
 
 
 class OpenAISource(SampledSource):
@@ -108,28 +134,17 @@ class OpenAISource(SampledSource):
     summary; to keep them in the responses as the model wrote them, start the server without a reasoning parser.
     """
 
-    operational: ClassVar[frozenset[str]] = SampledSource.operational | {
-        "url",
-        "api_key_env",
-        "concurrency",
-        "timeout",
-        "attempts",
-        "backoff",
-        "requests_per_second",
-    }
-
     kind: Literal["openai"]
     source: Role = "teacher"
-    url: str = Field(description="base with the version, such as http://host:8000/v1")
+    url: str = Field(exclude=True, description="base with the version, such as http://host:8000/v1")
     api: Literal["chat", "completions"] = Field("chat", description="who renders the chat template: server or we")
-    tokenizer: str | None = Field(None, description="the model's tokenizer folder; for completions and token_ids")
-    chat_template: str | None = Field(None, description="template file or none, for completions")
-    api_key_env: str | None = Field(None, description="environment variable that holds the key")
-    concurrency: PositiveInt = Field(16, description="requests at a time")
-    timeout: PositiveFloat = Field(600.0, description="seconds for one request")
-    attempts: PositiveInt = Field(8, description="tries of one request")
-    backoff: PositiveFloat = Field(1.0, description="seconds; longest first pause, doubled for each further one")
-    requests_per_second: PositiveFloat | None = Field(None, description="rate limit")
+    tokenizer: str | None = Field(None, exclude=True, description="tokenizer folder, for completions and token_ids")
+    api_key_env: str | None = Field(None, exclude=True, description="environment variable that holds the key")
+    concurrency: PositiveInt = Field(16, exclude=True, description="requests at a time")
+    timeout: PositiveFloat = Field(600.0, exclude=True, description="seconds for one request")
+    attempts: PositiveInt = Field(8, exclude=True, description="tries of one request")
+    backoff: PositiveFloat = Field(1.0, exclude=True, description="seconds; longest first pause, doubled each time")
+    requests_per_second: PositiveFloat | None = Field(None, exclude=True, description="rate limit")
     token_ids: bool = Field(False, description="ask for the sampled ids (vLLM); needs tokenizer")
     extra_body: dict[str, Any] = Field(default_factory=dict, description="further fields of each request")
 
@@ -146,13 +161,17 @@ class OpenAISource(SampledSource):
             return None
         return load_tokenizer(self.tokenizer, self.chat_template if self.api == "completions" else NO_TEMPLATE)
 
+    def backend(self) -> Backend:
+        from megatron_gft.sampling.openai_client import OpenAIBackend
+
+        return OpenAIBackend(self)
+
 
 class LocalSource(SampledSource):
     """A model folder sampled in this process."""
 
     source: Role = "self"
     model: str = Field(description="Hugging Face folder")
-    chat_template: str | None = Field(None, description="template file or none; default: the folder's own")
 
     def load_tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.model, self.chat_template)
@@ -169,27 +188,34 @@ class TransformersSource(LocalSource):
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="default: fp32 on a CPU, else the folder's")
     device: str | None = Field(None, description="default: cuda when there is one")
 
+    def backend(self) -> Backend:
+        from megatron_gft.sampling.local_backends import TransformersBackend
+        from megatron_gft.sampling.local_model import LocalModel
+
+        model = LocalModel(self.model, dtype=self.dtype, device=self.device, chat_template=self.chat_template)
+        return TransformersBackend(model, self.batch_size)
+
 
 class VllmSource(LocalSource):
     """vLLM's offline engine in this process."""
 
-    operational: ClassVar[frozenset[str]] = SampledSource.operational | {"engine", "requests_per_call"}
-
     kind: Literal["vllm"]
-    engine: dict[str, Any] = Field(default_factory=dict, description="arguments of vllm.LLM")
-    requests_per_call: PositiveInt = Field(1024, description="responses between two writes to the journal")
+    engine: dict[str, Any] = Field(default_factory=dict, exclude=True, description="arguments of vllm.LLM")
+    requests_per_call: PositiveInt = Field(1024, exclude=True, description="responses between writes to the journal")
 
     def identity(self) -> dict[str, Any]:
         if "vllm" not in sys.modules and importlib.util.find_spec("vllm") is None:
             raise InputError("the vllm package is not installed -> pip install vllm, or use kind openai")
         return super().identity()
 
+    def backend(self) -> Backend:
+        from megatron_gft.sampling.local_backends import VllmBackend
 
-Source = ColumnSource | SampledSource
-SourceList = Sequence[Source]
-_AnySource = Annotated[ColumnSource | OpenAISource | TransformersSource | VllmSource, Field(discriminator="kind")]
+        return VllmBackend(self)
+
+
 _QUOTING = """quote a list twice: stop='["\\n\\n", "####"]'"""
-_KINDS: dict[str, type[Section]] = {
+_KINDS: dict[str, type[Source]] = {
     "column": ColumnSource,
     "openai": OpenAISource,
     "transformers": TransformersSource,
@@ -198,10 +224,12 @@ _KINDS: dict[str, type[Section]] = {
 
 
 class _Sources(Section):
-    sources: list[_AnySource] = Field(min_length=1)
+    sources: list[
+        Annotated[ColumnSource | OpenAISource | TransformersSource | VllmSource, Field(discriminator="kind")]
+    ] = Field(min_length=1)
 
 
-def load_sources(arguments: Sequence[str] = (), file: str | Path | None = None) -> SourceList:
+def load_sources(arguments: Sequence[str] = (), file: str | Path | None = None) -> list[Source]:
     """Sources of a YAML file (``sources: [...]``), then those of ``--source`` arguments, named and checked.
 
     Raises:
@@ -241,52 +269,32 @@ def _read_argument(argument: str) -> dict[str, Any]:
         if key in texts:
             raise InputError(f"--source {argument!r}: {key} is given twice -> give it once")
         texts[key] = text
-    kind = _KINDS.get(texts.get("kind", ""))
-    fields = {} if kind is None else kind.model_fields
-    return {
-        key: text if key not in fields or _is_text(fields[key].annotation) else _read_value(key, text)
-        for key, text in texts.items()
-    }
+    kind = _KINDS.get(texts.get("kind", ""), Source)
+    collections = {key for key, field in kind.model_fields.items() if get_origin(field.annotation) in (list, dict)}
+    return {key: _read_collection(key, text) if key in collections else text for key, text in texts.items()}
 
 
-def _is_text(annotation: Any) -> bool:
-    """Whether a field holds nothing but text: ``str``, a choice of words, either of them or None."""
-    if get_origin(annotation) is Literal:
-        return True
-    if get_origin(annotation) in (Union, UnionType):
-        return all(part is NoneType or _is_text(part) for part in get_args(annotation))
-    return annotation is str
-
-
-def _read_value(key: str, text: str) -> Any:
-    """A list, mapping, number or switch of the command line, as YAML."""
-    is_collection = text.lstrip().startswith(("[", "{"))
+def _read_collection(key: str, text: str) -> Any:
+    """A list or mapping of the command line, as YAML."""
     try:
         # shlex took unprotected quotes away, and a plain \n is two characters: better no list than another one.
-        if is_collection and "\\" in text and '"' not in text:
+        if "\\" in text and '"' not in text:
             raise yaml.YAMLError
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"--source: {key}={text}: not valid YAML -> {_QUOTING}") from None
 
 
-def _with_names(sources: Sequence[Any]) -> SourceList:
+def _with_names(sources: Sequence[Source]) -> list[Source]:
     """Give unnamed sources the name of their role, numbered from the second on; refuse a name used twice."""
-    named, taken = [], {source.name for source in sources if source.name}
-    for source in sources:
-        if not source.name:
-            number, name = 1, source.source
-            while name in taken:
-                number += 1
-                name = f"{source.source}{number}"
-            taken.add(name)
-            source = source.model_copy(update={"name": name})
-        named.append(source)
-    names = [source.name for source in named]
-    twice = sorted({name for name in names if names.count(name) > 1 or "/" in name})
-    if twice:
-        raise InputError(f"source name {twice[0]!r}: used twice or with a '/' in it -> name the sources differently")
-    return named
+    names = [source.name for source in sources]
+    for index, source in enumerate(sources):
+        numbered = (source.source + str(number or "") for number in itertools.chain([0], itertools.count(2)))
+        names[index] = source.name or next(name for name in numbered if name not in names)
+    for name in names:
+        if names.count(name) > 1 or "/" in name:
+            raise InputError(f"source name {name!r}: used twice or with a '/' in it -> name the sources differently")
+    return [source.model_copy(update={"name": name}) for source, name in zip(sources, names, strict=True)]
 
 
 def _explain(problem: Any) -> str:
