@@ -22,7 +22,7 @@ from packaging.version import Version
 
 from megatron_gft.checkpoints.torch_dist import TorchDistReader
 from megatron_gft.errors import InputError
-from megatron_gft.hf.mapping import MLP_NORM_SUFFIXES
+from megatron_gft.hf.mapping import other_norm_name
 
 
 def loadable_sharded_state_dict(state: dict[str, Any], checkpoint: str | Path) -> dict[str, Any]:
@@ -58,13 +58,7 @@ def _loadable(state: dict[str, Any], tensors: set[str], objects: set[str]) -> di
         elif isinstance(value, ShardedObject) and "_extra_state" in name and value.unique_key not in objects:
             continue
         elif isinstance(value, ShardedTensor) and value.key not in tensors:
-            value.key = _alias(value.key, tensors)
+            other = other_norm_name(value.key)
+            value.key = other if other in tensors else value.key
         kept[name] = value
     return kept
-
-
-def _alias(key: str, tensors: set[str]) -> str:
-    for one, other in (MLP_NORM_SUFFIXES, MLP_NORM_SUFFIXES[::-1]):
-        if key.endswith(one) and (renamed := key.removesuffix(one) + other) in tensors:
-            return renamed
-    return key

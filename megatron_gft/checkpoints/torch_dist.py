@@ -9,16 +9,14 @@ Needs torch only: no megatron import, no process group for one process.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pickle
-import queue
-import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,19 +26,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
-    LoadPlanner,
-    ReadItem,
     SavePlan,
     TensorWriteData,
     WriteItem,
@@ -96,38 +91,13 @@ def row_chunks(rows: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Ite
 
 def prefetch(values: Iterable[Value]) -> Generator[Value, None, None]:
     """Yield ``values``, making the next one in a thread while the caller works on the last; never two ahead."""
-    results: queue.SimpleQueue = queue.SimpleQueue()
-    permits = threading.Semaphore(1)
-    stopped = threading.Event()
-    end = object()
-
-    def produce() -> None:
-        iterator = iter(values)
-        while True:
-            permits.acquire()
-            if stopped.is_set():
-                return
-            try:
-                results.put((next(iterator, end), None))
-            except BaseException as error:  # handed to the consumer, who raises it
-                results.put((end, error))
-                return
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while True:
-            value, error = results.get()
-            if error is not None:
-                raise error
-            if value is end:
-                return
-            permits.release()
+    iterator: Iterator[Any] = iter(values)
+    end: Any = object()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, iterator, end)
+        while (value := following.result()) is not end:
+            following = thread.submit(next, iterator, end)
             yield value
-    finally:
-        stopped.set()
-        permits.release()
-        thread.join()
 
 
 class _StreamPlanner(DefaultSavePlanner):
@@ -235,7 +205,7 @@ class TorchDistReader:
         self.folder = Path(folder)
         if not (self.folder / ".metadata").is_file():
             raise InputError(f"{folder}: no .metadata there -> name the folder of a torch_dist checkpoint (step-...)")
-        self._reader = _CachedReader(self.folder)
+        self._reader = dcp.FileSystemReader(self.folder)
         try:
             metadata = self._reader.read_metadata()
         except (pickle.UnpicklingError, EOFError, AttributeError) as error:
@@ -295,36 +265,12 @@ def _stored_bytes(entry: TensorStorageMetadata) -> int:
     return max(CHUNK_BYTES, largest * entry.properties.dtype.itemsize)
 
 
-class _CachedReader(dcp.FileSystemReader):
-    """Unpickles the metadata once."""
-
-    @functools.cached_property
-    def _metadata(self) -> Metadata:
-        return super().read_metadata()
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
-
-
-class _IntoTensor(LoadPlanner):
-    """Delivers the read items into one tensor."""
+class _IntoTensor(DefaultLoadPlanner):
+    """Delivers the read items of a ready plan into one tensor."""
 
     def __init__(self, target: torch.Tensor):
+        super().__init__()
         self.target = target
 
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("used with ready plans only")
-
-    create_local_plan: Callable[..., Any] = set_up_planner
-    create_global_plan: Callable[..., Any] = set_up_planner
-    finish_plan: Callable[..., Any] = set_up_planner
-    load_bytes: Callable[..., Any] = set_up_planner
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        view = self.target
-        for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            view = view.narrow(axis, offset, length)
-        return view
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        return None
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.target

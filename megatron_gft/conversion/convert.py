@@ -16,7 +16,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -29,9 +30,9 @@ from megatron_gft.errors import EXIT_BAD_INPUT, InputError, InputErrors
 from megatron_gft.hf.files import (
     MODEL_FILES_FOLDER,
     SOURCE_FILE,
-    ExportStream,
     check_tensors,
     compare_hashes,
+    export_folder,
     read_source_record,
     scatter_rows,
     source_record,
@@ -43,9 +44,7 @@ from megatron_gft.hf.safetensors_io import (
     SafetensorsFolder,
     TensorLayout,
     layout_bytes,
-    plan_shards,
     tensor_bytes,
-    write_index,
 )
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count, shared_directory
@@ -61,34 +60,24 @@ Verify = Literal["hash", "logits", "off"]
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 
-class RowHashes:
-    """sha256 of tensors whose rows arrive in order but interleaved with other tensors' rows."""
+Layouts = Mapping[str, TensorLayout]
+"""Shape and dtype of every Hugging Face tensor to write, by name."""
 
-    def __init__(self) -> None:
-        self._digests: dict[str, hashlib._Hash] = {}
-
-    def update(self, name: str, rows: torch.Tensor) -> None:
-        self._digests.setdefault(name, hashlib.sha256()).update(tensor_bytes(rows))
-
-    def hexdigests(self) -> dict[str, str]:
-        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+Hashes = defaultdict[str, "hashlib._Hash"]
+"""Of tensors whose rows arrive in order but interleaved with other tensors' rows."""
 
 
-def total_bytes(entries: Sequence[Entry], dtypes: Mapping[str, torch.dtype]) -> int:
-    """Bytes of the Hugging Face tensors of these entries; ``dtypes`` by Hugging Face name."""
-    return sum(
-        layout_bytes((size, dtypes[name]))
-        for entry in entries
-        for name, size in zip(entry.sources, entry.source_shapes, strict=True)
-    )
+def total_bytes(entries: Iterable[Entry], layouts: Layouts) -> int:
+    """Bytes of the Hugging Face tensors of these entries."""
+    return sum(layout_bytes(layouts[name]) for entry in entries for name in entry.sources)
 
 
-def split_entries(entries: Sequence[Entry], dtypes: Mapping[str, torch.dtype], parts: int) -> list[list[Entry]]:
+def split_entries(entries: Sequence[Entry], layouts: Layouts, parts: int) -> list[list[Entry]]:
     """Consecutive runs of about equal bytes, one for each process."""
-    whole, done = total_bytes(entries, dtypes), 0
+    whole, done = total_bytes(entries, layouts), 0
     runs: list[list[Entry]] = [[] for _ in range(parts)]
     for entry in entries:
-        size = total_bytes([entry], dtypes)
+        size = total_bytes([entry], layouts)
         runs[min(parts - 1, (2 * done + size) * parts // max(1, 2 * whole))].append(entry)
         done += size
     return runs
@@ -146,32 +135,50 @@ def hf_to_megatron(
     mapping = HfMapping(read_model_shape(hf_dir))
     weights = SafetensorsFolder(hf_dir)
     check_tensors(weights, mapping)
+    layouts = {name: (size, dtype or weights.tensors[name].dtype) for name, size in mapping.hf_shapes.items()}
     entries = list(mapping.entries.values())
-    dtypes = {name: dtype or weights.tensors[name].dtype for name in mapping.hf_shapes}
-    _check_one_dtype_per_key(hf_dir, entries, dtypes)
+    _check_one_dtype_per_key(hf_dir, entries, layouts)
     rank, count = process_rank_and_count()
-    mine = split_entries(entries, dtypes, count)[rank]
-    check_free_space(output, total_bytes(entries, dtypes))
+    mine = split_entries(entries, layouts, count)[rank]
+    check_free_space(output, total_bytes(entries, layouts))
+
+    def write() -> dict[str, str]:
+        """This process's entries, checked; sha256 of each of their Hugging Face tensors."""
+        hashes: Hashes = defaultdict(hashlib.sha256)
+        parts = [(entry, part) for entry in mine for part in stored_parts(mapping, entry, layouts)]
+        total = total_bytes(mine, layouts)
+
+        def data() -> Iterator[torch.Tensor]:
+            for entry, part in parts:
+                rows = _read_part(mapping, entry, part, weights, hashes)
+                progress(rows.nbytes, total)
+                yield rows
+
+        write_torch_dist(folder, [part for _, part in parts], data())
+        weights.close()
+        given = {name: digest.hexdigest() for name, digest in hashes.items()}
+        if verify != "off":
+            compare_hashes(folder, given, _hash_checkpoint(TorchDistReader(folder), mapping, mine))
+        return given
+
     with shared_directory(output) as folder:
-        results = gather_results(
-            lambda: _write_megatron(folder, mapping, mine, weights, dtypes, verify != "off", progress), output
-        )
+        results = gather_results(write, output)
         if rank == 0:
             if verify == "logits":
                 run_logits_check(hf_dir, folder, text)
-            hashes = {name: digest for result in results for name, digest in result.items()}
+            given = {name: digest for result in results for name, digest in result.items()}
             (folder / MODEL_FILES_FOLDER).mkdir()
             write_model_files(hf_dir, folder / MODEL_FILES_FOLDER, dtype)
-            write_json(folder / SOURCE_FILE, source_record(hf_dir, hashes))
+            write_json(folder / SOURCE_FILE, source_record(hf_dir, given))
 
 
-def _check_one_dtype_per_key(hf_dir: Path, entries: Sequence[Entry], dtypes: Mapping[str, torch.dtype]) -> None:
+def _check_one_dtype_per_key(hf_dir: Path, entries: Sequence[Entry], layouts: Layouts) -> None:
     """Megatron stacks layers: one dtype for all of them."""
-    found: dict[str, set[torch.dtype]] = {}
+    found: dict[str, set[str]] = defaultdict(set)
     for entry in entries:
-        found.setdefault(entry.checkpoint_key, set()).update(dtypes[source] for source in entry.sources)
+        found[entry.checkpoint_key].update(str(layouts[source][1]) for source in entry.sources)
     problems = [
-        f"{key}: its tensors are {', '.join(sorted(map(str, kinds)))} -> choose one with --dtype"
+        f"{key}: its tensors are {', '.join(sorted(kinds))} -> choose one with --dtype"
         for key, kinds in found.items()
         if len(kinds) > 1
     ]
@@ -185,73 +192,38 @@ def stored_shape(mapping: HfMapping, entry: Entry) -> tuple[int, ...]:
     return (*axes, *mapping.shard(entry).shape)
 
 
-def plan_parts(mapping: HfMapping, entries: Sequence[Entry], dtypes: Mapping[str, torch.dtype]) -> list[StoredTensor]:
-    """The chunks in which these entries are stored."""
-    parts = []
-    for entry in entries:
-        shape, dtype = stored_shape(mapping, entry), dtypes[entry.sources[0]]
-        rows, *rest = shape[len(entry.index) :]
-        for chunk in row_chunks(rows, prod(rest) * dtype.itemsize):
-            parts.append(StoredTensor(entry.checkpoint_key, shape, dtype, entry.index, chunk))
-    return parts
+def stored_parts(mapping: HfMapping, entry: Entry, layouts: Layouts) -> Iterator[StoredTensor]:
+    """The chunks in which an entry is stored."""
+    shape, dtype = stored_shape(mapping, entry), layouts[entry.sources[0]][1]
+    rows, *rest = shape[len(entry.index) :]
+    for chunk in row_chunks(rows, prod(rest) * dtype.itemsize):
+        yield StoredTensor(entry.checkpoint_key, shape, dtype, entry.index, chunk)
 
 
-def _write_megatron(
-    folder: Path,
-    mapping: HfMapping,
-    entries: Sequence[Entry],
-    weights: SafetensorsFolder,
-    dtypes: Mapping[str, torch.dtype],
-    verify: bool,
-    progress: Progress,
-) -> dict[str, str]:
-    """Write and check this process's entries; sha256 of each of their Hugging Face tensors."""
-    hashes = RowHashes()
-    parts = plan_parts(mapping, entries, dtypes)
-    write_torch_dist(folder, parts, _read_parts(mapping, entries, weights, dtypes, hashes, progress))
-    weights.close()
-    expected = hashes.hexdigests()
-    if verify:
-        compare_hashes(folder, expected, _hash_checkpoint(TorchDistReader(folder), mapping, entries))
-    return expected
-
-
-def _read_parts(
-    mapping: HfMapping,
-    entries: Sequence[Entry],
-    weights: SafetensorsFolder,
-    dtypes: Mapping[str, torch.dtype],
-    hashes: RowHashes,
-    progress: Progress,
-) -> Iterator[torch.Tensor]:
-    """The data of :func:`plan_parts`, read from safetensors and hashed by source tensor."""
-    total = total_bytes(entries, dtypes)
-    for entry in entries:
-        shard = mapping.shard(entry)
-        dtype = dtypes[entry.sources[0]]
-        row_shape = shard.shape[1:]
-        for start, stop in row_chunks(shard.shape[0], prod(row_shape) * dtype.itemsize):
-            buffer = torch.empty((stop - start, *row_shape), dtype=dtype)
-            for piece in shard.within(start, stop):
-                name = entry.sources[piece.source]
-                rows = buffer[piece.offset - start : piece.offset - start + piece.rows]
-                rows.copy_(weights.read(name, (piece.start, piece.stop)))
-                hashes.update(name, rows)
-            progress(buffer.nbytes, total)
-            yield buffer
+def _read_part(
+    mapping: HfMapping, entry: Entry, part: StoredTensor, weights: SafetensorsFolder, hashes: Hashes
+) -> torch.Tensor:
+    """The rows of a stored part [rows, ...], read from safetensors and hashed by source tensor."""
+    buffer = torch.empty(part.sizes[len(part.index) :], dtype=part.dtype)
+    start, stop = part.rows
+    for piece in mapping.shard(entry).within(start, stop):
+        name, at = entry.sources[piece.source], piece.offset - start
+        rows = buffer[at : at + piece.rows]
+        rows.copy_(weights.read(name, (piece.start, piece.stop)))
+        hashes[name].update(tensor_bytes(rows))
+    return buffer
 
 
 def _hash_checkpoint(reader: TorchDistReader, mapping: HfMapping, entries: Sequence[Entry]) -> dict[str, str]:
     """sha256 of Hugging Face tensors as they are read back through the mapping."""
-    hashes = RowHashes()
+    hashes: Hashes = defaultdict(hashlib.sha256)
     for entry in entries:
-        shard = mapping.shard(entry)
         for start, stop in reader.chunk_rows(entry.checkpoint_key, entry.index):
             rows = reader.read(entry.checkpoint_key, entry.index, (start, stop))
-            for piece in shard.within(start, stop):
+            for piece in mapping.shard(entry).within(start, stop):
                 at = piece.offset - start
-                hashes.update(entry.sources[piece.source], rows[at : at + piece.rows])
-    return hashes.hexdigests()
+                hashes[entry.sources[piece.source]].update(tensor_bytes(rows[at : at + piece.rows]))
+    return {name: digest.hexdigest() for name, digest in hashes.items()}
 
 
 # --- Megatron to Hugging Face ---------------------------------------------------------------------------------------
@@ -300,62 +272,48 @@ def megatron_to_hf(
     reader = TorchDistReader(checkpoint)
     places = locate_entries(reader, mapping)
     entries = list(mapping.entries.values())
-    dtypes = {
-        source: dtype or reader.tensors[places[entry.name][0]].properties.dtype
-        for entry in entries
-        for source in entry.sources
-    }
-    rank, count = process_rank_and_count()
-    runs = split_entries(entries, dtypes, count)
-    plans = plan_shards((_layouts(run, dtypes) for run in runs), max_shard_bytes)
-    recorded = read_source_record(checkpoint) if dtype is None and verify != "off" else None
-    check_free_space(output, total_bytes(entries, dtypes))
-
-    def write() -> None:
-        total = total_bytes(runs[rank], dtypes)
-        stream = ExportStream(folder, plans[rank])
-        for entry, tensors in prefetch(_read_entries(reader, mapping, runs[rank], places, dtypes)):
-            for name, tensor in zip(entry.sources, tensors, strict=True):
-                stream.write(name, tensor)
-                progress(tensor.nbytes, total)
-        stream.finish(verify=verify != "off")
-        if recorded is not None:
-            mine = {name: recorded["tensors_sha256"][name] for name in stream.hashes}
-            compare_hashes(checkpoint, mine, stream.hashes)
-
-    with shared_directory(output) as folder:
-        gather_results(write, output)
-        if rank == 0:
-            write_index(folder, [plan for run in plans for plan in run])
-            write_model_files(model_files, folder, dtypes[entries[0].sources[0]])
-            if verify == "logits":
-                run_logits_check(folder, checkpoint, text)
-
-
-def _layouts(entries: Sequence[Entry], dtypes: Mapping[str, torch.dtype]) -> dict[str, TensorLayout]:
-    return {
-        name: (size, dtypes[name])
+    layouts = {
+        name: (size, dtype or reader.tensors[places[entry.name][0]].properties.dtype)
         for entry in entries
         for name, size in zip(entry.sources, entry.source_shapes, strict=True)
     }
+    rank, count = process_rank_and_count()
+    runs = split_entries(entries, layouts, count)
+    recorded = read_source_record(checkpoint) if dtype is None and verify != "off" else None
+    check_free_space(output, total_bytes(entries, layouts))
+    total = total_bytes(runs[rank], layouts)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for entry in runs[rank]:
+            yield from zip(entry.sources, _read_entry(reader, mapping, entry, places[entry.name], layouts), strict=True)
+
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in prefetch(tensors()):
+            yield name, tensor
+            progress(tensor.nbytes, total)
+
+    with export_folder(
+        output,
+        [{name: layouts[name] for entry in run for name in entry.sources} for run in runs],
+        counted(),
+        model_files=model_files,
+        max_shard_bytes=max_shard_bytes,
+        verify=verify != "off",
+    ) as (folder, hashes):
+        if recorded is not None:
+            compare_hashes(checkpoint, {name: recorded["tensors_sha256"][name] for name in hashes}, hashes)
+        if rank == 0 and verify == "logits":
+            run_logits_check(folder, checkpoint, text)
 
 
-def _read_entries(
-    reader: TorchDistReader,
-    mapping: HfMapping,
-    entries: Sequence[Entry],
-    places: Mapping[str, tuple[str, tuple[int, ...]]],
-    dtypes: Mapping[str, torch.dtype],
-) -> Iterator[tuple[Entry, list[torch.Tensor]]]:
-    """The Hugging Face tensors of each entry."""
-    for entry in entries:
-        key, index = places[entry.name]
-        outputs = [
-            torch.empty(size, dtype=dtypes[name]) for name, size in zip(entry.sources, entry.source_shapes, strict=True)
-        ]
-        for start, stop in reader.chunk_rows(key, index):
-            scatter_rows(outputs, mapping.shard(entry), reader.read(key, index, (start, stop)), start)
-        yield entry, outputs
+def _read_entry(
+    reader: TorchDistReader, mapping: HfMapping, entry: Entry, place: tuple[str, tuple[int, ...]], layouts: Layouts
+) -> list[torch.Tensor]:
+    """The Hugging Face tensors of an entry that lies at ``place`` (key, index) in the checkpoint."""
+    outputs = [torch.empty(size, dtype=dtype) for size, dtype in map(layouts.__getitem__, entry.sources)]
+    for start, stop in reader.chunk_rows(*place):
+        scatter_rows(outputs, mapping.shard(entry), reader.read(*place, (start, stop)), start)
+    return outputs
 
 
 def locate_entries(reader: TorchDistReader, mapping: HfMapping) -> dict[str, tuple[str, tuple[int, ...]]]:

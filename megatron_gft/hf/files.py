@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,17 @@ from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.mapping import HfMapping, Shard
-from megatron_gft.hf.safetensors_io import SafetensorsFolder, ShardPlan, ShardWriter, tensor_bytes
+from megatron_gft.hf.safetensors_io import (
+    SafetensorsFolder,
+    ShardPlan,
+    ShardWriter,
+    TensorLayout,
+    plan_shards,
+    tensor_bytes,
+    write_index,
+)
 from megatron_gft.hf.shape import read_config
+from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count, shared_directory
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 CARRIED_PATTERNS = (
@@ -52,13 +63,12 @@ def carried_files(folder: Path) -> list[Path]:
 
 def write_model_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Copy configuration, tokenizer and chat template; config.json changes only where its dtype is another."""
-    read_config(source)  # a clear error when there is none
+    config = read_config(source)
     for path in carried_files(source):
         if path.is_dir():
             shutil.copytree(path, target / path.name)
         else:
             shutil.copyfile(path, target / path.name)
-    config = read_config(source)
     key = "dtype" if "dtype" in config else "torch_dtype"
     if dtype is not None and config.get(key) != (name := str(dtype).removeprefix("torch.")):
         config[key] = name
@@ -122,57 +132,69 @@ def file_hashes(folder: Path, files: Sequence[str]) -> dict[str, str]:
     return hashes
 
 
-class ExportStream:
-    """Writes one process's tensors into its planned files and checks them afterwards.
+@contextlib.contextmanager
+def export_folder(
+    output: str | Path,
+    layouts: Sequence[Mapping[str, TensorLayout]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    model_files: Path,
+    max_shard_bytes: int,
+    verify: bool,
+) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Write a Hugging Face folder, every process its own files; collective over the default group.
 
-    A write error does not stop the caller, which may be in the middle of collectives that others wait for: it is
-    kept, further tensors are dropped, and :meth:`finish` raises it.
+    Yields the folder under its temporary name, all files written, and sha256 of this process's tensors as they were
+    given: what is raised in the block leaves nothing behind.
 
-    Attributes:
-        hashes: sha256 of each tensor as it was given.
+    Args:
+        layouts: of each process's tensors, in the order in which they are written.
+        tensors: this process's, in that order, on the CPU.
+        model_files: folder with the configuration and tokenizer to carry over.
+        verify: re-read what was written and compare the hashes.
+
+    Raises:
+        InputError: the output exists, the disk is full, or a tensor read back differs.
     """
+    rank, plans = process_rank_and_count()[0], plan_shards(layouts, max_shard_bytes)
+    hashes: dict[str, str] = {}
 
-    def __init__(self, folder: Path, plans: Iterable[ShardPlan]):
-        self.folder, self.plans = folder, list(plans)
-        self.hashes: dict[str, str] = {}
-        self._file_of = {name: plan for plan in self.plans for name in plan.tensors}
-        self._current: ShardPlan | None = None
-        self._writer: ShardWriter | None = None
-        self._failure: OSError | None = None
+    def write() -> None:
+        _write_files(folder, plans[rank], tensors, hashes)
+        if verify:
+            compare_hashes(folder, hashes, file_hashes(folder, [plan.file for plan in plans[rank]]))
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append a tensor [rows, ...]; tensors come in the order of the plans."""
-        self.hashes[name] = tensor_sha256([tensor])
-        if self._failure is not None:
-            return
-        try:
-            if self._file_of[name] is not self._current:
-                self._close()
-                self._current = self._file_of[name]
-                self._writer = ShardWriter(self.folder, self._current)
-            assert self._writer is not None
-            self._writer.write(name, tensor)
-        except OSError as error:
-            self._failure = error
+    with shared_directory(output) as folder:
+        gather_results(write, Path(output))
+        if rank == 0:
+            flat = [plan for process in plans for plan in process]
+            write_index(folder, flat)
+            write_model_files(model_files, folder, dtype=next(iter(flat[0].tensors.values()))[1])
+        yield folder, hashes
 
-    def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        self._writer = None
 
-    def finish(self, *, verify: bool) -> None:
-        """Close the last file and re-read all of them.
+def _write_files(
+    folder: Path, plans: Sequence[ShardPlan], tensors: Iterable[tuple[str, torch.Tensor]], hashes: dict[str, str]
+) -> None:
+    """Write the tensors into the planned files and note their hashes.
 
-        Raises:
-            OSError: a write failed. InputErrors: a tensor read back differs.
-        """
-        if self._failure is None:
-            self._close()
-        else:
-            raise self._failure
-        if not verify:
-            return
-        compare_hashes(self.folder, self.hashes, file_hashes(self.folder, [plan.file for plan in self.plans]))
+    After a write error the remaining tensors are made all the same and dropped: making one may be collective, and
+    others wait for it.
+    """
+    stream, failure = iter(tensors), None
+    try:
+        for plan in plans:
+            writer = ShardWriter(folder, plan)
+            for name, tensor in itertools.islice(stream, len(plan.tensors)):
+                hashes[name] = tensor_sha256([tensor])
+                writer.write(name, tensor)
+            writer.close()
+    except OSError as error:
+        failure = error
+    for _ in stream:
+        pass
+    if failure is not None:
+        raise failure
 
 
 def compare_hashes(place: Path | str, expected: Mapping[str, str], found: Mapping[str, str]) -> None:

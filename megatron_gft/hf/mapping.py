@@ -21,10 +21,18 @@ _LIVE_TO_CANONICAL = (
     (re.compile(r"^(decoder\.layers\.\d+)\.input_layernorm\."), r"\1.self_attention.linear_qkv.layer_norm_"),
     (re.compile(r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$"), r".experts.\2.weight\1"),
 )
-"""Local-spec names to the canonical ones (Transformer Engine's, apart from :data:`MLP_NORM_SUFFIXES`)."""
+"""Local-spec names to the canonical ones (Transformer Engine's, apart from :func:`other_norm_name`)."""
 
-MLP_NORM_SUFFIXES = (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
-"""The norm before the MLP: fused into linear_fc1 by dense TE specs, a module of its own otherwise."""
+# The norm before the MLP: fused into linear_fc1 by dense Transformer Engine specs, a module of its own otherwise.
+_MLP_NORMS = (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+
+
+def other_norm_name(name: str) -> str:
+    """The second name (or checkpoint key) of the norm before the MLP; any other name as it is."""
+    for one, other in (_MLP_NORMS, _MLP_NORMS[::-1]):
+        if name.endswith(one):
+            return name.removesuffix(one) + other
+    return name
 
 
 @dataclass(frozen=True)
@@ -144,9 +152,7 @@ class HfMapping:
             name = pattern.sub(canonical, name)
         if name == "output_layer.weight" and self.shape.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"
-        for one, other in (MLP_NORM_SUFFIXES, MLP_NORM_SUFFIXES[::-1]):
-            if name not in self.entries and name.endswith(one):
-                name = name.removesuffix(one) + other
+        name = name if name in self.entries else other_norm_name(name)
         if name not in self.entries:
             raise InputError(
                 f"Megatron parameter {name} has no rule for {self.shape.architecture} -> build the model from "
@@ -156,11 +162,7 @@ class HfMapping:
 
     def checkpoint_places(self, entry: Entry) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Keys that may hold an entry in a distributed checkpoint, with the index along the stacked axes there."""
-        keys = [entry.checkpoint_key]
-        for one, other in (MLP_NORM_SUFFIXES, MLP_NORM_SUFFIXES[::-1]):
-            if entry.checkpoint_key.endswith(one):
-                keys.append(entry.checkpoint_key.removesuffix(one) + other)
-        for key in keys:
+        for key in dict.fromkeys((entry.checkpoint_key, other_norm_name(entry.checkpoint_key))):
             yield key, entry.index
             if entry.index:
                 yield key.replace(".layers.", f".layers.{entry.index[0]}."), entry.index[1:]

@@ -7,11 +7,12 @@ the shard plan is known from shapes alone, so the header is written first and th
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -60,21 +61,14 @@ class SafetensorsFolder:
     def __init__(self, folder: str | Path, files: Sequence[str] | None = None):
         """``files``: read just these, whether an index names them or not."""
         self.folder = Path(folder)
-        index = self._read_index() if files is None else None
         self.tensors: dict[str, TensorInfo] = {}
-        self.unreadable: set[str] = set()
         self._open_path: Path | None = None
         self._file: safe_open | None = None
         self._read_bytes = 0
-        problems: list[str] = []
+        index = self._read_index() if files is None else None
         if files is None:
             files = [SINGLE_NAME] if index is None else sorted(set(index.values()))
-        for name in files:
-            self._read_header(self.folder / name, index, problems)
-        for name, file in (index or {}).items():
-            readable = (self.folder / file).is_file() and file not in self.unreadable
-            if name not in self.tensors and readable:
-                problems.append(f"{INDEX_NAME} names tensor {name}, which {file} does not hold -> copy both again")
+        problems = [problem for file in files for problem in self._add_file(file, index)]
         if problems:
             raise InputErrors(str(self.folder), problems)
 
@@ -89,38 +83,31 @@ class SafetensorsFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a safetensors index ({error!r}) -> copy the file again") from error
 
-    def _read_header(self, path: Path, index: Mapping[str, str] | None, problems: list[str]) -> None:
+    def _add_file(self, file_name: str, index: Mapping[str, str] | None) -> Iterator[str]:
+        """Take in the header of one file; what is wrong with it."""
+        path = self.folder / file_name
         if not path.is_file():
-            problems.append(f"shard {path.name} is missing -> copy it again")
+            yield f"shard {file_name} is missing -> copy it again"
             return
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    piece = file.get_slice(name)
-                    self._add(name, path, tuple(piece.get_shape()), piece.get_dtype(), index, problems)
+                pieces = {name: file.get_slice(name) for name in file.keys()}
+                found = {name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in pieces.items()}
         except (SafetensorError, OSError) as error:
-            problems.append(f"{path.name} is damaged or truncated ({error}) -> copy it again")
-            self.unreadable.add(path.name)
-
-    def _add(
-        self,
-        name: str,
-        path: Path,
-        shape: tuple[int, ...],
-        dtype: str,
-        index: Mapping[str, str] | None,
-        problems: list[str],
-    ) -> None:
-        if dtype not in _DTYPES:
-            problems.append(f"tensor {name} has dtype {dtype} -> only {', '.join(_DTYPES)} are known")
+            yield f"{file_name} is damaged or truncated ({error}) -> copy it again"
             return
-        if name in self.tensors:
-            problems.append(
-                f"tensor {name} is in both {self.tensors[name].file.name} and {path.name} -> copy them again"
-            )
-        elif index is not None and index.get(name) != path.name:
-            problems.append(f"tensor {name} in {path.name} is not in {INDEX_NAME} -> copy both again")
-        self.tensors[name] = TensorInfo(path, shape, _DTYPES[dtype])
+        for name, (shape, dtype) in found.items():
+            if dtype not in _DTYPES:
+                yield f"tensor {name} has dtype {dtype} -> only {', '.join(_DTYPES)} are known"
+                continue
+            if name in self.tensors:
+                yield f"tensor {name} is in both {self.tensors[name].file.name} and {file_name} -> copy them again"
+            elif index is not None and index.get(name) != file_name:
+                yield f"tensor {name} in {file_name} is not in {INDEX_NAME} -> copy both again"
+            self.tensors[name] = TensorInfo(path, shape, _DTYPES[dtype])
+        for name, file_of_name in (index or {}).items():
+            if file_of_name == file_name and name not in found:
+                yield f"{INDEX_NAME} names tensor {name}, which {file_name} does not hold -> copy both again"
 
     def read(
         self, name: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
@@ -171,17 +158,17 @@ def layout_bytes(layout: TensorLayout) -> int:
     return prod(layout[0]) * layout[1].itemsize
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShardPlan:
     """One file to write: its name and its tensors in order."""
 
-    file: str = ""
-    tensors: dict[str, TensorLayout] = field(default_factory=dict)
-    num_bytes: int = 0
+    file: str
+    tensors: Mapping[str, TensorLayout]
 
-    def add(self, name: str, layout: TensorLayout) -> None:
-        self.tensors[name] = layout
-        self.num_bytes += layout_bytes(layout)
+    @property
+    def num_bytes(self) -> int:
+        """Of the data."""
+        return sum(map(layout_bytes, self.tensors.values()))
 
 
 def plan_shards(
@@ -195,18 +182,20 @@ def plan_shards(
     Returns:
         The plans of each writer; numbered over all of them (``model-00001-of-00003.safetensors``).
     """
-    plans: list[list[ShardPlan]] = []
+    writers: list[list[dict[str, TensorLayout]]] = []
     for group in groups:
-        writer: list[ShardPlan] = []
+        files: list[dict[str, TensorLayout]] = []
+        room = 0
         for name, layout in group.items():
-            if not writer or writer[-1].num_bytes + layout_bytes(layout) > max_bytes:
-                writer.append(ShardPlan())
-            writer[-1].add(name, layout)
-        plans.append(writer)
-    flat = [plan for writer in plans for plan in writer]
-    for number, plan in enumerate(flat, start=1):
-        plan.file = SINGLE_NAME if len(flat) == 1 else f"model-{number:05d}-of-{len(flat):05d}.safetensors"
-    return plans
+            if not files or layout_bytes(layout) > room:
+                files.append({})
+                room = max_bytes
+            files[-1][name] = layout
+            room -= layout_bytes(layout)
+        writers.append(files)
+    count, number = sum(map(len, writers)), itertools.count(1)
+    name = SINGLE_NAME if count == 1 else f"model-{{:05d}}-of-{count:05d}.safetensors"
+    return [[ShardPlan(name.format(next(number)), tensors) for tensors in files] for files in writers]
 
 
 def write_index(folder: Path, plans: Iterable[ShardPlan]) -> None:
@@ -232,7 +221,7 @@ class ShardWriter:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, (shape, dtype) in plan.tensors.items():
-            end = offset + prod(shape) * dtype.itemsize
+            end = offset + layout_bytes((shape, dtype))
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         encoded = json.dumps(header, separators=(",", ":")).encode()

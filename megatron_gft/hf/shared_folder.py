@@ -20,16 +20,6 @@ def process_rank_and_count() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _exchange(problem: str | None) -> None:
-    """Raise on every process when one of them has a problem. Collective."""
-
-    def report() -> None:
-        if problem is not None:
-            raise InputError(problem)
-
-    gather_results(report)
-
-
 def _describe(error: BaseException, path: Path | None = None) -> str:
     """What a user reads: our message as it is; the system's (disk full, read-only folder) with the output's name."""
     if isinstance(error, InputError):
@@ -49,31 +39,23 @@ def shared_directory(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: ``path`` exists, or a process failed (the message names the first one).
     """
-    path = Path(path)
+    path, problem = Path(path), None
     stack = contextlib.ExitStack()
-    problem, temporary = None, None
-    if process_rank_and_count()[0] == 0:
-        problem, temporary = _attempt(lambda: stack.enter_context(atomic_directory(path)), path)
-    _exchange(problem)
-    names = [temporary]
-    if dist.is_initialized():
-        dist.broadcast_object_list(names, src=0)
+    is_first = process_rank_and_count()[0] == 0
+    temporary = gather_results(lambda: stack.enter_context(atomic_directory(path)) if is_first else path, path)[0]
+
+    def report() -> None:
+        if problem is not None:
+            raise InputError(problem)
+
     with stack:
         try:
-            yield Path(names[0] or path)
+            yield temporary
         except (InputError, OSError) as error:
             problem = _describe(error, path)
-        _exchange(problem)
+        gather_results(report)
         # Nothing can undo the rename, so it comes last and its own failure is told to all.
-        problem, _ = _attempt(stack.close, path)
-        _exchange(problem)
-
-
-def _attempt(action: Callable[[], Any], output: Path | None = None) -> tuple[str | None, Any]:
-    try:
-        return None, action()
-    except (InputError, OSError) as error:
-        return _describe(error, output), None
+        gather_results(stack.close, path)
 
 
 def gather_results(action: Callable[[], Result], output: Path | None = None) -> list[Result]:
@@ -85,8 +67,12 @@ def gather_results(action: Callable[[], Result], output: Path | None = None) -> 
     Raises:
         InputError: on all processes, when it failed on one.
     """
-    problem, result = _attempt(action, output)
-    outcomes = [(problem, result)]
+    problem, result = None, None
+    try:
+        result = action()
+    except (InputError, OSError) as error:
+        problem = _describe(error, output)
+    outcomes: list[Any] = [(problem, result)]
     if dist.is_initialized():
         outcomes = [(None, None)] * dist.get_world_size()
         dist.all_gather_object(outcomes, (problem, result))

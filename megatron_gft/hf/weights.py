@@ -21,17 +21,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_gft.errors import InputError
-from megatron_gft.hf.files import ExportStream, check_tensors, scatter_rows, write_model_files
+from megatron_gft.hf.files import check_tensors, export_folder, scatter_rows
 from megatron_gft.hf.mapping import Entry, HfMapping, Shard
-from megatron_gft.hf.safetensors_io import (
-    DEFAULT_SHARD_BYTES,
-    SafetensorsFolder,
-    TensorLayout,
-    plan_shards,
-    write_index,
-)
+from megatron_gft.hf.safetensors_io import DEFAULT_SHARD_BYTES, SafetensorsFolder, TensorLayout
 from megatron_gft.hf.shape import ModelShape
-from megatron_gft.hf.shared_folder import shared_directory
 from megatron_gft.parallel import Parallel
 
 GATHER_BYTES = 64 * 2**20
@@ -173,18 +166,15 @@ def export_hf_weights(
             mine |= {name: (size, dtype or item.parameter.dtype) for name, size in sizes}
     groups: list[dict[str, TensorLayout]] = [{} for _ in range(parallel.world_size)]
     dist.all_gather_object(groups, mine)
-    plans = plan_shards(groups, max_shard_bytes)
-    with shared_directory(output_dir) as folder:
-        stream = ExportStream(folder, plans[parallel.rank])
-        for item in live:
-            tensors = gather_to_hf(item, mapping, dtype)
-            for name, tensor in zip(item.entry.sources, tensors or (), strict=bool(tensors)):
-                stream.write(name, tensor)
-        stream.finish(verify=verify)
-        if parallel.rank == 0:
-            flat = [plan for group in plans for plan in group]
-            write_index(folder, flat)
-            write_model_files(Path(model_files), folder, dtype=dtype or next(iter(flat[0].tensors.values()))[1])
+    tensors = (
+        pair
+        for item in live
+        for pair in zip(item.entry.sources, gather_to_hf(item, mapping, dtype) or (), strict=False)  # none: not ours
+    )
+    with export_folder(
+        output_dir, groups, tensors, model_files=Path(model_files), max_shard_bytes=max_shard_bytes, verify=verify
+    ):
+        pass
 
 
 def gather_to_hf(item: LiveParameter, mapping: HfMapping, dtype: torch.dtype | None) -> list[torch.Tensor] | None:
