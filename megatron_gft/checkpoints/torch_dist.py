@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_gft.errors import InputError
+from megatron_gft.hf.safetensors_io import row_chunks
 
 CHUNK_BYTES = 16 * 2**20
 """Of one stored chunk. The writer keeps the last chunk of every key until its file is closed."""
@@ -80,13 +81,6 @@ class StoredTensor:
     def sizes(self) -> tuple[int, ...]:
         axis = len(self.index)
         return (*([1] * axis), self.rows[1] - self.rows[0], *self.shape[axis + 1 :])
-
-
-def row_chunks(rows: int, row_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
-    """Cut ``rows`` into ranges of at most ``chunk_bytes`` (at least one row)."""
-    step = max(1, chunk_bytes // max(1, row_bytes))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 def prefetch(values: Iterable[Value]) -> Generator[Value, None, None]:

@@ -44,34 +44,22 @@ def _parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan of a command line."""
-    options = _parser().parse_args(argv)
+    o = _parser().parse_args(argv)
     from megatron_gft.config import load_config
     from megatron_gft.hf.shape import read_model_shape
     from megatron_gft.validation import check
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(o.config, o.overrides)
     shape = read_model_shape(config.model.config)
-    check(config, shape, options.world_size, training=False)  # before torch: a wrong configuration fails at once
+    check(config, shape, o.world_size, training=False)  # before torch: a wrong configuration fails at once
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.disable(logging.WARNING)
     from megatron_gft.sizing.fit import Device, make_plan  # torch and Megatron: seconds
     from megatron_gft.sizing.report import format_plan
     from megatron_gft.sizing.throughput import Workload
 
-    plan = make_plan(
-        config,
-        shape,
-        options.world_size,
-        device=Device(
-            memory_gib=options.gpu_memory_gib, reserve_gib=options.reserve_gib, peak_tflops=options.peak_tflops
-        ),
-        workload=Workload(
-            groups=options.groups,
-            responses=options.responses,
-            prompt_tokens=options.prompt_tokens,
-            response_tokens=options.response_tokens,
-        ),
-        efficiency=options.efficiency,
-    )
-    print(json.dumps(plan.to_json(), indent=1) if options.json else format_plan(plan))
+    device = Device(memory_gib=o.gpu_memory_gib, reserve_gib=o.reserve_gib, peak_tflops=o.peak_tflops)
+    workload = Workload(o.groups, o.responses, o.prompt_tokens, o.response_tokens)
+    plan = make_plan(config, shape, o.world_size, device=device, workload=workload, efficiency=o.efficiency)
+    print(json.dumps(plan.to_json(), indent=1) if o.json else format_plan(plan))
     return 0 if plan.fits else EXIT_DOES_NOT_FIT

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 
 from megatron_gft.atomic import write_json
-from megatron_gft.checkpoints.torch_dist import StoredTensor, TorchDistReader, prefetch, row_chunks, write_torch_dist
+from megatron_gft.checkpoints.torch_dist import CHUNK_BYTES, StoredTensor, TorchDistReader, prefetch, write_torch_dist
 from megatron_gft.errors import EXIT_BAD_INPUT, InputError, InputErrors
 from megatron_gft.hf.files import (
     MODEL_FILES_FOLDER,
@@ -44,6 +44,7 @@ from megatron_gft.hf.safetensors_io import (
     SafetensorsFolder,
     TensorLayout,
     layout_bytes,
+    row_chunks,
     tensor_bytes,
 )
 from megatron_gft.hf.shape import read_model_shape
@@ -196,7 +197,7 @@ def stored_parts(mapping: HfMapping, entry: Entry, layouts: Layouts) -> Iterator
     """The chunks in which an entry is stored."""
     shape, dtype = stored_shape(mapping, entry), layouts[entry.sources[0]][1]
     rows, *rest = shape[len(entry.index) :]
-    for chunk in row_chunks(rows, prod(rest) * dtype.itemsize):
+    for chunk in row_chunks(rows, prod(rest) * dtype.itemsize, CHUNK_BYTES):
         yield StoredTensor(entry.checkpoint_key, shape, dtype, entry.index, chunk)
 
 

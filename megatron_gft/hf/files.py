@@ -32,20 +32,9 @@ from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 CARRIED_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates",
-    "LICENSE*",
-    "NOTICE*",
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template*"),
+    *("additional_chat_templates", "LICENSE*", "NOTICE*"),
 )
 """What transformers, vLLM and a lawyer need beside the weights."""
 
@@ -56,15 +45,10 @@ MODEL_FILES_FOLDER = "hf"
 SOURCE_FILE = "hf_source.json"
 
 
-def carried_files(folder: Path) -> list[Path]:
-    """Files and folders beside the weights that an export needs."""
-    return sorted({path for pattern in CARRIED_PATTERNS for path in folder.glob(pattern)})
-
-
 def write_model_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Copy configuration, tokenizer and chat template; config.json changes only where its dtype is another."""
     config = read_config(source)
-    for path in carried_files(source):
+    for path in sorted({path for pattern in CARRIED_PATTERNS for path in source.glob(pattern)}):
         if path.is_dir():
             shutil.copytree(path, target / path.name)
         else:

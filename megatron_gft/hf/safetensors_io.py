@@ -137,9 +137,8 @@ class SafetensorsFolder:
         """As :meth:`read`, in pieces of whole rows: (first row relative to ``rows``, piece)."""
         info = self.tensors[name]
         low, high = rows or (0, info.shape[0])
-        step = max(1, chunk_bytes * info.shape[0] // max(1, info.num_bytes))
-        for start in range(low, high, step):
-            yield start - low, self.read(name, (start, min(start + step, high)), columns)
+        for start, stop in row_chunks(high - low, info.num_bytes // max(1, info.shape[0]), chunk_bytes):
+            yield start, self.read(name, (low + start, low + stop), columns)
 
     def _open(self, path: Path) -> None:
         try:
@@ -151,6 +150,13 @@ class SafetensorsFolder:
     def close(self) -> None:
         """Unmap the open file."""
         self._open_path = self._file = None
+
+
+def row_chunks(rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut ``rows`` into ranges of at most ``chunk_bytes`` (at least one row)."""
+    step = max(1, chunk_bytes // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
 def layout_bytes(layout: TensorLayout) -> int:

@@ -23,15 +23,9 @@ LLAMA3_ROPE_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 """Hard-coded in megatron/core/models/common/embeddings/rotary_pos_embedding.py (0.16.1 and 0.19.2)."""
 
 _REQUIRED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "rms_norm_eps",
-    "max_position_embeddings",
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"),
+    *("rms_norm_eps", "max_position_embeddings"),
 )
-
 
 # Of ModelShape, under the same names in Megatron's TransformerConfig.
 _TRANSFORMER_FIELDS = (

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from megatron_gft.errors import InputError
 from megatron_gft.hf.files import check_tensors, export_folder, scatter_rows
 from megatron_gft.hf.mapping import Entry, HfMapping, Shard
-from megatron_gft.hf.safetensors_io import DEFAULT_SHARD_BYTES, SafetensorsFolder, TensorLayout
+from megatron_gft.hf.safetensors_io import DEFAULT_SHARD_BYTES, SafetensorsFolder, TensorLayout, row_chunks
 from megatron_gft.hf.shape import ModelShape
 from megatron_gft.parallel import Parallel
 
@@ -185,10 +185,8 @@ def gather_to_hf(item: LiveParameter, mapping: HfMapping, dtype: torch.dtype | N
         outputs = [torch.empty(size, dtype=dtype or parameter.dtype) for size in entry.source_shapes]
     shards = [item.shard(mapping, rank) for rank in range(item.tp_size)]
     is_split = item.tp_size > 1 and entry.operation != "copy"
-    row_bytes = max(1, parameter[:1].nbytes)
-    step = max(1, GATHER_BYTES // row_bytes)
-    for start in range(0, len(parameter), step):
-        rows = parameter[start : start + step].contiguous()
+    for start, stop in row_chunks(len(parameter), parameter[:1].nbytes, GATHER_BYTES):
+        rows = parameter[start:stop].contiguous()
         gathered = [rows]
         if is_split:
             gathered = [torch.empty_like(rows) for _ in range(item.tp_size)] if item.tp_rank == 0 else []

@@ -9,6 +9,7 @@ a key changes its meaning).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,16 +159,13 @@ def make_plan(
     stages = _stages(config, shape, world_size, packs)
     time = None
     if steps:
+        fullest = max((stage.exact for stage in stages), key=lambda exact: exact.total)
+        efficiency = efficiency or stated_efficiency(config, shape)
         time = estimate_step_time(
-            config,
-            steps,
-            max((stage.exact for stage in stages), key=lambda exact: exact.total),
-            world_size,
-            efficiency=efficiency or stated_efficiency(config, shape),
-            peak_tflops=device.peak_tflops,
+            config, steps, fullest, world_size, efficiency=efficiency, peak_tflops=device.peak_tflops
         )
-    notes = _notes(config, shape) + (_step_notes(config, steps) if with_steps else [])
-    plan = Plan(world_size, config, shape, device, stages, steps, time, None, tuple(notes))
+    notes = tuple(_notes(config, shape, steps, with_steps))
+    plan = Plan(world_size, config, shape, device, stages, steps, time, None, notes)
     if plan.fits:
         return plan
 
@@ -198,28 +196,22 @@ def _steps(config: Config, shape: ModelShape, world_size: int, workload: Workloa
         return describe_steps(AssumedGroups(workload, longest=longest), config, shape, parallel, assumed=True)
 
 
-def _notes(config: Config, shape: ModelShape) -> list[str]:
+def _notes(config: Config, shape: ModelShape, steps: StepStatistics | None, with_steps: bool) -> Iterator[str]:
     """What is legal and probably not meant."""
-    p, notes = config.parallel, []
+    p, pack = config.parallel, config.data.max_tokens_per_pack
     if p.tp > GPUS_PER_NODE:
-        notes.append(f"parallel.tp={p.tp} reaches beyond a machine of {GPUS_PER_NODE} GPUs: slow links in every layer")
+        yield f"parallel.tp={p.tp} reaches beyond a machine of {GPUS_PER_NODE} GPUs: slow links in every layer"
     if p.tp > 1 and not p.sequence_parallel:
-        notes.append("parallel.sequence_parallel is off: norms and residuals are kept whole on every tensor rank")
-    if config.data.max_tokens_per_pack > shape.max_sequence_length:
-        notes.append(
-            f"data.max_tokens_per_pack={config.data.max_tokens_per_pack} exceeds the model's "
-            f"{shape.max_sequence_length} positions; a pack may, a single response with its prompt should not"
+        yield "parallel.sequence_parallel is off: norms and residuals are kept whole on every tensor rank"
+    if pack > shape.max_sequence_length:
+        yield (
+            f"data.max_tokens_per_pack={pack} exceeds the model's {shape.max_sequence_length} positions; a pack may, a "
+            "single response with its prompt should not"
         )
-    return notes
-
-
-def _step_notes(config: Config, steps: StepStatistics | None) -> list[str]:
-    p = config.parallel
-    if steps is None:
-        return ["no step of the sample trains anything (equal rewards in every group?)"]
-    if p.pp > 1 and steps.packs_per_rank * (p.vpp or 1) < 4 * (p.pp - 1):
-        return [
+    if steps is None and with_steps:
+        yield "no step of the sample trains anything (equal rewards in every group?)"
+    elif steps is not None and p.pp > 1 and steps.packs_per_rank * (p.vpp or 1) < 4 * (p.pp - 1):
+        yield (
             f"{steps.packs_per_rank:.0f} packs per rank leave the pipeline of {p.pp} stages idle much of the time "
             "-> more data.groups_per_step, smaller parallel.pp, or parallel.vpp"
-        ]
-    return []
+        )

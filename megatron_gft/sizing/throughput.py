@@ -130,20 +130,19 @@ def describe_steps(
     if not live:
         return None
     plans = [batch.plan for batch in live if batch.plan is not None]
-    tokens = sum(plan.tokens for plan in plans)
+
+    def mean(name: str) -> float:
+        return sum(getattr(plan, name) for plan in plans) / len(plans)
+
     return StepStatistics(
         assumed=assumed,
         groups=len(groups),
         steps_per_epoch=source.steps_per_epoch,
         sampled_steps=count,
-        packs_per_rank=sum(plan.packs_per_rank for plan in plans) / len(plans),
-        tokens=tokens / len(plans),
         loss_tokens=sum(batch.loss_tokens for batch in live) / len(plans),
-        padding_share=sum(plan.padding for plan in plans) / tokens,
+        padding_share=sum(plan.padding for plan in plans) / sum(plan.tokens for plan in plans),
         dead_groups=sum(batch.dead_groups for batch in batches) / count,
-        fill=sum(plan.fill for plan in plans) / len(plans),
-        balance=sum(plan.balance for plan in plans) / len(plans),
-        flops=sum(plan.flops for plan in plans) / len(plans),
+        **{name: mean(name) for name in ("packs_per_rank", "tokens", "fill", "balance", "flops")},
     )
 
 
