@@ -113,7 +113,7 @@ def build_transformer_config(
     kwargs |= extra
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     config = TransformerConfig(**{key: value for key, value in kwargs.items() if key in known})
-    if problems := transformer_problems(config):
+    if problems := list(transformer_problems(config)):
         raise InputErrors("Megatron's TransformerConfig", problems)
     return config
 

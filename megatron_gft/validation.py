@@ -170,46 +170,40 @@ def _run(config: Config, world_size: int, training: bool) -> Iterator[str]:
         )
 
 
-def transformer_problems(config: Any) -> list[str]:
-    """What in a Megatron ``TransformerConfig`` would train another loss without a word (empty list: nothing).
+def transformer_problems(config: Any) -> Iterator[str]:
+    """What in a Megatron ``TransformerConfig`` would train another loss without a word (nothing: none).
 
     ``model.py`` sets all of it; this is for overrides and for later versions of Megatron-Core.
     """
-    problems = []
     if not config.calculate_per_token_loss:
-        problems.append("calculate_per_token_loss=False averages over microbatches and ranks -> True")
+        yield "calculate_per_token_loss=False averages over microbatches and ranks -> True"
     if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
-        problems.append(
-            "variable_seq_lengths=False receives every pack of a pipeline in the shape of the longest -> True"
-        )
+        yield ("variable_seq_lengths=False receives every pack of a pipeline in the shape of the longest -> True")
     if config.virtual_pipeline_model_parallel_size is not None and (
         config.batch_p2p_comm or not config.overlap_p2p_comm
     ):
-        problems.append(
+        yield (
             "virtual pipeline stages with batch_p2p_comm swap two transfers between one pair of ranks (wrong losses, "
             "or a hang) -> overlap_p2p_comm=True, batch_p2p_comm=False"
         )
     for name in ("hidden_dropout", "attention_dropout"):
         if getattr(config, name):
-            problems.append(f"{name}={getattr(config, name)} makes the loss depend on the layout and pack form -> 0")
+            yield f"{name}={getattr(config, name)} makes the loss depend on the layout and pack form -> 0"
     if config.mtp_num_layers:
-        problems.append(f"mtp_num_layers={config.mtp_num_layers}: the head does not train them -> None")
+        yield f"mtp_num_layers={config.mtp_num_layers}: the head does not train them -> None"
     if config.defer_embedding_wgrad_compute:
-        problems.append("defer_embedding_wgrad_compute does not know the fused head -> False")
+        yield "defer_embedding_wgrad_compute does not know the fused head -> False"
     if config.num_moe_experts:
-        problems += _expert_problems(config)
-    return problems
+        yield from _expert_problems(config)
 
 
-def _expert_problems(config: Any) -> list[str]:
+def _expert_problems(config: Any) -> Iterator[str]:
     """Terms of a mixture of experts that are functions of a microbatch, not of a token."""
-    problems = []
     if config.moe_router_load_balancing_type not in ("none", ["none"]):
-        problems.append(
+        yield (
             f"moe_router_load_balancing_type={config.moe_router_load_balancing_type!r}: an auxiliary loss depends on "
             "how the step is packed -> 'none'"
         )
     for name in ("moe_expert_capacity_factor", "moe_z_loss_coeff", "moe_input_jitter_eps"):
         if getattr(config, name) is not None:
-            problems.append(f"{name}={getattr(config, name)} makes the loss depend on how the step is packed -> None")
-    return problems
+            yield f"{name}={getattr(config, name)} makes the loss depend on how the step is packed -> None"

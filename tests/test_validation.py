@@ -171,7 +171,7 @@ LAYOUTS = [
 def test_what_the_model_builds_has_no_silent_trap(layout, model, recompute):
     settings = ModelConfig(config="none", recompute=recompute)
     config = build_transformer_config(shape_of(model), settings, ParallelConfig(**layout), backend="local")
-    assert transformer_problems(config) == []
+    assert list(transformer_problems(config)) == []
 
 
 TRAPS = [

@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -125,30 +126,24 @@ class _StreamPlanner(DefaultSavePlanner):
 class _RecordingFileSystem(FileSystem):
     """Remembers the first system error of a write: torch's archive writer replaces it by one of its own."""
 
-    def __init__(self) -> None:
-        self.failure: OSError | None = None
+    failure: OSError | None = None
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        with super().create_stream(path, mode) as stream:
-            yield _RecordingStream(stream, self)
+        with _RecordingWriter(io.FileIO(path, mode)) as stream:
+            stream.file_system = self
+            yield stream
 
 
-class _RecordingStream:
-    """A binary file that reports failed writes to its file system."""
-
-    def __init__(self, stream: Any, file_system: _RecordingFileSystem):
-        self._stream, self._file_system = stream, file_system
+class _RecordingWriter(io.BufferedWriter):
+    file_system: _RecordingFileSystem
 
     def write(self, data: Any) -> int:
         try:
-            return self._stream.write(data)
+            return super().write(data)
         except OSError as error:
-            self._file_system.failure = self._file_system.failure or error
+            self.file_system.failure = self.file_system.failure or error
             raise
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable[torch.Tensor]) -> None:

@@ -31,12 +31,11 @@ class Rule:
     """
 
     operation: Operation
-    sources: tuple[str, ...]
-    shapes: tuple[str, ...]
+    sources: tuple[tuple[str, str], ...]
 
 
 def _rule(operation: Operation, *sources: tuple[str, str]) -> Rule:
-    return Rule(operation, tuple(name for name, _ in sources), tuple(shape for _, shape in sources))
+    return Rule(operation, sources)
 
 
 _ATTENTION, _MLP = "decoder.layers.{l}.self_attention.", "decoder.layers.{l}.mlp."

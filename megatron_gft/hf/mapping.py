@@ -138,8 +138,8 @@ class HfMapping:
             checkpoint_key=key,
             index=index,
             operation=rule.operation,
-            sources=tuple(source.format(**numbers) for source in rule.sources),
-            source_shapes=tuple(tuple(self._sizes[size] for size in shape.split()) for shape in rule.shapes),
+            sources=tuple(source.format(**numbers) for source, _ in rule.sources),
+            source_shapes=tuple(tuple(self._sizes[size] for size in shape.split()) for _, shape in rule.sources),
         )
 
     def entry(self, name: str) -> Entry:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,31 +319,25 @@ def parameter_count(shape: ModelShape) -> int:
 
 def shape_problems(
     shape: ModelShape, *, tp: int = 1, pp: int = 1, vpp: int = 1, ep: int = 1, etp: int = 1
-) -> list[str]:
-    """What keeps this model from running in this layout (empty list: nothing).
+) -> Iterator[str]:
+    """What keeps this model from running in this layout (nothing: none).
 
     KV groups fewer than TP are replicated by Megatron-Core, so one must divide the other.
     """
-    problems = []
     if shape.num_attention_heads % tp:
         divisors = [n for n in range(1, shape.num_attention_heads + 1) if shape.num_attention_heads % n == 0]
-        problems.append(f"{shape.num_attention_heads} attention heads do not divide by TP {tp} -> TP in {divisors}")
+        yield f"{shape.num_attention_heads} attention heads do not divide by TP {tp} -> TP in {divisors}"
     if shape.num_query_groups % tp and tp % shape.num_query_groups:
-        problems.append(
-            f"{shape.num_query_groups} KV groups and TP {tp}: neither divides the other -> choose such a TP"
-        )
+        yield (f"{shape.num_query_groups} KV groups and TP {tp}: neither divides the other -> choose such a TP")
     if shape.num_layers % (pp * vpp):
-        problems.append(
-            f"{shape.num_layers} layers do not divide by PP {pp} x {vpp} virtual stages -> choose sizes that do"
-        )
+        yield (f"{shape.num_layers} layers do not divide by PP {pp} x {vpp} virtual stages -> choose sizes that do")
     if shape.num_moe_experts is None:
         if shape.ffn_hidden_size % tp:
-            problems.append(f"ffn_hidden_size {shape.ffn_hidden_size} does not divide by TP {tp} -> choose such a TP")
+            yield f"ffn_hidden_size {shape.ffn_hidden_size} does not divide by TP {tp} -> choose such a TP"
         if ep > 1:
-            problems.append(f"expert parallel size is {ep} and the model has no experts -> set it to 1")
-        return problems
+            yield f"expert parallel size is {ep} and the model has no experts -> set it to 1"
+        return
     if shape.num_moe_experts % ep:
-        problems.append(f"{shape.num_moe_experts} experts do not divide by EP {ep} -> choose such an EP")
+        yield f"{shape.num_moe_experts} experts do not divide by EP {ep} -> choose such an EP"
     if shape.moe_ffn_hidden_size and shape.moe_ffn_hidden_size % etp:
-        problems.append(f"expert ffn size {shape.moe_ffn_hidden_size} does not divide by expert TP {etp}")
-    return problems
+        yield f"expert ffn size {shape.moe_ffn_hidden_size} does not divide by expert TP {etp}"
