@@ -17,7 +17,10 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from tiny_models import local_layer_spec
+from tiny_models import build_gpt, local_layer_spec
+
+from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.parallel import initialize_parallel
 
 EXTRA_STATE = b"scaling factors of another run"
 
@@ -115,3 +118,27 @@ def te_layer_spec(config):
 def mlp_submodules(mlp):
     """Submodules of a layer's ``mlp``: a ``ModuleSpec``, from megatron-core 0.18 on a ``functools.partial``."""
     return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
+
+
+def stock_local_spec(config):
+    """As Megatron has it, with the wrong key for the MoE norm left in."""
+    layer = local_layer_spec(config)
+    assert "pre_mlp_layernorm." in layer.submodules.sharded_state_dict_keys_map
+    return layer
+
+
+def without_wrong_key(config):
+    layer = local_layer_spec(config)
+    if config.num_moe_experts:
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    return layer
+
+
+SPECS = {"local": local_layer_spec, "te": te_layer_spec, "stock": stock_local_spec, "fixed": without_wrong_key}
+
+
+def build_rank(folder, layout=None, spec="local"):
+    """(parallel, shape, randomly initialised chunks) of this rank."""
+    parallel = initialize_parallel(**(layout or {}))
+    shape = read_model_shape(folder)
+    return parallel, shape, build_gpt(shape, parallel, SPECS[spec])

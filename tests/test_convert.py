@@ -16,17 +16,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from ranks import run_ranks
-from te_shaped import te_layer_spec
+from te_shaped import SPECS, build_rank
 from tiny_models import (
     MODELS,
     MOE_MODELS,
     assert_same_tensors,
     build_gpt,
     hf_tensors,
-    local_layer_spec,
     world_size,
 )
 
+from megatron_gft.checkpoints.checkpointer import load_weights
 from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
 from megatron_gft.checkpoints.torch_dist import prefetch
 from megatron_gft.conversion import verify as hf_verify
@@ -35,32 +35,12 @@ from megatron_gft.conversion.verify import verify_logits
 from megatron_gft.errors import InputError
 from megatron_gft.hf import safetensors_io
 from megatron_gft.hf.files import read_source_record
-from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
-from megatron_gft.parallel import initialize_parallel
 from megatron_gft.tokenizer import tokenizer_fingerprint
 from tools import convert_checkpoint
 from tools.bench.convert import write_synthetic_model
 
 SHARD_BYTES = 300_000
-SPECS = {"local": local_layer_spec, "te": te_layer_spec}
-
-
-def stock_local_spec(config):
-    """As Megatron has it, with the wrong key for the MoE norm left in."""
-    layer = local_layer_spec(config)
-    assert "pre_mlp_layernorm." in layer.submodules.sharded_state_dict_keys_map
-    return layer
-
-
-def without_wrong_key(config):
-    layer = local_layer_spec(config)
-    if config.num_moe_experts:
-        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
-    return layer
-
-
-SPECS |= {"stock": stock_local_spec, "fixed": without_wrong_key}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -117,42 +97,37 @@ def test_processes_share_the_work(tiny, tmp_path):
 # --- with Megatron's own checkpoints --------------------------------------------------------------------------------
 
 
-def model_state(chunks, **kwargs):
+def save(chunks, parallel, saved, **kwargs):
+    """As Megatron saves a model."""
     keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    return {key: chunk.sharded_state_dict(**kwargs) for key, chunk in zip(keys, chunks, strict=True)}
-
-
-def load_checkpoint(chunks, checkpoint):
-    loaded = dist_checkpointing.load(loadable_sharded_state_dict(model_state(chunks), checkpoint), str(checkpoint))
-    for key, chunk in zip(model_state(chunks), chunks, strict=True):
-        chunk.load_state_dict(loaded[key], strict=False)
-
-
-def poison(chunks):
-    with torch.no_grad():
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.fill_(float("nan"))
-
-
-def load_and_save(folder, checkpoint, saved, layout, spec, metadata):
-    """Load a converted checkpoint into a live model; is it what direct loading gives? Then save it Megatron's way."""
-    parallel = initialize_parallel(**layout)
-    shape = read_model_shape(folder)
-    chunks, direct = (build_gpt(shape, parallel, SPECS[spec]) for _ in range(2))
-    poison(chunks)
-    load_checkpoint(chunks, checkpoint)
-    load_hf_weights(direct, shape, folder, parallel)
-    same = all(
-        torch.equal(one, other)
-        for chunk, twin in zip(chunks, direct, strict=True)
-        for one, other in zip(chunk.parameters(), twin.parameters(), strict=True)
-    )
     if parallel.rank == 0:
         saved.mkdir()
     dist.barrier()
-    dist_checkpointing.save(model_state(chunks, metadata=metadata), str(saved))
-    return same
+    state = {key: chunk.sharded_state_dict(**kwargs) for key, chunk in zip(keys, chunks, strict=True)}
+    dist_checkpointing.save(state, str(saved))
+
+
+def parameters(chunks):
+    return [parameter for chunk in chunks for parameter in chunk.parameters()]
+
+
+def load_checked(folder, checkpoint, layout, spec):
+    """(parallel, chunks) loaded from a checkpoint, equal to reading the Hugging Face folder directly, bit for bit."""
+    parallel, shape, chunks = build_rank(folder, layout, spec)
+    direct = build_gpt(shape, parallel, SPECS[spec])
+    with torch.no_grad():
+        for parameter in parameters(chunks):
+            parameter.fill_(float("nan"))
+    load_weights(checkpoint, chunks, parallel)
+    load_hf_weights(direct, shape, folder, parallel)
+    for one, other in zip(parameters(chunks), parameters(direct), strict=True):
+        assert torch.equal(one, other)
+    return parallel, chunks
+
+
+def load_and_save(folder, checkpoint, saved, layout, spec, metadata):
+    parallel, chunks = load_checked(folder, checkpoint, layout, spec)
+    save(chunks, parallel, saved, metadata=metadata)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +150,7 @@ def test_megatron_loads_a_conversion_and_its_own_saves_convert(tiny, tmp_path, n
     hf_to_megatron(folder, tmp_path / "ckpt")
     saved = tmp_path / "saved"
     arguments = (folder, tmp_path / "ckpt", saved, layout, spec, metadata)
-    assert all(run_ranks(world_size(layout), load_and_save, *arguments))
+    run_ranks(world_size(layout), load_and_save, *arguments)
     with pytest.raises(InputError, match=r"no config.json.*--hf"):
         megatron_to_hf(saved, tmp_path / "back")
     megatron_to_hf(saved, tmp_path / "back", hf_dir=folder)
@@ -183,25 +158,13 @@ def test_megatron_loads_a_conversion_and_its_own_saves_convert(tiny, tmp_path, n
 
 
 def save_from_hf(folder, saved, layout, spec):
-    parallel = initialize_parallel(**layout)
-    shape = read_model_shape(folder)
-    chunks = build_gpt(shape, parallel, SPECS[spec])
+    parallel, shape, chunks = build_rank(folder, layout, spec)
     load_hf_weights(chunks, shape, folder, parallel)
-    if parallel.rank == 0:
-        saved.mkdir()
-    dist.barrier()
-    dist_checkpointing.save(model_state(chunks), str(saved))
+    save(chunks, parallel, saved)
 
 
 def load_other_spec(folder, saved, layout, spec):
-    parallel = initialize_parallel(**layout)
-    shape = read_model_shape(folder)
-    chunks, direct = (build_gpt(shape, parallel, SPECS[spec]) for _ in range(2))
-    poison(chunks)
-    load_checkpoint(chunks, saved)
-    load_hf_weights(direct, shape, folder, parallel)
-    pairs = zip(chunks[0].parameters(), direct[0].parameters(), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
+    load_checked(folder, saved, layout, spec)
 
 
 @pytest.mark.parametrize(("spec", "other"), [("te", "fixed"), ("fixed", "te"), ("stock", "te"), ("te", "stock")])
@@ -210,13 +173,12 @@ def test_checkpoints_load_across_layer_specs(tiny, tmp_path, name, spec, other):
     """Transformer Engine's names to local ones and back, saved at TP 2, loaded at PP 2."""
     folder, saved = tiny(name), tmp_path / "saved"
     run_ranks(2, save_from_hf, folder, saved, {"tp": 2}, spec)
-    assert run_ranks(2, load_other_spec, folder, saved, {"pp": 2}, other) == [True, True]
+    run_ranks(2, load_other_spec, folder, saved, {"pp": 2}, other)
 
 
 def load_without_a_weight(folder, saved):
-    parallel = initialize_parallel()
-    chunks = build_gpt(read_model_shape(folder), parallel)
-    state = model_state(chunks)
+    _, _, (chunk,) = build_rank(folder)
+    state = {"model": chunk.sharded_state_dict()}
     state["model"]["decoder.final_layernorm.weight"].key = "decoder.renamed.weight"
     with pytest.raises(BaseException, match=r"decoder\.renamed\.weight"):  # torch's CheckpointException is no Exception
         dist_checkpointing.load(loadable_sharded_state_dict(state, saved), str(saved))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -25,69 +27,11 @@ from megatron_gft.hf.shape import (
     transformer_config_kwargs,
 )
 
-LLAMA_3_1_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 64,
-    "num_hidden_layers": 80,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "vocab_size": 128256,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-QWEN_2_5_MATH_1_5B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_act": "silu",
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "max_position_embeddings": 4096,
-    "max_window_layers": 21,
-    "num_attention_heads": 12,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 10000,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-QWEN3_30B_A3B = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_act": "silu",
-    "head_dim": 128,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 40960,
-    "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
-    "num_attention_heads": 32,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 48,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "rope_scaling": None,
-    "tie_word_embeddings": False,
-    "vocab_size": 151936,
-}
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LLAMA_3_1_70B, QWEN_2_5_MATH_1_5B, QWEN3_30B_A3B = (
+    json.loads((EXAMPLES / model / "config.json").read_text())
+    for model in ("llama3.1-70b", "qwen2.5-math-1.5b", "qwen3-30b-a3b")
+)
 
 
 def shape_of(config, **changes):
@@ -117,15 +61,7 @@ def test_both_config_styles_give_one_shape_and_transformers_count(tmp_path, name
     assert read_model_shape(tmp_path / "config.json") == shape
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     assert parameter_count(shape) == model.num_parameters()
-    inventory = sum(_elements(size) for size in HfMapping(shape).hf_shapes.values())
-    assert inventory == parameter_count(shape)
-
-
-def _elements(size):
-    count = 1
-    for axis in size:
-        count *= axis
-    return count
+    assert sum(map(math.prod, HfMapping(shape).hf_shapes.values())) == parameter_count(shape)
 
 
 def test_rope_and_window_options_reach_megatron():
@@ -213,17 +149,19 @@ def test_unsupported_architectures_name_the_supported_ones_and_the_file_to_exten
     assert all(family.architecture in message for family in FAMILIES.values())
 
 
-def test_damaged_and_missing_files_are_named(tmp_path):
-    with pytest.raises(InputError, match="no Hugging Face config.json"):
-        read_model_shape(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"')
-    with pytest.raises(InputError, match="not valid JSON"):
-        read_model_shape(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match="not an object"):
-        read_model_shape(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "glm4"}')
-    with pytest.raises(InputError, match=r"model_type 'glm4'\) is not mapped -> use one of"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no Hugging Face config.json"),
+        ('{"model_type": "llama"', "not valid JSON"),
+        ("[]", "not an object"),
+        ('{"model_type": "glm4"}', r"model_type 'glm4'\) is not mapped -> use one of"),
+    ],
+)
+def test_damaged_and_missing_files_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=message):
         read_model_shape(tmp_path)
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
-from te_shaped import te_layer_spec
+from te_shaped import build_rank
 from tiny_models import (
     MODELS,
     MOE_MODELS,
@@ -19,7 +19,6 @@ from tiny_models import (
     build_gpt,
     compare_logits,
     hf_tensors,
-    local_layer_spec,
     world_size,
 )
 
@@ -36,14 +35,11 @@ from megatron_gft.parallel import initialize_parallel, seed_everything
 from tools.bench.convert import PeakMemory, write_synthetic_model
 
 SHARD_BYTES = 300_000
-SPECS = {"local": local_layer_spec, "te": te_layer_spec}
 
 
 def load_run_export(folder, output, layout, spec):
     """On every rank: load, logits of the sample tokens, export; returns how far the logits are from transformers'."""
-    parallel = initialize_parallel(**layout)
-    shape = read_model_shape(folder)
-    chunks = build_gpt(shape, parallel, SPECS[spec])
+    parallel, shape, chunks = build_rank(folder, layout, spec)
     load_hf_weights(chunks, shape, folder, parallel)
     logits = tiny_models.megatron_logits(chunks, tiny_models.sample_tokens(), parallel)
     export_hf_weights(chunks, shape, parallel, output, model_files=folder, max_shard_bytes=SHARD_BYTES)
@@ -100,15 +96,20 @@ def test_transformer_engine_names(tiny, tmp_path, name, layout):
     check_layout(tiny(name), tmp_path / "out", layout, spec="te")
 
 
-def gft_model_logits(folder, output, layout):
-    """As :func:`load_run_export` with the training model, one pack."""
-    parallel = initialize_parallel(**layout)
+def train_model(folder, precision, tp=1):
+    """(parallel, shape, chunks) of the training model of this rank, loaded."""
+    parallel = initialize_parallel(tp=tp)
     seed_everything(0, parallel)
     shape = read_model_shape(folder)
-    sizes = ParallelConfig(tp=layout["tp"])
-    config = ModelConfig(config=str(folder), precision="fp32", backend="local")
-    _, chunks = build_model(shape, config, ObjectiveConfig(), sizes, parallel)
+    config = ModelConfig(config=str(folder), precision=precision, backend="local")
+    _, chunks = build_model(shape, config, ObjectiveConfig(), ParallelConfig(tp=tp), parallel)
     load_hf_weights(chunks, shape, folder, parallel)
+    return parallel, shape, chunks
+
+
+def gft_model_logits(folder, output, tp):
+    """As :func:`load_run_export` with the training model, one pack."""
+    parallel, shape, chunks = train_model(folder, "fp32", tp)
     with torch.no_grad():
         local = chunks[0].eval().logits(plain_pack(tiny_models.sample_tokens()[0]))
     parts = [torch.empty_like(local) for _ in range(parallel.tp_size)]
@@ -122,7 +123,7 @@ def test_fewer_kv_groups_than_tensor_parallel_ranks(tiny, tmp_path, name):
     """TP 4 with 2 KV groups: a shard is half a group; Megatron gathers before it splits."""
     folder = tiny(name)
     tiny_models.reference_logits(folder)
-    for relative, same_top in run_ranks(4, gft_model_logits, folder, tmp_path / "out", {"tp": 4}):
+    for relative, same_top in run_ranks(4, gft_model_logits, folder, tmp_path / "out", 4):
         assert relative < 1e-4 and same_top == 1.0
     assert_same_tensors(folder, tmp_path / "out")
 
@@ -138,12 +139,7 @@ def test_transformers_loads_the_export(tiny, tmp_path):
 
 
 def half_round_trip(folder, output, dtype):
-    parallel = initialize_parallel()
-    seed_everything(0, parallel)
-    shape = read_model_shape(folder)
-    config = ModelConfig(config=str(folder), precision="bf16", backend="local")
-    _, chunks = build_model(shape, config, ObjectiveConfig(), ParallelConfig(), parallel)
-    load_hf_weights(chunks, shape, folder, parallel)
+    parallel, shape, chunks = train_model(folder, "bf16")
     export_hf_weights(chunks, shape, parallel, output, model_files=folder, dtype=dtype)
     return {type(chunk).__name__ for chunk in chunks}
 
@@ -160,9 +156,7 @@ def test_bfloat16_through_wrappers_and_dtype_on_export(tmp_path):
 
 
 def bytes_read_by_a_rank(folder, layout):
-    parallel = initialize_parallel(**layout)
-    shape = read_model_shape(folder)
-    chunks = build_gpt(shape, parallel)
+    parallel, shape, chunks = build_rank(folder, layout)
     seen = 0
     read = SafetensorsFolder.read
 
@@ -185,9 +179,7 @@ def test_a_rank_reads_only_what_it_holds(tiny):
 
 
 def export_with_a_flipped_bit(folder, output):
-    parallel = initialize_parallel()
-    shape = read_model_shape(folder)
-    chunks = build_gpt(shape, parallel)
+    parallel, shape, chunks = build_rank(folder)
     load_hf_weights(chunks, shape, folder, parallel)
     write = ShardWriter.write
 
@@ -208,9 +200,7 @@ def test_an_export_that_reads_back_different_fails_and_leaves_nothing(tiny, tmp_
 
 
 def export_on_a_full_disk(folder, output, failing_rank):
-    parallel = initialize_parallel(tp=2, pp=2)
-    shape = read_model_shape(folder)
-    chunks = build_gpt(shape, parallel)
+    parallel, shape, chunks = build_rank(folder, {"tp": 2, "pp": 2})
     if parallel.rank == failing_rank:
 
         def full(self, name, tensor):
