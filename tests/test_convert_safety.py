@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny_models import write_tiny_model
+from tiny_models import hf_tensors, write_tiny_model
 
 from megatron_gft.checkpoints import torch_dist
 from megatron_gft.checkpoints.torch_dist import TorchDistReader
@@ -32,102 +32,60 @@ def shards(folder):
     return sorted(folder.glob("*.safetensors"))
 
 
-def rewrite(file, change):
+def edit(folder, name, new):
+    """Put ``new(old tensor or None)`` under ``name`` into its shard, a new name into the first; None takes it out."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    file = folder / index["weight_map"].setdefault(name, shards(folder)[0].name)
     tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def drop_shard(folder):
-    shards(folder)[1].unlink()
-    return rf"shard {shards(folder)[0].name[:6]}.* is missing"
-
-
-def truncate_shard(folder):
-    file = shards(folder)[1]
-    os.truncate(file, file.stat().st_size - 100)
-    return f"{file.name} is damaged or truncated"
-
-
-def cut_header(folder):
-    file = shards(folder)[0]
-    os.truncate(file, 4)
-    return f"{file.name} is damaged or truncated"
+    tensor = new(tensors.pop(name, None))
+    if tensor is None:
+        del index["weight_map"][name]
+    save_file(tensors if tensor is None else tensors | {name: tensor}, file, metadata={"format": "pt"})
+    path.write_text(json.dumps(index))
 
 
 def index_absent_tensor(folder):
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"]["model.ghost.weight"] = shards(folder)[0].name
-    path.write_text(json.dumps(index))
-    return "names tensor model.ghost.weight"
+    path.write_text(json.dumps({"weight_map": index["weight_map"] | {"ghost": shards(folder)[0].name}}))
 
 
-def wrong_shape(folder):
-    def change(tensors):
-        name = next(name for name in tensors if name.endswith("up_proj.weight"))
-        tensors[name] = tensors[name][:-1].clone()
-
-    file = next(file for file in shards(folder) if any(name.endswith("up_proj.weight") for name in load_file(file)))
-    rewrite(file, change)
-    return r"up_proj\.weight in model-.* is \[175, 64\], by config\.json \[176, 64\]"
-
-
-def extra_tensor(folder):
-    rewrite(shards(folder)[0], lambda tensors: tensors.update({"model.extra.weight": torch.ones(3)}))
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["model.extra.weight"] = shards(folder)[0].name
-    path.write_text(json.dumps(index))
-    return r"model\.extra\.weight in model-.* has no place in LlamaForCausalLM"
-
-
-def missing_tensor(folder):
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    file = folder / index["weight_map"].pop("model.norm.weight")
-    path.write_text(json.dumps(index))
-    rewrite(file, lambda tensors: tensors.pop("model.norm.weight"))
-    return r"model\.norm\.weight is missing"
-
-
-def mixed_dtypes(folder):
-    def change(tensors):
-        name = "model.layers.1.mlp.up_proj.weight"
-        tensors[name] = tensors[name].half()
-
-    rewrite(next(f for f in shards(folder) if "model.layers.1.mlp.up_proj.weight" in load_file(f)), change)
-    return r"linear_fc1\.weight: its tensors are torch\.float16, torch\.float32 -> .*--dtype"
-
-
-def no_weights(folder):
+def remove_weights(folder):
     for file in [*shards(folder), folder / "model.safetensors.index.json"]:
         file.unlink()
-    return r"neither model\.safetensors nor model\.safetensors\.index\.json"
 
 
-def integer_tensor(folder):
-    rewrite(shards(folder)[0], lambda tensors: tensors.update({next(iter(tensors)): torch.ones(3).long()}))
-    return "has dtype I64"
+UP = "model.layers.1.mlp.up_proj.weight"
+DAMAGES = {
+    "shard gone": (lambda f: shards(f)[1].unlink(), r"shard model-00002\S* is missing"),
+    "end cut": (
+        lambda f: os.truncate(shards(f)[1], shards(f)[1].stat().st_size - 100),
+        r"model-00002\S* is damaged or truncated",
+    ),
+    "header cut": (lambda f: os.truncate(shards(f)[0], 4), r"model-00001\S* is damaged or truncated"),
+    "index": (index_absent_tensor, "names tensor ghost, which model-00001"),
+    "shape": (
+        lambda f: edit(f, UP, lambda t: t[:-1].clone()),
+        r"up_proj\.weight in model-.* is \[175, 64\], by config\.json \[176, 64\]",
+    ),
+    "extra tensor": (
+        lambda f: edit(f, "model.extra.weight", lambda _: torch.ones(3)),
+        r"model\.extra\.weight in model-.* has no place in LlamaForCausalLM",
+    ),
+    "tensor gone": (lambda f: edit(f, "model.norm.weight", lambda _: None), r"model\.norm\.weight is missing"),
+    "dtypes": (
+        lambda f: edit(f, UP, torch.Tensor.half),
+        r"linear_fc1\.weight: its tensors are torch\.float16, torch\.float32 -> .*--dtype",
+    ),
+    "no weights": (remove_weights, r"neither model\.safetensors nor model\.safetensors\.index\.json"),
+    "integers": (lambda f: edit(f, UP, lambda _: torch.ones(3).long()), "has dtype I64"),
+}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        drop_shard,
-        truncate_shard,
-        cut_header,
-        index_absent_tensor,
-        wrong_shape,
-        extra_tensor,
-        missing_tensor,
-        mixed_dtypes,
-        no_weights,
-        integer_tensor,
-    ],
-)
-def test_damaged_sources_are_named_and_leave_nothing(broken, tmp_path, damage):
-    message = damage(broken)
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_sources_are_named_and_leave_nothing(broken, tmp_path, damage, message):
+    damage(broken)
     with pytest.raises(InputError, match=message):
         hf_to_megatron(broken, tmp_path / "ckpt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
@@ -143,14 +101,10 @@ def test_an_existing_output_is_never_touched(tiny, tmp_path):
 
 def test_a_duplicate_of_a_tied_embedding_is_accepted_only_if_equal(tmp_path):
     folder = write_tiny_model(tmp_path / "hf", "llama_tied_linear", tie_word_embeddings=True)
-    index_path = folder / "model.safetensors.index.json"
-    index = json.loads(index_path.read_text())
-    first = folder / index["weight_map"]["model.embed_tokens.weight"]
-    index["weight_map"]["lm_head.weight"] = first.name
-    index_path.write_text(json.dumps(index))
-    rewrite(first, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    embedding = hf_tensors(folder)["model.embed_tokens.weight"]
+    edit(folder, "lm_head.weight", lambda _: embedding)
     hf_to_megatron(folder, tmp_path / "equal")
-    rewrite(first, lambda t: t["lm_head.weight"].mul_(2))
+    edit(folder, "lm_head.weight", lambda tensor: tensor * 2)
     with pytest.raises(InputError, match=r"lm_head\.weight in .* has no place"):
         hf_to_megatron(folder, tmp_path / "different")
 

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -44,25 +45,17 @@ ENVIRONMENT = os.environ | {
 LLAMA_70B = "examples/llama3.1-70b/gpus-64.yaml"
 
 
+def run_python(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run a program of this repository."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, **options)
+
+
 def ask(**cases: list) -> dict[str, list]:
     """Answers of ``plan_cases.py``."""
-    result = subprocess.run(
-        [sys.executable, "tests/plan_cases.py"],
-        input=json.dumps(cases),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    result = run_python("tests/plan_cases.py", input=json.dumps(cases))
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
-
-
-def plan_tool(*arguments: str) -> subprocess.CompletedProcess:
-    """Run ``tools/plan.py``."""
-    command = [sys.executable, "tools/plan.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
 
 
 # --- exact memory -------------------------------------------------------------------------------------------------
@@ -294,7 +287,9 @@ def test_step_time_adds_up():
 
 def test_512_ranks_in_seconds_and_little_memory():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = plan_tool("--config", "examples/llama3.1-70b/gpus-512.yaml", "--world-size", "512", "--json")
+    result = run_python(
+        "tools/plan.py", "--config", "examples/llama3.1-70b/gpus-512.yaml", "--world-size", "512", "--json"
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0, result.stderr
     assert (
@@ -346,7 +341,7 @@ def test_shards_are_planned_as_they_will_be_trained(tmp_path):
             }
         )
     )
-    result = plan_tool("--config", str(config), "--world-size", "2", "--json")
+    result = run_python("tools/plan.py", "--config", str(config), "--world-size", "2", "--json")
     assert result.returncode == 0, result.stderr
     steps = json.loads(result.stdout)["steps"]["exact"]
     assert not steps["assumed"] and steps["groups"] == 30 and steps["steps_per_epoch"] == 1
@@ -356,27 +351,28 @@ def test_shards_are_planned_as_they_will_be_trained(tmp_path):
     )
 
 
-def test_all_errors_at_once_before_torch():
-    result = plan_tool(
-        *("--config", LLAMA_70B, "--world-size", "50", "parallel.tp=3", "optimizer.min_lr=1", "data.split=1,1"),
-    )
-    assert result.returncode == 2
-    for message in (
-        "does not divide the world size 50",
-        "64 attention heads do not divide by TP 3",
-        "optimizer.min_lr",
-        "data.split",
-    ):
-        assert message in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-def test_qwen_math_7b_has_four_kv_groups():
-    """tp 8 divides neither its 28 heads nor, being a multiple of 4 groups, is refused for them."""
-    result = plan_tool("--config", "examples/qwen2.5-math-7b/gpus-8.yaml", "--world-size", "8", "parallel.tp=8")
-    assert result.returncode == 2 and "28 attention heads do not divide by TP 8" in result.stderr
-
-
-def test_help_has_an_example():
-    result = plan_tool("--help")
-    assert result.returncode == 0 and "example: python tools/plan.py" in result.stdout
+@pytest.mark.parametrize(
+    ("arguments", "code", "messages"),
+    [
+        (
+            ["--config", LLAMA_70B, "--world-size", "50", "parallel.tp=3", "optimizer.min_lr=1", "data.split=1,1"],
+            2,
+            [
+                *("does not divide the world size 50", "64 attention heads do not divide by TP 3"),
+                *("optimizer.min_lr", "data.split"),
+            ],
+        ),
+        # tp 8 divides neither its 28 heads nor, being a multiple of 4 groups, is refused for them
+        (
+            ["--config", "examples/qwen2.5-math-7b/gpus-8.yaml", "--world-size", "8", "parallel.tp=8"],
+            2,
+            ["28 attention heads do not divide by TP 8"],
+        ),
+        (["--help"], 0, ["example: python tools/plan.py"]),
+    ],
+)
+def test_all_errors_at_once_and_help_before_torch(arguments, code, messages):
+    result = run_python("-X", "importtime", "tools/plan.py", *arguments)
+    assert result.returncode == code and "Traceback" not in result.stderr
+    assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE)
+    assert all(message in result.stdout + result.stderr for message in messages)
