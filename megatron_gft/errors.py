@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 
 EXIT_INTERRUPTED = 130

@@ -1,9 +1,11 @@
-"""A job on this process: open the data, start the process group, build the run, train, clean up."""
+"""What builds a run and ends it: the data, the process group, model and optimizer, the state to go on from."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,8 +37,6 @@ from megatron_gft.step import StepRunner
 from megatron_gft.trainer import Trainer, TrainingStopped
 
 logger = logging.getLogger(__name__)
-
-EXIT_FAILED = 1
 
 
 def build_trainer(
@@ -90,11 +90,15 @@ def build_trainer(
         prefetcher=StepPrefetcher(source, total_steps),
         validation=StepSource(valid_groups, config, shape, parallel, validation=True) if valid_groups else None,
         checkpointer=checkpointer,
-        reporter=_reporter(config, run_folder, state, total_steps) if parallel.rank == 0 else None,
+        reporter=Reporter(config, world_size=parallel.world_size, first_step=state.step, total_steps=total_steps)
+        if parallel.rank == 0
+        else None,
         state=state,
         total_steps=total_steps,
         stop=StopRequest(),
-        watchdog=Watchdog(config.train.watchdog_minutes, parallel.coordinates),
+        watchdog=Watchdog(
+            config.train.watchdog_minutes, parallel.coordinates, run_folder / "doing" / f"rank-{parallel.rank}.txt"
+        ),
     )
 
 
@@ -131,23 +135,26 @@ def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path
         )
 
 
-def _reporter(config: Config, run_folder: Path, state: RunState, total_steps: int) -> Reporter:
-    return Reporter(
-        run_folder,
-        config.logging,
-        first_step=state.step,
-        total_steps=total_steps,
-        resolved=config.model_dump(mode="json"),
-    )
+def write_config(config: Config) -> None:
+    """``config.yaml`` in the run folder, before any work.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        config.write(Path(config.train.output) / "config.yaml")
+    except OSError as error:
+        raise InputError(f"train.output={config.train.output}: cannot be written ({error.strerror})") from None
 
 
-def train(config: Config, shape: ModelShape) -> int:
-    """Run the whole job on this process; returns its exit code."""
+@contextlib.contextmanager
+def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
+    """The run on this process: data, process group, trainer; ended in order when the block is left.
+
+    A run that stopped or could not save says why; its exception goes no further.
+    """
     if os.environ.get("RANK", "0") == "0":
-        try:
-            config.write(Path(config.train.output) / "config.yaml")
-        except OSError as error:
-            raise InputError(f"train.output={config.train.output}: cannot be written ({error.strerror})") from None
+        write_config(config)
     data = None if config.data.cache else open_groups(config, shape)  # Megatron's cache needs the process group
     device = start_process_group(config.parallel.collective_timeout_minutes)
     set_up_logging(dist.get_rank())
@@ -161,16 +168,19 @@ def train(config: Config, shape: ModelShape) -> int:
             logger.info("%s data: %s (data.overlong=%s)", split.name, split.limited, config.data.overlong)
     trainer = build_trainer(config, shape, parallel, train_groups, valid_groups)
     logger.info("%s on %d x %s", describe(trainer), parallel.world_size, device)
+    logger.info(
+        "a process without progress for %g minutes ends; what each is doing: %s",
+        config.train.watchdog_minutes,
+        trainer.watchdog.path.with_name("rank-*.txt"),
+    )
     try:
-        code = trainer.run()
+        yield trainer
     except (TrainingStopped, SaveFailed) as error:
         if parallel.rank == 0:
             logger.error("%s", error)
-        code = EXIT_FAILED
     finally:
         trainer.close()
     destroy_parallel()
-    return code
 
 
 def describe(trainer: Trainer) -> str:

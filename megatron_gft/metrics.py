@@ -11,17 +11,17 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from megatron_gft.atomic import atomic_file
 from megatron_gft.batch import StepBatch
-from megatron_gft.config import LoggingConfig
+from megatron_gft.config import Config
 from megatron_gft.errors import InputError
 from megatron_gft.objectives import ALL_SOURCES
-from megatron_gft.step import SIGNS, STATISTICS, LossReport
+from megatron_gft.step import SIGNS, STATISTICS, LossReport, StepOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -68,32 +68,27 @@ def device_peak_tflops() -> float | None:
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
-def step_record(
-    batch: StepBatch,
-    *,
-    world_size: int,
-    grad_norm: float,
-    lr: float,
-    seconds: dict[str, float],
-    peak_tflops: float | None,
-) -> Record:
+def step_record(batch: StepBatch, outcome: StepOutcome, *, world_size: int, peak_tflops: float | None) -> Record:
     """What a step cost: tokens, time split, packing, memory, and MFU where the device's peak is known.
 
     ``tokens_per_second`` counts rows that went through the model (prompt and response, no padding).
     """
     record: Record = {
-        "grad_norm": grad_norm,
-        "lr": lr,
+        "grad_norm": outcome.grad_norm,
+        "lr": outcome.lr,
         "groups": len(batch.groups),
         "dead_groups": batch.dead_groups,
         "denominator": batch.denominator,
-        **{f"seconds/{name}": value for name, value in seconds.items()},
+        **{f"seconds/{name}": value for name, value in outcome.seconds.items()},
+        "slowest_rank": outcome.times.slowest_rank,
+        "slowest_rank_factor": outcome.times.slowest_factor,
+        **{f"idle_share/stage_{i}": share for i, share in enumerate(outcome.times.idle_share_by_stage)},
     }
     for code, source in enumerate(ALL_SOURCES):
         lengths = batch.lengths[(batch.sources == code) & (batch.lengths > 0)]
         if len(lengths):
             record[f"{source}/response_tokens"] = float(lengths.mean())
-    plan, elapsed = batch.plan, seconds["step"]
+    plan, elapsed = batch.plan, outcome.seconds["step"]
     tokens = plan.tokens - plan.padding if plan else 0
     record["tokens_per_second"] = tokens / elapsed
     record["tokens_per_second_per_device"] = tokens / elapsed / world_size
@@ -105,14 +100,6 @@ def step_record(
     if torch.cuda.is_available():
         record["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return record
-
-
-class Sink(Protocol):
-    """Somewhere to write records to."""
-
-    def write(self, record: Record) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class JsonLines:
@@ -186,20 +173,21 @@ class WeightsAndBiases:
 class Reporter:
     """Everything a person sees of a run. Make one on rank 0; other ranks stay silent."""
 
-    def __init__(
-        self, run_folder: Path, config: LoggingConfig, *, first_step: int, total_steps: int, resolved: dict[str, Any]
-    ):
-        self.config = config
+    def __init__(self, run: Config, *, world_size: int, first_step: int, total_steps: int):
+        config, run_folder = run.logging, Path(run.train.output)
+        self.config, self.with_entropy, self.world_size = config, run.objective.entropy, world_size
         self.total_steps = total_steps
+        self.slow_steps = 0
         run_folder.mkdir(parents=True, exist_ok=True)
-        self.sinks: list[Sink] = [JsonLines(run_folder / "metrics.jsonl", first_step)]
+        self.sinks: list[JsonLines | TensorBoard | WeightsAndBiases]
+        self.sinks = [JsonLines(run_folder / "metrics.jsonl", first_step)]
         if config.tensorboard:
             try:
                 self.sinks.append(TensorBoard(run_folder / "tensorboard", first_step))
             except ImportError:
                 logger.warning("TensorBoard is not installed: no event files (pip install tensorboard)")
         if config.wandb_project:
-            self.sinks.append(WeightsAndBiases(config.wandb_project, run_folder, resolved))
+            self.sinks.append(WeightsAndBiases(config.wandb_project, run_folder, run.model_dump(mode="json")))
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -210,25 +198,32 @@ class Reporter:
         )
         self.started, self.first_step = time.monotonic(), first_step
 
-    def step(self, record: Record) -> None:
-        """Write one step's record; every ``logging.every`` steps and on the last also a console line."""
-        step = int(record["step"])
-        for sink in self.sinks:
-            sink.write(record)
+    def step(self, step: int, batch: StepBatch, outcome: StepOutcome, skipped_steps: int) -> None:
+        """Write the record of one step; every ``logging.every`` steps and on the last also a console line."""
+        record: Record = {"step": step, "skipped_steps": skipped_steps}
+        record |= loss_record(outcome.report, with_entropy=self.with_entropy)
+        record |= step_record(batch, outcome, world_size=self.world_size, peak_tflops=self.config.peak_tflops)
+        self._write(record)
         self.bar.update(1)
+        if step % self.config.every == 0 and outcome.times.hint is not None:
+            self.slow_steps += 1
+            if self.slow_steps in (3, 30, 300):  # not a hiccup any more, and not a line a step
+                self.say(outcome.times.hint)
         if step % self.config.every == 0 or step == self.total_steps:
             self.say(self._line(record))
 
-    def validation(self, record: Record) -> None:
-        """Write a validation record and a line."""
-        for sink in self.sinks:
-            sink.write(record)
+    def validation(self, step: int, report: LossReport) -> None:
+        """Write a validation's record and a line."""
+        record: Record = {"step": step} | loss_record(report, with_entropy=self.with_entropy, prefix="valid/")
+        self._write(record)
         sources = [
             f"{source} {record[key]:.4f}" for source in ALL_SOURCES if (key := f"valid/{source}/positive/nll") in record
         ]
-        self.say(
-            f"valid {record['step']}/{self.total_steps} | loss {record['valid/loss']:.4f} | nll {', '.join(sources)}"
-        )
+        self.say(f"valid {step}/{self.total_steps} | loss {record['valid/loss']:.4f} | nll {', '.join(sources)}")
+
+    def _write(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink.write(record)
 
     def say(self, text: str) -> None:
         """A line on stderr that does not tear the progress bar."""

@@ -1,161 +1,163 @@
 """Megatron-Core's GPT model with packs as input and the GFT loss as output.
 
-One switch (:func:`choose_backend`) picks the layer implementations; everything else is the same on a CPU, on a
-GPU without Transformer Engine, and with it. :class:`GFTModel` stays a ``GPTModel`` (parameters, checkpoints,
-pipeline, DDP hooks); its forward takes a pack, indexes RoPE by our position ids, and ends in the head that
-computes the loss from the last hidden state.
+:class:`GFTModel` stays a ``GPTModel`` (parameters, checkpoints, pipeline, DDP hooks); its forward takes a pack,
+indexes RoPE by our position ids, and ends in :class:`GFTOutputLayer`, Megatron's ``ColumnParallelLinear`` with a second
+way to be called: it computes the loss from the last hidden state. It must be called as a module
+(``self.output_layer(...)``), since DDP's parameter all-gather hangs on its forward pre-hook. Only the rows named in
+``loss_rows`` reach the matrix: prompt rows cost nothing there.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    vocab_parallel_cross_entropy,
+)
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import once_differentiable
 
-from megatron_gft.attention import CoreAttention, RMSNorm, TECoreAttention
+from megatron_gft.backend import build_layer_spec, build_transformer_config, choose_backend
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.head import GFTOutputLayer
-from megatron_gft.hf.shape import DTYPES, ModelShape, gpt_model_kwargs, padded_vocab_size, transformer_config_kwargs
+from megatron_gft.gft import token_coefficient
+from megatron_gft.hf.shape import ModelShape, gpt_model_kwargs, padded_vocab_size
 from megatron_gft.objectives import HeadSettings
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
-from megatron_gft.validation import transformer_problems
-
-# Megatron's names: TransformerConfig.fp8_recipe (0.16.1 to 0.19), all with the hybrid e4m3/e5m2 format.
-FP8_FORMAT = "hybrid"
+from megatron_gft.vocab_parallel import VocabShard, linear_gft_loss
 
 
-def choose_backend(requested: str, precision: str) -> str:
-    """``"transformer_engine"`` or ``"local"`` for ``model.backend`` and ``model.precision``.
+class GFTOutputLayer(ColumnParallelLinear):
+    """Output layer of ``GPTModel``. Without ``loss_rows`` it is Megatron's layer and returns (logits, bias).
 
-    ``auto`` takes Transformer Engine where it can be used; its attention over packs is half precision.
-
-    Raises:
-        InputError: Transformer Engine is asked for and cannot be used.
+    It has no state of its own, so a built ``ColumnParallelLinear`` becomes one by assigning ``__class__``: the
+    vocabulary matrix is not allocated twice and DDP, checkpoints and tying see the same parameter.
     """
-    usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if requested == "transformer_engine" and not usable:
-        raise InputError(
-            "model.backend: transformer_engine needs a GPU and the package transformer-engine[pytorch] -> install "
-            "requirements-gpu.txt, or set model.backend=auto"
+
+    def forward(  # type: ignore[override]
+        self,
+        input_: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        loss_rows: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        token_weights: torch.Tensor | None = None,
+        settings: HeadSettings | None = None,
+    ):
+        """Logits as Megatron's layer, or with ``loss_rows`` the GFT loss of these rows.
+
+        Args:
+            input_: [s, 1, h] last hidden state; [s/tp, 1, h] with sequence parallelism.
+            weight: [v/tp, h] the tied embedding matrix; None for the layer's own.
+            runtime_gather_output: as in Megatron; logits only.
+            loss_rows: [N] int64 rows of the gathered s; repeated where one row predicts the first token of
+                several responses (shared prefix). N may be 0.
+            labels: [N] int64.
+            token_weights: [N] float32, A * u.
+            settings: objective and path.
+
+        Returns:
+            (loss sum, scalar with gradient; log p [N]; entropy [N] or None), equal on all tensor-parallel ranks.
+        """
+        if loss_rows is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        assert labels is not None and token_weights is not None and settings is not None
+        assert input_.dim() == 3 and input_.shape[1] == 1, input_.shape
+        assert self.bias is None, "an output layer with bias is not supported"
+        weight = self.weight if weight is None else weight
+        rows = self._select_rows(input_, loss_rows)
+        if not settings.fused:
+            return self._unfused_loss(rows, weight, labels, token_weights, settings)
+        grad_scale = self.config.grad_scale_func
+        return linear_gft_loss(
+            rows,
+            weight,
+            labels,
+            token_weights,
+            settings,
+            tp_group=self.tp_group,
+            reduce_hidden_grad=self.allreduce_dgrad,
+            # Megatron's DDP sets both attributes: there is a buffer, and its hooks know of gradients put there.
+            accumulate_into_main_grad=self.training
+            and hasattr(weight, "main_grad")
+            and hasattr(weight, "grad_added_to_main_grad"),
+            loss_scale=1.0 if grad_scale is None else grad_scale(torch.ones((), device=rows.device)),
         )
-    if requested == "auto":
-        return "transformer_engine" if usable and precision != "fp32" else "local"
-    return requested
+
+    def _select_rows(self, input_: torch.Tensor, loss_rows: torch.Tensor) -> torch.Tensor:
+        """Rows [N, h] of the whole sequence.
+
+        Each rank's gradient of them is a partial sum over its part of the vocabulary. With sequence parallelism
+        the gather's backward reduce-scatters the sums; without, loss or linear layer all-reduces them
+        (``allreduce_dgrad``, as Megatron decided in the constructor), on N rows instead of s.
+        """
+        if self.sequence_parallel:
+            input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
+        return _SelectRows.apply(input_[:, 0], loss_rows)
+
+    def _unfused_loss(
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        token_weights: torch.Tensor,
+        settings: HeadSettings,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        logits = self._forward_impl(
+            input=rows,
+            weight=weight,
+            bias=None,
+            gradient_accumulation_fusion=self.gradient_accumulation_fusion,
+            allreduce_dgrad=self.allreduce_dgrad,
+            sequence_parallel=False,  # gathered already
+            grad_output_buffer=None,
+            wgrad_deferral_limit=None,
+            tp_group=self.tp_group,
+        )
+        shard = VocabShard.of_rank(logits.shape[1], self.tp_group, settings.vocab_size)
+        if shard.valid < shard.size:
+            logits[:, shard.valid :] = torch.finfo(logits.dtype).min
+        entropy = None
+        if settings.entropy:  # before the cross entropy, which overwrites float32 logits
+            full = gather_from_tensor_model_parallel_region(logits.detach(), group=self.tp_group)
+            entropy = torch.special.entr(full.float().softmax(dim=1)).sum(1)
+        logprobs = -vocab_parallel_cross_entropy(logits[:, None], labels[:, None])[:, 0]
+        c = token_coefficient(logprobs, settings.tau, settings.coefficient)
+        return -(token_weights * c * logprobs).sum(), logprobs.detach(), entropy
 
 
-def build_transformer_config(
-    shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, *, backend: str, **extra: Any
-) -> TransformerConfig:
-    """Megatron's configuration of one model; ``extra`` overrides single fields (planning on meta tensors).
+class _SelectRows(torch.autograd.Function):
+    """``input[rows]`` whose backward adds repeated rows in a fixed order, so that runs repeat bit for bit.
 
-    Fields that this megatron-core version does not have are left out, so one list serves 0.16.1 to 0.19.
-
-    Raises:
-        InputErrors: ``extra`` sets what would silently train another loss.
+    ``index_add_`` is sequential on the CPU but atomic on CUDA; accumulating ``index_put_`` is the reverse (it
+    sorts on CUDA).
     """
-    dtype = getattr(torch, DTYPES[model.precision])
-    kwargs = transformer_config_kwargs(shape)
-    kwargs["activation_func"] = {"silu": torch.nn.functional.silu}[kwargs["activation_func"]]
-    on_gpu = torch.cuda.is_available()
-    kwargs |= {
-        "tensor_model_parallel_size": parallel.tp,
-        "pipeline_model_parallel_size": parallel.pp,
-        "virtual_pipeline_model_parallel_size": parallel.vpp,
-        "context_parallel_size": parallel.cp,
-        "expert_model_parallel_size": parallel.ep,
-        "expert_tensor_parallel_size": parallel.etp,
-        "sequence_parallel": parallel.sequence_parallel,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": model.precision == "bf16",
-        "calculate_per_token_loss": True,
-        # Packs differ in length; on this setting Megatron sends shapes ahead, and asks for the alltoall
-        # dispatcher even where the model is dense.
-        "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",
-        # With batch_p2p_comm the interleaved schedule swaps two transfers between the same pair of ranks
-        # (wrong losses, or a hang); Megatron does not check.
-        "overlap_p2p_comm": parallel.vpp is not None,
-        "batch_p2p_comm": parallel.vpp is None,
-        "use_cpu_initialization": not on_gpu,
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "apply_rope_fusion": False,
-        "bias_activation_fusion": on_gpu,
-        "bias_dropout_fusion": False,
-        "moe_grouped_gemm": backend == "transformer_engine" and bool(shape.num_moe_experts),
-    }
-    if model.recompute == "full":
-        kwargs |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif model.recompute == "core_attention":
-        kwargs |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
-    if model.fp8:
-        kwargs |= {"fp8": FP8_FORMAT, "fp8_recipe": model.fp8}
-    kwargs |= extra
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    config = TransformerConfig(**{key: value for key, value in kwargs.items() if key in known})
-    if problems := list(transformer_problems(config)):
-        raise InputErrors("Megatron's TransformerConfig", problems)
-    return config
 
+    @staticmethod
+    def forward(ctx, input_, rows):
+        ctx.save_for_backward(rows)
+        ctx.input_shape = input_.shape
+        return input_.index_select(0, rows)
 
-def build_layer_spec(
-    config: TransformerConfig, backend: str, vp_stage: int | None = None
-) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage, with norms and core attention of the chosen backend.
-
-    A block spec, not a layer spec: with the latter Megatron's final norm would be its own, which refuses
-    sequence parallel.
-    """
-    moe = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
-    if backend == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm  # optional dependency
-
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **moe)
-        layer.submodules.self_attention.submodules.core_attention = TECoreAttention
-        norm: Any = TENorm
-    else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **moe)
-        _use_local_modules(layer)
-        if config.num_moe_experts:
-            # Megatron's local MoE spec claims that this norm belongs to fc1; Transformer Engine's, rightly, does
-            # not, so checkpoints of one would not load with the other.
-            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-        norm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
-    )
-
-
-def _use_local_modules(layer: ModuleSpec) -> None:
-    modules, attention = layer.submodules, layer.submodules.self_attention.submodules
-    attention.core_attention = CoreAttention
-    modules.input_layernorm = modules.pre_mlp_layernorm = RMSNorm
-    for name in ("q_layernorm", "k_layernorm"):
-        if getattr(attention, name) is not IdentityOp:
-            setattr(attention, name, RMSNorm)
-    # 0.16.1 reads this name in the router without defining it where Transformer Engine is absent.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        total = grad.new_zeros(ctx.input_shape)
+        if grad.is_cuda:
+            return total.index_put_((rows,), grad, accumulate=True), None
+        return total.index_add_(0, rows, grad), None
 
 
 @dataclass
@@ -261,13 +263,6 @@ class GFTModel(GPTModel):
         return logits[:, 0]
 
 
-class HalfModule(Float16Module):
-    """Megatron's half-precision wrapper; a pack holds integers and float32 weights that must stay as they are."""
-
-    def forward(self, pack: Pack) -> torch.Tensor | LossOutput:  # type: ignore[override]
-        return self.module(pack)
-
-
 def build_model(
     shape: ModelShape,
     model: ModelConfig,
@@ -278,7 +273,8 @@ def build_model(
 ) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     """The model chunks of this rank (one, or ``vpp`` of them), on the GPU when there is one.
 
-    Returns Megatron's configuration and the chunks, in bf16 wrapped in :class:`HalfModule`.
+    Returns Megatron's configuration and the chunks, in bf16 wrapped in Megatron's ``Float16Module``
+    (which leaves packs and their float32 weights as they are: it converts bare tensors).
     """
     backend = choose_backend(model.backend, model.precision)
     config = build_transformer_config(shape, model, parallel_config, backend=backend, **extra)
@@ -308,7 +304,7 @@ def build_model(
         if torch.cuda.is_available() and not extra.get("init_model_with_meta_device"):
             chunk.cuda(torch.cuda.current_device())
         if config.bf16:
-            chunk = HalfModule(config, chunk)
+            chunk = Float16Module(config, chunk)
         chunks.append(chunk)
     return config, chunks
 

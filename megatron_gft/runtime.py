@@ -9,9 +9,7 @@ import logging
 import os
 import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +17,6 @@ import torch.distributed as dist
 
 from megatron_gft import cpu
 from megatron_gft.errors import EXIT_REQUEUE, InputError
-
-EXIT_HUNG = 76
-"""Exit code of a process that its watchdog ended."""
-
-
-def world_size_from_environment() -> int:
-    """Processes of the job as torchrun announces them; 1 when started alone."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def start_process_group(timeout_minutes: int) -> torch.device:
@@ -92,42 +82,32 @@ class StopRequest:
 
 
 class Watchdog:
-    """Ends the process when it makes no progress for ``minutes``: says what it was doing, and where it stands.
+    """Ends the process when it makes no progress for ``minutes``, with the stack of every thread on stderr.
 
-    A rank that hangs in a collective looks alive to torchrun; without this the job burns its allocation.
+    A rank that hangs in a collective looks alive to torchrun; without this the job burns its allocation. The timer is
+    ``faulthandler``'s, a thread in C: it fires also while other C code holds the interpreter's lock. It can say nothing
+    but stacks, so what this process was doing stands in ``file``, which only a process that ends in order removes.
     """
 
-    def __init__(self, minutes: float, label: str):
-        self.limit, self.label = minutes * 60, label
-        self.activity, self.since = "starting", time.monotonic()
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
-        self.thread.start()
+    def __init__(self, minutes: float, label: str, file: Path):
+        self.seconds, self.label, self.path = minutes * 60, label, file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(file, "wb", buffering=0)
+        self.doing("starting")
 
-    @contextlib.contextmanager
-    def doing(self, activity: str) -> Iterator[None]:
-        """Mark the start of an activity; also counts as progress."""
-        previous = self.activity
-        self.activity, self.since = activity, time.monotonic()
-        try:
-            yield
-        finally:
-            self.activity, self.since = previous, time.monotonic()
-
-    def _watch(self) -> None:
-        while not self.stopped.wait(min(self.limit / 4, 10.0)):
-            idle = time.monotonic() - self.since
-            if idle > self.limit:
-                print(
-                    f"{self.label}: no progress for {idle:.0f} s while {self.activity} (train.watchdog_minutes "
-                    f"{self.limit / 60:g}); another rank may have died or hung -> see its log. Stacks follow.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                faulthandler.dump_traceback(all_threads=True)
-                sys.stderr.flush()
-                os._exit(EXIT_HUNG)
+    def doing(self, activity: str) -> None:
+        """Count from now, for what comes next."""
+        faulthandler.dump_traceback_later(self.seconds, exit=True)
+        text = f"{self.label}: {activity}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n"
+        with contextlib.suppress(OSError):  # a full disk is for the checkpoint to report
+            self.file.seek(0)
+            self.file.write(text.encode())
+            self.file.truncate()
 
     def stop(self) -> None:
         """End the watch."""
-        self.stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+        self.file.close()
+        with contextlib.suppress(OSError):  # the folder goes with the last rank's file
+            self.path.unlink()
+            self.path.parent.rmdir()

@@ -22,7 +22,7 @@ from megatron_gft.model import LossOutput, unwrap
 from megatron_gft.objectives import ALL_SOURCES, HeadSettings
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
-from megatron_gft.timing import ForwardTimer
+from megatron_gft.timing import ForwardTimer, RankTimes
 
 SIGNS = ("positive", "negative")
 STATISTICS = ("tokens", "loss", "nll", "probability", "rectified", "abs_advantage", "entropy")
@@ -39,11 +39,27 @@ class LossReport:
     token_sums: torch.Tensor
     denominator: int
 
+    def __add__(self, other: LossReport) -> LossReport:
+        """Both steps as one."""
+        return LossReport(self.token_sums + other.token_sums, self.denominator + other.denominator)
+
     @property
     def loss(self) -> float:
         """The step's loss, ``sum(w * c * -log p) / D``; 0 where nothing was divided by."""
         total = float(self.token_sums[..., STATISTICS.index("loss")].sum())
         return total / self.denominator if self.denominator else 0.0
+
+
+@dataclass
+class StepOutcome:
+    """What one step did. ``updated`` is false when the update was skipped; ``seconds`` are by part of the step."""
+
+    report: LossReport
+    grad_norm: float
+    lr: float
+    updated: bool
+    seconds: dict[str, float]
+    times: RankTimes
 
 
 def pack_token_sums(pack: Pack, output: LossOutput, head: HeadSettings) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""The run: built once, then plan a step, run its packs, update, report, save."""
+"""The loop of a run: take a step, run its packs, update, report, save. ``job.py`` builds what it needs."""
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 import time
@@ -18,30 +17,20 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_gft.batch import StepBatch, StepPrefetcher, StepSource
-from megatron_gft.checkpoints.checkpointer import (
-    Checkpointer,
-    RunState,
-)
+from megatron_gft.checkpoints.checkpointer import Checkpointer, RunState
 from megatron_gft.config import Config
 from megatron_gft.hf.shape import ModelShape
 from megatron_gft.hf.weights import export_hf_weights
-from megatron_gft.metrics import Record, Reporter, loss_record, step_record
-from megatron_gft.optimizer import (
-    apply_gradients,
-    gathered_parameters,
-    learning_rate,
-    reduce_gradients,
-)
+from megatron_gft.metrics import Reporter
+from megatron_gft.optimizer import apply_gradients, gathered_parameters, learning_rate, reduce_gradients
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
 from megatron_gft.runtime import StopRequest, Watchdog
-from megatron_gft.step import LossReport, StepRunner
-from megatron_gft.timing import RankTimes, gather_times, traced
+from megatron_gft.step import LossReport, StepOutcome, StepRunner
+from megatron_gft.timing import gather_times, traced
 
-logger = logging.getLogger(__name__)
-
-# Steps of gradient norms that a spike is measured against.
-SPIKE_WINDOW = 50
+# Steps of gradient norms that a spike is measured against, and how many there must be.
+SPIKE_WINDOW, SPIKE_MIN_STEPS = 50, 10
 
 
 class TrainingStopped(RuntimeError):
@@ -49,20 +38,8 @@ class TrainingStopped(RuntimeError):
 
 
 @dataclass
-class StepOutcome:
-    """What one step did. ``updated`` is false when the update was skipped."""
-
-    report: LossReport
-    grad_norm: float
-    lr: float
-    updated: bool
-    seconds: dict[str, float]
-    times: RankTimes
-
-
-@dataclass
 class Trainer:
-    """One run on this rank. Built by :func:`build_trainer`; every rank calls every method in the same order."""
+    """One run on this rank. Built by ``job.build_trainer``; every rank calls every method in the same order."""
 
     config: Config
     shape: ModelShape
@@ -81,28 +58,34 @@ class Trainer:
     stop: StopRequest
     watchdog: Watchdog
     save_seconds: float = 0.0
-    slow_steps: int = 0
     recent_norms: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
 
     def run(self) -> int:
-        """Train until the last step or a stop request; returns the exit code."""
+        """Train until the last step or a stop request; returns the exit code.
+
+        Raises:
+            TrainingStopped: see :meth:`step`.
+            SaveFailed: a checkpoint could not be written.
+        """
         settings = self.config.train
         while self.state.step < self.total_steps:
-            with self.watchdog.doing(f"training step {self.state.step + 1}"):
-                started = time.perf_counter()
-                batch, packs = self.prefetcher.take(self.state.step)
-                with traced(self.config.profile, self.state.step + 1, self.parallel.rank, self.output / "traces"):
-                    outcome = self.step(batch, packs, time.perf_counter() - started)
-                self.state = self._advance(batch, outcome)
-                self._report(batch, outcome, time.perf_counter() - started)
+            self.watchdog.doing(f"training step {self.state.step + 1}")
+            started = time.perf_counter()
+            batch, packs = self.prefetcher.take(self.state.step)
+            with traced(self.config.profile, self.state.step + 1, self.parallel.rank, self.output / "traces"):
+                outcome = self.step(batch, packs, time.perf_counter() - started)
+            self.state = self._next_state(batch, outcome)
+            outcome.seconds |= {"save": self.save_seconds, "step": time.perf_counter() - started}
+            if self.reporter is not None:
+                self.reporter.step(self.state.step, batch, outcome, self.state.skipped_steps)
             if settings.validate_every and self.state.step % settings.validate_every == 0:
                 self.validate()
             signal = self.stop.agreed(self.device)
             self._save(last=self.state.step == self.total_steps or bool(signal))
             if signal:
-                self._say(f"stopped by signal {signal} after step {self.state.step}; the checkpoint is complete")
+                self._log(f"stopped by signal {signal} after step {self.state.step}; the checkpoint is complete")
                 return StopRequest.CODES[Signals(signal)]
-        self._say(f"finished {self.total_steps} steps; run folder {settings.output}")
+        self._log(f"finished {self.total_steps} steps; run folder {settings.output}")
         return 0
 
     @property
@@ -128,10 +111,10 @@ class Trainer:
         report = self.runner.forward_backward(packs, batch.denominator)
         middle = time.perf_counter()
         grad_norm = reduce_gradients(self.optimizer)
-        problem = self._problem(report, grad_norm)
+        problem = self._why_not_update(report, grad_norm)
         updated = problem is None and batch.denominator > 0
         if problem is not None:
-            self._refuse(problem, report, batch, packs)
+            self._skip_or_stop(problem, report, batch, packs)
         elif updated:
             apply_gradients(self.optimizer, grad_norm, self.config.optimizer.clip_grad)
             self.recent_norms.append(grad_norm)
@@ -140,29 +123,29 @@ class Trainer:
         times = gather_times(self.runner.timer.take(), seconds["forward_backward"], self.parallel)
         return StepOutcome(report, grad_norm, learning_rate(self.optimizer), updated, seconds, times)
 
-    def _problem(self, report: LossReport, grad_norm: float) -> str | None:
+    def _why_not_update(self, report: LossReport, grad_norm: float) -> str | None:
         if not math.isfinite(report.loss):
             return f"the loss is {report.loss}"
         if not math.isfinite(grad_norm):
             return f"the gradient norm is {grad_norm}"
         factor = self.config.train.grad_spike_factor
-        if factor and len(self.recent_norms) >= 10:
+        if factor and len(self.recent_norms) >= SPIKE_MIN_STEPS:
             median = statistics.median(self.recent_norms)
             if grad_norm > factor * median:
                 return f"the gradient norm {grad_norm:.4g} is over {factor:g} times its running median {median:.4g}"
         return None
 
-    def _suspects(self, report: LossReport, packs: int) -> list[int]:
+    def _bad_packs(self, report: LossReport, packs: int) -> list[int]:
         """This rank's microbatches to keep: those whose loss is not finite, or all when only the gradient is not.
         One tensor rank of the last stage speaks for its replica."""
         if not self.parallel.is_last_stage or self.parallel.tp_rank:
             return []
         return list(range(packs)) if math.isfinite(report.loss) else self.runner.nonfinite_packs()
 
-    def _refuse(self, problem: str, report: LossReport, batch: StepBatch, packs: list[Pack]) -> None:
+    def _skip_or_stop(self, problem: str, report: LossReport, batch: StepBatch, packs: list[Pack]) -> None:
         """Keep the evidence of a step that was not finite, then stop or skip."""
         step = self.state.step + 1
-        culprits = self._suspects(report, len(packs))
+        culprits = self._bad_packs(report, len(packs))
         folder = self.output / "nonfinite"
         for index in culprits:
             folder.mkdir(parents=True, exist_ok=True)
@@ -180,9 +163,9 @@ class Trainer:
             raise TrainingStopped(text + " -> set train.nonfinite=skip to leave such steps out")
         if self.state.skipped_steps >= self.config.train.max_skipped_steps:
             raise TrainingStopped(f"{text}; train.max_skipped_steps={self.config.train.max_skipped_steps} reached")
-        self._say(f"{text}; the update is skipped")
+        self._log(f"{text}; the update is skipped")
 
-    def _advance(self, batch: StepBatch, outcome: StepOutcome) -> RunState:
+    def _next_state(self, batch: StepBatch, outcome: StepOutcome) -> RunState:
         self.scheduler.step(1)
         return replace(
             self.state,
@@ -191,88 +174,51 @@ class Trainer:
             skipped_steps=self.state.skipped_steps + (0 if outcome.updated else 1),
         )
 
-    def _report(self, batch: StepBatch, outcome: StepOutcome, step_seconds: float) -> None:
-        if self.reporter is None:
-            return
-        record: Record = {"step": self.state.step}
-        record |= loss_record(outcome.report, with_entropy=self.config.objective.entropy)
-        record |= step_record(
-            batch,
-            world_size=self.parallel.world_size,
-            grad_norm=outcome.grad_norm,
-            lr=outcome.lr,
-            seconds=outcome.seconds | {"step": step_seconds},
-            peak_tflops=self.config.logging.peak_tflops,
-        )
-        record |= {
-            "skipped_steps": self.state.skipped_steps,
-            "seconds/save": self.save_seconds,
-            "slowest_rank": outcome.times.slowest_rank,
-            "slowest_rank_factor": outcome.times.slowest_factor,
-            **{f"idle_share/stage_{i}": share for i, share in enumerate(outcome.times.idle_share_by_stage)},
-        }
-        if self.state.step % self.config.logging.every == 0 and (hint := outcome.times.hint):
-            self.slow_steps += 1
-            if self.slow_steps in (3, 30, 300):  # not a hiccup any more, and not a line a step
-                self.reporter.say(hint)
-        self.reporter.step(record)
-
     def validate(self) -> None:
         """Mean -log p per source over the first ``validate_groups`` of the validation data; no update."""
         if self.validation is None:
             return
+        self.watchdog.doing(f"validating after step {self.state.step}")
         for chunk in self.chunks:
             chunk.eval()
-        token_sums, denominator, step = None, 0, 0
-        size = self.config.data.groups_per_step
-        with self.watchdog.doing(f"validating after step {self.state.step}"):
-            while step * size < min(self.config.train.validate_groups, len(self.validation.groups)):
-                batch = self.validation.batch(step)
-                report = self.runner.forward_backward(
-                    self.validation.packs(batch), batch.denominator, forward_only=True
-                )
-                token_sums = report.token_sums if token_sums is None else token_sums + report.token_sums
-                denominator += batch.denominator
-                step += 1
+        reports = []
+        groups = min(self.config.train.validate_groups, len(self.validation.groups))
+        for step in range(-(-groups // self.config.data.groups_per_step)):
+            batch = self.validation.batch(step)
+            packs = self.validation.packs(batch)
+            reports.append(self.runner.forward_backward(packs, batch.denominator, forward_only=True))
         for chunk in self.chunks:
             chunk.train()
-        if self.reporter is not None and token_sums is not None:
-            record = loss_record(
-                LossReport(token_sums, denominator), with_entropy=self.config.objective.entropy, prefix="valid/"
-            )
-            self.reporter.validation({"step": self.state.step} | record)
+        if self.reporter is not None and reports:
+            self.reporter.validation(self.state.step, sum(reports[1:], reports[0]))
 
     def _save(self, *, last: bool) -> None:
         started = time.perf_counter()
-        self._save_if_due(last=last)
-        self.save_seconds = time.perf_counter() - started
-
-    def _save_if_due(self, *, last: bool) -> None:
         settings, step = self.config.checkpoint, self.state.step
-        due = settings.save_every is not None and step % settings.save_every == 0
-        export = settings.export_hf == "last" and step == self.total_steps
+        due = last or (settings.save_every is not None and step % settings.save_every == 0)
+        export = settings.export_hf is not None and step == self.total_steps
         if isinstance(settings.export_hf, int):
-            export = step % settings.export_hf == 0 or step == self.total_steps
-        with self.watchdog.doing(f"saving after step {step}"):
-            failed = self.checkpointer.poll()
-            if not (due or last or failed or export):
-                return
+            export = export or step % settings.export_hf == 0
+        self.watchdog.doing(f"saving after step {step}")
+        due = self.checkpointer.poll() or due  # a background save that failed is made good at once
+        if due or export:
             with gathered_parameters(self.chunks):
-                if due or last or failed:
+                if due:
                     self.checkpointer.save(self.state)
                 if export:
                     self._export()
                 if last and self.checkpointer.wait():
                     self.checkpointer.save(self.state)
+        self.save_seconds = time.perf_counter() - started
 
     def _export(self) -> None:
         folder = self.output / "export" / f"step-{self.state.step:08d}"
         if not folder.exists():
             files = self.config.model.folder
             export_hf_weights(self.chunks, self.shape, self.parallel, folder, model_files=files)
-            self._say(f"exported to {folder}")
+            self._log(f"exported to {folder}")
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if self.reporter is not None:
             self.reporter.say(text)
 

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ranks import run_ranks
 
 from megatron_gft.gft import token_coefficient
-from megatron_gft.head import GFTOutputLayer
+from megatron_gft.model import GFTOutputLayer
 from megatron_gft.objectives import HeadSettings
 from megatron_gft.parallel import initialize_parallel, seed_everything
 

@@ -10,17 +10,18 @@ import transformers
 from layout_cases import Case, TinyGroups, make_config, model_folder
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
 from memory_groups import pack_of
 from ranks import run_ranks
 from tiny_models import MODELS, write_tiny_model
 
-from megatron_gft import model as model_module
+from megatron_gft import backend
+from megatron_gft.backend import choose_backend
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.errors import InputError
-from megatron_gft.head import GFTOutputLayer
 from megatron_gft.hf.shape import gpt_model_kwargs, padded_vocab_size, parameter_count, read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
-from megatron_gft.model import HalfModule, LossOutput, build_model, choose_backend, unwrap
+from megatron_gft.model import GFTOutputLayer, LossOutput, build_model, unwrap
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import initialize_parallel, seed_everything
 from megatron_gft.planning import GroupLengths, plan_step
@@ -170,7 +171,7 @@ def _half(folder: Path):
     assert isinstance(output, LossOutput)
     exact = -(pack.token_weights.double() * _coefficients(output.logprobs) * output.logprobs.double()).sum()
     dtypes = {parameter.dtype for parameter in chunk.parameters()}
-    return type(chunk) is HalfModule, dtypes, output.logprobs.dtype, output.loss_sum.item(), exact.item()
+    return type(chunk) is Float16Module, dtypes, output.logprobs.dtype, output.loss_sum.item(), exact.item()
 
 
 def _coefficients(logprobs):
@@ -189,7 +190,7 @@ def test_the_backend_is_chosen_once(monkeypatch):
     with pytest.raises(InputError, match="needs a GPU and the package transformer-engine"):
         choose_backend("transformer_engine", "bf16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
     assert choose_backend("auto", "bf16") == choose_backend("transformer_engine", "bf16") == "transformer_engine"
     assert choose_backend("auto", "fp32") == choose_backend("local", "bf16") == "local"
 

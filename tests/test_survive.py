@@ -7,6 +7,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -153,8 +155,31 @@ def test_a_hung_rank_ends_the_job_and_says_where(model, tmp_path, capfd):
         run_ranks(2, _hang_at, model, str(tmp_path / "run"), options, 3)
     assert time.monotonic() - started < 60
     error = capfd.readouterr().err
-    assert "no progress for" in error and "training step 3" in error and "(tp 0, pp 0, cp 0, dp " in error
-    assert "hanging" in error, "the stack of the rank that hangs"
+    assert "Timeout (0:00:03)!" in error and "hanging" in error, "the stack of the rank that hangs"
+    doing = (tmp_path / "run" / "doing" / "rank-1.txt").read_text()
+    assert doing.startswith("rank 1 (tp 0, pp 0, cp 0, dp 1, ep 0): training step 3, since ")
+
+
+HOLDS_THE_LOCK = """
+import pathlib, re, sys, threading, time
+from megatron_gft.runtime import Watchdog
+
+watchdog = Watchdog(0.02, "rank 3", pathlib.Path(sys.argv[1]))
+threading.Thread(target=lambda: (time.sleep(0.3), print("a thread could run", flush=True)), daemon=True).start()
+watchdog.doing("training step 7")
+re.match("(a+)+$", "a" * 64 + "b")
+"""
+
+
+def test_the_watchdog_fires_while_c_code_holds_the_lock(tmp_path):
+    """A regular expression that backtracks for years: no Python thread gets a turn, so none could end the process."""
+    file = tmp_path / "doing" / "rank-3.txt"
+    ended = subprocess.run(
+        [sys.executable, "-c", HOLDS_THE_LOCK, str(file)], capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert "Timeout (0:00:01.200000)!" in ended.stderr and "re/__init__.py" in ended.stderr
+    assert file.read_text().startswith("rank 3: training step 7, since ")
 
 
 def test_a_killed_checkpoint_writer_is_noticed(model, tmp_path, capfd):

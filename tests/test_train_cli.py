@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -95,8 +96,53 @@ def test_one_config_runs_alone_and_at_tp2_pp2(workspace, tmp_path):
     resolved = yaml.safe_load((tmp_path / "many" / "config.yaml").read_text())
     assert resolved["parallel"]["tp"] == 2 and resolved["objective"]["advantage"] == "std"
     assert list((tmp_path / "alone" / "tensorboard").iterdir())
+    assert not (tmp_path / "many" / "doing").exists(), "what a process was doing, when it did not end in order"
     validations = [line for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines() if "valid/" in line]
     assert validations and "valid/expert/positive/nll" in validations[0]
+
+
+PATH_TO_THE_LOSS = """
+import json, os, sys
+import megatron_gft.job
+from megatron_gft.commands.train import main
+
+package = os.path.dirname(megatron_gft.__file__)
+
+def watch(frame, event, _):
+    if event == "call" and frame.f_code.co_name == "linear_gft_loss":
+        path = []
+        while path[:1] != [["commands/train.py", "main"]]:
+            if frame.f_code.co_filename.startswith(package):
+                path.insert(0, [os.path.relpath(frame.f_code.co_filename, package), frame.f_code.co_name])
+            frame = frame.f_back
+        print(json.dumps(path), flush=True)
+        os._exit(0)
+
+sys.setprofile(watch)
+main(sys.argv[1:])
+"""
+
+
+def test_from_main_to_the_loss_is_a_short_way(workspace, tmp_path):
+    """What a reader has to follow: this package's functions on the stack when the loss begins, Megatron's left out."""
+    arguments = ["--config", str(workspace / "config.yaml"), f"train.output={tmp_path}", "model.precision=bf16"]
+    line = [sys.executable, "-c", PATH_TO_THE_LOSS, *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=250, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = json.loads(done.stdout)
+    assert path[0][1] == "main" and path[-1][1] == "linear_gft_loss"
+    assert len(path) <= 8 and len({file for file, _ in path}) <= 5, path
+
+
+def test_help_is_there_at_once():
+    """CPU seconds of the program, so that a busy machine does not matter; the best of three."""
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "megatron_gft.train", "--help"], stdout=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) <= 0.3
 
 
 def refused(workspace: Path, *arguments: str, processes: int = 0) -> str:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_gft.backend import build_transformer_config
 from megatron_gft.config import ModelConfig, ParallelConfig, load_config
 from megatron_gft.errors import InputErrors
 from megatron_gft.hf.shape import model_shape_from_config
-from megatron_gft.model import build_transformer_config
 from megatron_gft.validation import check, transformer_problems
 
 DENSE = {

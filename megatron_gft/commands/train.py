@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_gft.config import Config, load_config
-from megatron_gft.errors import InputError, command
+from megatron_gft.errors import EXIT_FAILED, InputError, command
 from megatron_gft.hf.shape import ModelShape, read_model_shape
 from megatron_gft.reports.configuration import help_text
 from megatron_gft.validation import check
@@ -59,9 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; the exit code is 0, 2 for bad input, or that of the stop that was asked for."""
     try:
         config, shape = parse(argv)
-        from megatron_gft.job import train  # torch and Megatron: seconds, and only for a sound configuration
+        from megatron_gft.job import open_run  # torch and Megatron: seconds, and only for a sound configuration
 
-        return train(config, shape)
+        with open_run(config, shape) as trainer:
+            return trainer.run()
+        return EXIT_FAILED  # it stopped, and has said why
     except InputError as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             raise
