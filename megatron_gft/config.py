@@ -24,7 +24,13 @@ from megatron_gft.objectives import OBJECTIVES, Advantage, Coefficient, Normaliz
 class Section(pydantic.BaseModel):
     """A section of the tree: unknown keys are errors, values are fixed once read."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        defer_build=True,  # validators are made when the first file is read: --help needs none
+    )
 
 
 class ModelConfig(Section):

@@ -9,12 +9,14 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_gft.config import Config, load_config
 from megatron_gft.errors import EXIT_FAILED, InputError, command
-from megatron_gft.hf.shape import ModelShape, read_model_shape
 from megatron_gft.reports.configuration import help_text
-from megatron_gft.validation import check
+
+if TYPE_CHECKING:
+    from megatron_gft.hf.shape import ModelShape
 
 # The same bad input stops every rank. Ranks other than a machine's first wait so long with their message, by when
 # torchrun has ended them because of the first one's exit code; what only they saw is still said.
@@ -49,6 +51,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
         InputError: whatever is wrong, all of it at once.
     """
     config = read_command_line(argv)
+    from megatron_gft.hf.shape import read_model_shape  # --help does without these
+    from megatron_gft.validation import check
+
     shape = read_model_shape(config.model.config)
     check(config, shape, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     return config, shape
