@@ -193,24 +193,26 @@ class CoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        problems = []
-        if dropout:
-            problems.append(f"attention_dropout: {dropout} would differ between pack forms -> set 0")
-        if attention_type != "self" or attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
-            problems.append(f"{attention_type} attention with mask {attn_mask_type.name} -> causal self-attention only")
-        if config.softmax_type != "vanilla":
-            problems.append(f"softmax_type: {config.softmax_type!r} is not supported -> 'vanilla'")
-        if config.apply_query_key_layer_scaling:
-            problems.append("apply_query_key_layer_scaling: not supported -> False")
-        if config.qk_clip or config.log_max_attention_logit:
-            problems.append("qk_clip, log_max_attention_logit: not supported -> False")
-        window = None
+        window, looks_ahead = None, False
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
             left, right = config.window_size
-            window = left + 1 if left >= 0 else None
-            if right != 0:
-                problems.append(f"window_size: {config.window_size} looks ahead -> (tokens - 1, 0)")
-        if problems:
+            window, looks_ahead = left + 1 if left >= 0 else None, right != 0
+        causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        checks = [
+            (dropout, f"attention_dropout: {dropout} would differ between pack forms -> set 0"),
+            (
+                attention_type != "self" or not causal,
+                f"{attention_type} attention with mask {attn_mask_type.name} -> causal self-attention only",
+            ),
+            (config.softmax_type != "vanilla", f"softmax_type: {config.softmax_type!r} is not supported -> 'vanilla'"),
+            (config.apply_query_key_layer_scaling, "apply_query_key_layer_scaling: not supported -> False"),
+            (
+                config.qk_clip or config.log_max_attention_logit,
+                "qk_clip, log_max_attention_logit: not supported -> False",
+            ),
+            (looks_ahead, f"window_size: {config.window_size} looks ahead -> (tokens - 1, 0)"),
+        ]
+        if problems := [text for wrong, text in checks if wrong]:
             raise InputErrors("core attention cannot run this configuration", problems)
         self.window = window  # tokens that a query sees, itself included; None = all
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -265,21 +267,22 @@ class CoreAttention(MegatronModule):
             raise ValueError("attention_bias is not supported")
         if packed_seq_params is None:
             return self._plain_batch(query, key, value)
-        layout = packed_seq_params
-        self._check(layout, query)
-        q, (k, v) = query.squeeze(1), self._gather(key.squeeze(1), value.squeeze(1))
+        self._check(packed_seq_params, query)
+        out = self._attend(query.squeeze(1), *self._gather(key.squeeze(1), value.squeeze(1)), packed_seq_params)
+        return out.reshape(len(out), 1, -1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: PackLayout) -> Tensor:
+        """[T, h, d] and gathered keys and values [T * cp, g, d] -> [T, h, d] or [T, h * d]."""
         window = self.window if self.window is not None and self.window < layout.max_seqlen_kv else None
         head_fits = q.shape[-1] % FLASH_HEAD_MULTIPLE == 0 and q.shape[-1] <= FLASH_HEAD_MAX
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and head_fits:
-            out = flash_attention(q, k, v, layout.varlen(self.cp_rank, q.device), self.scale, window)
-        elif q.is_cuda or window is not None:
-            out = masked_attention(q, k, v, layout.varlen(self.cp_rank, q.device), self.scale, window)
-        else:
-            if layout.cp_size > 1:
-                order = layout.ungather_index(k.device)
-                k, v = k.index_select(0, order), v.index_select(0, order)
-            out = _BlockAttention.apply(q, k, v, layout.blocks(self.cp_rank), self.scale)
-        return out.reshape(len(out), 1, -1)
+            return flash_attention(q, k, v, layout.varlen(self.cp_rank, q.device), self.scale, window)
+        if q.is_cuda or window is not None:
+            return masked_attention(q, k, v, layout.varlen(self.cp_rank, q.device), self.scale, window)
+        if layout.cp_size > 1:
+            order = layout.ungather_index(k.device)
+            k, v = k.index_select(0, order), v.index_select(0, order)
+        return _BlockAttention.apply(q, k, v, layout.blocks(self.cp_rank), self.scale)
 
     def _plain_batch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[s, b, h, d] -> [s, b, h * d]: each column one causal sequence (evaluation, reference comparisons)."""
@@ -315,28 +318,13 @@ class TECoreAttention(CoreAttention):
         # depend on the attention backend.
         self._attention = (TEDotProductAttention(local, *args, **kwargs),)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackLayout | None = None,
-    ) -> Tensor:
-        """As :meth:`CoreAttention.forward`; a plain batch goes to TE as it is."""
-        if attention_bias is not None:
-            raise ValueError("attention_bias is not supported")
-        (attention,) = self._attention
-        if packed_seq_params is None:
-            return attention(query, key, value, attention_mask, attn_mask_type or AttnMaskType.causal)
-        layout = packed_seq_params
-        index = layout.varlen(self.cp_rank, query.device)
+    def _plain_batch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self._attention[0](query, key, value, None, AttnMaskType.causal)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: PackLayout) -> Tensor:
+        index = layout.varlen(self.cp_rank, q.device)
         if index.kv_index is not None and self.window is not None:
-            return super().forward(query, key, value, None, packed_seq_params=layout)
-        self._check(layout, query)
-        k, v = self._gather(key.squeeze(1), value.squeeze(1))
+            return super()._attend(q, k, v, layout)
         mask_type = "padding_causal"
         if index.kv_index is not None:
             k, v = k.index_select(0, index.kv_index), v.index_select(0, index.kv_index)
@@ -349,5 +337,4 @@ class TECoreAttention(CoreAttention):
             max_seqlen_q=max(index.q_lengths),
             max_seqlen_kv=max(index.kv_lengths),
         )
-        out = attention(query.squeeze(1), k, v, None, SimpleNamespace(name=mask_type), packed_seq_params=thd)
-        return out.reshape(len(query), 1, -1)
+        return self._attention[0](q, k, v, None, SimpleNamespace(name=mask_type), packed_seq_params=thd)

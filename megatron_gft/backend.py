@@ -31,6 +31,12 @@ from megatron_gft.validation import transformer_problems
 FP8_FORMAT = "hybrid"
 
 
+def known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Only the fields that this megatron-core version has, so that one list serves 0.16.1 to 0.19."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    return {key: value for key, value in values.items() if key in known}
+
+
 def choose_backend(requested: str, precision: str) -> str:
     """``"transformer_engine"`` or ``"local"`` for ``model.backend`` and ``model.precision``.
 
@@ -54,8 +60,6 @@ def build_transformer_config(
     shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, *, backend: str, **extra: Any
 ) -> TransformerConfig:
     """Megatron's configuration of one model; ``extra`` overrides single fields (planning on meta tensors).
-
-    Fields that this megatron-core version does not have are left out, so one list serves 0.16.1 to 0.19.
 
     Raises:
         InputErrors: ``extra`` sets what would silently train another loss.
@@ -100,8 +104,7 @@ def build_transformer_config(
     if model.fp8:
         kwargs |= {"fp8": FP8_FORMAT, "fp8_recipe": model.fp8}
     kwargs |= extra
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    config = TransformerConfig(**{key: value for key, value in kwargs.items() if key in known})
+    config = TransformerConfig(**known_fields(TransformerConfig, kwargs))
     if problems := list(transformer_problems(config)):
         raise InputErrors("Megatron's TransformerConfig", problems)
     return config

@@ -25,6 +25,8 @@ from megatron_gft.step import SIGNS, STATISTICS, LossReport, StepOutcome
 
 logger = logging.getLogger(__name__)
 
+TOKENS = STATISTICS.index("tokens")
+
 Record = dict[str, float | int]
 
 
@@ -36,23 +38,16 @@ def loss_record(report: LossReport, *, with_entropy: bool, prefix: str = "") -> 
     """
     record: Record = {f"{prefix}loss": report.loss}
     names = [name for name in STATISTICS if name not in ("tokens", "loss") and (with_entropy or name != "entropy")]
-
-    def add(place: str, sums: dict[str, float]) -> None:
-        tokens = sums["tokens"]
-        record[f"{prefix}{place}tokens"] = int(tokens)
-        if not tokens:
-            return
-        for name in names:
-            record[f"{prefix}{place}{name}"] = sums[name] / tokens
+    places = {"": report.token_sums.sum((0, 1))}
+    for source, by_sign in zip(ALL_SOURCES, report.token_sums, strict=True):
+        places |= {f"{source}/{sign}/": sums for sign, sums in zip(SIGNS, by_sign, strict=True) if sums[TOKENS]}
+    for place, values in places.items():
+        sums = dict(zip(STATISTICS, values.tolist(), strict=True))
+        record[f"{prefix}{place}tokens"] = int(sums["tokens"])
+        if sums["tokens"]:
+            record |= {f"{prefix}{place}{name}": sums[name] / sums["tokens"] for name in names}
         if place and report.denominator:
             record[f"{prefix}{place}loss"] = sums["loss"] / report.denominator
-
-    add("", dict(zip(STATISTICS, report.token_sums.sum((0, 1)).tolist(), strict=True)))
-    for i, source in enumerate(ALL_SOURCES):
-        for j, sign in enumerate(SIGNS):
-            sums = dict(zip(STATISTICS, report.token_sums[i, j].tolist(), strict=True))
-            if sums["tokens"]:
-                add(f"{source}/{sign}/", sums)
     return record
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -19,13 +17,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_gft.backend import known_fields
 from megatron_gft.config import OptimizerConfig
-
-
-def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Only the fields that this megatron-core version has."""
-    known = {field.name for field in dataclasses.fields(cls)}
-    return {key: value for key, value in values.items() if key in known}
 
 
 def wrap_data_parallel(
@@ -36,19 +29,15 @@ def wrap_data_parallel(
     Gradients are summed, not averaged: ``calculate_per_token_loss`` divides them once by the step's
     denominator (``finalize_model_grads``).
     """
-    ddp_config = DistributedDataParallelConfig(
-        **_known_fields(
-            DistributedDataParallelConfig,
-            {
-                "use_distributed_optimizer": optimizer.distributed,
-                "overlap_grad_reduce": optimizer.overlap_grad_reduce,
-                "overlap_param_gather": optimizer.overlap_param_gather,
-                "grad_reduce_in_fp32": optimizer.grad_reduce_in_fp32,
-                "average_in_collective": False,
-                "check_for_nan_in_grad": False,  # ours names the group ids and keeps the microbatch
-            },
-        )
-    )
+    settings = {
+        "use_distributed_optimizer": optimizer.distributed,
+        "overlap_grad_reduce": optimizer.overlap_grad_reduce,
+        "overlap_param_gather": optimizer.overlap_param_gather,
+        "grad_reduce_in_fp32": optimizer.grad_reduce_in_fp32,
+        "average_in_collective": False,
+        "check_for_nan_in_grad": False,  # ours names the group ids and keeps the microbatch
+    }
+    ddp_config = DistributedDataParallelConfig(**known_fields(DistributedDataParallelConfig, settings))
     # Later chunks do not bucket: their gradients are reduced while the first chunk still runs backward.
     wrapped = [
         DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=index > 0)
@@ -67,25 +56,21 @@ def build_optimizer(
     chunks: list[DistributedDataParallel], optimizer: OptimizerConfig, *, bf16: bool, use_gloo: bool = True
 ) -> MegatronOptimizer:
     """Megatron's Adam(W) over the chunks. Weight decay leaves out biases and one-dimensional weights (norms)."""
-    config = MegatronOptimizerConfig(
-        **_known_fields(
-            MegatronOptimizerConfig,
-            {
-                "optimizer": "adam",
-                "lr": optimizer.lr,
-                "min_lr": optimizer.min_lr,
-                "weight_decay": optimizer.weight_decay,
-                "adam_beta1": optimizer.beta1,
-                "adam_beta2": optimizer.beta2,
-                "adam_eps": optimizer.eps,
-                "clip_grad": optimizer.clip_grad,
-                "bf16": bf16,
-                "params_dtype": torch.bfloat16 if bf16 else torch.float32,
-                "use_distributed_optimizer": optimizer.distributed,
-                "overlap_param_gather": optimizer.overlap_param_gather,
-            },
-        )
-    )
+    settings = {
+        "optimizer": "adam",
+        "lr": optimizer.lr,
+        "min_lr": optimizer.min_lr,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "adam_eps": optimizer.eps,
+        "clip_grad": optimizer.clip_grad,
+        "bf16": bf16,
+        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+        "use_distributed_optimizer": optimizer.distributed,
+        "overlap_param_gather": optimizer.overlap_param_gather,
+    }
+    config = MegatronOptimizerConfig(**known_fields(MegatronOptimizerConfig, settings))
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=use_gloo)
 
 
