@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from layout_cases import Case, TinyGroups, make_config, model_folder
+from layout_cases import TinyGroups, model_folder
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from memory_groups import pack_of
 from ranks import run_ranks
@@ -21,7 +20,7 @@ from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.errors import InputError
 from megatron_gft.hf.shape import gpt_model_kwargs, padded_vocab_size, parameter_count, read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
-from megatron_gft.model import GFTOutputLayer, LossOutput, build_model, unwrap
+from megatron_gft.model import GFTModel, GFTOutputLayer, LossOutput, build_model, unwrap
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import initialize_parallel, seed_everything
 from megatron_gft.planning import GroupLengths, plan_step
@@ -171,7 +170,8 @@ def _half(folder: Path):
     assert isinstance(output, LossOutput)
     exact = -(pack.token_weights.double() * _coefficients(output.logprobs) * output.logprobs.double()).sum()
     dtypes = {parameter.dtype for parameter in chunk.parameters()}
-    return type(chunk) is Float16Module, dtypes, output.logprobs.dtype, output.loss_sum.item(), exact.item()
+    wrapped = type(chunk) is Float16Module and type(unwrap(chunk)) is GFTModel and unwrap(chunk) is chunk.module
+    return wrapped, dtypes, output.logprobs.dtype, output.loss_sum.item(), exact.item()
 
 
 def _coefficients(logprobs):
@@ -195,21 +195,8 @@ def test_the_backend_is_chosen_once(monkeypatch):
     assert choose_backend("auto", "fp32") == choose_backend("local", "bf16") == "local"
 
 
-def test_unwrap_finds_the_model(root):
-    def names():
-        (chunk,), _ = build(model_folder(root, "tied"), MODEL.model_copy(update={"precision": "bf16"}))
-        return isinstance(unwrap(chunk), GPTModel), unwrap(chunk) is chunk.module
-
-    assert run_ranks(1, names) == [(True, True)]
-
-
 def test_settings_reach_megatron(root):
-    config = make_config(model_folder(root, "tied"), Case(overrides=("model.recompute=full",)), root)
-
-    def built():
-        shape, parallel = read_model_shape(root / "tied"), initialize_parallel()
-        seed_everything(1, parallel)
-        transformer, _ = build_model(shape, config.model, config.objective, config.parallel, parallel)
-        return transformer.recompute_granularity, transformer.bf16, transformer.params_dtype
-
-    assert run_ranks(1, built) == [("full", False, torch.float32)]
+    settings = MODEL.model_copy(update={"recompute": "full"})
+    shape = read_model_shape(model_folder(root, "tied"))
+    config = backend.build_transformer_config(shape, settings, ParallelConfig(), backend="local")
+    assert (config.recompute_granularity, config.bf16, config.params_dtype) == ("full", False, torch.float32)

@@ -95,20 +95,21 @@ def local_rows(problem: Problem) -> slice:
     return slice(rank * shard, (rank + 1) * shard)
 
 
+def fused_loss(problem: Problem, hidden: torch.Tensor, weight: torch.Tensor, **options):
+    """The fused head on the problem's labels and token weights."""
+    options = {"tau": TAU, "tp_group": tp_group(), "vocab_size": problem.vocab} | options
+    return linear_gft_loss(hidden, weight, problem.labels, problem.token_weights, **options)
+
+
+def leaves(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and this rank's rows of the matrix, with gradients to come."""
+    return problem.hidden.clone().requires_grad_(), problem.weight[local_rows(problem)].clone().requires_grad_()
+
+
 def fused_on_rank(problem: Problem, options: dict) -> dict[str, torch.Tensor]:
     """Loss, gradients and metrics of the fused head on this rank's rows of the matrix."""
-    hidden = problem.hidden.clone().requires_grad_()
-    weight = problem.weight[local_rows(problem)].clone().requires_grad_()
-    loss, logprobs, entropy = linear_gft_loss(
-        hidden,
-        weight,
-        problem.labels,
-        problem.token_weights,
-        tau=TAU,
-        tp_group=tp_group(),
-        vocab_size=problem.vocab,
-        **options,
-    )
+    hidden, weight = leaves(problem)
+    loss, logprobs, entropy = fused_loss(problem, hidden, weight, **options)
     loss.backward()
     assert not logprobs.requires_grad
     result = {"loss": loss.detach(), "logprobs": logprobs, "hidden": hidden.grad, "weight": weight.grad}
@@ -117,8 +118,7 @@ def fused_on_rank(problem: Problem, options: dict) -> dict[str, torch.Tensor]:
 
 def logprobs_on_rank(problem: Problem, coefficient: str) -> dict[str, torch.Tensor]:
     """The same through logits and ``vocab_parallel_logprobs``; the hidden gradient is summed by hand."""
-    hidden = problem.hidden.clone().requires_grad_()
-    weight = problem.weight[local_rows(problem)].clone().requires_grad_()
+    hidden, weight = leaves(problem)
     logits = hidden @ weight.t()
     kept = logits.detach().clone()
     logprobs = vocab_parallel_logprobs(logits, problem.labels, tp_group(), vocab_size=problem.vocab)
@@ -269,11 +269,8 @@ def test_bf16_stays_near_float64(world_size):
 
 
 def metrics_on_rank(problem: Problem) -> list[torch.Tensor]:
-    weight = problem.weight[local_rows(problem)]
     with torch.no_grad():
-        loss, logprobs, _ = linear_gft_loss(
-            problem.hidden, weight, problem.labels, problem.token_weights, tau=TAU, tp_group=tp_group()
-        )
+        loss, logprobs, _ = fused_loss(problem, problem.hidden, problem.weight[local_rows(problem)])
     return [loss, logprobs]
 
 
@@ -303,16 +300,7 @@ def test_evaluation_runs_one_gemm_a_chunk_and_gives_the_same_numbers(how):
     want = fused_on_rank(problem, {"chunk_tokens": 16, "entropy": True})
     hidden = problem.hidden.clone().requires_grad_(how == "no_grad")
     with CountMatmuls() as count, torch.set_grad_enabled(how == "frozen"):
-        loss, logprobs, entropy = linear_gft_loss(
-            hidden,
-            problem.weight,
-            problem.labels,
-            problem.token_weights,
-            tau=TAU,
-            vocab_size=problem.vocab,
-            chunk_tokens=16,
-            entropy=True,
-        )
+        loss, logprobs, entropy = fused_loss(problem, hidden, problem.weight, chunk_tokens=16, entropy=True)
     assert len(count.products) == 3 and not loss.requires_grad
     assert torch.equal(loss, want["loss"])
     assert torch.equal(logprobs, want["logprobs"]) and torch.equal(entropy, want["entropy"])
@@ -325,51 +313,29 @@ def test_gradient_is_made_only_for_what_needs_it(frozen):
     free = ({"hidden", "weight"} - {frozen}).pop()
     inputs[free] = inputs[free].clone().requires_grad_()
     with CountMatmuls() as count:
-        linear_gft_loss(**inputs, labels=problem.labels, token_weights=problem.token_weights, tau=TAU, vocab_size=101)[
-            0
-        ].backward()
+        fused_loss(problem, **inputs)[0].backward()
     assert len(count.products) == 2
     assert error(inputs[free].grad, dense(problem)[free]) <= 1e-12
 
 
-def test_upstream_gradient_scales_both_gradients():
+def test_upstream_gradient_scales_both_gradients_once():
     problem = make_problem()
-    hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
-    loss, _, _ = linear_gft_loss(
-        hidden, weight, problem.labels, problem.token_weights, tau=TAU, vocab_size=101, loss_scale=64.0
-    )
-    (-2.5 * loss).backward()
+    hidden, weight = leaves(problem)
+    loss, _, _ = fused_loss(problem, hidden, weight, loss_scale=64.0)
+    (-2.5 * loss).backward(retain_graph=True)
     want = dense(problem)
     assert error(hidden.grad, -2.5 * want["hidden"]) <= 1e-12
     assert error(weight.grad, -2.5 * want["weight"]) <= 1e-12
-
-
-def test_second_backward_is_refused():
-    problem = make_problem()
-    loss, _, _ = linear_gft_loss(
-        problem.hidden.clone().requires_grad_(), problem.weight, problem.labels, problem.token_weights, tau=TAU
-    )
-    loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward ran twice"):
         loss.backward()
 
 
 def into_main_grad(problem: Problem, dtype: torch.dtype, upstream: float, loss_scale: float, tied: bool):
-    hidden, weight = problem.hidden.clone().requires_grad_(), problem.weight.clone().requires_grad_()
+    hidden, weight = leaves(problem)
     weight.main_grad = torch.ones(weight.shape, dtype=dtype, device=weight.device)
     weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, tied
-    loss, _, _ = linear_gft_loss(
-        hidden,
-        weight,
-        problem.labels,
-        problem.token_weights,
-        tau=TAU,
-        vocab_size=problem.vocab,
-        chunk_tokens=10,
-        accumulate_into_main_grad=True,
-        loss_scale=loss_scale,
-    )
-    (upstream * loss).backward()
+    options = {"chunk_tokens": 10, "accumulate_into_main_grad": True, "loss_scale": loss_scale}
+    (upstream * fused_loss(problem, hidden, weight, **options)[0]).backward()
     return hidden, weight
 
 
