@@ -48,8 +48,10 @@ def make_config(channels=CHANNELS, **fields) -> TransformerConfig:
     return TransformerConfig(**defaults | fields)
 
 
-def make_module(cp_group=None, kind=CoreAttention, **fields) -> CoreAttention:
+def make_module(cp_group=None, kind=CoreAttention, window=None, **fields) -> CoreAttention:
     fields.setdefault("context_parallel_size", cp_group.size() if cp_group else 1)
+    if window is not None:
+        fields["window_size"] = (window - 1, 0)
     groups = SimpleNamespace(cp=cp_group, tp=None)
     return kind(make_config(**fields), 1, AttnMaskType.causal, "self", pg_collection=groups)
 
@@ -90,27 +92,34 @@ def assert_equal(ours, expected, tolerance):
         assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max()))
 
 
+def dense_results(segments, kv_heads=2, window=None, channels=CHANNELS):
+    """Inputs, upstream gradient, and value and gradients by the rule; float64."""
+    inputs, upstream = make_inputs(sum(length for _, length, _, _ in segments), kv_heads, channels=channels)
+    return inputs, upstream, value_and_gradients(dense_attention(*inputs, segments, window), inputs, upstream)
+
+
+def check_module(segments, kv_heads=2, window=None):
+    inputs, upstream, expected = dense_results(segments, kv_heads, window)
+    module = make_module(num_query_groups=kv_heads, window=window)
+    out = module(*inputs, None, packed_seq_params=make_layout(segments))
+    assert_equal(value_and_gradients(out, inputs, upstream), expected, 1e-13)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_equals_dense_attention(name, kv_heads):
-    inputs, upstream = make_inputs(sum(s[1] for s in LAYOUTS[name]), kv_heads)
-    expected = value_and_gradients(dense_attention(*inputs, LAYOUTS[name]), inputs, upstream)
-    layout = make_layout(LAYOUTS[name])
-    out = make_module(num_query_groups=kv_heads)(*inputs, None, packed_seq_params=layout)
-    assert_equal(value_and_gradients(out, inputs, upstream), expected, 1e-13)
+    check_module(LAYOUTS[name], kv_heads)
     # The path that a GPU takes in fp32.
-    out = masked_attention(*(t[:, 0] for t in inputs), layout.varlen(0, upstream.device), CHANNELS**-0.5, None)
+    inputs, upstream, expected = dense_results(LAYOUTS[name], kv_heads)
+    index = make_layout(LAYOUTS[name]).varlen(0, upstream.device)
+    out = masked_attention(*(t[:, 0] for t in inputs), index, CHANNELS**-0.5, None)
     assert_equal(value_and_gradients(out.reshape(len(out), 1, -1), inputs, upstream), expected, 1e-13)
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 9, 40])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_sliding_window_counts_over_the_prefix(name, window):
-    inputs, upstream = make_inputs(sum(s[1] for s in LAYOUTS[name]), 2)
-    expected = value_and_gradients(dense_attention(*inputs, LAYOUTS[name], window), inputs, upstream)
-    module = make_module(num_query_groups=2, window_size=(window - 1, 0))
-    out = module(*inputs, None, packed_seq_params=make_layout(LAYOUTS[name]))
-    assert_equal(value_and_gradients(out, inputs, upstream), expected, 1e-13)
+    check_module(LAYOUTS[name], window=window)
 
 
 def test_window_only_on_the_layers_that_have_it():
@@ -138,10 +147,7 @@ def random_segments(draw, multiple=1):
 @settings(max_examples=60, deadline=None)
 @given(segments=random_segments())
 def test_any_layout_equals_dense_attention(segments):
-    inputs, upstream = make_inputs(sum(s[1] for s in segments), 2)
-    out = make_module(num_query_groups=2)(*inputs, None, packed_seq_params=make_layout(segments))
-    expected = value_and_gradients(dense_attention(*inputs, segments), inputs, upstream)
-    assert_equal(value_and_gradients(out, inputs, upstream), expected, 1e-13)
+    check_module(segments)
 
 
 @settings(max_examples=40, deadline=None)
@@ -164,14 +170,14 @@ def test_zigzag_shards_partition_the_pack(segments, cp_size):
     assert sum(pairs) == sum(n * prefix + n * (n + 1) // 2 for _, n, _, prefix in segments)
 
 
-def _attend_on_rank(segments, fields, cp_size, kind=CoreAttention):
+def _attend_on_rank(segments, window, cp_size, kind=CoreAttention):
     """Output and gradients of this rank, gathered in pack order; inputs are the same on every rank."""
     torch.manual_seed(0)
     layout = make_layout(segments, cp_size)
     inputs, upstream = make_inputs(layout.tokens, 2)
     rows = zigzag_indices(layout.segments, cp_size, dist.get_rank())
     local = [t.detach()[rows].requires_grad_() for t in inputs]
-    module = make_module(dist.group.WORLD, kind, num_query_groups=2, **fields)
+    module = make_module(dist.group.WORLD, kind, window, num_query_groups=2)
     out = module(*local, None, packed_seq_params=layout)
     order = layout.ungather_index(upstream.device)
     parts = value_and_gradients(out, local, upstream[rows])
@@ -182,11 +188,8 @@ def _attend_on_rank(segments, fields, cp_size, kind=CoreAttention):
 @pytest.mark.parametrize("cp_size", [2, 4])
 @pytest.mark.parametrize("name", CP_LAYOUTS)
 def test_context_parallel_is_exact(name, cp_size, window):
-    segments = CP_LAYOUTS[name]
-    fields = {} if window is None else {"window_size": (window - 1, 0)}
-    inputs, upstream = make_inputs(sum(s[1] for s in segments), 2)
-    expected = value_and_gradients(dense_attention(*inputs, segments, window), inputs, upstream)
-    for result in run_ranks(cp_size, _attend_on_rank, segments, fields, cp_size):
+    _, _, expected = dense_results(CP_LAYOUTS[name], window=window)
+    for result in run_ranks(cp_size, _attend_on_rank, CP_LAYOUTS[name], window, cp_size):
         assert_equal(result, expected, 1e-13)
 
 
@@ -311,16 +314,14 @@ class StandInForTE(torch.nn.Module):
 def _attend_with_stand_in(segments, cp_size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron.core.extensions.transformer_engine.TEDotProductAttention", StandInForTE)
-        return _attend_on_rank(segments, {}, cp_size, TECoreAttention)
+        return _attend_on_rank(segments, None, cp_size, TECoreAttention)
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])
 @pytest.mark.parametrize("name", CP_LAYOUTS)
 def test_transformer_engine_gets_lengths_that_mean_the_layout(name, cp_size):
-    segments = CP_LAYOUTS[name]
-    inputs, upstream = make_inputs(sum(s[1] for s in segments), 2)
-    expected = value_and_gradients(dense_attention(*inputs, segments), inputs, upstream)
-    for result in run_ranks(cp_size, _attend_with_stand_in, segments, cp_size):
+    _, _, expected = dense_results(CP_LAYOUTS[name])
+    for result in run_ranks(cp_size, _attend_with_stand_in, CP_LAYOUTS[name], cp_size):
         assert_equal(result, expected, 1e-13)
 
 
@@ -329,8 +330,7 @@ def test_transformer_engine_gets_lengths_that_mean_the_layout(name, cp_size):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_flash_equals_reference_on_gpu(name, window):
     """Also says that the kernel's causal mask is aligned to the bottom right, and its window likewise."""
-    inputs, upstream = make_inputs(sum(s[1] for s in LAYOUTS[name]), 2, channels=GPU_CHANNELS)
-    expected = value_and_gradients(dense_attention(*inputs, LAYOUTS[name], window), inputs, upstream)
+    inputs, upstream, expected = dense_results(LAYOUTS[name], window=window, channels=GPU_CHANNELS)
     half = [t.detach().cuda().bfloat16().requires_grad_() for t in inputs]
     index = make_layout(LAYOUTS[name]).varlen(0, torch.device("cuda", torch.cuda.current_device()))
     out = flash_attention(*(t[:, 0] for t in half), index, GPU_CHANNELS**-0.5, window)
@@ -342,13 +342,10 @@ def test_flash_equals_reference_on_gpu(name, window):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 5])
 def test_module_equals_reference_on_gpu(dtype, window):
-    inputs, upstream = make_inputs(27, 2, channels=GPU_CHANNELS)
-    expected = value_and_gradients(dense_attention(*inputs, LAYOUTS["mixed"], window), inputs, upstream)
+    inputs, upstream, expected = dense_results(LAYOUTS["mixed"], window=window, channels=GPU_CHANNELS)
     moved = [t.detach().cuda().to(dtype).requires_grad_() for t in inputs]
-    fields = {} if window is None else {"window_size": (window - 1, 0)}
-    out = make_module(channels=GPU_CHANNELS, num_query_groups=2, **fields)(
-        *moved, None, packed_seq_params=make_layout(LAYOUTS["mixed"])
-    )
+    module = make_module(channels=GPU_CHANNELS, num_query_groups=2, window=window)
+    out = module(*moved, None, packed_seq_params=make_layout(LAYOUTS["mixed"]))
     ours = value_and_gradients(out, moved, upstream.cuda().to(dtype))
     assert_equal([t.cpu().double() for t in ours], expected, 1e-5 if dtype == torch.float32 else 0.04)
 
@@ -356,8 +353,7 @@ def test_module_equals_reference_on_gpu(dtype, window):
 def _transformer_engine_on_gpu(name, window):
     """Runs in a rank of its own: Megatron's wrapper wants process groups."""
     segments = LAYOUTS[name]
-    inputs, upstream = make_inputs(sum(s[1] for s in segments), 2, channels=GPU_CHANNELS)
-    expected = value_and_gradients(dense_attention(*inputs, segments, window), inputs, upstream)
+    inputs, upstream, expected = dense_results(segments, window=window, channels=GPU_CHANNELS)
     fields = {} if window is None else {"window_size": (window - 1, 0)}
     groups = SimpleNamespace(cp=dist.group.WORLD, tp=dist.group.WORLD)
     config = make_config(GPU_CHANNELS, num_query_groups=2, bf16=True, params_dtype=torch.bfloat16, **fields)
