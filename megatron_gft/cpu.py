@@ -150,11 +150,6 @@ class CudaToDevice(TorchFunctionMode):
 _installed: list[CudaToDevice] = []
 
 
-def installed() -> bool:
-    """Is Megatron redirected to the CPU in this process?"""
-    return bool(_installed)
-
-
 def install(device: str = "cpu") -> None:
     """Redirect Megatron-Core's CUDA calls to ``device``, for the life of the process; a no-op with CUDA.
 

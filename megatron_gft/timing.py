@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,40 +22,35 @@ FORWARD_SHARE = 1 / 3
 STRAGGLER_FACTOR = 1.1
 
 
+def _now() -> torch.cuda.Event | float:
+    """This point of the device's stream, read later and without synchronisation; on a CPU the clock."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 @dataclass
 class ForwardTimer:
-    """Sums the time of this rank's forward passes of a step, waits for other stages left out.
+    """Sums the time of this rank's forward passes of a step, waits for other stages left out."""
 
-    On a GPU by events, which are read once at the end of the step and cost no synchronisation.
-    """
-
-    spans: list[tuple[torch.cuda.Event, torch.cuda.Event] | float] = field(default_factory=list)
+    spans: list[tuple[Any, Any]] = field(default_factory=list)
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
         """Add one forward pass."""
-        if torch.cuda.is_available():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self.spans.append((begin, end))
-        else:
-            started = time.perf_counter()
-            yield
-            self.spans.append(time.perf_counter() - started)
+        begin = _now()
+        yield
+        self.spans.append((begin, _now()))
 
     def take(self) -> float:
         """Seconds since the last call; waits for the device."""
-        total = 0.0
-        for span in self.spans:
-            if isinstance(span, tuple):
-                span[1].synchronize()
-                total += span[0].elapsed_time(span[1]) / 1000
-            else:
-                total += span
-        self.spans = []
-        return total
+        spans, self.spans = self.spans, []
+        if not spans or isinstance(spans[-1][1], float):
+            return sum(end - begin for begin, end in spans)
+        spans[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in spans) / 1000
 
 
 @dataclass(frozen=True)
