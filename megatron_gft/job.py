@@ -135,18 +135,6 @@ def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path
         )
 
 
-def write_config(config: Config) -> None:
-    """``config.yaml`` in the run folder, before any work.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    try:
-        config.write(Path(config.train.output) / "config.yaml")
-    except OSError as error:
-        raise InputError(f"train.output={config.train.output}: cannot be written ({error.strerror})") from None
-
-
 @contextlib.contextmanager
 def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
     """The run on this process: data, process group, trainer; ended in order when the block is left.
@@ -154,7 +142,10 @@ def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
     A run that stopped or could not save says why; its exception goes no further.
     """
     if os.environ.get("RANK", "0") == "0":
-        write_config(config)
+        try:
+            config.write(Path(config.train.output) / "config.yaml")
+        except OSError as error:
+            raise InputError(f"train.output={config.train.output}: cannot be written ({error.strerror})") from None
     data = None if config.data.cache else open_groups(config, shape)  # Megatron's cache needs the process group
     device = start_process_group(config.parallel.collective_timeout_minutes)
     set_up_logging(dist.get_rank())

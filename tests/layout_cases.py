@@ -1,7 +1,7 @@
 """Runs the trainer's own steps at one parallel layout and brings back what must not depend on the layout.
 
 A :class:`Case` is a model, a world size and configuration overrides. :func:`run_case` forks its ranks, trains a few
-steps with ``trainer.build_trainer`` and merges the ranks' results; gradients come back under Hugging Face names and
+steps with ``job.build_trainer`` and merges the ranks' results; gradients come back under Hugging Face names and
 shapes, gathered over tensor, pipeline and expert parallel ranks, so any two cases compare tensor by tensor.
 """
 
