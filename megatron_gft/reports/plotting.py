@@ -6,12 +6,12 @@ are left out. Long curves are drawn twice: faint as they are, and as a running m
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,16 @@ SMOOTH_ABOVE = 200
 COLUMNS = 3
 STYLES = ("-", "--", ":")
 FORMATS = (".png", ".svg", ".pdf", ".html")
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>runs</title>
+<style>body{font-family:sans-serif;margin:1em}svg{max-width:100%;height:auto}td,th{padding:2px 12px;text-align:right}
+</style></head><body>{{ svg | safe }}
+<table><tr><th></th>{% for run in runs %}<th>{{ run.name }} (step {{ run.records[-1].step }})</th>{% endfor %}</tr>
+{% for key in keys %}
+<tr><th>{{ key }}</th>{% for run in runs %}<td>{{ run.last(key) }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></body></html>
+"""
 
 
 @dataclass(frozen=True)
@@ -37,17 +47,17 @@ class Panel:
     log: bool = False
 
 
-def _by_source(title: str, name: str, prefix: str = "") -> Panel:
-    return Panel(title, tuple(f"{prefix}{source}/positive/{name}" for source in ALL_SOURCES))
+def _by_source(title: str, key: str) -> Panel:
+    return Panel(title, tuple(key.format(source) for source in ALL_SOURCES))
 
 
 PANELS = (
     Panel("loss", ("loss",)),
-    Panel("validation: mean -log p", tuple(f"valid/{source}/positive/nll" for source in ALL_SOURCES)),
+    _by_source("validation: mean -log p", "valid/{}/positive/nll"),
     Panel("gradient norm", ("grad_norm",), log=True),
     Panel("mean -log p", ("nll",)),
-    _by_source("mean p, positive advantage", "probability"),
-    Panel("mean p, negative advantage", tuple(f"{source}/negative/probability" for source in ALL_SOURCES)),
+    _by_source("mean p, positive advantage", "{}/positive/probability"),
+    _by_source("mean p, negative advantage", "{}/negative/probability"),
     Panel("share of tokens with p <= tau", ("rectified",)),
     Panel("entropy", ("entropy",)),
     Panel("learning rate", ("lr",)),
@@ -68,8 +78,13 @@ class Run:
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and finite values of a key, both [n]; empty when no record has it."""
         pairs = [(record["step"], record[key]) for record in self.records if math.isfinite(record.get(key, math.nan))]
-        steps, values = zip(*pairs, strict=True) if pairs else ((), ())
-        return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+        steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+        return steps, values
+
+    def last(self, key: str) -> str:
+        """The last finite value of a key, in five digits; empty when no record has it."""
+        values = self.series(key)[1]
+        return f"{values[-1]:.5g}" if len(values) else ""
 
 
 def read_run(folder: str | Path) -> Run:
@@ -108,34 +123,27 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
     output = Path(output)
     if output.suffix not in FORMATS:
         raise InputError(f"{output}: cannot write a figure as {output.suffix!r} -> one of {', '.join(FORMATS)}")
-    runs = _distinct([read_run(folder) for folder in folders], folders)
-    figure = _figure(runs)
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    for index, folder in enumerate(folders):
+        if names.count(names[index]) > 1:  # runs of equal name are named by their whole path
+            runs[index] = Run(str(folder), runs[index].records)
+    panels = [panel for panel in PANELS if any(len(run.series(key)[0]) for run in runs for key in panel.keys)]
+    figure = _figure(panels, runs)
     with atomic_file(output) as temporary:
         if output.suffix == ".html":
-            temporary.write_text(_page(runs, figure), encoding="utf-8")
+            temporary.write_text(_page(panels, runs, figure), encoding="utf-8")
         else:
             figure.savefig(temporary, format=output.suffix[1:], dpi=120)
 
 
-def _distinct(runs: list[Run], folders: Sequence[str | Path]) -> list[Run]:
-    """Runs of equal name are named by their whole path."""
-    names = [run.name for run in runs]
-    return [
-        run if names.count(run.name) == 1 else Run(str(folder), run.records)
-        for run, folder in zip(runs, folders, strict=True)
-    ]
-
-
-def _figure(runs: Sequence[Run]) -> Any:
+def _figure(panels: Sequence[Panel], runs: Sequence[Run]) -> Any:
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional dependency
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # optional dependency
     except ImportError:
         raise InputError("plots need matplotlib -> pip install matplotlib") from None
-    panels = [panel for panel in PANELS if any(len(run.series(key)[0]) for run in runs for key in panel.keys)]
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(5 * COLUMNS, 3.2 * rows + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
     for index, panel in enumerate(panels):
         _draw(figure.add_subplot(rows, COLUMNS, index + 1), panel, runs)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -168,23 +176,13 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
         axes.legend(unique.values(), unique.keys(), fontsize=8)
 
 
-def _page(runs: Sequence[Run], figure: Any) -> str:
+def _page(panels: Sequence[Panel], runs: Sequence[Run], figure: Any) -> str:
     """The figure as inline SVG and a table of the last values; no link to anywhere."""
+    from jinja2 import Environment
+
     drawing = io.StringIO()
     figure.savefig(drawing, format="svg")
     svg = drawing.getvalue()
-    keys = [key for panel in PANELS for key in panel.keys if any(len(run.series(key)[0]) for run in runs)]
-    rows = []
-    for key in keys:
-        cells = "".join(
-            f"<td>{values[-1]:.5g}</td>" if len(values := run.series(key)[1]) else "<td></td>" for run in runs
-        )
-        rows.append(f"<tr><th>{html.escape(key)}</th>{cells}</tr>")
-    names = "".join(f"<th>{html.escape(run.name)} (step {run.records[-1]['step']})</th>" for run in runs)
-    style = (
-        "body{font-family:sans-serif;margin:1em}svg{max-width:100%;height:auto}td,th{padding:2px 12px;text-align:right}"
-    )
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>runs</title><style>{style}</style></head>'
-        f"<body>{svg[svg.index('<svg') :]}<table><tr><th></th>{names}</tr>{''.join(rows)}</table></body></html>\n"
-    )
+    keys = [key for panel in panels for key in panel.keys if any(map(methodcaller("last", key), runs))]
+    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
+    return page.render(svg=svg[svg.index("<svg") :], runs=runs, keys=keys)
