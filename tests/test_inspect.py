@@ -20,7 +20,7 @@ from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
 from megatron_gft.groups.problems import parse_policies
 from megatron_gft.inspection.inputs import open_source
-from megatron_gft.inspection.output import group_text, html_page, report_text
+from megatron_gft.inspection.output import html_page, report_text
 from megatron_gft.inspection.statistics import estimate_packing
 from megatron_gft.inspection.views import view_tokens
 from megatron_gft.planning import DEFAULT_FLOP_MODEL
@@ -35,6 +35,12 @@ def report_of(*inputs, tokenizer=None, packing=()):
     return open_source(list(map(str, inputs)), tokenizer and str(tokenizer)).report(*packing)
 
 
+def write_both(base, records, tokenizer, name="train"):
+    """Groups as a file (``in.jsonl``) and as the shard that preprocessing makes of it."""
+    write_group_file(base / "in.jsonl", records)
+    preprocess(PreprocessOptions([str(base / "in.jsonl")], str(tokenizer), str(base / name)), progress=False)
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     """Some good groups and one with several oddities, as a file and as a shard."""
@@ -46,8 +52,7 @@ def case(tmp_path_factory):
         "lonely", "no expert here", [ResponseRecord("a", "self", 1.0), ResponseRecord("b", "self", 0.0)]
     )
     records = [*random_records(20), GroupRecord("odd", "<script>alert(1)</script>", odd, "7"), lonely]
-    write_group_file(base / "in.jsonl", records)
-    preprocess(PreprocessOptions([str(base / "in.jsonl")], str(folder), str(base / "train")), progress=False)
+    write_both(base, records, folder)
     return base, folder, records
 
 
@@ -69,8 +74,7 @@ def generated(tmp_path_factory, case):
             response.tokenizer, response.token_ids, response.logprobs = tokenizer.fingerprint, ids, known[-1]
             responses.append(response)
         records.append(GroupRecord(f"made{g}", "how\tmany?", responses, "7"))
-    write_group_file(base / "in.jsonl", records)
-    preprocess(PreprocessOptions([str(base / "in.jsonl")], str(folder), str(base / "train")), progress=False)
+    write_both(base, records, folder)
     return base, folder, known
 
 
@@ -108,8 +112,7 @@ def test_duplicates_and_inner_end_markers_are_found(case, tmp_path):
     eos = load_tokenizer(folder).eos_id
     record = random_records(1)[0]
     record.responses.append(record.responses[0])
-    write_group_file(tmp_path / "a.jsonl", [record])
-    preprocess(PreprocessOptions([str(tmp_path / "a.jsonl")], str(folder), str(tmp_path / "a")), progress=False)
+    write_both(tmp_path, [record], folder, "a")
     report = report_of(base / "train", tmp_path / "a")
     assert report["problems"]["duplicate_response"] == 1 and report["problems"]["duplicate_id"] == 1
     assert "special_tokens" not in report["problems"]
@@ -210,8 +213,7 @@ def test_the_judgement_shows(case, tmp_path):
         record.meta["verifier"] = {"name": "x"}
         for response in record.responses:
             response.reward, response.outcome = 1.0, "timeout"
-    write_group_file(tmp_path / "in.jsonl", records)
-    preprocess(PreprocessOptions([str(tmp_path / "in.jsonl")], str(folder), str(tmp_path / "t")), progress=False)
+    write_both(tmp_path, records, folder, "t")
     report = report_of(tmp_path / "t")
     assert report["zero_variance_groups"] == 22 and report["by_source"]["self"]["outcomes"].keys() == {"timeout"}
     assert report["shards"][0]["verifier"] == {"group_files": [{"verifier": {"name": "x"}, "groups": 22}]}
@@ -248,6 +250,7 @@ def test_one_group_for_the_terminal(case, tool, capsys, source):
     command = [str(base / source), "--tokenizer", str(folder), "--group", "0"]
     assert tool([*command, "--color", "never"]) == 0
     plain = capsys.readouterr().out
+    assert "|" in plain and "\033" not in plain
     assert records[0].prompt in plain.replace("|", "") and "gold answer: " + records[0].answer in plain
     for k, response in enumerate(records[0].responses):
         end = "cut off, no EOS" if response.finish_reason == "length" else "ends with EOS"
@@ -308,34 +311,43 @@ def test_log_probs_outcomes_and_roles_are_those_of_their_response(generated, too
     assert sorted(shown) == sorted(expected)
 
 
-def test_json_and_exit_codes(case, tool, capsys, tmp_path):
-    base, folder, _ = case
-    assert tool([str(base / "train"), "--json", "-"]) == 0
+def test_json_goes_to_stdout(case, tool, capsys):
+    assert tool([str(case[0] / "train"), "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["groups"] == 22
-    (tmp_path / "file").touch()
-    named = ["--tokenizer", str(folder), "--group"]
-    bad = [
-        ([str(base / "train"), "--group", "0"], "needs --tokenizer"),
-        ([str(base / "train"), *named, "22"], "there are groups 0 to 21"),
-        ([str(base / "in.jsonl"), *named, "22"], "there are groups 0 to 21"),
-        ([str(base / "in.jsonl"), *named, "-1"], "there are groups 0 to 21"),
-        ([str(base / "in.jsonl"), "--verify"], "no manifest"),
-        ([str(base / "in.jsonl"), str(base / "train")], "at once"),
-        ([str(base / "absent")], "no such group shard"),
-        ([str(base / "train"), "--max-tokens-per-pack", "0"], "at least 1"),
-        ([str(base / "train"), "--html", str(tmp_path / "file" / "x.html")], "is not a folder to write in"),
-        ([str(base / "train"), "--json", str(tmp_path)], "exists and is no file"),
-        ([str(base / "train"), "--html", "-"], "needs a file"),
-    ]
-    for command, message in bad:
-        assert tool(command) == 2
-        assert message in capsys.readouterr().err
 
 
-def test_outputs_are_checked_before_the_work(case, tool, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("{}/train --group 0", "needs --tokenizer"),
+        ("{}/in.jsonl --group 0", "needs --tokenizer"),
+        ("{}/train --tokenizer {}/hf --group 22", "there are groups 0 to 21"),
+        ("{}/in.jsonl --tokenizer {}/hf --group 22", "there are groups 0 to 21"),
+        ("{}/in.jsonl --tokenizer {}/hf --group -1", "there are groups 0 to 21"),
+        ("{}/in.jsonl --verify", "no manifest"),
+        ("{}/in.jsonl {}/train", "at once"),
+        ("{}/absent", "no such group shard"),
+        ("{}/train --max-tokens-per-pack 0", "at least 1"),
+    ],
+)
+def test_bad_command_lines_are_refused(case, tool, capsys, command, message):
+    assert tool(command.replace("{}", str(case[0])).split()) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("--html {}/in.jsonl/x.html", "is not a folder to write in"),
+        ("--html {}", "exists and is no file"),
+        ("--json {}", "exists and is no file"),
+        ("--html -", "needs a file"),
+    ],
+)
+def test_outputs_are_checked_before_the_work(case, tool, capsys, monkeypatch, output, message):
     monkeypatch.setattr("megatron_gft.inspection.inputs.open_source", lambda *_: pytest.fail("too late"))
-    for option in ("--html", "--json"):
-        assert tool([str(case[0] / "train"), option, str(tmp_path)]) == 2
+    assert tool([str(case[0] / "train"), *output.replace("{}", str(case[0])).split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_verify_names_every_damage_and_leaves_stdout_to_the_json(case, tool, capsys, tmp_path):
@@ -356,6 +368,11 @@ def test_verify_names_every_damage_and_leaves_stdout_to_the_json(case, tool, cap
     assert "s-0.bin: content differs" in error and "s-1.meta.bin: 0 bytes" in error and "missing number 3" in error
 
 
+def copy_shard(base: Path, target: Path) -> None:
+    for path in base.glob("train*"):
+        (target / path.name).write_bytes(path.read_bytes())
+
+
 def _flip(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 0xC0
@@ -373,8 +390,7 @@ def _flip(path: Path, position: int) -> None:
 )
 def test_damage_is_named_when_it_is_run_into(case, tool, capsys, tmp_path, suffix, position, options, message):
     base, folder, _ = case
-    for path in base.glob("train*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy_shard(base, tmp_path)
     _flip(tmp_path / f"train{suffix}", position)
     assert tool([str(tmp_path / "train"), "--tokenizer", str(folder), *options]) == 2
     assert message in capsys.readouterr().err
@@ -428,10 +444,24 @@ def test_text_of_models_does_not_steer_the_terminal(case, tool, capsys, tmp_path
     assert b"\\u6f22" in ascii_only.buffer.getvalue()
 
 
+@pytest.mark.parametrize("colour", [True, False])
+def test_a_narrow_terminal_folds_the_report_and_loses_nothing(tmp_path, colour):
+    """What looks like markup or an emoji's name is text; wide characters take two columns."""
+    outcome = "[bold]x[/bold]:smile:" + "漢" * 40 + "end"
+    write_group_file(tmp_path / "a.jsonl", [GroupRecord("1", "p", [ResponseRecord("a", "self", 1.0, outcome)])])
+    report = report_of(tmp_path / "a.jsonl")
+    wide = report_text(report)
+    assert f"{outcome} 1" in wide and "\033" not in wide
+    shown = report_text(report, colour, columns=70)
+    assert ("\033[1m" in shown) == colour
+    lines = re.sub(r"\033\[[\d;]+m", "", shown).splitlines()
+    assert max(sum(1 + (c == "漢") for c in line) for line in lines) <= 70
+    assert sorted("".join("".join(lines).split())) == sorted("".join(wide.split()))
+
+
 def test_any_file_of_a_shard_stands_for_it(case, tool, capsys, tmp_path):
     base, _, _ = case
-    for path in base.glob("train*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy_shard(base, tmp_path)
     expanded = sorted(glob.glob(str(tmp_path / "train*")))  # as a shell does; with the report of preprocessing
     assert len(expanded) > 6
     for inputs in (expanded, *([name] for name in expanded if ".report." not in name)):
@@ -450,15 +480,8 @@ def test_any_file_of_a_shard_stands_for_it(case, tool, capsys, tmp_path):
 def test_another_tokenizer_is_refused(case, tmp_path):
     base, _, _ = case
     other = byte_level_folder(tmp_path / "other", vocab_size=300)
-    write_group_file(tmp_path / "a.jsonl", random_records(2))
-    preprocess(PreprocessOptions([str(tmp_path / "a.jsonl")], str(other), str(tmp_path / "a")), progress=False)
+    write_both(tmp_path, random_records(2), other, "a")
     with pytest.raises(InputError, match="of different tokenizers"):
         report_of(base / "train", tmp_path / "a")
     with pytest.raises(InputError, match="made with another tokenizer"):
         open_source([str(base / "train")], str(other)).groups([0])
-
-
-def test_group_text_marks_boundaries_without_colour(case):
-    base, folder, _ = case
-    view = open_source([str(base / "train")], str(folder)).groups([0])[0]
-    assert "|" in group_text(view, colour=False) and "\033" not in group_text(view, colour=False)

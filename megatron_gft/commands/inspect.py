@@ -39,6 +39,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write(name: str, text: str) -> None:
+    """Into a file, whole or not at all, or ``-``: standard output."""
+    if name == "-":
+        print(text, end="")
+        return
     try:
         with atomic_file(name) as temporary:  # backslashreplace: names of files need not be Unicode
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -73,28 +77,23 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_gft.inspection.output import group_text, html_page, report_text
 
     source = open_source(arguments.inputs, arguments.tokenizer, arguments.chat_template)
-    to_files = bool(arguments.html or arguments.json)
     if arguments.verify:
-        alone = not (arguments.group or to_files or arguments.max_tokens_per_pack)
+        alone = not any((arguments.group, arguments.html, arguments.json, arguments.max_tokens_per_pack))
         for prefix in source.verify():
             print(f"{prefix}: every byte is as written", file=sys.stdout if alone else sys.stderr)
         if alone:
             return 0
-    terminal = sys.stdout.isatty()
-    colour = arguments.color == "always" or (arguments.color == "auto" and terminal)
+    colour = {"always": True, "never": False, "auto": sys.stdout.isatty()}[arguments.color]
     views = source.groups(arguments.group) if arguments.group else []
-    if views and not to_files:
+    to_files = any((arguments.html, arguments.json))
+    if arguments.group and not to_files:
         print("\n".join(group_text(view, colour) for view in views), end="")
         return 0
     report = source.report(arguments.max_tokens_per_pack, arguments.groups_per_step)
     if not to_files:
-        print(report_text(report, colour, shutil.get_terminal_size().columns if terminal else None))
+        print(report_text(report, colour, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     if arguments.html:
         _write(arguments.html, html_page(report, views))
     if arguments.json:
-        text = json.dumps(report | {"views": [asdict(view) for view in views]}, indent=1) + "\n"
-        if arguments.json == "-":
-            print(text, end="")
-        else:
-            _write(arguments.json, text)
+        _write(arguments.json, json.dumps(report | {"views": [asdict(view) for view in views]}, indent=1) + "\n")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -61,21 +62,22 @@ class Statistics:
         if self.bos_id is not None and self.bos_id != self.eos_id:
             special |= groups.tokens == self.bos_id
         inner = np.add.reduceat(special.astype(int), ends - groups.sequence_lengths)[is_response] > 0
-        same_text, same_id = self._duplicates(groups, ends)
+        ids = [json.loads(meta)["id"] for meta in groups.metas]
+        pieces = np.split(groups.tokens, ends[:-1])
+        texts = [(g, pieces[i].tobytes()) for g, i in zip(owner.tolist(), np.flatnonzero(is_response), strict=True)]
         for kind, owners in (
             ("truncated", owner[truncated]),
             ("no_expert", np.flatnonzero(np.add.reduceat(is_expert.astype(int), starts) == 0)),
             ("equal_rewards", np.flatnonzero(equal & (counts > 1))),
             ("expert_wrong", owner[is_expert & wrong]),
             ("special_tokens", owner[inner]),
-            ("duplicate_response", np.array(same_text, dtype=int)),
-            ("duplicate_id", np.array(same_id, dtype=int)),
+            ("duplicate_response", owner[_repeated(texts, set())]),
+            ("duplicate_id", _repeated(map(id_digest, ids), self._seen)),
         ):
             if len(owners):
                 self.problems[kind] += len(owners)
                 shown = self.examples.setdefault(kind, [])
-                for g in owners[: EXAMPLES_PER_KIND - len(shown)].tolist():
-                    shown.append(f"{place} id {json.loads(groups.metas[g])['id']!r}")
+                shown += [f"{place} id {ids[g]!r}" for g in owners[: EXAMPLES_PER_KIND - len(shown)].tolist()]
         named = zip(sources.tolist(), groups.outcomes, strict=True)
         self._outcomes.update((SOURCES[source], outcome) for source, outcome in named if outcome is not None)
         for name, values in (
@@ -87,19 +89,6 @@ class Statistics:
             ("truncated", truncated),
         ):
             self._columns[name].append(values)
-
-    def _duplicates(self, groups: EncodedGroups, ends: np.ndarray) -> tuple[list[int], list[int]]:
-        """Groups of responses whose tokens their group has before, and groups whose ids were seen before."""
-        sequence, same_text, same_id = 0, [], []
-        for g, size in enumerate(groups.group_sizes.tolist()):
-            bounds = ends[sequence : sequence + size].tolist()
-            responses = [groups.tokens[a:b].tobytes() for a, b in zip(bounds, bounds[1:], strict=False)]
-            same_text += [g] * (len(responses) - len(set(responses)))
-            digest = id_digest(json.loads(groups.metas[g])["id"])
-            same_id += [g] if digest in self._seen else []
-            self._seen.add(digest)
-            sequence += size
-        return same_text, same_id
 
     def report(self, unit: str, max_tokens_per_pack: int | None, groups_per_step: int) -> dict[str, Any]:
         """The numbers as a JSON object; with a size of packs also how the groups fill them."""
@@ -138,6 +127,16 @@ class Statistics:
         if max_tokens_per_pack is not None and groups:
             report["packing"] = estimate_packing(prompts, counts, lengths, max_tokens_per_pack, groups_per_step)
         return report
+
+
+def _repeated(keys: Iterable[Hashable], seen: set) -> np.ndarray:
+    """int [N]: positions of the keys that are in ``seen`` or came before; ``seen`` takes all of them in."""
+    found = []
+    for position, key in enumerate(keys):
+        if key in seen:
+            found.append(position)
+        seen.add(key)
+    return np.array(found, dtype=int)
 
 
 def _summary(values: np.ndarray) -> dict[str, Any] | None:

@@ -38,33 +38,28 @@ PAGE = """<!DOCTYPE html>
 """
 
 
-@dataclass(frozen=True)
 class Panel:
-    """One set of axes: what it shows, and the keys of a record that it draws."""
+    """One set of axes: what it shows, and the keys of a record that it draws; ``{}`` stands for each source."""
 
-    title: str
-    keys: tuple[str, ...]
-    log: bool = False
-
-
-def _by_source(title: str, key: str) -> Panel:
-    return Panel(title, tuple(key.format(source) for source in ALL_SOURCES))
+    def __init__(self, title: str, key: str, log: bool = False):
+        self.title, self.log = title, log
+        self.keys = tuple(key.format(source) for source in ALL_SOURCES) if "{}" in key else (key,)
 
 
 PANELS = (
-    Panel("loss", ("loss",)),
-    _by_source("validation: mean -log p", "valid/{}/positive/nll"),
-    Panel("gradient norm", ("grad_norm",), log=True),
-    Panel("mean -log p", ("nll",)),
-    _by_source("mean p, positive advantage", "{}/positive/probability"),
-    _by_source("mean p, negative advantage", "{}/negative/probability"),
-    Panel("share of tokens with p <= tau", ("rectified",)),
-    Panel("entropy", ("entropy",)),
-    Panel("learning rate", ("lr",)),
-    Panel("groups without signal", ("dead_groups",)),
-    Panel("tokens per second", ("tokens_per_second",)),
-    Panel("MFU", ("mfu",)),
-    Panel("memory, GiB", ("memory_gib",)),
+    Panel("loss", "loss"),
+    Panel("validation: mean -log p", "valid/{}/positive/nll"),
+    Panel("gradient norm", "grad_norm", log=True),
+    Panel("mean -log p", "nll"),
+    Panel("mean p, positive advantage", "{}/positive/probability"),
+    Panel("mean p, negative advantage", "{}/negative/probability"),
+    Panel("share of tokens with p <= tau", "rectified"),
+    Panel("entropy", "entropy"),
+    Panel("learning rate", "lr"),
+    Panel("groups without signal", "dead_groups"),
+    Panel("tokens per second", "tokens_per_second"),
+    Panel("MFU", "mfu"),
+    Panel("memory, GiB", "memory_gib"),
 )
 
 
