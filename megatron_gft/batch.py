@@ -25,8 +25,7 @@ from megatron_gft.objectives import ALL_SOURCES
 from megatron_gft.packing import Pack, build_pack, slice_for_context_parallel
 from megatron_gft.parallel import Parallel
 from megatron_gft.planning import FlopModel, GroupLengths, StepPlan, plan_step, step_groups, steps_per_epoch
-from megatron_gft.shards import Group
-from megatron_gft.shards.limited import GroupTable
+from megatron_gft.shards import Group, GroupTable
 from megatron_gft.tokenizer import has_tokenizer, tokenizer_fingerprint
 
 

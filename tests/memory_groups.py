@@ -8,8 +8,7 @@ import numpy as np
 
 from megatron_gft.packing import Pack, build_pack
 from megatron_gft.planning import PackPlan
-from megatron_gft.shards import Group
-from megatron_gft.shards.limited import GroupTable
+from megatron_gft.shards import Group, GroupTable
 
 
 def table_of(groups: Sequence[Group]) -> GroupTable:

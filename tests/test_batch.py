@@ -17,8 +17,7 @@ from megatron_gft.config import load_config
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.shape import model_shape_from_config
 from megatron_gft.parallel import Parallel
-from megatron_gft.shards import GroupShardWriter
-from megatron_gft.shards.limited import GroupTable
+from megatron_gft.shards import GroupShardWriter, GroupTable
 
 SHAPE = model_shape_from_config(
     {

@@ -94,7 +94,7 @@ def test_report_of_a_shard_has_the_right_numbers(case):
     assert report["groups"] == 22 and report["responses"] == len(responses)
     assert report["total_response_length"] == shard.manifest.counts.response_tokens
     assert report["response_length"]["max"] == shard.manifest.counts.max_response_tokens
-    assert report["prompt_length"]["mean"] == pytest.approx(shard.prompt_lengths.mean())
+    assert report["prompt_length"]["mean"] == pytest.approx(shard.table().prompt_lengths.mean())
     assert sum(report["response_length"]["histogram"]["counts"]) == len(responses)
     expert = [r.reward for r in responses if r.source == "expert"]
     assert report["by_source"]["expert"]["mean_reward"] == pytest.approx(np.mean(expert))
@@ -161,7 +161,8 @@ def test_packing_of_groups_that_fill_one_pack_a_step(case, groups_per_step, step
     limit = 100_000
     packing = report_of(base / "train", packing=(limit, groups_per_step))["packing"]
     shard = GroupShard(base / "train")
-    lengths = [shard.lengths(i) for i in range(len(shard))]
+    groups = [shard[i] for i in range(len(shard))]
+    lengths = [(len(group.prompt), [len(r) for r in group.responses]) for group in groups]
     packed = sum(prompt + r - 1 for prompt, responses in lengths for r in responses)
     shared = sum(prompt + sum(r - 1 for r in responses) for prompt, responses in lengths)
     assert packing["fill"] == pytest.approx({"packed": packed / limit / steps, "shared_prefix": shared / limit / steps})

@@ -45,10 +45,7 @@ def read_all(prefix: Path) -> None:
     shard = GroupShard(prefix)
     for i in range(len(shard)):
         shard[i], shard.meta(i), shard.outcomes(i)
-    for column in ("prompt_lengths", "response_lengths", "sources"):
-        getattr(shard, column)
-    _, responses, counts = shard.spans(np.arange(len(shard)))
-    shard.columns(responses + counts - 1, np.arange(len(shard)))
+    shard.table()
     shard.encoded(0, len(shard))
 
 
@@ -65,24 +62,24 @@ def test_groups_come_back(tmp_path):
         for logprobs, response, known in zip(group.logprobs, expected["responses"], expected["logprobs"], strict=True):
             known = known or []
             assert nan_equal(logprobs, known + [np.nan] * (len(response) - len(known)))
-        assert shard.lengths(i) == (len(expected["prompt"]), [len(r) for r in expected["responses"]])
         assert shard.meta(i)["id"] == expected["group_id"] and shard.meta(i)["answer"] == expected["answer"]
         assert shard.outcomes(i) == expected["outcomes"]
     with pytest.raises(IndexError):
         shard[len(shard)]
 
 
-def test_bulk_arrays_agree_with_single_groups(tmp_path):
+@pytest.mark.parametrize("chosen", [None, [3], [7, 0, 19, 7, 7]])
+def test_a_table_agrees_with_single_groups(tmp_path, chosen):
     write_shard(tmp_path / "a")
     shard = GroupShard(tmp_path / "a")
-    for i in range(len(shard)):
-        group = shard[i]
-        span = slice(shard.response_offsets[i], shard.response_offsets[i + 1])
-        assert shard.prompt_lengths[i] == len(group.prompt)
-        assert shard.response_lengths[span].tolist() == [len(r) for r in group.responses]
-        assert shard.sources[span].tolist() == group.sources.tolist()
-        assert np.array_equal(shard.rewards[span], group.rewards, equal_nan=True)
-        assert shard.response_counts[i] == len(group.responses)
+    table = shard.table(chosen and np.array(chosen))
+    for row, i in enumerate(chosen or range(len(shard))):
+        group, span = shard[i], slice(*table.offsets[row : row + 2])
+        assert table.prompt_lengths[row] == len(group.prompt)
+        assert table.response_lengths[span].tolist() == [len(r) for r in group.responses]
+        assert table.sources[span].tolist() == group.sources.tolist()
+        assert np.array_equal(table.rewards[span], group.rewards, equal_nan=True)
+        assert table.response_counts[row] == len(group.responses)
 
 
 def test_it_is_a_plain_megatron_indexed_dataset(tmp_path):

@@ -1,13 +1,14 @@
 """Group shards: tokens of groups on disk. What other packages use stands here."""
 
 from megatron_gft.shards.manifest import TokenizerStamp, check_sets, expand_shards, verify_shard, verify_shards
-from megatron_gft.shards.reader import Group, GroupShard
+from megatron_gft.shards.reader import Group, GroupShard, GroupTable
 from megatron_gft.shards.writer import GroupShardWriter, tokenizer_stamp
 
 __all__ = [
     "Group",
     "GroupShard",
     "GroupShardWriter",
+    "GroupTable",
     "TokenizerStamp",
     "check_sets",
     "expand_shards",

@@ -2,7 +2,7 @@
 
     shard = GroupShard("data/train")
     group = shard[0]                     # prompt, responses, sources, rewards, logprobs
-    shard.prompt_lengths, shard.response_lengths, shard.rewards      # bulk arrays, no token is read
+    table = shard.table([5, 3, 8])       # lengths, sources and rewards of groups, no token is read
 
 Files and how they are written: :mod:`megatron_gft.shards.writer`.
 """
@@ -14,7 +14,7 @@ import functools
 import json
 import struct
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,30 +25,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_gft.errors import InputError
 from megatron_gft.groups import SOURCES
 from megatron_gft.shards.encoded import PROMPT_MODE, EncodedGroups
-from megatron_gft.shards.manifest import (
-    ShardManifest,
-    TokenizerStamp,
-    check_sets,
-    check_sizes,
-    content_fingerprint,
-    expand_shards,
-    read_manifest,
-    verify_shard,
-    verify_shards,
-)
-from megatron_gft.shards.writer import GroupShardWriter, tokenizer_stamp
-
-__all__ = [
-    "Group",
-    "GroupShard",
-    "GroupShardWriter",
-    "TokenizerStamp",
-    "check_sets",
-    "expand_shards",
-    "tokenizer_stamp",
-    "verify_shard",
-    "verify_shards",
-]
+from megatron_gft.shards.manifest import ShardManifest, check_sizes, content_fingerprint, read_manifest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +46,67 @@ class Group:
     sources: np.ndarray
     rewards: np.ndarray
     logprobs: list[np.ndarray] | None
+
+
+@dataclass(frozen=True, eq=False)
+class GroupTable:
+    """Lengths, sources and rewards of N groups with M responses in all; no token.
+
+    Attributes:
+        prompt_lengths: int32 [N].
+        offsets: int64 [N + 1]: first response of each group among the M.
+        response_lengths: int32 [M].
+        sources: int8 [M].
+        rewards: float32 [M], NaN = none.
+    """
+
+    prompt_lengths: np.ndarray
+    offsets: np.ndarray
+    response_lengths: np.ndarray
+    sources: np.ndarray
+    rewards: np.ndarray
+
+    @classmethod
+    def of_groups(cls, groups: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> GroupTable:
+        """Of groups given one by one: (prompt length, response lengths, sources, rewards)."""
+        prompts, lengths, sources, rewards = zip(*groups, strict=True)
+        return cls(
+            np.array(prompts, np.int32),
+            np.concatenate([[0], np.cumsum([len(of_group) for of_group in lengths])]),
+            np.concatenate(lengths).astype(np.int32),
+            np.concatenate(sources).astype(np.int8),
+            np.concatenate(rewards).astype(np.float32),
+        )
+
+    @classmethod
+    def merge(cls, owner: np.ndarray, tables: Sequence[GroupTable]) -> GroupTable:
+        """Several tables as one: group i is the next one of table number ``owner[i]`` (int [N]), counted over those
+        numbers that occur."""
+        if len(tables) == 1:
+            return tables[0]
+        names = ("prompt_lengths", "response_counts", "response_lengths", "sources", "rewards")
+        prompts, counts, *columns = (np.concatenate([getattr(table, name) for table in tables]) for name in names)
+        places = np.argsort(np.argsort(owner, kind="stable"))  # of each group, one table after another
+        responses = _runs((np.cumsum(counts) - counts)[places], counts[places])
+        offsets = np.concatenate([[0], np.cumsum(counts[places])])
+        return cls(prompts[places], offsets, *(column[responses] for column in columns))
+
+    @property
+    def response_counts(self) -> np.ndarray:
+        """int64 [N]: responses of each group."""
+        return np.diff(self.offsets)
+
+    def select(self, keep: np.ndarray) -> GroupTable:
+        """The groups with those responses where ``keep`` (bool [M]) is true."""
+        kept_before = np.concatenate([[0], np.cumsum(keep)])
+        columns = (self.response_lengths[keep], self.sources[keep], self.rewards[keep])
+        return GroupTable(self.prompt_lengths, kept_before[self.offsets], *columns)
+
+
+def _runs(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``[starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ...]``."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
 
 
 class GroupShard:
@@ -149,12 +187,6 @@ class GroupShard:
             raise IndexError(f"group {i} of {len(self)} in {self.prefix}")
         return int(self._documents[i]), int(self._documents[i + 1])
 
-    def lengths(self, i: int) -> tuple[int, list[int]]:
-        """Tokens of the prompt and of each response of group ``i``; reads no token."""
-        first, end = self._bounds(i)
-        prompt, *responses = self._lengths[first:end].tolist()
-        return prompt, responses
-
     def meta(self, i: int) -> dict[str, Any]:
         """``{"id", "answer"}`` of group ``i``, and ``"models"`` of its responses when known."""
         self._bounds(i)
@@ -174,17 +206,23 @@ class GroupShard:
         with self._reading():
             return [names[code] for code in chosen]
 
-    def spans(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of groups int64 [N]: prompt lengths, position of the first response among all, number of responses."""
+    def table(self, groups: np.ndarray | None = None) -> GroupTable:
+        """Lengths, sources and rewards of groups (int64 [N], any order, repeats allowed; None = all)."""
+        groups = np.arange(len(self)) if groups is None else groups
         with self._reading():
-            first = self._documents[groups]
-            return self._lengths[first], first - groups, self._documents[groups + 1] - first - 1
-
-    def columns(self, responses: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths, sources and rewards of responses at these positions, of these groups (int64 [M] both)."""
-        sequences = responses + groups + 1  # each group up to its own has one prompt
-        with self._reading():
-            return self._lengths[sequences], self._modes[sequences], self.rewards[responses]
+            prompts, ends = self._documents[groups], self._documents[groups + 1]
+            counts = ends - prompts - 1
+            if counts.min(initial=1) < 1 or ends.max(initial=0) > len(self._lengths):
+                raise ValueError("groups that are none")
+            responses = _runs(prompts - groups, counts)
+            sequences = responses + np.repeat(groups + 1, counts)  # each group up to its own has one prompt
+            return GroupTable(
+                self._lengths[prompts],
+                np.concatenate([[0], np.cumsum(counts)]),
+                self._lengths[sequences],
+                self._modes[sequences],
+                self.rewards[responses],
+            )
 
     def encoded(self, first: int, end: int) -> EncodedGroups:
         """Groups ``first`` to ``end`` (exclusive) in the form they were written in; log-probs are left out."""
@@ -209,42 +247,6 @@ class GroupShard:
                 metas,
             )
 
-    # --- bulk arrays, for planning ----------------------------------------------------------------------------------
-
-    @property
-    def response_offsets(self) -> np.ndarray:
-        """int64 [G + 1]: position of each group's first response among all responses."""
-        return self._documents - np.arange(len(self) + 1)
-
-    @property
-    def response_counts(self) -> np.ndarray:
-        """int64 [G]: responses of each group."""
-        return np.diff(self._documents) - 1
-
-    @functools.cached_property
-    def prompt_lengths(self) -> np.ndarray:
-        """int32 [G]: tokens of each prompt."""
-        with self._reading():
-            return self._lengths[self._documents[:-1]]
-
-    @functools.cached_property
-    def _is_response(self) -> np.ndarray:
-        with self._reading():
-            chosen = self._modes != PROMPT_MODE
-            if int(chosen.sum()) != self.manifest.counts.responses:
-                raise ValueError("another number of responses")
-            return chosen
-
-    @functools.cached_property
-    def response_lengths(self) -> np.ndarray:
-        """int32 [M]: tokens of each response, in shard order."""
-        return self._lengths[self._is_response]
-
-    @functools.cached_property
-    def sources(self) -> np.ndarray:
-        """int8 [M]: source code of each response."""
-        return self._modes[self._is_response]
-
     @functools.cached_property
     def outcome_codes(self) -> np.ndarray | None:
         """int8 [M]: index into ``manifest.judgement.outcome_names``, -1 unknown; None without outcomes."""
@@ -259,7 +261,7 @@ class GroupShard:
     @functools.cached_property
     def _prompt_tokens_before(self) -> np.ndarray:
         """int64 [G]: prompt tokens of all earlier groups; log-probs are stored of response tokens only."""
-        prompts = self.prompt_lengths.astype(np.int64)
+        prompts = self._lengths[self._documents[:-1]].astype(np.int64)
         return np.cumsum(prompts) - prompts
 
     def _group_logprobs(self, i: int, first: int, lengths: list[int]) -> list[np.ndarray]:

@@ -18,7 +18,7 @@ from megatron_gft.config import Config
 from megatron_gft.hf.shape import ModelShape
 from megatron_gft.objectives import ALL_SOURCES
 from megatron_gft.parallel import Parallel
-from megatron_gft.shards.limited import GroupTable
+from megatron_gft.shards import GroupTable
 from megatron_gft.sizing.memory import StaticMemory
 
 ANCHORS = {

@@ -24,8 +24,7 @@ from megatron_gft.optimizer import apply_gradients, build_optimizer, reduce_grad
 from megatron_gft.packing import Pack, build_pack
 from megatron_gft.parallel import current_parallel, seed_everything
 from megatron_gft.planning import GroupLengths, PackPlan
-from megatron_gft.shards import Group
-from megatron_gft.shards.limited import GroupTable
+from megatron_gft.shards import Group, GroupTable
 from megatron_gft.step import StepRunner
 from tools.bench.head import single_rank
 from tools.bench.packing import lognormal_lengths
