@@ -230,7 +230,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     """
     tree: dict[str, Any] = {}
     for file in files:
-        _merge(tree, _read_yaml(Path(file)))
+        _merge(tree, read_yaml(Path(file)))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -253,7 +253,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML file.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:

@@ -83,14 +83,9 @@ class Journal:
     def __getitem__(self, key: str) -> Any:
         """Read a value back from the file (checksum verified again)."""
         offset = self._offsets[key]
-        line = b""
-        while not line.endswith(b"\n"):
-            piece = os.pread(self._file, 1 << 16, offset + len(line))
-            newline = piece.find(b"\n")
-            line += piece if newline < 0 else piece[: newline + 1]
-            if not piece:
-                break
-        record = _decode(line)
+        with open(self._file, "rb", closefd=False) as file:
+            file.seek(offset)
+            record = _decode(file.readline())
         if record is None or record.get("key") != key:
             raise InputError(f"{self.path}: record at byte {offset} was damaged since it was read -> run again")
         return record["value"]

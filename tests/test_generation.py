@@ -433,7 +433,7 @@ def test_the_tool_says_what_is_wrong_and_exits_2(tmp_path, capsys):
         ([*common[2:], "--input", str(tmp_path / "none"), "--source", "kind=column column=answer"], "no such file"),
         ([*common[2:], "--input", str(tmp_path / "twice.jsonl"), "--source", "kind=column column=answer"], "ids must"),
         ([*common, "--source", "kind=transformers model=/nowhere"], "nowhere"),
-        ([*common, "--config", str(tmp_path / "none.yaml")], "cannot be read"),
+        ([*common, "--config", str(tmp_path / "none.yaml")], "cannot read"),
     ):
         assert generate_groups.main(arguments) == 2, arguments
         assert message in capsys.readouterr().err

@@ -155,7 +155,7 @@ def test_duplicates_are_kept_dropped_or_numbered_in_all_files_of_a_run(tmp_path)
         columns = PromptColumns(duplicates=duplicates)
         return [row.id for row in PromptSet([first, second], columns).rows(seen)], seen
 
-    assert ids("keep")[0] == ["x", "x#2", "x", "y", "x"]
+    assert ids("error")[0] == ["x", "x#2", "x", "y", "x"]
     found, seen = ids("drop")
     assert found == ["x", "x#2", "y"] and seen.total() - len(seen) == 2
     assert ids("number")[0] == ["x", "x#2", "x#3", "y", "x#4"]

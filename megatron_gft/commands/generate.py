@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         options.answer_column,
         options.id_column,
         template=options.prompt_template,
-        duplicates="keep" if options.duplicates == "error" else options.duplicates,
+        duplicates=options.duplicates,
     )
     prompts = PromptSet(options.input, columns, options.split, options.limit)
     run = GenerationRun(prompts, options.output, sources, options.seed)

@@ -45,8 +45,8 @@ class PromptColumns:
         answer: column of the gold answer; default ``answer``. Of a solution with ``####`` only the answer is taken.
         id: column of the id; default ``id``, else a hash of the prompt.
         template: text with ``{prompt}`` in it, put around every text prompt.
-        duplicates: what becomes of a row whose id an earlier one has (without ids: the same prompt again): ``keep``
-            gives it as it is (a generation run refuses it), ``drop`` leaves it out, ``number`` appends #2, #3, ...
+        duplicates: what becomes of a row whose id an earlier one has (without ids: the same prompt again): ``error``
+            gives it as it is, and a generation run refuses it, ``drop`` leaves it out, ``number`` appends #2, #3, ...
             to its id.
 
     Raises:
@@ -57,7 +57,7 @@ class PromptColumns:
     answer: str | None = None
     id: str | None = None
     template: str | None = None
-    duplicates: Literal["keep", "drop", "number"] = "keep"
+    duplicates: Literal["error", "drop", "number"] = "error"
 
     def __post_init__(self) -> None:
         if self.template is not None and "{prompt}" not in self.template:
@@ -113,7 +113,7 @@ class PromptSet:
     def rows(self, seen: Counter[str]) -> Iterator[PromptRow]:
         """The prompts; counts in ``seen`` how often each id came, unless duplicates are kept."""
         rows = (row for file in self.files() for row in _rows_of_file(file, self.columns))
-        if self.columns.duplicates != "keep":
+        if self.columns.duplicates != "error":
             rows = (own for row in rows if (own := _with_own_id(row, seen, self.columns.duplicates)) is not None)
         return itertools.islice(rows, self.limit)
 

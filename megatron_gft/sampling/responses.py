@@ -61,9 +61,10 @@ class SampledResponses:
     def __init__(self, source: SampledSource, seed: int):
         self.source, self.identity = source, source.identity() | {"seed": seed}
         self._server = source.backend() if isinstance(source, OpenAISource) else None
-        own = {key: self.identity[key] for key in ("checkpoint",) if key in self.identity}
-        own |= {"backend": source.kind, "name": source.name, "settings": sha256_json(self.identity)[:16]}
-        self._sampling = source.params().as_dict() | own
+        self._sampling = source.params().as_dict() | {"backend": source.kind, "name": source.name}
+        if "checkpoint" in self.identity:
+            self._sampling["checkpoint"] = self.identity["checkpoint"]
+        self._sampling["settings"] = sha256_json(self.identity)[:16]
 
     def wanted(self, row: PromptRow) -> dict[int, int]:
         """Numbers k of the responses that the row does not carry yet, with their seeds."""

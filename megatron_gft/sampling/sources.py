@@ -24,7 +24,7 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from megatron_gft.config import Section
+from megatron_gft.config import Section, read_yaml
 from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.sampling.prompts import PromptRow, scalar_text
 from megatron_gft.sampling.settings import Backend, SamplingParams, model_fingerprint
@@ -245,13 +245,8 @@ def load_sources(arguments: Sequence[str] = (), file: str | Path | None = None) 
 
 
 def _read_file(file: str | Path) -> list[Any]:
-    try:
-        value = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}) -> check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid YAML: {error}") from None
-    if not isinstance(value, dict) or set(value) != {"sources"} or not isinstance(value["sources"], list):
+    value = read_yaml(Path(file))
+    if set(value) != {"sources"} or not isinstance(value["sources"], list):
         raise InputError(f"{file}: expected one key 'sources' with a list -> see --help")
     return value["sources"]
 
