@@ -11,7 +11,7 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
 from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, find_damage, publish
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, write_model_files
+from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.model import unwrap
 from megatron_gft.parallel import Parallel
 
@@ -76,8 +77,7 @@ class _Pending:
 
 def _verify(path: Path, parallel: Parallel) -> None:
     """Every rank reads its share of the files; all raise when one finds damage."""
-    found: list[list[str]] = [[]] * parallel.world_size
-    dist.all_gather_object(found, find_damage(path, part=parallel.rank, parts=parallel.world_size))
+    found = gather_results(lambda: find_damage(path, part=parallel.rank, parts=parallel.world_size))
     if problems := [problem for share in found for problem in share]:
         raise InputErrors(f"{path}: damaged -> set checkpoint.resume=previous, or restore these files", problems)
 
@@ -89,15 +89,17 @@ def read_state(path: Path) -> RunState:
 
 def model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
     """Sharded state of the model chunks under Megatron's keys: ``model``, or ``model0``, ``model1``..."""
-    if len(chunks) == 1:
-        return {"model": unwrap(chunks[0]).sharded_state_dict()}
-    return {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+    return {key: unwrap(chunk).sharded_state_dict() for key, chunk in _by_key(chunks)}
+
+
+def _by_key(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
+    for index, chunk in enumerate(chunks):
+        yield f"model{index}" if len(chunks) > 1 else "model", chunk
 
 
 def load_model_state(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
     """Put what :func:`model_state`'s keys loaded into the chunks."""
-    keys = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    for chunk, key in zip(chunks, keys, strict=True):
+    for key, chunk in _by_key(chunks):
         unwrap(chunk).load_state_dict(loaded[key], strict=False)
 
 
@@ -136,10 +138,10 @@ class Checkpointer:
         """
         self.wait()
         partial = self.folder / f".step-{state.step:08d}"
-        problem = [self._prepare(partial) if self.parallel.rank == 0 else None]
-        dist.broadcast_object_list(problem, src=0)
-        if problem[0]:
-            raise SaveFailed(f"checkpoint of step {state.step}: {problem[0]}")
+        try:
+            gather_results(lambda: self._prepare(partial), partial)
+        except InputError as error:
+            raise SaveFailed(f"checkpoint of step {state.step}: {error}") from error
         request = dist_checkpointing.save(
             self._sharded_state(),
             str(partial),
@@ -156,8 +158,7 @@ class Checkpointer:
         try:
             request.execute_sync()
         except CheckpointException as error:
-            cause = self._cause(error)
-            self._discard()
+            cause = self._abandon(error)
             raise SaveFailed(f"checkpoint of step {state.step} could not be written: {cause}") from error
         self.pending.hashes = self._start_hashing(partial)
         self._commit()
@@ -179,48 +180,37 @@ class Checkpointer:
                 if not self.queue.maybe_finalize_async_calls(blocking=blocking):
                     return False
             except CheckpointException as error:  # raised on all ranks when a writer failed on one
-                self._give_up(error)
+                cause = self._abandon(error)
+                if self.parallel.rank == 0:
+                    logger.error("checkpoint of step %d failed, once more in front: %s", pending.state.step, cause)
+                # From here on saves run in front, where an error ends the run.
+                self.queue, self.background = AsyncCallsQueue(), False
                 return True
             pending.hashes = self._start_hashing(pending.folder)
         if blocking or self._everywhere(pending.hashes.done()):
             self._commit()
         return False
 
-    def _give_up(self, error: CheckpointException) -> None:
-        """Report a failed background save. From here on saves run in front, where an error ends the run."""
+    def _abandon(self, error: CheckpointException) -> str:
+        """Remove what was written; the first failure in one line, on all ranks (only the coordinating one knows it)."""
         assert self.pending is not None
-        cause = self._cause(error)
-        if self.parallel.rank == 0:
-            logger.error("checkpoint of step %d failed, once more in front: %s", self.pending.state.step, cause)
-        self.queue = AsyncCallsQueue()
-        self.background = False
-        self._discard()
-
-    def _cause(self, error: CheckpointException) -> str:
-        """The first failure in one line, the same on all ranks; only the coordinating rank knows it."""
         text = [""]
         if error.failures:
             rank, (failure, _) = next(iter(error.failures.items()))
             free = shutil.disk_usage(self.folder).free / 2**30
             text = [f"rank {rank}: {failure} -> check space ({free:.1f} GiB free) and permissions of {self.folder}"]
         dist.broadcast_object_list(text, src=0)
-        return text[0]
-
-    def _discard(self) -> None:
-        assert self.pending is not None
         if self.parallel.rank == 0:
             shutil.rmtree(self.pending.folder, ignore_errors=True)
         self.pending = None
+        return text[0]
 
-    def _prepare(self, partial: Path) -> str | None:
-        """Make the hidden folder with the model's files; the problem in words when that cannot be done."""
-        try:
+    def _prepare(self, partial: Path) -> None:
+        """Make the hidden folder with the model's files."""
+        if self.parallel.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / MODEL_FILES_FOLDER).mkdir(parents=True)
             write_model_files(self.model_files, partial / MODEL_FILES_FOLDER)
-        except OSError as error:
-            return f"cannot write {partial} ({error.strerror}) -> free space or correct the permissions"
-        return None
 
     def _start_hashing(self, folder: Path) -> concurrent.futures.Future[Files]:
         """Size and sha256 of this rank's share of the files, in a thread; all files are there and complete."""
@@ -236,8 +226,7 @@ class Checkpointer:
     def _commit(self) -> None:
         pending, self.pending = self.pending, None
         assert pending is not None and pending.hashes is not None
-        shares: list[Files] = [{}] * self.parallel.world_size
-        dist.all_gather_object(shares, pending.hashes.result())
+        shares = gather_results(pending.hashes.result, pending.folder)
         if self.parallel.rank == 0:
             partial = pending.folder
             write_json(partial / STATE_FILE, asdict(pending.state))

@@ -230,18 +230,6 @@ def _hash_checkpoint(reader: TorchDistReader, mapping: HfMapping, entries: Seque
 # --- Megatron to Hugging Face ---------------------------------------------------------------------------------------
 
 
-def model_files_of(checkpoint: Path, hf_dir: str | Path | None) -> Path:
-    """Folder with the config.json and tokenizer of a checkpoint: ``hf_dir`` if given, else what it carries.
-
-    Raises:
-        InputError: neither is there.
-    """
-    folder = Path(hf_dir) if hf_dir is not None else checkpoint / MODEL_FILES_FOLDER
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json -> name the Hugging Face folder of this model with --hf")
-    return folder
-
-
 def megatron_to_hf(
     checkpoint: str | Path,
     output: str | Path,
@@ -268,7 +256,9 @@ def megatron_to_hf(
             or a difference on reading back. Nothing is left behind.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    model_files = model_files_of(checkpoint, hf_dir)
+    model_files = Path(hf_dir) if hf_dir is not None else checkpoint / MODEL_FILES_FOLDER
+    if not (model_files / "config.json").is_file():
+        raise InputError(f"{model_files}: no config.json -> name the Hugging Face folder of this model with --hf")
     mapping = HfMapping(read_model_shape(model_files))
     reader = TorchDistReader(checkpoint)
     places = locate_entries(reader, mapping)
