@@ -17,14 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from ranks import run_ranks
 from te_shaped import SPECS, build_rank
-from tiny_models import (
-    MODELS,
-    MOE_MODELS,
-    assert_same_tensors,
-    build_gpt,
-    hf_tensors,
-    world_size,
-)
+from tiny_models import MODELS, MOE_MODELS, assert_same_tensors, build_gpt, hf_tensors, world_size
 
 from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
 from megatron_gft.checkpoints.torch_dist import prefetch

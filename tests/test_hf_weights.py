@@ -12,15 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 from te_shaped import build_rank
-from tiny_models import (
-    MODELS,
-    MOE_MODELS,
-    assert_same_tensors,
-    build_gpt,
-    compare_logits,
-    hf_tensors,
-    world_size,
-)
+from tiny_models import MODELS, MOE_MODELS, assert_same_tensors, build_gpt, compare_logits, hf_tensors, world_size
 
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.conversion.verify import plain_pack
@@ -178,43 +170,45 @@ def test_a_rank_reads_only_what_it_holds(tiny):
         assert 0.9 * held < seen <= held
 
 
-def export_with_a_flipped_bit(folder, output):
-    parallel, shape, chunks = build_rank(folder)
-    load_hf_weights(chunks, shape, folder, parallel)
-    write = ShardWriter.write
-
-    def flip(self, name, tensor):
+def flip_a_bit(write):
+    def flipping(self, name, tensor):
         if name == "model.layers.2.mlp.up_proj.weight":
             tensor = tensor.clone()
             tensor.view(torch.int32)[3, 5] ^= 1
         write(self, name, tensor)
 
-    ShardWriter.write = flip
-    with pytest.raises(InputError, match=r"model\.layers\.2\.mlp\.up_proj\.weight read back differs"):
-        export_hf_weights(chunks, shape, parallel, output, model_files=folder)
-    return sorted(path.name for path in output.parent.iterdir())
+    return flipping
 
 
-def test_an_export_that_reads_back_different_fails_and_leaves_nothing(tiny, tmp_path):
-    assert run_ranks(1, export_with_a_flipped_bit, tiny("llama3"), tmp_path / "out") == [[]]
+def fill_the_disk(write):
+    def full(self, name, tensor):
+        raise OSError(28, "No space left on device")
+
+    return full
 
 
-def export_on_a_full_disk(folder, output, failing_rank):
-    parallel, shape, chunks = build_rank(folder, {"tp": 2, "pp": 2})
+def export_with_a_bad_writer(folder, output, layout, failing_rank, damage, message):
+    parallel, shape, chunks = build_rank(folder, layout)
     if parallel.rank == failing_rank:
-
-        def full(self, name, tensor):
-            raise OSError(28, "No space left on device")
-
-        ShardWriter.write = full
-    with pytest.raises(InputError, match="No space left"):
+        ShardWriter.write = damage(ShardWriter.write)
+    with pytest.raises(InputError, match=message):
         export_hf_weights(chunks, shape, parallel, output, model_files=folder)
     return sorted(path.name for path in output.parent.iterdir())
 
 
-@pytest.mark.parametrize("failing_rank", [0, 2])
-def test_a_full_disk_on_one_rank_ends_the_export_on_all(tiny, tmp_path, failing_rank):
-    assert run_ranks(4, export_on_a_full_disk, tiny("llama3"), tmp_path / "out", failing_rank)[0] == []
+@pytest.mark.parametrize(
+    ("layout", "failing_rank", "damage", "message"),
+    [
+        ({}, 0, flip_a_bit, r"model\.layers\.2\.mlp\.up_proj\.weight read back differs"),
+        ({"tp": 2, "pp": 2}, 0, fill_the_disk, "No space left"),
+        ({"tp": 2, "pp": 2}, 2, fill_the_disk, "No space left"),
+    ],
+    ids=str,
+)
+def test_a_bad_write_on_one_rank_ends_the_export_on_all(tiny, tmp_path, layout, failing_rank, damage, message):
+    arguments = (layout, failing_rank, damage, message)
+    left = run_ranks(world_size(layout), export_with_a_bad_writer, tiny("llama3"), tmp_path / "out", *arguments)
+    assert left[0] == []
 
 
 def load_with_another_shape(folder):

@@ -26,13 +26,7 @@ from megatron_gft.model import build_model, unwrap
 from megatron_gft.optimizer import build_optimizer, wrap_data_parallel
 from megatron_gft.parallel import initialize_parallel, seed_everything
 from megatron_gft.sizing.memory import StaticMemory, estimate_activations, microbatches_in_flight, static_memory
-from megatron_gft.sizing.throughput import (
-    AssumedGroups,
-    StepStatistics,
-    Workload,
-    estimate_step_time,
-    pipeline_bubble,
-)
+from megatron_gft.sizing.throughput import AssumedGroups, StepStatistics, Workload, estimate_step_time, pipeline_bubble
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,11 +60,7 @@ LAYOUTS = {
     "tensor": ("llama3", 2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
     "pipeline, tied": ("llama_tied_linear", 2, ["parallel.pp=2"]),
     "interleaved": ("qwen2", 2, ["parallel.pp=2", "parallel.vpp=2"]),
-    "data, overlapped": (
-        "qwen3",
-        2,
-        ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
-    ),
+    "data, overlapped": ("qwen3", 2, ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]),
     "data, not sharded": ("llama3", 2, ["optimizer.distributed=false"]),
     "bf16 gradients": ("llama3", 2, ["optimizer.grad_reduce_in_fp32=false"]),
     "experts": ("qwen3_moe", 2, ["parallel.ep=2"]),

@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import CHATML, byte_level_folder, metaspace_folder, sentencepiece_file
 
 from megatron_gft.errors import InputError
-from megatron_gft.tokenizer import (
-    ChatTemplateError,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    vocabulary_fingerprint,
-)
+from megatron_gft.tokenizer import ChatTemplateError, load_tokenizer, tokenizer_fingerprint, vocabulary_fingerprint
 
 IDENTITY = {"normalization_rule_name": "identity"}
 

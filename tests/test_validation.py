@@ -16,17 +16,10 @@ from megatron_gft.errors import InputErrors
 from megatron_gft.hf.shape import model_shape_from_config
 from megatron_gft.validation import check, transformer_problems
 
-DENSE = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_hidden_layers": 12,
-    "hidden_size": 96,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
-    "intermediate_size": 144,
-    "vocab_size": 503,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 512,
+LLAMA = Path(__file__).parents[1] / "examples" / "llama3.1-8b" / "config.json"
+DENSE = json.loads(LLAMA.read_text()) | {
+    **{"num_hidden_layers": 12, "hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4},
+    **{"intermediate_size": 144, "vocab_size": 503, "max_position_embeddings": 512},
 }
 EXPERTS = DENSE | {
     "architectures": ["MixtralForCausalLM"],
@@ -109,11 +102,7 @@ RULES = [
     (["optimizer.decay_steps=5", "optimizer.warmup_steps=5"], DENSE, 1, ["optimizer.decay_steps=5", "warmup_steps=5"]),
     (["optimizer.overlap_param_gather=true"], DENSE, 1, ["optimizer.overlap_grad_reduce=true"]),
     (
-        [
-            "optimizer.overlap_param_gather=true",
-            "optimizer.overlap_grad_reduce=true",
-            "optimizer.distributed=false",
-        ],
+        ["optimizer.overlap_param_gather=true", "optimizer.overlap_grad_reduce=true", "optimizer.distributed=false"],
         DENSE,
         1,
         ["optimizer.overlap_param_gather", "optimizer.distributed=true"],
@@ -156,13 +145,7 @@ def test_planning_needs_neither_shards_nor_weights_nor_packages():
 
 # --- Megatron's own configuration -------------------------------------------------------------------------------------
 
-LAYOUTS = [
-    {},
-    {"tp": 2, "sequence_parallel": True},
-    {"pp": 2},
-    {"pp": 2, "vpp": 2},
-    {"cp": 2},
-]
+LAYOUTS = [{}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2}]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
