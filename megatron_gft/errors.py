@@ -30,8 +30,11 @@ class InputErrors(InputError):
     """Several problems found in one pass, reported together."""
 
     def __init__(self, heading: str, problems: Sequence[str]):
-        self.problems = list(problems)
+        self.heading, self.problems = heading, list(problems)
         super().__init__(f"{heading} ({len(self.problems)}):\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+    def __reduce__(self) -> tuple:  # it can come from another process
+        return type(self), (self.heading, self.problems)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

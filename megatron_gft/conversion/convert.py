@@ -10,12 +10,12 @@ the configuration and of every tensor, tokenizer fingerprint), so exporting need
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import logging
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
@@ -26,7 +26,7 @@ import torch
 
 from megatron_gft.atomic import write_json
 from megatron_gft.checkpoints.torch_dist import CHUNK_BYTES, StoredTensor, TorchDistReader, prefetch, write_torch_dist
-from megatron_gft.errors import EXIT_BAD_INPUT, InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.files import (
     MODEL_FILES_FOLDER,
     SOURCE_FILE,
@@ -98,16 +98,15 @@ def run_logits_check(hf_dir: Path, checkpoint: Path, text: str | None) -> None:
     Raises:
         InputError: the logits differ.
     """
-    arguments = ["--hf", str(hf_dir), "--checkpoint", str(checkpoint), *([] if text is None else ["--text", text])]
-    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_gft.conversion.verify", *arguments], env=alone, capture_output=True, text=True
-    )
-    if done.returncode == EXIT_BAD_INPUT:
-        raise InputError(done.stderr.strip().rsplit("error: ", 1)[-1])
-    if done.returncode:
-        raise RuntimeError(f"the logits check failed:\n{done.stderr[-4000:]}")
-    logger.info("%s", done.stdout.strip())
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        logger.info("%s", process.submit(_compare_logits, hf_dir, checkpoint, text).result())
+
+
+def _compare_logits(hf_dir: Path, checkpoint: Path, text: str | None) -> str:
+    warnings.simplefilter("ignore")  # Megatron-Core's, about optional packages
+    from megatron_gft.conversion.verify import verify_logits
+
+    return str(verify_logits(hf_dir, checkpoint, text))
 
 
 # --- Hugging Face to Megatron ---------------------------------------------------------------------------------------

@@ -4,16 +4,12 @@ Equal weights do not mean equal models: a wrong RoPE base or a lost sliding wind
 hidden states of one text go through both, each side from its own files: transformers' real class, built for one
 layer and filled with each layer's tensors in turn, and the training model, likewise from the checkpoint. Memory:
 one layer of each, plus a slice of the vocabulary.
-
-``python -m megatron_gft.conversion.verify --hf DIR --checkpoint DIR`` runs it alone, in one process.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +21,7 @@ from megatron_gft import cpu
 from megatron_gft.checkpoints.torch_dist import TorchDistReader
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.conversion.convert import locate_entries
-from megatron_gft.errors import InputError, command
+from megatron_gft.errors import InputError
 from megatron_gft.hf.mapping import HfMapping
 from megatron_gft.hf.safetensors_io import SafetensorsFolder
 from megatron_gft.hf.shape import ModelShape, read_model_shape
@@ -66,6 +62,7 @@ def verify_logits(hf_dir: str | Path, checkpoint: str | Path, text: str | None =
     Raises:
         InputError: the relative difference exceeds :data:`RELATIVE_TOLERANCE`, or a top token differs.
     """
+    transformers.utils.logging.disable_progress_bar()  # one a layer
     hf_dir = Path(hf_dir)
     shape = read_model_shape(hf_dir)
     tokens = _tokens(hf_dir, shape, text)
@@ -225,21 +222,3 @@ def _compare(
             better = values > best[side]
             best[side][better], top[side][better] = values[better], indices[better] + start
     return LogitsReport(len(hidden), largest, difference, (top[0] == top[1]).float().mean().item())
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line of this check."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        epilog="example: python -m megatron_gft.conversion.verify --hf models/Qwen2.5-1.5B --checkpoint checkpoints/q",
-    )
-    parser.add_argument("--hf", required=True, help="Hugging Face folder")
-    parser.add_argument("--checkpoint", required=True, help="Megatron checkpoint")
-    parser.add_argument("--text", help=f"default: {POSITIONS} fixed token ids")
-    arguments = parser.parse_args(argv)
-    print(verify_logits(arguments.hf, arguments.checkpoint, arguments.text))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

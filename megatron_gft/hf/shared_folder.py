@@ -24,8 +24,9 @@ def _describe(error: BaseException, path: Path | None = None) -> str:
     """What a user reads: our message as it is; the system's (disk full, read-only folder) with the output's name."""
     if isinstance(error, InputError):
         return str(error)
-    place = f"{path}: " if path is not None else ""
-    return f"{place}writing failed ({error}) -> free space or correct the permissions; nothing was left behind"
+    if path is None:
+        return f"{error} -> check the disk and the permissions"
+    return f"{path}: writing failed ({error}) -> free space or correct the permissions; nothing was left behind"
 
 
 @contextlib.contextmanager
