@@ -190,30 +190,24 @@ def test_absent_weights_still_fail(tiny, tmp_path):
 # --- logits ---------------------------------------------------------------------------------------------------------
 
 
-def verify_apart(hf, checkpoint, text=None):
+def verify_apart(hf, checkpoint, text=None, lost_option=None):
     dist.destroy_process_group()
+    right = hf_verify.read_model_shape
+    hf_verify.read_model_shape = lambda folder: dataclasses.replace(right(folder), **(lost_option or {}))
     return verify_logits(hf, checkpoint, text)
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2", "mistral", *MOE_MODELS])
-def test_logits_check_passes_layer_by_layer(tiny, tmp_path, name):
+TEXT = "Two plus two"  # a token a character
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [*((name, None) for name in ("llama3", "qwen2", "mistral", *MOE_MODELS)), ("llama3", TEXT)]
+)
+def test_logits_check_passes_layer_by_layer(tiny, tmp_path, name, text):
     hf_to_megatron(tiny(name), tmp_path / "ckpt")
-    report = run_ranks(1, verify_apart, tiny(name), tmp_path / "ckpt")[0]
-    assert report.positions == 256 and report.same_top_token == 1.0 and 0 < report.relative < 1e-4
-
-
-def test_logits_check_takes_text(tiny, tmp_path):
-    hf_to_megatron(tiny("llama3"), tmp_path / "ckpt")
-    report = run_ranks(1, verify_apart, tiny("llama3"), tmp_path / "ckpt", "Two plus two")[0]
-    assert report.positions == len("Two plus two") and "same top token 100.00%" in str(report)
-
-
-def verify_with_a_lost_option(hf, checkpoint, option):
-    dist.destroy_process_group()
-    right = hf_verify.read_model_shape
-    hf_verify.read_model_shape = lambda folder: dataclasses.replace(right(folder), **option)
-    with pytest.raises(InputError, match="compute different logits"):
-        verify_logits(hf, checkpoint)
+    report = run_ranks(1, verify_apart, tiny(name), tmp_path / "ckpt", text)[0]
+    assert report.positions == (256 if text is None else len(text))
+    assert report.same_top_token == 1.0 and 0 < report.relative < 1e-4 and "same top token 100.00%" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +222,8 @@ def verify_with_a_lost_option(hf, checkpoint, option):
 def test_logits_check_sees_what_hashes_cannot(tiny, tmp_path, name, option):
     """The mistakes of other converters: equal weights, and an option of config.json lost on the way."""
     hf_to_megatron(tiny(name), tmp_path / "ckpt")
-    run_ranks(1, verify_with_a_lost_option, tiny(name), tmp_path / "ckpt", option)
+    with pytest.raises(RuntimeError, match="InputError: .* compute different logits"):  # of the rank
+        run_ranks(1, verify_apart, tiny(name), tmp_path / "ckpt", None, option)
 
 
 # --- streaming ------------------------------------------------------------------------------------------------------
@@ -297,10 +292,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 def test_tool_converts_both_ways(tiny, tmp_path):
     folder, checkpoint, back = tiny("llama3"), tmp_path / "ckpt", tmp_path / "back"
     assert convert_checkpoint.main(["hf-to-megatron", "--hf", str(folder), "--output", str(checkpoint)]) == 0
-    size = ["--max-shard-gb", "0.0003"]
-    assert (
-        convert_checkpoint.main(["megatron-to-hf", "--checkpoint", str(checkpoint), "--output", str(back), *size]) == 0
-    )
+    arguments = ["--checkpoint", str(checkpoint), "--output", str(back), "--max-shard-gb", "0.0003"]
+    assert convert_checkpoint.main(["megatron-to-hf", *arguments]) == 0
     assert_same_tensors(folder, back)
     assert len(list(back.glob("*.safetensors"))) > 2
 
