@@ -9,7 +9,6 @@ one layer of each, plus a slice of the vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +70,7 @@ def verify_logits(hf_dir: str | Path, checkpoint: str | Path, text: str | None =
         hf_hidden = _hf_hidden_states(hf_dir, shape, weights, tokens)
         head = _MegatronSide(shape, checkpoint)
         hidden = head.hidden_states(tokens)
-        report = _compare(hf_hidden, hidden, _hf_output_rows(shape, weights), head)
+        report = _compare(hf_hidden, hidden, weights, head)
     if not (report.relative <= RELATIVE_TOLERANCE and report.same_top_token == 1.0):
         raise InputError(f"{checkpoint} and {hf_dir} compute different {report} -> do not use this conversion")
     return report
@@ -123,14 +122,6 @@ def _hf_hidden_states(
         final_norm, model.model.norm = model.model.norm, torch.nn.Identity()
         hidden = model.eval().model(inputs_embeds=hidden, use_cache=False).last_hidden_state
     return final_norm(hidden)[0]
-
-
-def _hf_output_rows(shape: ModelShape, weights: SafetensorsFolder) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows of the output layer) in float32."""
-    tied = shape.share_embeddings_and_output_weights
-    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    for start, rows in weights.read_chunks(name, chunk_bytes=VOCAB_CHUNK_BYTES):
-        yield start, rows.float()
 
 
 # --- Megatron -------------------------------------------------------------------------------------------------------
@@ -204,17 +195,16 @@ def plain_pack(tokens: torch.Tensor) -> Pack:
 
 
 def _compare(
-    hf_hidden: torch.Tensor,
-    hidden: torch.Tensor,
-    hf_rows: Iterator[tuple[int, torch.Tensor]],
-    megatron: _MegatronSide,
+    hf_hidden: torch.Tensor, hidden: torch.Tensor, weights: SafetensorsFolder, megatron: _MegatronSide
 ) -> LogitsReport:
     """Logits a slice of the vocabulary at a time: largest difference, largest logit, agreement of top tokens."""
     difference = largest = 0.0
     best = torch.full((2, len(hidden)), -torch.inf)
     top = torch.zeros((2, len(hidden)), dtype=torch.int64)
-    for start, rows in hf_rows:
-        pair = (hf_hidden @ rows.T, hidden @ megatron.read("output_layer.weight", (start, start + len(rows))).T)
+    tied = megatron.shape.share_embeddings_and_output_weights
+    output = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    for start, rows in weights.read_chunks(output, chunk_bytes=VOCAB_CHUNK_BYTES):
+        pair = (hf_hidden @ rows.float().T, hidden @ megatron.read("output_layer.weight", (start, start + len(rows))).T)
         difference = max(difference, (pair[0] - pair[1]).abs().max().item())
         largest = max(largest, pair[0].abs().max().item())
         for side, logits in enumerate(pair):

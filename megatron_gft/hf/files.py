@@ -100,18 +100,14 @@ def scatter_rows(outputs: Sequence[torch.Tensor], shard: Shard, rows: torch.Tens
         target.copy_(rows[piece.offset - start : piece.offset - start + piece.rows])
 
 
-def tensor_sha256(chunks: Iterable[torch.Tensor]) -> str:
-    """sha256 of a tensor's bytes in row-major order, given in pieces of whole rows."""
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(tensor_bytes(chunk))
-    return digest.hexdigest()
-
-
 def file_hashes(folder: Path, files: Sequence[str]) -> dict[str, str]:
     """sha256 of every tensor in these safetensors files."""
-    weights = SafetensorsFolder(folder, files)
-    hashes = {name: tensor_sha256(rows for _, rows in weights.read_chunks(name)) for name in weights.tensors}
+    weights, hashes = SafetensorsFolder(folder, files), {}
+    for name in weights.tensors:
+        digest = hashlib.sha256()
+        for _, rows in weights.read_chunks(name):
+            digest.update(tensor_bytes(rows))
+        hashes[name] = digest.hexdigest()
     weights.close()
     return hashes
 
@@ -170,7 +166,7 @@ def _write_files(
         for plan in plans:
             writer = ShardWriter(folder, plan)
             for name, tensor in itertools.islice(stream, len(plan.tensors)):
-                hashes[name] = tensor_sha256([tensor])
+                hashes[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
                 writer.write(name, tensor)
             writer.close()
     except OSError as error:
