@@ -10,6 +10,8 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 TOKENS = STATISTICS.index("tokens")
 
 Record = dict[str, float | int]
+Sink = Callable[[Record], object]
 
 
 def loss_record(report: LossReport, *, with_entropy: bool, prefix: str = "") -> Record:
@@ -97,22 +100,14 @@ def step_record(batch: StepBatch, outcome: StepOutcome, *, world_size: int, peak
     return record
 
 
-class JsonLines:
+def _json_lines(path: Path, resume_step: int, closing: ExitStack) -> Sink:
     """``metrics.jsonl``; on resume, lines of steps that will be run again are dropped first."""
-
-    def __init__(self, path: Path, resume_step: int):
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
-            with atomic_file(path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept))
-        self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, record: Record) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+    file = closing.enter_context(open(path, "a", encoding="utf-8"))
+    return lambda record: print(json.dumps(record), file=file, flush=True)
 
 
 def _step_of(line: str) -> float:
@@ -122,47 +117,31 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut off when the process died
 
 
-class TensorBoard:
-    """TensorBoard events under ``RUN/tensorboard``."""
+def _tensorboard(folder: Path, resume_step: int, closing: ExitStack) -> Sink:
+    from torch.utils.tensorboard import SummaryWriter  # optional dependency
 
-    def __init__(self, folder: Path, resume_step: int):
-        from torch.utils.tensorboard import SummaryWriter  # optional dependency
+    writer = closing.enter_context(SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None))
 
-        self.writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
-
-    def write(self, record: Record) -> None:
+    def write(record: Record) -> None:
         for key, value in record.items():
             if key != "step":
-                self.writer.add_scalar(key, value, record["step"])
+                writer.add_scalar(key, value, record["step"])
 
-    def close(self) -> None:
-        self.writer.close()
+    return write
 
 
-class WeightsAndBiases:
-    """A Weights & Biases run, continued under the run folder's name."""
-
-    def __init__(self, project: str, run_folder: Path, config: dict[str, Any]):
-        try:
-            import wandb  # optional dependency
-        except ImportError:
-            raise InputError(
-                f"logging.wandb_project={project}: the package wandb is not installed -> pip install wandb"
-            ) from None
-        self.run = wandb.init(
-            project=project,
-            dir=str(run_folder),
-            name=run_folder.name,
-            id=run_folder.name,
-            config=config,
-            resume="allow",
-        )
-
-    def write(self, record: Record) -> None:
-        self.run.log({key: value for key, value in record.items() if key != "step"}, step=int(record["step"]))
-
-    def close(self) -> None:
-        self.run.finish()
+def _weights_and_biases(project: str, run_folder: Path, config: dict[str, Any], closing: ExitStack) -> Sink:
+    """A run that continues under the run folder's name."""
+    try:
+        import wandb  # optional dependency
+    except ImportError:
+        raise InputError(
+            f"logging.wandb_project={project}: the package wandb is not installed -> pip install wandb"
+        ) from None
+    name = run_folder.name
+    run = wandb.init(project=project, dir=str(run_folder), name=name, id=name, config=config, resume="allow")
+    closing.callback(run.finish)
+    return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
 
 
 class Reporter:
@@ -174,15 +153,16 @@ class Reporter:
         self.total_steps = total_steps
         self.slow_steps = 0
         run_folder.mkdir(parents=True, exist_ok=True)
-        self.sinks: list[JsonLines | TensorBoard | WeightsAndBiases]
-        self.sinks = [JsonLines(run_folder / "metrics.jsonl", first_step)]
+        self.closing = ExitStack()
+        self.sinks = [_json_lines(run_folder / "metrics.jsonl", first_step, self.closing)]
         if config.tensorboard:
             try:
-                self.sinks.append(TensorBoard(run_folder / "tensorboard", first_step))
+                self.sinks.append(_tensorboard(run_folder / "tensorboard", first_step, self.closing))
             except ImportError:
                 logger.warning("TensorBoard is not installed: no event files (pip install tensorboard)")
         if config.wandb_project:
-            self.sinks.append(WeightsAndBiases(config.wandb_project, run_folder, run.model_dump(mode="json")))
+            resolved = run.model_dump(mode="json")
+            self.sinks.append(_weights_and_biases(config.wandb_project, run_folder, resolved, self.closing))
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -218,7 +198,7 @@ class Reporter:
 
     def _write(self, record: Record) -> None:
         for sink in self.sinks:
-            sink.write(record)
+            sink(record)
 
     def say(self, text: str) -> None:
         """A line on stderr that does not tear the progress bar."""
@@ -244,5 +224,4 @@ class Reporter:
 
     def close(self) -> None:
         self.bar.close()
-        for sink in self.sinks:
-            sink.close()
+        self.closing.close()

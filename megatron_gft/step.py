@@ -107,7 +107,7 @@ class StepRunner:
         )
         self.loss_sums = []
         if packs:
-            data = [self._numbered(packs) for _ in self.chunks]
+            data = [enumerate(packs) for _ in self.chunks]
             # Megatron's schedules leave this to the caller, and the head makes its gradients in forward.
             with torch.set_grad_enabled(not forward_only):
                 reports = get_forward_backward_func()(
@@ -127,10 +127,6 @@ class StepRunner:
     def nonfinite_packs(self) -> list[int]:
         """Indices of this rank's microbatches of the last step whose loss is not finite (last stage only)."""
         return [index for index, loss in enumerate(self.loss_sums) if not math.isfinite(float(loss))]
-
-    @staticmethod
-    def _numbered(packs: Sequence[Pack]) -> Iterator[tuple[int, Pack]]:
-        return iter(list(enumerate(packs)))
 
     def _forward_step(self, iterator: Iterator[tuple[int, Pack]], chunk: torch.nn.Module, *, denominator: int):
         index, pack = next(iterator)

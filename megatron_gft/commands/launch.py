@@ -130,8 +130,8 @@ def apply_environment(file: Path) -> None:
         raise InputError(f"{file}: {result.stderr.strip() or 'bash could not read it'}")
     for entry in result.stdout.split("\0"):
         name, separator, value = entry.partition("=")
-        if separator and name not in os.environ:
-            os.environ[name] = value
+        if separator:
+            os.environ.setdefault(name, value)
 
 
 @command
