@@ -1,9 +1,9 @@
-"""Spread the work of a step over packs: bins of bounded size and nearly equal cost, in lock-step rows.
+"""Spread the work of a step over packs: bins of bounded size and nearly equal cost, microbatch by microbatch.
 
-A row is one microbatch: the bins that the data-parallel ranks work on at the same time. What counts is the sum over
-rows of the dearest bin. Longest-processing-time-first gets close where bins hold many items; where they hold few
-(whole groups on a shared prompt), groups are cut exactly where that lowers the dearest bin, each cut at the price
-of computing the prompt once more.
+A microbatch is one bin for each data-parallel rank; the ranks work on them at the same time. What counts is the sum
+over microbatches of the dearest bin. Longest-processing-time-first gets close where bins hold many items; where they
+hold few (whole groups on a shared prompt), groups are cut exactly where that lowers the dearest bin, each cut at the
+price of computing the prompt once more.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ATTEMPTS = 4
 class Item(NamedTuple):
     """What is placed as a whole: some responses of one group, on one shared prompt when there are several.
 
-    ``tokens`` are rows of a pack, ``flops`` their cost, ``loss_rows`` the response tokens among the labels.
+    ``tokens`` counts what it takes of a pack, ``flops`` is their cost, ``loss_rows`` its response tokens.
     """
 
     group: int
@@ -61,14 +61,14 @@ def cost(items: Sequence[Item]) -> float:
     return sum(item.flops for item in items)
 
 
-def rows(items: Sequence[Item]) -> int:
-    """Rows of a bin before padding."""
+def tokens(items: Sequence[Item]) -> int:
+    """Tokens of a bin before padding."""
     return sum(item.tokens for item in items)
 
 
 @dataclass(frozen=True)
 class Balancer:
-    """Places items into bins of at most ``capacity`` rows.
+    """Places items into bins of at most ``capacity`` tokens.
 
     Attributes:
         make_item: the item of some responses of a group: (group, responses) -> item.
@@ -79,25 +79,25 @@ class Balancer:
     make_item: Callable[[int, tuple[int, ...]], Item]
     tail_flops: Callable[[int, int], float]
 
-    def spread(self, items: Sequence[Item], rows_of_bins: int, width: int) -> list[Bin] | None:
-        """``rows_of_bins`` x ``width`` bins, dearest first; consecutive ``width`` form a row. None: no room.
+    def spread(self, items: Sequence[Item], microbatches: int, dp_size: int) -> list[Bin] | None:
+        """``microbatches`` x ``dp_size`` bins, dearest first; consecutive ``dp_size`` run together. None: no room.
 
-        An item dearer than the average bin sets the height of its row: the row is filled up to it, and the rest
-        is spread over the other rows. So one long response does not leave a whole row of ranks waiting.
+        An item dearer than the average bin sets the height of its microbatch, which is filled up to it; the rest is
+        spread over the others. So one long response does not leave a whole microbatch of ranks waiting.
         """
         bins: list[Bin] = []
         rest = list(items)
-        for done in range(rows_of_bins):
-            count = (rows_of_bins - done) * width
+        for left in range(microbatches, 0, -1):
+            count = left * dp_size
             highest = max((item.flops for item in rest), default=0.0)
-            if done == rows_of_bins - 1 or highest <= (1 + TOLERANCE) * cost(rest) / count:
+            if left == 1 or highest <= (1 + TOLERANCE) * cost(rest) / count:
                 even = self.assign(rest, count)
                 if even is None:
                     return None
                 self.even_out(even)
                 bins += even
                 break
-            filled, rest = self.fill(rest, width, highest)
+            filled, rest = self.fill(rest, dp_size, highest)
             bins += filled
         return sorted(bins, key=lambda items: (-cost(items), items))
 
@@ -213,7 +213,7 @@ class Balancer:
                 return False
             low = exchange.partner
             changed = self.apply(exchange, bins[high], bins[low])
-            if max(map(rows, changed)) <= self.capacity and max(map(cost, changed)) < costs[high] * (1 - LEAST_GAIN):
+            if max(map(tokens, changed)) <= self.capacity and max(map(cost, changed)) < costs[high] * (1 - LEAST_GAIN):
                 bins[high], bins[low] = changed
                 costs[high], costs[low] = map(cost, changed)
                 return True

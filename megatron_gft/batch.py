@@ -97,7 +97,7 @@ def open_groups(config: Config, shape: ModelShape) -> tuple[GroupSplit, GroupSpl
     return splits.train, splits.valid
 
 
-class StepSource:
+class StepLoader:
     """Makes the steps of a run over one data set.
 
     Args:
@@ -146,8 +146,7 @@ class StepSource:
         """
         indices = self.indices(step)
         table = self.groups.table(indices)
-        sizes = np.diff(table.offsets)
-        group_ids = np.repeat(np.arange(len(indices)), sizes)
+        group_ids = np.repeat(np.arange(len(indices)), table.response_counts)
         used = np.ones(len(group_ids), bool) if self.validation else np.isin(table.sources, self.source_codes)
         lengths = table.response_lengths.astype(np.int64)
         try:
@@ -232,18 +231,18 @@ class StepSource:
 
 
 class StepPrefetcher:
-    """Hands out the steps of ``source`` in order, one prepared ahead in a thread.
+    """Hands out the steps of ``loader`` in order, one prepared ahead in a thread.
 
     At 256 data-parallel ranks and 2048 groups a step, planning takes 2 s of one core, and reading waits for
     disks: a GPU should wait for neither.
 
     Args:
-        source: where steps come from.
+        loader: where steps come from.
         end: steps from this one on are never prepared.
     """
 
-    def __init__(self, source: StepSource, end: int):
-        self.source, self.end = source, end
+    def __init__(self, loader: StepLoader, end: int):
+        self.loader, self.end = loader, end
         # The current device belongs to a thread.
         self._thread = ThreadPoolExecutor(1, "next-step", torch.cuda.set_device, (torch.cuda.current_device(),))
         self._ahead: dict[int, Future[tuple[StepBatch, list[Pack]]]] = {}
@@ -252,7 +251,7 @@ class StepPrefetcher:
         """Batch and this rank's packs of the 0-based ``step``, and start on the one after it.
 
         Raises:
-            InputError: as :meth:`StepSource.batch`, when the step that is wrong is taken, not before.
+            InputError: as :meth:`StepLoader.batch`, when the step that is wrong is taken, not before.
         """
         future = self._ahead.pop(step, None) or self._thread.submit(self._prepare, step)
         prepared = future.result()
@@ -265,5 +264,5 @@ class StepPrefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def _prepare(self, step: int) -> tuple[StepBatch, list[Pack]]:
-        batch = self.source.batch(step)
-        return batch, self.source.packs(batch)
+        batch = self.loader.batch(step)
+        return batch, self.loader.packs(batch)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_gft.batch import Groups, StepPrefetcher, StepSource, open_groups
+from megatron_gft.batch import Groups, StepLoader, StepPrefetcher, open_groups
 from megatron_gft.checkpoints.checkpointer import (
     Checkpointer,
     RunState,
@@ -49,8 +49,8 @@ def build_trainer(
     """
     run_folder = Path(config.train.output)
     checkpoints = run_folder / "checkpoints"
-    source = StepSource(train_groups, config, shape, parallel)
-    total_steps = source.steps_per_epoch * config.train.epochs
+    loader = StepLoader(train_groups, config, shape, parallel)
+    total_steps = loader.steps_per_epoch * config.train.epochs
     total_steps = min(total_steps, config.train.max_steps or total_steps)
     found = [_resume_point(config, checkpoints) if parallel.rank == 0 else None]
     dist.broadcast_object_list(found, src=0)
@@ -86,9 +86,9 @@ def build_trainer(
         optimizer=optimizer,
         scheduler=scheduler,
         runner=StepRunner(chunks, parallel),
-        source=source,
-        prefetcher=StepPrefetcher(source, total_steps),
-        validation=StepSource(valid_groups, config, shape, parallel, validation=True) if valid_groups else None,
+        loader=loader,
+        prefetcher=StepPrefetcher(loader, total_steps),
+        validation=StepLoader(valid_groups, config, shape, parallel, validation=True) if valid_groups else None,
         checkpointer=checkpointer,
         reporter=Reporter(config, world_size=parallel.world_size, first_step=state.step, total_steps=total_steps)
         if parallel.rank == 0
@@ -181,6 +181,6 @@ def describe(trainer: Trainer) -> str:
     if parallel.ep_size > 1:
         layout += f", ep {parallel.ep_size}"
     return (
-        f"{config.objective.name} on {len(trainer.source.groups)} groups, {trainer.total_steps} steps from "
+        f"{config.objective.name} on {len(trainer.loader.groups)} groups, {trainer.total_steps} steps from "
         f"{trainer.state.step}; {layout}"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_gft.balancing import Balancer, Item, cost, rows
+from megatron_gft.balancing import Balancer, Item, cost, tokens
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.shape import ModelShape
 
@@ -158,45 +159,36 @@ class _Planner:
     multiple: int  # of packs per rank
     min_saving: float  # share of the cost of a group's responses below which their prompt is not shared; 1 = never
 
-    def aligned(self, length: int) -> int:
-        """Rows of a segment of ``length`` tokens."""
-        return -(-length // self.alignment) * self.alignment
+    def segment(self, length: int, prefix: int = 0, loss_rows: int = 0) -> tuple[int, float]:
+        """Rows and cost of a segment of ``length`` tokens that continues ``prefix``."""
+        rows = -(-length // self.alignment) * self.alignment
+        return rows, self.flop_model.flops(rows, self.flop_model.pairs(rows, prefix), loss_rows)
 
     @functools.cached_property
     def prompts(self) -> list[tuple[int, float]]:
         """Rows and cost of each group's prompt as a segment of its own."""
-        tokens = [self.aligned(lengths.prompt) for lengths in self.lengths]
-        return [(rows, self.flop_model.flops(rows, self.flop_model.pairs(rows), 0)) for rows in tokens]
+        return [self.segment(lengths.prompt) for lengths in self.lengths]
 
     @functools.cached_property
     def tails(self) -> list[list[tuple[int, float]]]:
         """[group][response] -> rows and cost that the response adds to a pack that holds its prompt."""
         return [
-            [
-                (tokens := self.aligned(length - 1), self._cost(tokens, lengths.prompt, length)) if length else (0, 0.0)
-                for length in lengths.responses
-            ]
-            for lengths in self.lengths
+            [self.segment(length - 1, group.prompt, length) if length else (0, 0.0) for length in group.responses]
+            for group in self.lengths
         ]
-
-    def _cost(self, tokens: int, prefix: int, loss_rows: int) -> float:
-        return self.flop_model.flops(tokens, self.flop_model.pairs(tokens, prefix), loss_rows)
 
     def item(self, group: int, responses: tuple[int, ...]) -> Item:
         """One or several responses of a group, placed together; several share the prompt."""
         lengths = self.lengths[group]
         if len(responses) == 1:
             length = lengths.responses[responses[0]]
-            tokens = self.aligned(lengths.prompt + length - 1)
-            return Item(group, responses, tokens, self._cost(tokens, 0, length), length)
-        tokens, flops = self.prompts[group]
-        loss_rows = 0
+            return Item(group, responses, *self.segment(lengths.prompt + length - 1, 0, length), length)
+        rows, flops = self.prompts[group]
         for k in responses:
-            tail_tokens, tail_flops = self.tails[group][k]
-            tokens += tail_tokens
+            tail_rows, tail_flops = self.tails[group][k]
+            rows += tail_rows
             flops += tail_flops
-            loss_rows += lengths.responses[k]
-        return Item(group, responses, tokens, flops, loss_rows)
+        return Item(group, responses, rows, flops, sum(lengths.responses[k] for k in responses))
 
     def singles(self) -> list[Item]:
         """Every response by itself.
@@ -204,8 +196,7 @@ class _Planner:
         Raises:
             InputErrors: an empty prompt, or a response that does not fit a pack.
         """
-        problems = []
-        items = []
+        problems, items = [], []
         for group, lengths in enumerate(self.lengths):
             if lengths.prompt < 1:
                 problems.append(f"group {group} of the step: prompt has no token -> give it one")
@@ -227,29 +218,23 @@ class _Planner:
     @functools.cached_property
     def balancer(self) -> Balancer:
         """Bins with this planner's capacity and costs."""
-        return Balancer(self.capacity, self.item, self.tail_flops)
+        return Balancer(self.capacity, self.item, lambda group, response: self.tails[group][response][1])
 
-    def tail_flops(self, group: int, response: int) -> float:
-        """Cost that a response adds to a pack that holds its prompt."""
-        return self.tails[group][response][1]
-
-    def whole_groups(self, singles: Sequence[Item]) -> list[Item]:
-        """Each group as one item where sharing its prompt saves, else its responses one by one."""
+    def joined(self, items: Sequence[Item]) -> list[Item]:
+        """The items in order; those of one group as one on one prompt where that saves."""
         if self.min_saving >= 1:  # only a shortcut
-            return list(singles)
-        by_group: dict[int, list[Item]] = {}
-        for single in singles:
-            by_group.setdefault(single.group, []).append(single)
-        items = []
-        for group, members in by_group.items():
-            whole = self.item(group, tuple(member.responses[0] for member in members))
-            items += [whole] if len(members) > 1 and self.saves(whole, members) else members
-        return items
+            return sorted(items)
+        joined = []
+        for group, of_group in itertools.groupby(sorted(items), key=lambda item: item.group):
+            members = list(of_group)
+            together = self.item(group, tuple(sorted(k for member in members for k in member.responses)))
+            saves = together.flops < (1 - self.min_saving) * cost(members)
+            joined += [together] if len(members) > 1 and saves else members
+        return joined
 
     def parts(self, items: Sequence[Item], average: float) -> list[Item]:
         """Items cut down to a pack's rows, and to an average pack's cost where the prompt is a small part of it."""
-        parts = []
-        waiting = list(items)
+        parts, waiting = [], list(items)
         while waiting:
             item = waiting.pop()
             dear = item.flops > average and self.prompts[item.group][1] <= MAX_PROMPT_SHARE * item.flops
@@ -261,8 +246,8 @@ class _Planner:
 
     def arrange(self, singles: Sequence[Item]) -> list[PackPlan]:
         """Pack plans, dearest first, in the number of packs per rank that keeps the ranks busiest."""
-        items = self.whole_groups(singles)
-        smallest = max(1, math.ceil(rows(items) / (self.capacity * self.dp_size)))
+        items = self.joined(singles)
+        smallest = max(1, math.ceil(tokens(items) / (self.capacity * self.dp_size)))
         per_rank = math.ceil(smallest / self.multiple) * self.multiple
         best: list[PackPlan] = []
         found = 0
@@ -281,35 +266,17 @@ class _Planner:
                 break
         return best
 
-    def saves(self, together: Item, members: Sequence[Item]) -> bool:
-        """Whether sharing one prompt is worth it."""
-        return together.flops < (1 - self.min_saving) * sum(member.flops for member in members)
-
-    def rejoined(self, items: Sequence[Item]) -> list[Item]:
-        """Items of one pack, in order; parts of one group that met again share their prompt again."""
-        if self.min_saving >= 1:  # only a shortcut
-            return sorted(items)
-        by_group: dict[int, list[Item]] = {}
-        for item in sorted(items):
-            by_group.setdefault(item.group, []).append(item)
-        joined = []
-        for group, members in by_group.items():
-            together = self.item(group, tuple(sorted(k for member in members for k in member.responses)))
-            joined += [together] if len(members) > 1 and self.saves(together, members) else members
-        return joined
-
     def pack(self, items: Sequence[Item]) -> PackPlan:
-        """The plan of one pack."""
-        items = self.rejoined(items)
-        tokens = sum(item.tokens for item in items)
-        padded = max(self.unit, -(-tokens // self.unit) * self.unit)
-        padding = self.flop_model.flops(padded - tokens, self.flop_model.pairs(padded - tokens), 0)
+        """The plan of one pack; parts of one group that met again share their prompt again."""
+        items = self.joined(items)
+        used = tokens(items)
+        padded = max(self.unit, -(-used // self.unit) * self.unit)
         shared = any(len(item.responses) > 1 for item in items)
         return PackPlan(
             form="shared_prefix" if shared else "packed",
             items=tuple((item.group, item.responses) for item in items),
             tokens=padded,
-            flops=sum(item.flops for item in items) + padding,
+            flops=cost(items) + self.segment(padded - used)[1],
             loss_rows=sum(item.loss_rows for item in items),
         )
 
@@ -329,22 +296,20 @@ class _Planner:
 
     def step_plan(self, packs: Sequence[PackPlan], max_tokens_per_pack: int) -> StepPlan:
         """Deal the microbatches out to ranks, forth and back, so that rank totals even out too."""
-        rows = self.microbatches(packs)
-        dealt = [row if i % 2 == 0 else row[::-1] for i, row in enumerate(rows)]
-        tokens = sum(pack.tokens for pack in packs)
-        data = 0
+        dealt = [run if i % 2 == 0 else run[::-1] for i, run in enumerate(self.microbatches(packs))]
+        rows = sum(pack.tokens for pack in packs)
+        data = sum(pack.loss_rows for pack in packs)
         for pack in packs:
             for group, responses in pack.items:
-                lengths = [self.lengths[group].responses[k] for k in responses]
-                prompts = 1 if pack.form == "shared_prefix" else len(lengths)
-                data += prompts * self.lengths[group].prompt + sum(lengths) - len(lengths)
+                prompts = 1 if pack.form == "shared_prefix" else len(responses)
+                data += prompts * self.lengths[group].prompt - len(responses)  # the last token is only a label
         balance, worst = self.balances(packs)
         return StepPlan(
-            packs=tuple(tuple(row[rank] for row in dealt) for rank in range(self.dp_size)),
-            tokens=tokens,
-            padding=tokens - data,
+            packs=tuple(tuple(run[rank] for run in dealt) for rank in range(self.dp_size)),
+            tokens=rows,
+            padding=rows - data,
             flops=sum(pack.flops for pack in packs),
-            fill=tokens / (len(packs) * max_tokens_per_pack),
+            fill=rows / (len(packs) * max_tokens_per_pack),
             balance=balance,
             worst_balance=worst,
         )

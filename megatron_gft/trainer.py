@@ -16,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_gft.batch import StepBatch, StepPrefetcher, StepSource
+from megatron_gft.batch import StepBatch, StepLoader, StepPrefetcher
 from megatron_gft.checkpoints.checkpointer import Checkpointer, RunState
 from megatron_gft.config import Config
 from megatron_gft.hf.shape import ModelShape
@@ -48,9 +48,9 @@ class Trainer:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     runner: StepRunner
-    source: StepSource
+    loader: StepLoader
     prefetcher: StepPrefetcher
-    validation: StepSource | None
+    validation: StepLoader | None
     checkpointer: Checkpointer
     reporter: Reporter | None
     state: RunState
@@ -154,7 +154,7 @@ class Trainer:
                 folder / f"step-{step:08d}-rank-{self.parallel.rank}-pack-{index}.pt",
             )
         places = sorted({group for index in culprits for group in packs[index].groups})
-        mine = [self.source.groups.describe(int(batch.groups[place])) for place in places]
+        mine = [self.loader.groups.describe(int(batch.groups[place])) for place in places]
         found: list[tuple[str, list[str]] | None] = [None] * self.parallel.world_size
         dist.all_gather_object(found, (self.parallel.coordinates, mine))
         found_on = [f"{rank}: groups {', '.join(names)}" for rank, names in filter(None, found) if names]

@@ -238,8 +238,8 @@ def _train(folder: Path, output: Path, case: Case) -> Run:
         case.sabotage(trainer)
     run = Run([], [], [], [], [], [], [], runner.gradients)
     for step in case.steps:
-        batch = trainer.source.batch(step)
-        outcome = trainer.step(batch, trainer.source.packs(batch), 0.0)
+        batch = trainer.loader.batch(step)
+        outcome = trainer.step(batch, trainer.loader.packs(batch), 0.0)
         run.losses.append(outcome.report.loss)
         run.grad_norms.append(outcome.grad_norm)
         run.updated.append(outcome.updated)
@@ -259,11 +259,11 @@ def _train(folder: Path, output: Path, case: Case) -> Run:
 
 def evaluate(trainer: Trainer, step: int) -> float:
     """Loss of a step's data with the trained weights, forward only."""
-    batch = trainer.source.batch(step)
+    batch = trainer.loader.batch(step)
     for chunk in trainer.chunks:
         chunk.eval()
     report = StepRunner.forward_backward(
-        trainer.runner, trainer.source.packs(batch), batch.denominator, forward_only=True
+        trainer.runner, trainer.loader.packs(batch), batch.denominator, forward_only=True
     )
     return report.loss
 

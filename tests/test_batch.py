@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from layout_cases import TinyGroups
 from ranks import run_ranks
 
-from megatron_gft.batch import StepSource, open_groups
+from megatron_gft.batch import StepLoader, open_groups
 from megatron_gft.config import load_config
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.shape import model_shape_from_config
@@ -63,10 +63,10 @@ def rank_of(config, dp_size=1, dp_rank=0, cp_rank=0) -> Parallel:
     )
 
 
-def source_of(overrides=(), groups=None, **options) -> StepSource:
+def loader_of(overrides=(), groups=None, **options) -> StepLoader:
     config = load_config([], [*BASE, *overrides])
     validation = options.pop("validation", False)
-    return StepSource(groups or TinyGroups(), config, SHAPE, rank_of(config, **options), validation=validation)
+    return StepLoader(groups or TinyGroups(), config, SHAPE, rank_of(config, **options), validation=validation)
 
 
 def packs_of_all_ranks(overrides, groups, step, dp_size):
@@ -75,8 +75,8 @@ def packs_of_all_ranks(overrides, groups, step, dp_size):
     packs = {}
     for dp_rank in range(dp_size):
         for cp_rank in range(config.parallel.cp):
-            source = source_of(overrides, groups, dp_size=dp_size, dp_rank=dp_rank, cp_rank=cp_rank)
-            packs[dp_rank, cp_rank] = source.packs(source.batch(step))
+            loader = loader_of(overrides, groups, dp_size=dp_size, dp_rank=dp_rank, cp_rank=cp_rank)
+            packs[dp_rank, cp_rank] = loader.packs(loader.batch(step))
     return config, packs
 
 
@@ -102,7 +102,7 @@ def test_every_live_token_is_learned_once_with_its_weight(layout, packing, dp_si
     groups = TinyGroups(seed=seed)
     overrides = [*layout, f"data.packing={packing}", f"data.max_tokens_per_pack={rows}"]
     config, packs = packs_of_all_ranks(overrides, groups, step, dp_size)
-    batch = source_of(overrides, groups).batch(step)
+    batch = loader_of(overrides, groups).batch(step)
     segment, unit = config.row_multiples
     assert len({len(of_rank) for of_rank in packs.values()}) == 1
     learned = {}
@@ -125,7 +125,7 @@ def test_every_live_token_is_learned_once_with_its_weight(layout, packing, dp_si
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_a_step_is_the_same_at_every_layout(layout):
-    plain, other = source_of(), source_of(layout, dp_size=3, dp_rank=2)
+    plain, other = loader_of(), loader_of(layout, dp_size=3, dp_rank=2)
     for step in (0, 4, 5, 12):
         one, two = plain.batch(step), other.batch(step)
         assert one.groups.tolist() == two.groups.tolist() and one.denominator == two.denominator
@@ -134,18 +134,18 @@ def test_a_step_is_the_same_at_every_layout(layout):
 
 def test_each_epoch_takes_every_group_once_and_the_last_step_is_smaller():
     groups = TinyGroups(count=20)
-    source = source_of(groups=groups)
-    assert source.steps_per_epoch == 4
-    epochs = [[int(g) for step in range(4 * e, 4 * e + 4) for g in source.batch(step).groups] for e in range(2)]
+    loader = loader_of(groups=groups)
+    assert loader.steps_per_epoch == 4
+    epochs = [[int(g) for step in range(4 * e, 4 * e + 4) for g in loader.batch(step).groups] for e in range(2)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(20))] * 2 and epochs[0] != epochs[1]
-    last = source.batch(3)
+    last = loader.batch(3)
     assert len(last.groups) == 2
     assert last.denominator == sum(len(t) for g in last.groups for t in groups[g].responses)
 
 
 def test_the_order_depends_on_seed_and_data():
     def first(overrides=(), groups=None):
-        return source_of(overrides, groups).batch(0).groups.tolist()
+        return loader_of(overrides, groups).batch(0).groups.tolist()
 
     changed = TinyGroups()
     changed.fingerprint = "other"
@@ -155,13 +155,13 @@ def test_the_order_depends_on_seed_and_data():
 
 def test_sources_that_are_not_selected_enter_nothing():
     groups = TinyGroups(dead=())
-    batch = source_of(["objective.advantage=none", "objective.sources=[teacher]"], groups).batch(0)
+    batch = loader_of(["objective.advantage=none", "objective.sources=[teacher]"], groups).batch(0)
     chosen = [int(source) == 1 for source in batch.sources]
     lengths = [len(tokens) for index in batch.groups for tokens in groups[index].responses]
     assert batch.lengths.tolist() == [n if mine else 0 for n, mine in zip(lengths, chosen, strict=True)]
     assert batch.denominator == batch.loss_tokens == int(batch.lengths.sum())
     # the advantage of those that remain is computed among them
-    two = source_of(["objective.sources=[expert,teacher]", "objective.advantage=mean_only"], groups).batch(0)
+    two = loader_of(["objective.sources=[expert,teacher]", "objective.advantage=mean_only"], groups).batch(0)
     by_group = [two.advantages[a:b] for a, b in zip(two.offsets[:-1], two.offsets[1:], strict=True) if b - a > 1]
     assert all(abs(float(advantages.sum())) < 1e-12 and (advantages[2:] == 0).all() for advantages in by_group)
 
@@ -169,15 +169,15 @@ def test_sources_that_are_not_selected_enter_nothing():
 def test_a_missing_reward_names_its_groups_only_where_rewards_count():
     with pytest.raises(InputError) as error:
         for step in range(5):
-            source_of(groups=UnscoredGroups()).batch(step)
+            loader_of(groups=UnscoredGroups()).batch(step)
     assert "reward missing" in str(error.value) and "tools/score_groups.py" in str(error.value)
     assert str(error.value).endswith(("g4)", "g9)"))
-    assert source_of(["objective=sft"], UnscoredGroups()).batch(0).denominator > 0
+    assert loader_of(["objective=sft"], UnscoredGroups()).batch(0).denominator > 0
 
 
 def test_validation_takes_every_response_in_order_with_weight_one():
-    source = source_of(groups=UnscoredGroups(count=8), validation=True)
-    batches = [source.batch(step) for step in range(2)]
+    loader = loader_of(groups=UnscoredGroups(count=8), validation=True)
+    batches = [loader.batch(step) for step in range(2)]
     assert [batch.groups.tolist() for batch in batches] == [[0, 1, 2, 3, 4, 5], [6, 7]]
     for batch in batches:
         assert (batch.weights == 1).all() and batch.dead_groups == 0
@@ -193,9 +193,9 @@ def test_a_rank_reads_only_its_own_groups():
     groups, seen = Watched(), []
     for rank in range(3):
         read = []
-        source = source_of(["data.packing=shared_prefix"], groups, dp_size=3, dp_rank=rank)
-        batch = source.batch(0)
-        packs = source.packs(batch)
+        loader = loader_of(["data.packing=shared_prefix"], groups, dp_size=3, dp_rank=rank)
+        batch = loader.batch(0)
+        packs = loader.packs(batch)
         assert sorted(read) == sorted({int(batch.groups[place]) for pack in packs for place in pack.groups})
         seen += read
     assert len(seen) < 3 * len(batch.groups)

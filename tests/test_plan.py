@@ -19,7 +19,7 @@ from group_shards import TokenizerStamp, write_shard
 from ranks import run_ranks
 from tiny_models import write_tiny_model
 
-from megatron_gft.batch import StepSource
+from megatron_gft.batch import StepLoader
 from megatron_gft.config import load_config
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.model import build_model, unwrap
@@ -174,8 +174,8 @@ def saved_for_backward(overrides: list[str]) -> tuple[int, int]:
     parallel = initialize_parallel()
     seed_everything(1, parallel)
     _, (model,) = build_model(shape, config.model, config.objective, config.parallel, parallel)
-    source = StepSource(device_run.RandomGroups(16, shape.vocab_size), config, shape, parallel)
-    pack = source.packs(source.batch(0))[0]
+    loader = StepLoader(device_run.RandomGroups(16, shape.vocab_size), config, shape, parallel)
+    pack = loader.packs(loader.batch(0))[0]
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from test_batch import UnscoredGroups, source_of
+from test_batch import UnscoredGroups, loader_of
 
 from megatron_gft.batch import StepPrefetcher
 from megatron_gft.errors import InputError
@@ -12,19 +12,19 @@ from megatron_gft.errors import InputError
 WAIT = 20.0
 
 
-class WatchedSource:
-    """A source that tells when a step has been prepared, and by which thread."""
+class WatchedLoader:
+    """A loader that tells when a step has been prepared, and by which thread."""
 
-    def __init__(self, source):
-        self.source, self.threads = source, {}
+    def __init__(self, loader):
+        self.loader, self.threads = loader, {}
         self.ready = {step: threading.Event() for step in range(8)}
 
     def batch(self, step):
         self.threads[step] = threading.current_thread()
-        return self.source.batch(step)
+        return self.loader.batch(step)
 
     def packs(self, batch):
-        packs = self.source.packs(batch)
+        packs = self.loader.packs(batch)
         self.ready[len(self.threads) - 1].set()
         return packs
 
@@ -33,8 +33,8 @@ class WatchedSource:
 def prefetcher():
     made = []
 
-    def make(source, end):
-        made.append(StepPrefetcher(source, end))
+    def make(loader, end):
+        made.append(StepPrefetcher(loader, end))
         return made[-1]
 
     yield make
@@ -43,35 +43,35 @@ def prefetcher():
 
 
 @pytest.mark.parametrize("first", [0, 3])
-def test_the_steps_are_those_of_the_source(prefetcher, first):
-    source = source_of()
-    ahead = prefetcher(source_of(), 8)
+def test_the_steps_are_those_of_the_loader(prefetcher, first):
+    loader = loader_of()
+    ahead = prefetcher(loader_of(), 8)
     for step in range(first, 8):
         batch, packs = ahead.take(step)
-        expected = source.batch(step)
+        expected = loader.batch(step)
         assert batch.groups.tolist() == expected.groups.tolist() and batch.plan == expected.plan
         assert torch.equal(batch.weights, expected.weights)
-        for pack, same in zip(packs, source.packs(expected), strict=True):
+        for pack, same in zip(packs, loader.packs(expected), strict=True):
             assert torch.equal(pack.tokens, same.tokens) and torch.equal(pack.token_weights, same.token_weights)
 
 
 def test_the_next_step_is_prepared_while_this_one_is_worked_on(prefetcher):
-    source = WatchedSource(source_of())
-    ahead = prefetcher(source, 3)
+    loader = WatchedLoader(loader_of())
+    ahead = prefetcher(loader, 3)
     ahead.take(0)
-    assert source.ready[1].wait(WAIT), "nobody prepared step 2 of 3 before it was asked for"
-    assert source.threads[1] is not threading.current_thread() and 2 not in source.threads
+    assert loader.ready[1].wait(WAIT), "nobody prepared step 2 of 3 before it was asked for"
+    assert loader.threads[1] is not threading.current_thread() and 2 not in loader.threads
     ahead.take(1)
-    assert source.ready[2].wait(WAIT)
+    assert loader.ready[2].wait(WAIT)
     ahead.take(2)
     ahead.close()
-    assert set(source.threads) == {0, 1, 2}, "a step beyond the last one was prepared"
+    assert set(loader.threads) == {0, 1, 2}, "a step beyond the last one was prepared"
 
 
 def test_an_unscored_group_stops_its_own_step_only(prefetcher):
-    source = source_of(groups=UnscoredGroups())
-    bad = [step for step in range(4) if {4, 9} & set(source.indices(step).tolist())]
-    ahead = prefetcher(source, 4)
+    loader = loader_of(groups=UnscoredGroups())
+    bad = [step for step in range(4) if {4, 9} & set(loader.indices(step).tolist())]
+    ahead = prefetcher(loader, 4)
     for step in range(4):
         if step in bad:
             with pytest.raises(InputError, match=f"groups of step {step + 1}"):

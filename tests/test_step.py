@@ -11,7 +11,7 @@ from layout_cases import GROUPS_PER_STEP, Case, TinyGroups, gradient_errors, mak
 from naive_twin import load_twin, twin_step
 from ranks import run_ranks
 
-from megatron_gft.batch import StepSource
+from megatron_gft.batch import StepLoader
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.model import LossOutput, build_model
@@ -134,9 +134,9 @@ def test_dead_groups_are_never_read_nor_packed(root):
 
     def plan():
         groups.read = set()
-        source = StepSource(groups, config, read_model_shape(folder), initialize_parallel())
-        batch = source.batch(0)
-        packs = source.packs(batch)
+        loader = StepLoader(groups, config, read_model_shape(folder), initialize_parallel())
+        batch = loader.batch(0)
+        packs = loader.packs(batch)
         return groups.read, batch.dead_groups, [pack.groups for pack in packs], batch.denominator
 
     [(read, dead, packed, denominator)] = run_ranks(1, plan)
@@ -168,7 +168,7 @@ class Step:
         self.transformer, chunks = build_model(shape, self.config.model, self.config.objective, p, self.parallel)
         load_hf_weights(chunks, shape, self.folder, self.parallel)
         self.chunks = wrap_data_parallel(chunks, self.transformer, self.config.optimizer)
-        loader = StepSource(TinyGroups(), self.config, shape, self.parallel)
+        loader = StepLoader(TinyGroups(), self.config, shape, self.parallel)
         self.batch = loader.batch(0)
         self.packs = loader.packs(self.batch)
         self.runner = self.runner_class(self.chunks, self.parallel)

@@ -1,6 +1,6 @@
 """How long a step takes: real packs of real (or assumed) groups, their FLOPs, the pipeline bubble, a stated efficiency.
 
-Packs, tokens, FLOPs, fill and balance are exact for the groups at hand: the same :class:`StepSource` plans them as in
+Packs, tokens, FLOPs, fill and balance are exact for the groups at hand: the same :class:`StepLoader` plans them as in
 training. Seconds and MFU are estimates, as good as the efficiency they start from (:data:`ANCHORS`).
 """
 
@@ -13,7 +13,7 @@ from typing import NoReturn
 import numpy as np
 
 from megatron_gft.atomic import sha256_json
-from megatron_gft.batch import Groups, StepSource
+from megatron_gft.batch import Groups, StepLoader
 from megatron_gft.config import Config
 from megatron_gft.hf.shape import ModelShape
 from megatron_gft.objectives import ALL_SOURCES
@@ -123,9 +123,9 @@ def describe_steps(
     Raises:
         InputErrors: responses that do not fit, with ``data.overlong=error``.
     """
-    source = StepSource(groups, config, shape, parallel)
-    count = max(1, min(SAMPLED_STEPS, SAMPLED_GROUPS // config.data.groups_per_step, source.steps_per_epoch))
-    batches = [source.batch(i * source.steps_per_epoch // count) for i in range(count)]
+    loader = StepLoader(groups, config, shape, parallel)
+    count = max(1, min(SAMPLED_STEPS, SAMPLED_GROUPS // config.data.groups_per_step, loader.steps_per_epoch))
+    batches = [loader.batch(i * loader.steps_per_epoch // count) for i in range(count)]
     live = [batch for batch in batches if batch.plan is not None]
     if not live:
         return None
@@ -137,7 +137,7 @@ def describe_steps(
     return StepStatistics(
         assumed=assumed,
         groups=len(groups),
-        steps_per_epoch=source.steps_per_epoch,
+        steps_per_epoch=loader.steps_per_epoch,
         sampled_steps=count,
         loss_tokens=sum(batch.loss_tokens for batch in live) / len(plans),
         padding_share=sum(plan.padding for plan in plans) / sum(plan.tokens for plan in plans),

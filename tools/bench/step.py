@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_gft.batch import StepBatch, StepSource
+from megatron_gft.batch import StepBatch, StepLoader
 from megatron_gft.config import Config, load_config
 from megatron_gft.hf.shape import ModelShape, model_shape_from_config
 from megatron_gft.model import build_model, unwrap
@@ -157,15 +157,15 @@ class Workbench:
             ],
         )
 
-    def plan(self, groups: RandomGroups, *overrides: str) -> tuple[StepSource, StepBatch]:
-        """The source of a run over ``groups`` and its first step."""
-        source = StepSource(groups, self.configure(*overrides), self.model_shape, self.parallel)
-        return source, source.batch(0)
+    def plan(self, groups: RandomGroups, *overrides: str) -> tuple[StepLoader, StepBatch]:
+        """The loader of a run over ``groups`` and its first step."""
+        loader = StepLoader(groups, self.configure(*overrides), self.model_shape, self.parallel)
+        return loader, loader.batch(0)
 
     def packs(self, groups: RandomGroups, *overrides: str) -> tuple[list[Pack], StepBatch]:
         """Microbatches of the first step."""
-        source, batch = self.plan(groups, *overrides)
-        return source.packs(batch), batch
+        loader, batch = self.plan(groups, *overrides)
+        return loader.packs(batch), batch
 
     def clear(self) -> None:
         """Zero the gradients, as before every step."""
