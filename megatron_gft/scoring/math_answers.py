@@ -21,7 +21,7 @@ import logging
 import math
 import re
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from megatron_gft.errors import InputError
 from megatron_gft.scoring.final_answers import MAGNITUDE, MULTIPLIERS, SPACES, without_delimiters
@@ -87,6 +87,25 @@ _UNICODE = str.maketrans(
 )
 
 
+class _Side(NamedTuple):
+    """One of the two answers: its text without percent sign, and its value where that is a number."""
+
+    text: str
+    number: Fraction | None
+    percent: bool
+
+    @classmethod
+    def read(cls, text: str) -> _Side:
+        bare = text.rstrip("% ")
+        return cls(bare, parse_number(bare), text.endswith("%"))
+
+    def of_hundred(self) -> _Side:
+        """The same as a share of one, if it has a percent sign."""
+        if not self.percent:
+            return self
+        return _Side(f"({self.text})/100", None if self.number is None else self.number / 100, False)
+
+
 def same_answer(gold: str, answer: str, percent: PercentPolicy = "off", units: UnitPolicy = "off") -> bool | None:
     """Whether two answers are equal under the policies; ``None`` when ``answer`` cannot be read as mathematics.
 
@@ -95,37 +114,31 @@ def same_answer(gold: str, answer: str, percent: PercentPolicy = "off", units: U
     """
     if len(answer) > MAX_ANSWER_CHARS and answer.strip() != gold.strip():
         return None
-    left, right = _unwrap_assignment(_normalize(gold, units), _normalize(answer, units))
-    left_percent, right_percent = left.endswith("%"), right.endswith("%")
-    left, right = left.rstrip("% "), right.rstrip("% ")
-    same_text = bool(left) and _key(left) == _key(right)
-    left_number, right_number = parse_number(left), parse_number(right)
-    if not (same_text or left_number is not None or _is_words(left) or _parsed_gold(left)):
+    left, right = map(_Side.read, _unwrap_assignment(_normalize(gold, units), _normalize(answer, units)))
+    same_text = bool(left.text) and _key(left.text) == _key(right.text)
+    if not (same_text or left.number is not None or _is_words(left.text) or _parsed_gold(left.text)):
         raise InputError(f"gold answer {gold!r} cannot be read as mathematics -> correct it, or use another verifier")
-    if not right:
+    if not right.text:
         return None
-    if left_percent != right_percent:
+    if left.percent != right.percent:
         if percent == "off":
             return False
         if percent == "value":
-            left, left_number = _of_hundred(left, left_number) if left_percent else (left, left_number)
-            right, right_number = _of_hundred(right, right_number) if right_percent else (right, right_number)
-            same_text = False
-    if same_text:
-        return True
-    if left_number is not None and right_number is not None:
-        return _same_number(left_number, right_number)
-    if _is_words(left) or _is_words(right):
-        return _plain_words(left) == _plain_words(right)
-    if right_number is None and (re.search(r"\d\s+\d", right) or _open_brackets(right)):  # to sympy "1 2" is 3
+            return _same_value(left.of_hundred(), right.of_hundred())
+    return same_text or _same_value(left, right)
+
+
+def _same_value(left: _Side, right: _Side) -> bool | None:
+    """Equality of numbers, of words, or else of expressions; ``None`` when ``right`` cannot be read."""
+    if left.number is not None and right.number is not None:
+        return _same_number(left.number, right.number)
+    if _is_words(left.text) or _is_words(right.text):
+        return _plain_words(left.text) == _plain_words(right.text)
+    if right.number is None and _is_ambiguous(right.text):
         return None
-    if _base_of(left) != _base_of(right) or _equations(left) != _equations(right) or _is_tuple_and_set(left, right):
+    if any(form(left.text) != form(right.text) for form in (_base_of, _equations)):
         return False
-    return _same_expression(left, right)
-
-
-def _of_hundred(text: str, number: Fraction | None) -> tuple[str, Fraction | None]:
-    return f"({text})/100", None if number is None else number / 100
+    return False if _is_tuple_and_set(left.text, right.text) else _same_expression(left.text, right.text)
 
 
 def _normalize(answer: str, units: UnitPolicy) -> str:
@@ -226,9 +239,12 @@ def _equations(text: str) -> bool:
     return "=" in re.sub(r"[<>!]=", "", text)
 
 
-def _open_brackets(text: str) -> bool:
-    """Not as many brackets close as open, of whatever kind, as in ``(3,4]``; the parser may brood over those."""
-    return sum(map(text.count, "([")) != sum(map(text.count, ")]"))
+def _is_ambiguous(text: str) -> bool:
+    """What the parser misreads ("1 2" is 3 to sympy), or may brood over.
+
+    That is when not as many brackets close as open, of whatever kind: ``(3,4]`` is an interval.
+    """
+    return bool(re.search(r"\d\s+\d", text)) or sum(map(text.count, "([")) != sum(map(text.count, ")]"))
 
 
 def _is_tuple_and_set(left: str, right: str) -> bool:
