@@ -65,6 +65,14 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert mean_interval([1.0, 2.0, 3.0])[0] == 2.0 and mean_interval([2.0])[1] is None
 
 
+def problem_set(path):
+    return PromptSet([path], split="test")
+
+
+def no_model():
+    raise AssertionError("the model is loaded")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return LocalModel(language_model_folder(tmp_path_factory.mktemp("model")), device="cpu")
@@ -86,7 +94,7 @@ def problems(tmp_path, monkeypatch):
 
 def test_the_whole_on_a_tiny_model(model, problems):
     options = EvaluationOptions(samples=6, pass_at=(1, 3, 6), max_tokens=12, batch_size=4, scoring=SCORING)
-    result = evaluate(model, [problems], options, progress=False)
+    result = evaluate(lambda: model, problem_set(problems), options, progress=False)
     assert json.loads(json.dumps(result)) and result["num_problems"] == 5
     rows = list(PromptSet([problems]))
     greedy = result["greedy"]
@@ -109,7 +117,7 @@ def test_the_whole_on_a_tiny_model(model, problems):
     assert reference["logprob_per_token"] == pytest.approx(sum(sums) / sum(len(ids) for _, ids in pairs), rel=1e-5)
     table = result_table(result)
     assert "greedy accuracy" in table and "pass@3" in table and "reference log-prob/token" in table
-    assert evaluate(model, [problems], options, progress=False) == result  # seeded
+    assert evaluate(lambda: model, problem_set(problems), options, progress=False) == result  # seeded
 
 
 def test_verdicts_are_counted_by_outcome(model, problems, monkeypatch):
@@ -127,32 +135,31 @@ def test_verdicts_are_counted_by_outcome(model, problems, monkeypatch):
 
     monkeypatch.setattr(run, "VerifierPool", lambda options: Pool())
     options = EvaluationOptions(max_tokens=3, reference_logprobs=False, scoring=SCORING)
-    greedy = evaluate(model, [problems], options, progress=False)["greedy"]
+    greedy = evaluate(lambda: model, problem_set(problems), options, progress=False)["greedy"]
     assert greedy["outcomes"] == {"correct": 2, "timeout": 2, "wrong": 1} and greedy["accuracy"] == 0.4
     assert greedy["by_problem"] == ["correct", "timeout", "wrong", "correct", "timeout"]
 
 
-def test_what_cannot_be_measured_is_said_before_the_model_works(problems, tmp_path):
-    for changes, message in (
-        ({"samples": 2, "pass_at": (3,)}, r"pass@\[3\] with 2 samples"),
-        ({"samples": 2, "temperature": 0.0}, "samples at temperature 0"),
-        ({"greedy": False, "reference_logprobs": False}, "nothing to measure"),
-    ):
-        with pytest.raises(InputError, match=message):
-            EvaluationOptions(**changes)
+def test_what_cannot_be_measured_is_said_before_the_model_works(tmp_path):
     (tmp_path / "open.jsonl").write_text('{"prompt": "why?"}\n')
     with pytest.raises(InputError, match=r"open.jsonl:1"):
-        evaluate("no such model", [tmp_path / "open.jsonl"], progress=False)
+        evaluate(no_model, problem_set(tmp_path / "open.jsonl"), EvaluationOptions(), progress=False)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"samples": 2, "pass_at": (3,)}, r"pass@\[3\] with 2 samples"),
+        ({"samples": 2, "pass_at": (0, 1)}, r"pass@\[0, 1\] with 2 samples"),
+        ({"samples": 2, "pass_at": ()}, r"pass@\[\] with 2 samples"),
+        ({"samples": 2, "temperature": 0.0}, "samples at temperature 0"),
+        ({"greedy": False, "reference_logprobs": False}, "nothing to measure"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"samples": -1}, "samples=-1"),
         ({"samples": 2, "temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": math.inf}, "temperature=inf"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"stop": ("",)}, "empty stop text"),
         ({"batch_size": 0, "top_p": 2.0}, r"(?s)\(2\).*batch_size=0.*top_p=2.0"),
@@ -168,7 +175,7 @@ def test_all_that_is_wrong_is_said_together_before_the_model_is_loaded(tmp_path)
     path.write_text('{"prompt": "why?", "answer": " "}\n{"prompt": "who?", "answer": "you"}\n')
     options = EvaluationOptions(scoring=ScoringOptions("math", {"percnt": "off"}), reference_column="typo")
     with pytest.raises(InputErrors) as caught:
-        evaluate("no such model", [path], options, progress=False)
+        evaluate(no_model, problem_set(path), options, progress=False)
     places = ["blank.jsonl:1", "blank.jsonl:1", "blank.jsonl:2", ""]
     wrong = ["no gold answer", "no column 'typo'", "no column 'typo'", "no option 'percnt'"]
     assert len(caught.value.problems) == 4
@@ -181,7 +188,7 @@ def test_a_prompt_that_is_too_long_is_said_before_the_model_works(model, problem
         file.write(json.dumps({"question": "what? " * 500, "answer": "a"}) + "\n")
     monkeypatch.setattr(LocalModel, "sample", None)
     with pytest.raises(InputError, match=r"problems.jsonl:6: prompt of \d+ tokens"):
-        evaluate(model, [problems], EvaluationOptions(max_tokens=3, scoring=SCORING), progress=False)
+        evaluate(lambda: model, problem_set(problems), EvaluationOptions(max_tokens=3, scoring=SCORING), progress=False)
 
 
 def test_a_verifier_of_the_users_may_do_without_gold_answers(model, problems, tmp_path):
@@ -189,7 +196,7 @@ def test_a_verifier_of_the_users_may_do_without_gold_answers(model, problems, tm
     path = tmp_path / "open.jsonl"
     path.write_text('{"prompt": "why?"}\n')
     options = EvaluationOptions(max_tokens=3, scoring=ScoringOptions("letters_only:judge"))
-    assert evaluate(model, [path], options, progress=False)["greedy"]["accuracy"] == 1.0
+    assert evaluate(lambda: model, problem_set(path), options, progress=False)["greedy"]["accuracy"] == 1.0
 
 
 def test_the_tool(model, problems, tmp_path, capsys):

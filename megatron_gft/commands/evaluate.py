@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_gft.atomic import write_json
     from megatron_gft.evaluation.run import EvaluationOptions, evaluate, result_table
     from megatron_gft.sampling.local_model import LocalModel
-    from megatron_gft.sampling.prompts import PromptColumns
+    from megatron_gft.sampling.prompts import PromptColumns, PromptSet
     from megatron_gft.scoring.judging import ScoringOptions, key_values
 
     scoring = ScoringOptions(
@@ -86,11 +86,8 @@ def main(argv: list[str] | None = None) -> None:
         lambda: LocalModel(
             options.model, dtype=options.dtype, device=options.device, chat_template=options.chat_template
         ),
-        options.problems,
+        PromptSet(options.problems, columns, options.split, options.limit),
         measured,
-        columns=columns,
-        split=options.split,
-        limit=options.limit,
         progress=not options.quiet,
     )
     print(result_table(result), flush=True)

@@ -1,6 +1,7 @@
 """How good is a model on a set of problems: accuracy, pass@k and the log-probability of reference answers.
 
-    result = evaluate("models/student", ["heldout.jsonl"], EvaluationOptions(samples=8, pass_at=(1, 4)))
+    problems = PromptSet(["heldout.jsonl"])
+    result = evaluate(lambda: LocalModel("models/student"), problems, EvaluationOptions(samples=8, pass_at=(1, 4)))
     print(result_table(result))
 
 Problems are read as ``tools/generate_groups.py`` reads prompts; a reference answer is an expert response of a group, or
@@ -15,9 +16,8 @@ import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -27,8 +27,15 @@ from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.evaluation.intervals import mean_interval, pass_at_k_summary, ratio_interval, wilson_interval
 from megatron_gft.sampling.local_backends import TransformersBackend, encode_prompt
 from megatron_gft.sampling.local_model import LocalModel
-from megatron_gft.sampling.prompts import PromptColumns, PromptRow, PromptSet
-from megatron_gft.sampling.settings import SampleFailure, SampleRequest, SamplingParams, model_fingerprint, sample_seed
+from megatron_gft.sampling.prompts import PromptRow, PromptSet
+from megatron_gft.sampling.settings import (
+    Sample,
+    SampleFailure,
+    SampleRequest,
+    SamplingParams,
+    model_fingerprint,
+    sample_seed,
+)
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case, Verdict
@@ -68,26 +75,20 @@ class EvaluationOptions:
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
 
     def __post_init__(self) -> None:
-        problems = []
-        for name, value in (("max_tokens", self.max_tokens), ("batch_size", self.batch_size)):
-            if value < 1:
-                problems.append(f"{name}={value} -> at least 1")
-        if self.samples < 0:
-            problems.append(f"samples={self.samples} -> 0 for none, or more")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            problems.append(f"temperature={self.temperature} -> a number, 0 or more")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p} -> more than 0, at most 1")
-        if any(not text for text in self.stop):
-            problems.append("an empty stop text would end every response -> leave it out")
-        if self.samples and self.temperature == 0:
-            problems.append("samples at temperature 0 are all the same -> set a temperature")
-        if self.samples and (not self.pass_at or max(self.pass_at) > self.samples or min(self.pass_at) < 1):
-            problems.append(f"pass@{list(self.pass_at)} with {self.samples} samples -> each k in 1..samples")
-        if not (self.greedy or self.samples or self.reference_logprobs):
-            problems.append("nothing to measure -> greedy, samples or reference_logprobs")
-        if problems:
-            raise InputErrors("evaluation", problems)
+        needs = f"pass@{list(self.pass_at)} with {self.samples} samples -> each k in 1..samples"
+        problems = {
+            f"max_tokens={self.max_tokens} -> at least 1": self.max_tokens < 1,
+            f"batch_size={self.batch_size} -> at least 1": self.batch_size < 1,
+            f"samples={self.samples} -> 0 for none, or more": self.samples < 0,
+            f"temperature={self.temperature} -> a number, 0 or more": not 0 <= self.temperature < math.inf,  # nor NaN
+            f"top_p={self.top_p} -> more than 0, at most 1": not 0 < self.top_p <= 1,
+            "an empty stop text would end every response -> leave it out": not all(self.stop),
+            "samples at temperature 0 are all the same -> set a temperature": self.samples and self.temperature == 0,
+            needs: self.samples and not (self.pass_at and all(1 <= k <= self.samples for k in self.pass_at)),
+            "nothing to measure -> greedy, samples or reference_logprobs": not (self.judges or self.reference_logprobs),
+        }
+        if found := [problem for problem, is_so in problems.items() if is_so]:
+            raise InputErrors("evaluation", found)
 
     @property
     def judges(self) -> bool:
@@ -96,22 +97,11 @@ class EvaluationOptions:
 
 
 def evaluate(
-    model: str | Path | LocalModel | Callable[[], LocalModel],
-    problems: Sequence[str | Path],
-    options: EvaluationOptions | None = None,
-    *,
-    columns: PromptColumns | None = None,
-    split: str = "test",
-    limit: int | None = None,
-    progress: bool = True,
+    load_model: Callable[[], LocalModel], problems: PromptSet, options: EvaluationOptions, *, progress: bool = True
 ) -> dict[str, Any]:
-    """Measure a Hugging Face folder on problem files.
+    """Measure a model on problems.
 
     Problems, verifier and references are checked before the model is loaded, lengths before it works.
-
-    Args:
-        model: folder, or a model (with another dtype, device or chat template), or a function that loads it.
-        problems: JSONL, parquet or group files, or dataset folders.
 
     Returns:
         JSON object: ``num_problems``, and as asked for ``greedy`` (``accuracy``, ``interval``, ``outcomes``, ...),
@@ -123,39 +113,27 @@ def evaluate(
         InputErrors: no problems, problems without gold answer for a verifier that needs one, a verifier that cannot
             be built, no such reference column, prompts that do not fit the model.
     """
-    options = options or EvaluationOptions()
-    prompts = PromptSet(problems, columns or PromptColumns(), split, limit)
     with contextlib.ExitStack() as stack:
-        rows, pool = _prepare(prompts, options, stack)
-        local = model if isinstance(model, LocalModel) else model() if callable(model) else LocalModel(model)
-        _check_lengths(local, rows, options)
+        rows, pool = _prepare(problems, options, stack)
+        model = load_model()
         result: dict[str, Any] = {
-            "model": local.path,
-            "checkpoint": model_fingerprint(local.path),
-            "problems": [str(path) for path in problems],
+            "model": model.path,
+            "checkpoint": model_fingerprint(model.path),
+            "problems": [str(path) for path in problems.inputs],
             "num_problems": len(rows),
             "version": __version__,
-            "options": asdict(replace(options, scoring=ScoringOptions()))
-            | {"scoring": options.scoring.description() if options.judges else None},
+            "options": asdict(options) | {"scoring": options.scoring.description() if options.judges else None},
         }
-        params = SamplingParams(0.0, max_tokens=options.max_tokens, stop=options.stop)
-        if options.greedy:
-            verdicts, texts = _answer(local, rows, params, 1, options, pool, "greedy", progress)
-            result["greedy"] = _accuracy([verdict for (verdict,) in verdicts], texts)
-        if options.samples:
-            params = replace(params, temperature=options.temperature, top_p=options.top_p)
-            verdicts, texts = _answer(local, rows, params, options.samples, options, pool, "sampling", progress)
-            result["sampled"] = _outcomes([verdict for group in verdicts for verdict in group], texts)
-            correct = [sum(verdict.outcome == "correct" for verdict in group) for group in verdicts]
-            result["pass_at_k"] = {str(k): pass_at_k_summary(options.samples, correct, k) for k in options.pass_at}
+        if pool is not None:
+            result |= _judge(_Responses(model, rows, pool, options, progress))
     if options.reference_logprobs:
-        result["reference"] = _reference(local, rows, options.reference_column, progress)
+        result["reference"] = _reference(model, rows, options.reference_column, progress)
     return result
 
 
 def _prepare(
     prompts: PromptSet, options: EvaluationOptions, stack: contextlib.ExitStack
-) -> tuple[list[PromptRow], VerifierPool]:
+) -> tuple[list[PromptRow], VerifierPool | None]:
     """The problems and the workers of the verifier (only if there is something to judge).
 
     Raises:
@@ -169,8 +147,8 @@ def _prepare(
             found.append(f"{', '.join(map(str, prompts.inputs))}: no problems in there -> check the files")
     except InputError as error:
         found.append(str(error))
-    found += itertools.islice(_row_problems(rows, options), SHOWN_PROBLEMS)
-    pool: Any = None
+    found += itertools.islice((problem for row in rows for problem in _row_problems(row, options)), SHOWN_PROBLEMS)
+    pool = None
     if options.judges:
         try:
             pool = stack.enter_context(VerifierPool(options.scoring))
@@ -181,92 +159,95 @@ def _prepare(
     return rows, pool
 
 
-def _row_problems(rows: Iterable[PromptRow], options: EvaluationOptions) -> Iterator[str]:
-    for row in rows:
-        if options.judges and not options.scoring.can_judge(row.answer):
-            yield f"{row.place}: id {row.id!r} has no gold answer -> set --answer-column, or measure log-probs only"
-        if options.reference_logprobs:
-            try:
-                list(reference_texts(row, options.reference_column))
-            except InputError as error:
-                yield str(error)
+def _row_problems(row: PromptRow, options: EvaluationOptions) -> Iterator[str]:
+    if options.judges and not options.scoring.can_judge(row.answer):
+        yield f"{row.place}: id {row.id!r} has no gold answer -> set --answer-column, or measure log-probs only"
+    if options.reference_logprobs:
+        try:
+            list(reference_texts(row, options.reference_column))
+        except InputError as error:
+            yield str(error)
 
 
-def _check_lengths(model: LocalModel, rows: Iterable[PromptRow], options: EvaluationOptions) -> None:
-    if not options.judges:
-        return
-    longest = model.max_positions - options.max_tokens
-    problems = (
-        f"{row.place}: {problem} -> lower --max-tokens or leave the problem out"
-        for row in rows
-        if (problem := encode_prompt(model.tokenizer, row.prompt, longest)[1]) is not None
-    )
-    if shown := list(itertools.islice(problems, SHOWN_PROBLEMS)):
-        raise InputErrors("problems that the model cannot be asked", shown)
+def _judge(responses: _Responses) -> dict[str, Any]:
+    """What is measured of judged responses: ``greedy``, ``sampled`` and ``pass_at_k``, as asked for."""
+    options, result = responses.options, dict[str, Any]()
+    responses.check_lengths()
+    params = SamplingParams(0.0, max_tokens=options.max_tokens, stop=options.stop)
+    if options.greedy:
+        verdicts, samples = responses.judged("greedy", params, 1)
+        correct = sum(verdict.outcome == "correct" for verdict in verdicts)
+        result["greedy"] = {
+            "accuracy": correct / len(verdicts),
+            "interval": wilson_interval(correct, len(verdicts)),
+            "correct": correct,
+            "by_problem": [verdict.outcome for verdict in verdicts],
+            **_outcomes(verdicts, samples),
+        }
+    if options.samples:
+        params = replace(params, temperature=options.temperature, top_p=options.top_p)
+        verdicts, samples = responses.judged("sampling", params, options.samples)
+        right = [verdict.outcome == "correct" for verdict in verdicts]
+        by_problem = [sum(right[i : i + options.samples]) for i in range(0, len(right), options.samples)]
+        result["sampled"] = _outcomes(verdicts, samples)
+        result["pass_at_k"] = {str(k): pass_at_k_summary(options.samples, by_problem, k) for k in options.pass_at}
+    return result
 
 
 @dataclass(frozen=True)
-class _Text:
-    text: str
-    finish_reason: str
-    tokens: int
+class _Responses:
+    """What makes judged responses of a model to problems."""
+
+    model: LocalModel
+    rows: Sequence[PromptRow]
+    pool: VerifierPool
+    options: EvaluationOptions
+    progress: bool
+
+    def check_lengths(self) -> None:
+        longest = self.model.max_positions - self.options.max_tokens
+        problems = (
+            f"{row.place}: {problem} -> lower --max-tokens or leave the problem out"
+            for row in self.rows
+            if (problem := encode_prompt(self.model.tokenizer, row.prompt, longest)[1]) is not None
+        )
+        if shown := list(itertools.islice(problems, SHOWN_PROBLEMS)):
+            raise InputErrors("problems that the model cannot be asked", shown)
+
+    def judged(self, name: str, params: SamplingParams, count: int) -> tuple[list[Verdict], list[Sample]]:
+        """``count`` responses for each problem and their verdicts, in the problems' order."""
+        owners = [(row, k) for row in self.rows for k in range(count)]
+        requests = [
+            SampleRequest(str(i), row.prompt, sample_seed(self.options.seed, row.id, name, k))
+            for i, (row, k) in enumerate(owners)
+        ]
+        found: dict[str, Sample] = {}
+        backend = TransformersBackend(self.model, self.options.batch_size)
+        with tqdm(total=len(requests), desc=name, unit="response", disable=not self.progress) as bar:
+            for outcome in backend.generate(requests, params, lambda key: False):
+                if isinstance(outcome, SampleFailure):
+                    row, _ = owners[int(outcome.key)]
+                    raise InputError(f"{row.place}: {outcome.reason} -> leave the problem out")
+                found[outcome.key] = outcome
+                bar.update()
+        samples = [found[request.key] for request in requests]
+        cases = (
+            Case(said.text, row.answer, row.prompt, row.meta) for said, (row, _) in zip(samples, owners, strict=True)
+        )
+        judged = self.pool.judge(cases)
+        return list(tqdm(judged, "judging", len(samples), unit="response", disable=not self.progress)), samples
 
 
-def _answer(
-    model: LocalModel,
-    rows: Sequence[PromptRow],
-    params: SamplingParams,
-    count: int,
-    options: EvaluationOptions,
-    pool: VerifierPool,
-    name: str,
-    progress: bool,
-) -> tuple[list[list[Verdict]], list[_Text]]:
-    """``count`` judged responses for each problem, in the problems' order."""
-    requests = [
-        SampleRequest(f"{i}/{k}", row.prompt, sample_seed(options.seed, row.id, name, k))
-        for i, row in enumerate(rows)
-        for k in range(count)
-    ]
-    texts: dict[str, _Text] = {}
-    backend = TransformersBackend(model, options.batch_size)
-    with tqdm(total=len(requests), desc=name, unit="response", disable=not progress) as bar:
-        for outcome in backend.generate(requests, params, lambda key: False):
-            if isinstance(outcome, SampleFailure):
-                row = rows[int(outcome.key.split("/")[0])]
-                raise InputError(f"{row.place}: {outcome.reason} -> leave the problem out")
-            length = len(outcome.token_ids) if outcome.token_ids is not None else 0
-            texts[outcome.key] = _Text(outcome.text, outcome.finish_reason, length)
-            bar.update()
-    ordered = [texts[request.key] for request in requests]
-    owners = [row for row in rows for _ in range(count)]
-    cases = (Case(said.text, row.answer, row.prompt, row.meta) for said, row in zip(ordered, owners, strict=True))
-    judged = tqdm(pool.judge(cases), total=len(ordered), desc="judging", unit="response", disable=not progress)
-    verdicts = list(judged)
-    return [verdicts[i : i + count] for i in range(0, len(verdicts), count)], ordered
-
-
-def _outcomes(verdicts: Sequence[Verdict], texts: Sequence[_Text]) -> dict[str, Any]:
+def _outcomes(verdicts: Sequence[Verdict], samples: Sequence[Sample]) -> dict[str, Any]:
     return {
         "num_responses": len(verdicts),
         "outcomes": dict(Counter(verdict.outcome for verdict in verdicts)),
-        "truncated": sum(said.finish_reason == "length" for said in texts),
-        "mean_tokens": math.fsum(said.tokens for said in texts) / len(texts),
+        "truncated": sum(said.finish_reason == "length" for said in samples),
+        "mean_tokens": sum(len(said.token_ids or ()) for said in samples) / len(samples),
         "examples": [
             {"text": said.text, "outcome": verdict.outcome, "judged": verdict.detail}
-            for said, verdict in list(zip(texts, verdicts, strict=True))[:SHOWN_SAMPLES]
+            for said, verdict in list(zip(samples, verdicts, strict=True))[:SHOWN_SAMPLES]
         ],
-    }
-
-
-def _accuracy(verdicts: Sequence[Verdict], texts: Sequence[_Text]) -> dict[str, Any]:
-    correct = sum(verdict.outcome == "correct" for verdict in verdicts)
-    return {
-        "accuracy": correct / len(verdicts),
-        "interval": wilson_interval(correct, len(verdicts)),
-        "correct": correct,
-        "by_problem": [verdict.outcome for verdict in verdicts],
-        **_outcomes(verdicts, texts),
     }
 
 
