@@ -22,7 +22,7 @@ from megatron_gft.scoring.verifiers import Case
 GROUPS, RESPONSES = 300, 3
 JUDGED_TWICE = 64 + RESPONSES + 8  # at most: what one worker holds, a group, what was on its way
 SLOW = """
-import os, subprocess, time
+import itertools, os, subprocess, time
 
 def log(text):
     with open(os.path.join(os.path.dirname(__file__), "calls"), "a") as file:
@@ -40,9 +40,8 @@ def compute(case):
     return True
 
 def leave_running(case):
-    child = subprocess.Popen(["sleep", "300"])
-    log(str(child.pid))
-    return child.wait() == 0
+    log(str(subprocess.Popen(["sleep", "300"]).pid))
+    return sum(itertools.repeat(1, 10**12)) > 0  # in C, where no signal handler of Python is ever called
 """
 
 

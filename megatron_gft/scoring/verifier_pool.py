@@ -42,7 +42,7 @@ STARVED_FACTOR = 10  # at most so many time limits of wall time for a worker tha
 GRACE_SECONDS = 5  # for a process to end; a worker whose parent died in the middle of a hang ends itself, too
 
 
-class VerifierPool:
+class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
     """``options.workers`` processes that judge cases. Use as a context manager.
 
     Args:
@@ -61,7 +61,7 @@ class VerifierPool:
         )
         self._options = options
         self._clock = _Clock(options.time_limit / LOOKS_PER_LIMIT)
-        self._workers = [self._new_worker() for _ in range(options.workers)]
+        self._workers = [_Worker(self._context, options, self._clock) for _ in range(options.workers)]
         self.replaced = 0
         try:
             while all(worker.starting for worker in self._workers):
@@ -70,14 +70,8 @@ class VerifierPool:
             self.close()
             raise
 
-    def __enter__(self) -> VerifierPool:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _new_worker(self) -> _Worker:
-        return _Worker(self._context, self._options, self._clock)
 
     def close(self) -> None:
         """Kill every worker."""
@@ -129,7 +123,7 @@ class VerifierPool:
                 verdicts.update(worker.receive())
                 if not worker.closed:
                     continue
-                death = worker.cause_of_death()
+                death = Verdict("error", 0.0, f"worker died with exit code {worker.exit_code()}")
             elif self._clock.now() >= worker.deadline and not worker.connection.poll() and not worker.extend():
                 death = Verdict("timeout", 0.0, f"no verdict within {self._options.time_limit:g} s")
             else:
@@ -137,7 +131,7 @@ class VerifierPool:
             worker.kill()
             if worker.starting:
                 raise InputError(f"verifier worker did not start: {death.detail} -> check the verifier's imports")
-            self._workers[self._workers.index(worker)] = self._new_worker()
+            self._workers[self._workers.index(worker)] = _Worker(self._context, self._options, self._clock)
             self.replaced += 1
             if worker.pending:
                 index, case = worker.pending.popleft()
@@ -248,11 +242,10 @@ class _Worker:
         self.deadline = now + left
         return True
 
-    def cause_of_death(self) -> Verdict:
-        """What to say of the case at hand when the process is gone."""
+    def exit_code(self) -> int | None:
+        """Of a process whose connection is closed."""
         self._process.join(timeout=GRACE_SECONDS)
-        code = self._process.exitcode
-        return Verdict("error", 0.0, f"worker died with exit code {code}")
+        return self._process.exitcode
 
     def kill(self) -> None:
         """End the process and whatever the verifier has started."""
