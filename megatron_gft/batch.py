@@ -106,18 +106,15 @@ class StepLoader:
     """
 
     def __init__(
-        self,
-        groups: Groups,
-        config: Config,
-        shape: ModelShape,
-        parallel: Parallel,
-        *,
-        validation: bool = False,
+        self, groups: Groups, config: Config, shape: ModelShape, parallel: Parallel, *, validation: bool = False
     ):
-        self.groups, self.config, self.parallel = groups, config, parallel
-        self.validation = validation
+        self.groups, self.config, self.parallel, self.validation = groups, config, parallel, validation
+        self.objective = config.objective
+        if validation:
+            every_response = {"advantage": "none", "normalize": "tokens", "sources": None}
+            self.objective = config.objective.model_copy(update=every_response)
         self.flop_model = FlopModel.from_shape(shape)
-        self.source_codes = [ALL_SOURCES.index(source) for source in config.objective.sources or ALL_SOURCES]
+        self.source_codes = [ALL_SOURCES.index(source) for source in self.objective.sources or ALL_SOURCES]
         self.alignment, self.pad_multiple = config.row_multiples
 
     @property
@@ -147,55 +144,43 @@ class StepLoader:
         indices = self.indices(step)
         table = self.groups.table(indices)
         group_ids = np.repeat(np.arange(len(indices)), table.response_counts)
-        used = np.ones(len(group_ids), bool) if self.validation else np.isin(table.sources, self.source_codes)
+        used = np.isin(table.sources, self.source_codes)
         lengths = table.response_lengths.astype(np.int64)
+        rewards, ids = torch.from_numpy(table.rewards[used]).double(), torch.from_numpy(group_ids[used])
+        weights, advantages = torch.zeros(2, len(used), dtype=torch.float64)
         try:
-            weights, advantages, denominator = self._weigh(table.rewards[used], lengths[used], group_ids[used])
+            mine = group_advantages(
+                rewards, ids, mode=self.objective.advantage or "std", eps=self.objective.advantage_eps
+            )
         except InputError as error:
             unscored = np.unique(group_ids[used & ~np.isfinite(table.rewards)])
             names = [self.groups.describe(int(indices[g])) for g in unscored]
             raise InputError(f"{error} (groups of step {step + 1}: {', '.join(names[:5])})") from None
-        full_weights, full_advantages = torch.zeros(len(used)).double(), torch.zeros(len(used)).double()
-        mask = torch.from_numpy(used)
-        full_weights[mask], full_advantages[mask] = weights, advantages
-        trained = np.where(full_advantages.numpy() != 0, lengths, 0)
+        advantages[used] = mine
+        weights[used], denominator = response_weights(
+            mine,
+            torch.from_numpy(lengths[used]),
+            ids,
+            normalize=self.objective.normalize,
+            zero_variance=self.objective.zero_variance,
+        )
+        trained = np.where(advantages.numpy() != 0, lengths, 0)
         live = np.add.reduceat(trained > 0, table.offsets[:-1]) > 0
         return StepBatch(
             groups=indices,
             offsets=table.offsets,
             lengths=trained,
             sources=table.sources,
-            weights=full_weights,
-            advantages=full_advantages,
+            weights=weights,
+            advantages=advantages,
             denominator=denominator,
             dead_groups=int((~live).sum()),
             plan=self._plan(table, trained) if trained.any() else None,
         )
 
-    def _weigh(self, rewards: np.ndarray, lengths: np.ndarray, group_ids: np.ndarray):
-        objective = self.config.objective
-        ids, counts = torch.from_numpy(group_ids), torch.from_numpy(lengths)
-        advantages = group_advantages(
-            torch.from_numpy(rewards).double(),
-            ids,
-            mode="none" if self.validation else objective.advantage or "std",
-            eps=objective.advantage_eps,
-        )
-        weights, denominator = response_weights(
-            advantages,
-            counts,
-            ids,
-            normalize="tokens" if self.validation else objective.normalize,
-            zero_variance=objective.zero_variance,
-        )
-        return weights, advantages, denominator
-
     def _plan(self, table: GroupTable, lengths: np.ndarray) -> StepPlan:
-        ends = table.offsets[1:]
-        groups = [
-            GroupLengths(int(prompt), tuple(lengths[start:end].tolist()))
-            for prompt, start, end in zip(table.prompt_lengths, table.offsets[:-1], ends, strict=True)
-        ]
+        of_groups = zip(table.prompt_lengths.tolist(), np.split(lengths, table.offsets[1:-1]), strict=True)
+        groups = [GroupLengths(prompt, tuple(responses.tolist())) for prompt, responses in of_groups]
         return plan_step(
             groups,
             self.parallel.dp_size,

@@ -25,10 +25,11 @@ def shards(tmp_path):
     return tmp_path
 
 
-def write_equal_groups(prefix, groups: int) -> None:
+def write_groups(prefix, *groups: tuple[list[int], list[int]]) -> None:
+    """A shard of groups of one response each: (prompt, response)."""
     with GroupShardWriter(prefix, STAMP) as writer:
-        for i in range(groups):
-            writer.add_group([3, 4], [[5, 2]], ["expert"], [None], group_id=str(i))
+        for i, (prompt, response) in enumerate(groups):
+            writer.add_group(prompt, [response], ["expert"], [None], group_id=str(i))
 
 
 def prompts(split) -> list[list[int]]:
@@ -93,7 +94,7 @@ def test_one_weighted_entry_is_that_entry(shards):
 
 
 def test_separate_validation_shards(shards):
-    write_equal_groups(shards / "fits", 2)
+    write_groups(shards / "fits", *[([3, 4], [5, 2])] * 2)
     data = build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")])
     assert len(data.train) == 30 and prompts(data.valid) == shard_prompts(shards / "code") and data.test is None
     check_table(data.valid)
@@ -212,9 +213,8 @@ def test_no_shard_is_used_twice_however_it_is_named(shards, spelled, where, monk
 )
 @pytest.mark.parametrize("where", ["train", "weighted", "valid"])
 def test_limits_that_drop_everything_are_named(tmp_path, limits, named, where):
-    write_equal_groups(tmp_path / "code", 15)
-    with GroupShardWriter(tmp_path / "fits", STAMP) as writer:
-        writer.add_group([3], [[2]], ["expert"], [None], group_id="x")
+    write_groups(tmp_path / "code", *[([3, 4], [5, 2])] * 15)
+    write_groups(tmp_path / "fits", ([3], [2]))
     names = [str(tmp_path / name) for name in ("fits", "code")]
     arguments = {
         "train": dict(train=names[1:]),
@@ -226,9 +226,7 @@ def test_limits_that_drop_everything_are_named(tmp_path, limits, named, where):
 
 
 def test_a_split_emptied_by_limits_says_so(tmp_path):
-    with GroupShardWriter(tmp_path / "a", STAMP) as writer:
-        for i in range(20):
-            writer.add_group([3], [[4] * i + [2]], ["expert"], [None], group_id=str(i))
+    write_groups(tmp_path / "a", *(([3], [4] * i + [2]) for i in range(20)))
     with pytest.raises(InputError, match=r"no group of 2 \(18 more were dropped as over-long\) for valid"):
         build_group_datasets(
             [str(tmp_path / "a")], split="90,10,0", limits=LengthLimits(max_response_tokens=2, policy="drop")
@@ -262,13 +260,10 @@ def test_what_does_not_fit_is_refused(shards):
         with pytest.raises(InputError, match=message):
             build_group_datasets(**arguments)
     assert build_group_datasets(code, tokenizer_fingerprint=STAMP.fingerprint, vocab_size=100).train is not None
-
-
-def test_truncated_shard_is_refused(shards):
     path = shards / "code.bin"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InputError, match=r"code.bin: \d+ bytes, the manifest says \d+"):
-        build_group_datasets([str(shards / "code")])
+        build_group_datasets(code)
 
 
 def test_data_loader_workers_read_the_same(shards):
@@ -306,8 +301,7 @@ def test_regenerated_shards_never_meet_a_stale_cache(tmp_path):
 
 
 def test_a_shard_with_one_group(tmp_path):
-    with GroupShardWriter(tmp_path / "one", STAMP) as writer:
-        writer.add_group([3], [[2]], ["expert"], [None], group_id="x")
+    write_groups(tmp_path / "one", ([3], [2]))
     train = build_group_datasets([str(tmp_path / "one")]).train
     assert len(train) == 1 and np.isnan(train[0].rewards[0])
     with pytest.raises(IndexError):

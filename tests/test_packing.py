@@ -188,14 +188,9 @@ def test_dtypes_are_those_that_the_model_takes():
     assert moved.tokens.is_meta and moved.advantages.is_meta and moved.layout is pack.layout
 
 
-def test_a_plan_of_other_groups_is_refused():
-    groups = make_groups([GroupLengths(3, (2, 4))])
+def test_a_plan_of_other_groups_and_an_empty_prompt_are_refused():
     plan = plan_step([GroupLengths(3, (2, 5))], 1, 64).packs[0][0]
     with pytest.raises(ValueError, match="plan says"):
-        pack_of(plan, groups, np.ones(2), np.ones(2))
-
-
-def test_an_empty_prompt_is_refused():
-    groups = [group_of([], [[1]], [0])]
+        pack_of(plan, make_groups([GroupLengths(3, (2, 4))]), np.ones(2), np.ones(2))
     with pytest.raises(InputError, match="group 0 of the step: prompt has no token"):
-        pack_of(PackPlan("packed", ((0, (0,)),), 1, 0.0, 1), groups, [1.0], [1.0])
+        pack_of(PackPlan("packed", ((0, (0,)),), 1, 0.0, 1), [group_of([], [[1]], [0])], [1.0], [1.0])
