@@ -1,7 +1,6 @@
 """From a step number to microbatches: the same step at every layout, every live token once, nothing read in vain."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,31 +208,26 @@ def _open(config):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "fits"),
+    ("response_tokens", "overrides", "fits"),
     [
-        (["data.max_tokens_per_pack=200"], True),
-        (["data.max_tokens_per_pack=63"], False),  # 60 + 4 rows
-        (["data.max_tokens_per_pack=64", "parallel.cp=4"], True),
-        (["data.max_tokens_per_pack=71", "parallel.cp=4", "parallel.tp=2", "parallel.sequence_parallel=true"], True),
-        (["data.max_tokens_per_pack=200", "data.max_response_tokens=59"], False),
+        (60, ["data.max_tokens_per_pack=200"], True),  # 64 positions, which the model has
+        (60, ["data.max_tokens_per_pack=63"], False),  # 60 + 4 rows
+        (60, ["data.max_tokens_per_pack=64", "parallel.cp=4"], True),
+        (
+            60,
+            ["data.max_tokens_per_pack=71", "parallel.cp=4", *LAYOUTS[2]],
+            True,
+        ),
+        (60, ["data.max_tokens_per_pack=200", "data.max_response_tokens=59"], False),
+        (61, ["data.max_tokens_per_pack=200"], False),  # RoPE would go on without a word; the model has not seen it
     ],
 )
-def test_what_does_not_fit_a_pack_of_this_layout_is_refused_on_opening(tmp_path, overrides, fits):
-    check_opening(tmp_path, overrides, 60, fits)
-
-
-def test_positions_beyond_the_models_are_refused_on_opening(tmp_path):
-    """RoPE would go on without a word; the model has never seen such positions."""
-    check_opening(tmp_path, ["data.max_tokens_per_pack=200"], 60, True)  # 64 positions, which it has
-    check_opening(tmp_path / "long", ["data.max_tokens_per_pack=200"], 61, False)
-
-
-def check_opening(folder: Path, overrides, response_tokens: int, fits: bool) -> None:
-    folder.mkdir(exist_ok=True)
-    with GroupShardWriter(folder / "shard", STAMP.model_copy(update={"vocab_size": 67})) as writer:
+def test_what_does_not_fit_a_pack_or_the_model_is_refused_on_opening(tmp_path, response_tokens, overrides, fits):
+    with GroupShardWriter(tmp_path / "shard", STAMP.model_copy(update={"vocab_size": 67})) as writer:
         writer.add_group([1] * 5, [[2] * response_tokens, [3]], ["expert", "self"], [1.0, 0.0], group_id="long")
-    config = load_config([], [*BASE, f"data.train=[{folder}/shard]", f"model.config={folder}/config.json", *overrides])
-    (folder / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    paths = [f"data.train=[{tmp_path}/shard]", f"model.config={tmp_path}/config.json"]
+    config = load_config([], [*BASE, *paths, *overrides])
     if fits:
         assert run_ranks(1, _open, config) == [1]
         return

@@ -16,6 +16,7 @@ from megatron_gft.planning import GroupLengths, PackPlan, plan_step
 from megatron_gft.shards import Group
 
 PAD = 99
+FIELDS = ("labels", "response_index", "sources", "token_weights", "advantages")
 
 
 def make_groups(lengths, seed=0):
@@ -131,10 +132,9 @@ def check_slices(pack, cp_size):
     for rank, part in enumerate(slices):
         assert part.layout.cp_size == cp_size and part.layout.tokens == len(pack.tokens)
         held = zigzag_indices(pack.layout.segments, cp_size, rank)
-        fields = (part.labels, part.response_index, part.sources, part.token_weights, part.advantages)
-        found += zip(held[part.loss_rows].tolist(), *(f.tolist() for f in fields), strict=True)
-    fields = (pack.labels, pack.response_index, pack.sources, pack.token_weights, pack.advantages)
-    assert sorted(found) == sorted(zip(pack.loss_rows.tolist(), *(f.tolist() for f in fields), strict=True))
+        found += zip(held[part.loss_rows].tolist(), *(getattr(part, name).tolist() for name in FIELDS), strict=True)
+    fields = (getattr(pack, name).tolist() for name in FIELDS)
+    assert sorted(found) == sorted(zip(pack.loss_rows.tolist(), *fields, strict=True))
 
 
 def test_shared_prefix_pack_by_hand():
@@ -171,7 +171,7 @@ def test_empty_pack_is_padding_without_loss():
     plan = PackPlan("packed", (), tokens=8, flops=0.0, loss_rows=0)
     pack = pack_of(plan, [], [], [], pad_multiple=8, pad_token=PAD)
     assert pack.tokens.tolist() == [PAD] * 8 and pack.layout.segments.tolist() == [[0, 8, 0, 0]]
-    for name in ("loss_rows", "labels", "token_weights", "sources", "advantages", "response_index"):
+    for name in ("loss_rows", *FIELDS):
         assert getattr(pack, name).shape == (0,)
     assert pack.groups == ()
 

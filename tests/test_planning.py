@@ -151,30 +151,27 @@ def test_auto_does_not_share_where_it_saves_little():
     assert "shared_prefix" in {p.form for r in plan_step(lengths, 2, 8192, packing="shared_prefix").packs for p in r}
 
 
-def test_a_group_is_cut_where_that_pays():
-    """Two groups, four ranks: without cutting, two ranks would idle."""
-    plan = plan_step([GroupLengths(20, (400,) * 8)] * 2, 4, 8192, packing="shared_prefix", flop_model=LARGE)
-    assert plan.balance >= 0.985
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "options"),
+    [
+        # Two groups, four ranks: without cutting a group, two ranks would idle.
+        ([GroupLengths(20, (400,) * 8)] * 2, 8192, {"packing": "shared_prefix"}),
+        # The dearest item sets the height of its microbatch only, which is filled up to it.
+        ([GroupLengths(10, (4000,)), *[GroupLengths(10, (30,))] * 600], 4096, {"packs_multiple_of": 4}),
+    ],
+)
+def test_no_rank_waits_for_a_dear_group_or_response(lengths, capacity, options):
+    assert plan_step(lengths, 4, capacity, flop_model=LARGE, **options).balance >= 0.985
 
 
-def test_one_long_response_does_not_leave_its_row_of_ranks_waiting():
-    """The dearest item sets the height of its row only; the rest of the row is filled up to it."""
-    lengths = [GroupLengths(10, (4000,))] + [GroupLengths(10, (30,)) for _ in range(600)]
-    plan = plan_step(lengths, 4, 4096, packs_multiple_of=4, flop_model=LARGE)
-    assert plan.balance >= 0.985
-
-
-def test_fewer_responses_than_ranks_leave_explicit_empty_packs():
-    plan = plan_step([GroupLengths(5, (3, 0))], 3, 64, pad_multiple=8)
+@pytest.mark.parametrize(
+    ("responses", "expected"), [((3, 0), [(((0, (0,)),), 3), ((), 0), ((), 0)]), ((0, 0), [((), 0)] * 3)]
+)
+def test_fewer_responses_than_ranks_leave_explicit_empty_packs(responses, expected):
+    plan = plan_step([GroupLengths(5, responses)], 3, 64, pad_multiple=8)
     packs = [pack for rank in plan.packs for pack in rank]
-    assert [pack.items for pack in packs] == [((0, (0,)),), (), ()]
+    assert [(pack.items, pack.loss_rows) for pack in packs] == expected
     assert [pack.tokens for pack in packs] == [8, 8, 8]
-    assert [pack.loss_rows for pack in packs] == [3, 0, 0]
-
-
-def test_nothing_to_compute_is_a_plan_too():
-    plan = plan_step([GroupLengths(5, (0, 0))], 2, 64)
-    assert [[pack.items for pack in rank] for rank in plan.packs] == [[()], [()]]
 
 
 def test_what_does_not_fit_is_named():

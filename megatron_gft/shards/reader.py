@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import struct
 import tokenize
@@ -152,22 +153,19 @@ class GroupShard:
 
     def __getitem__(self, i: int) -> Group:
         first, end = self._bounds(i)
-        with self._reading():
-            return self._group(i, first, end)
-
-    def _group(self, i: int, first: int, end: int) -> Group:
-        lengths = self._lengths[first:end].tolist()
-        # A copy, because Megatron unmaps the file when its dataset goes, whoever still looks at it.
-        tokens = self._data.bin_reader.read(np.int32, sum(lengths), int(self._pointers[first])).copy()
-        position = lengths[0]
-        responses = []
-        for length in lengths[1:]:
-            responses.append(tokens[position : position + length])
-            position += length
         response = first - i  # each earlier group has one prompt
-        rewards = self.rewards[response : response + len(responses)].copy()
-        logprobs = None if self._logprobs is None else self._group_logprobs(i, first, lengths)
-        return Group(tokens[: lengths[0]], responses, self._modes[first + 1 : end].copy(), rewards, logprobs)
+        with self._reading():
+            lengths = self._lengths[first:end].tolist()
+            pointer = int(self._pointers[first])
+            # A copy, because Megatron unmaps the file when its dataset goes, whoever still looks at it.
+            tokens = self._data.bin_reader.read(np.int32, sum(lengths), pointer).copy()
+            prompt, *responses = _pieces(tokens, lengths)
+            logprobs = None
+            if self._logprobs is not None:
+                before = pointer // tokens.itemsize - int(self._prompt_tokens_before[i])
+                logprobs = _pieces(self._logprobs[before:], lengths[1:])
+            rewards = self.rewards[response : response + len(responses)].copy()
+            return Group(prompt, responses, self._modes[first + 1 : end].copy(), rewards, logprobs)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -264,18 +262,16 @@ class GroupShard:
         prompts = self._lengths[self._documents[:-1]].astype(np.int64)
         return np.cumsum(prompts) - prompts
 
-    def _group_logprobs(self, i: int, first: int, lengths: list[int]) -> list[np.ndarray]:
-        position = int(self._pointers[first]) // np.dtype(np.int32).itemsize - int(self._prompt_tokens_before[i])
-        views = []
-        for length in lengths[1:]:
-            views.append(self._logprobs[position : position + length])  # type: ignore[index]
-            position += length
-        return views
-
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex sha256 of what training reads (tokens, rewards in force, log-probs), by the manifest."""
         return content_fingerprint(self.manifest)
+
+
+def _pieces(values: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
+    """Views of one piece after another, of these lengths."""
+    ends = itertools.accumulate(lengths)
+    return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
 def _parse_meta(text: bytes) -> dict[str, Any]:
