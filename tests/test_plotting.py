@@ -28,12 +28,15 @@ def write_run(folder: Path, steps: int, slope: float = -0.01) -> Path:
     return folder
 
 
-def test_two_runs_in_one_figure(tmp_path):
+@pytest.mark.parametrize(
+    ("suffix", "magic", "least"), [("png", b"\x89PNG", 20_000), ("pdf", b"%PDF", 10_000), ("svg", b"<?xml", 10_000)]
+)
+def test_two_runs_in_one_figure(tmp_path, suffix, magic, least):
     runs = [write_run(tmp_path / "first", 300), write_run(tmp_path / "second", 10)]
-    plot_runs(runs, tmp_path / "out" / "runs.png")
-    image = (tmp_path / "out" / "runs.png").read_bytes()
-    assert image[:4] == b"\x89PNG" and len(image) > 20_000
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["runs.png"]
+    plot_runs(runs, tmp_path / "out" / f"runs.{suffix}")
+    image = (tmp_path / "out" / f"runs.{suffix}").read_bytes()
+    assert image.startswith(magic) and len(image) > least
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"runs.{suffix}"]
 
 
 def test_html_is_self_contained_and_names_last_values(tmp_path):
