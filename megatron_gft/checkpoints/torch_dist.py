@@ -245,13 +245,10 @@ class TorchDistReader:
         """Row ranges that read ``key[index]`` in moderate pieces, along the stored chunks where they are small."""
         entry = self.tensors[key]
         shape = tuple(entry.size)[len(index) :]
-        yield from row_chunks(shape[0], prod(shape[1:]) * entry.properties.dtype.itemsize, _stored_bytes(entry))
-
-
-def _stored_bytes(entry: TensorStorageMetadata) -> int:
-    """Bytes of the largest stored chunk: reading less of it would read it several times over."""
-    largest = max(prod(chunk.sizes) for chunk in entry.chunks)
-    return max(CHUNK_BYTES, largest * entry.properties.dtype.itemsize)
+        itemsize = entry.properties.dtype.itemsize
+        # Reading less of a stored chunk would read it several times over.
+        largest = max(prod(chunk.sizes) for chunk in entry.chunks) * itemsize
+        yield from row_chunks(shape[0], prod(shape[1:]) * itemsize, max(CHUNK_BYTES, largest))
 
 
 class _IntoTensor(DefaultLoadPlanner):

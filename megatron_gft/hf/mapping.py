@@ -104,9 +104,7 @@ class HfMapping:
     def __init__(self, shape: ModelShape):
         self.shape = shape
         self._sizes = _sizes(shape)
-        self.entries: dict[str, Entry] = {}
-        for entry in self._expand():
-            self.entries[entry.name] = entry
+        self.entries = {entry.name: entry for entry in self._expand()}
         self.hf_shapes = {
             source: size
             for entry in self.entries.values()

@@ -25,6 +25,7 @@ from megatron_gft.hf.files import check_tensors, export_folder, scatter_rows
 from megatron_gft.hf.mapping import Entry, HfMapping, Shard
 from megatron_gft.hf.safetensors_io import DEFAULT_SHARD_BYTES, SafetensorsFolder, TensorLayout, row_chunks
 from megatron_gft.hf.shape import ModelShape
+from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.parallel import Parallel
 
 GATHER_BYTES = 64 * 2**20
@@ -164,8 +165,7 @@ def export_hf_weights(
         if item.tp_rank == 0:
             sizes = zip(item.entry.sources, item.entry.source_shapes, strict=True)
             mine |= {name: (size, dtype or item.parameter.dtype) for name, size in sizes}
-    groups: list[dict[str, TensorLayout]] = [{} for _ in range(parallel.world_size)]
-    dist.all_gather_object(groups, mine)
+    groups = gather_results(lambda: mine)
     tensors = (
         pair
         for item in live

@@ -15,7 +15,6 @@ from megatron_gft.validation import check
 
 # Candidates that are measured exactly before the search gives up; a measurement takes about a second.
 MAX_MEASURED = 4
-MAX_TENSOR_PARALLEL = 8
 MAX_WORLD_SIZE = 4096
 # Packs below this many rows cannot hold the usual responses any more.
 SMALLEST_PACK = 4096
@@ -71,10 +70,9 @@ def _candidates(config: Config, shape: ModelShape, world_size: int) -> Iterator[
 
 def _layouts(config: Config, shape: ModelShape, world_size: int) -> Iterator[tuple[int, int, int, int, str]]:
     """(tp, pp, ep, tokens of a pack, recomputation) to try."""
-    sizes = [2**i for i in range(int(math.log2(MAX_WORLD_SIZE)) + 1)]
-    tps = [n for n in sizes if n <= MAX_TENSOR_PARALLEL]
+    tps = (1, 2, 4, 8)  # within a machine
     pps = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0 and world_size % n == 0]
-    eps = [n for n in sizes if shape.num_moe_experts and shape.num_moe_experts % n == 0] or [1]
+    eps = [2**i for i in range(MAX_WORLD_SIZE.bit_length()) if (shape.num_moe_experts or 1) % 2**i == 0]
     pack = config.data.max_tokens_per_pack
     packs = [n for n in (pack, pack >> 1, pack >> 2) if n == pack or n >= SMALLEST_PACK]
     return itertools.product(tps, pps, eps, packs, dict.fromkeys((config.model.recompute, "full")))
@@ -105,10 +103,8 @@ def _distance(old: Config, new: Config) -> float:
 def _approximate_peak(config: Config, shape: ModelShape, world_size: int) -> float:
     """Bytes of the first or last stage from parameter counts alone, some percent off."""
     p = config.parallel
-    expert = 0.0
-    if shape.num_moe_experts:
-        per_layer = 3 * shape.hidden_size * (shape.moe_ffn_hidden_size or 0) * shape.num_moe_experts
-        expert = shape.num_layers * per_layer
+    per_layer = 3 * shape.hidden_size * (shape.moe_ffn_hidden_size or 0) * (shape.num_moe_experts or 0)
+    expert = float(shape.num_layers * per_layer)
     matrix = shape.vocab_size * shape.hidden_size
     embeddings = matrix * (1 if shape.share_embeddings_and_output_weights else 2)
     trunk = (parameter_count(shape) - expert - embeddings) / p.pp
