@@ -16,6 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 FAULTS = ("500", "429", "drop", "cut", "stall", "garbage", "empty", "abort")
+BAD_REPLIES: dict[str, tuple[int, bytes]] = {
+    "500": (500, b"internal error"),
+    "429": (429, b"slow down"),
+    "garbage": (200, b"<html>proxy says hello</html>"),
+    "empty": (200, b'{"choices": []}'),
+}
 
 
 def expected_text(prompt: Any, seed: int) -> str:
@@ -96,14 +102,8 @@ class FaultyServer:
             self._send(http, *self.answer(body))
         elif self.status is not None:
             self._send(http, self.status, b'{"error": "as configured"}')
-        elif fault == "500":
-            self._send(http, 500, b"internal error")
-        elif fault == "429":
-            self._send(http, 429, b"slow down", {"Retry-After": "0.01"})
-        elif fault == "garbage":
-            self._send(http, 200, b"<html>proxy says hello</html>")
-        elif fault == "empty":
-            self._send(http, 200, b'{"choices": []}')
+        elif fault in BAD_REPLIES:
+            self._send(http, *BAD_REPLIES[fault])
         elif fault == "drop":
             http.connection.close()
             http.close_connection = True
@@ -135,10 +135,10 @@ class FaultyServer:
                 choice["logprobs"] = {"content": content} if chat else {"token_logprobs": values}
         return {"choices": [choice | ({"message": {"role": "assistant", "content": text}} if chat else {"text": text})]}
 
-    def _send(self, http: BaseHTTPRequestHandler, status: int, content: bytes, headers: dict | None = None) -> None:
+    def _send(self, http: BaseHTTPRequestHandler, status: int, content: bytes) -> None:
         http.send_response(status)
-        for name, value in (headers or {}).items():
-            http.send_header(name, value)
+        if status == 429:
+            http.send_header("Retry-After", "0.01")
         http.send_header("Content-Length", str(len(content)))
         http.end_headers()
         http.wfile.write(content)

@@ -127,10 +127,14 @@ def requests_for(texts, k=4):
     ]
 
 
+def sampled(local, requests, params, batch_size=16, done=frozenset()):
+    """Outcomes of a backend, by key."""
+    outcomes = TransformersBackend(local, batch_size).generate(requests, params, done.__contains__)
+    return {outcome.key: outcome for outcome in outcomes}
+
+
 def test_the_backend_gives_every_request_its_sample_with_ids_that_spell_the_text(local):
-    backend = TransformersBackend(local, batch_size=6)
-    params = SamplingParams(max_tokens=30, logprobs=True)
-    samples = {s.key: s for s in backend.generate(requests_for(PROMPTS), params, lambda key: False)}
+    samples = sampled(local, requests_for(PROMPTS), SamplingParams(max_tokens=30, logprobs=True), 6)
     assert samples.keys() == {r.key for r in requests_for(PROMPTS)}
     for request in requests_for(PROMPTS):
         sample = samples[request.key]
@@ -141,26 +145,17 @@ def test_the_backend_gives_every_request_its_sample_with_ids_that_spell_the_text
 
 
 def test_a_continued_run_samples_what_an_undisturbed_one_would_have(local):
-    backend = TransformersBackend(local, batch_size=5)
-    params = SamplingParams(max_tokens=12, logprobs=True)
-    whole = {s.key: s for s in backend.generate(requests_for(PROMPTS), params, lambda key: False)}
-    done = {"0/1", "1/0", "1/1", "1/2", "1/3", "3/2"}
-    rest = {s.key: s for s in backend.generate(requests_for(PROMPTS), params, done.__contains__)}
+    params, done = SamplingParams(max_tokens=12, logprobs=True), {"0/1", "1/0", "1/1", "1/2", "1/3", "3/2"}
+    whole, rest = (sampled(local, requests_for(PROMPTS), params, 5, keys) for keys in (set(), done))
     assert rest.keys() == whole.keys() - done
     assert all(rest[key] == whole[key] for key in rest)  # bit for bit, log-probs too
 
 
 def test_stop_texts_end_a_response_and_leave_no_ids_that_spell_more(local):
-    free = next(
-        iter(
-            TransformersBackend(local).generate(
-                requests_for(PROMPTS[:1], 1), SamplingParams(max_tokens=30), lambda key: False
-            )
-        )
-    )
+    (free,) = sampled(local, requests_for(PROMPTS[:1], 1), SamplingParams(max_tokens=30)).values()
     stop = free.text[6:9]
     params = SamplingParams(max_tokens=30, stop=("never said \u2603", stop))
-    (cut,) = TransformersBackend(local).generate(requests_for(PROMPTS[:1], 1), params, lambda key: False)
+    (cut,) = sampled(local, requests_for(PROMPTS[:1], 1), params).values()
     assert cut.text == free.text[: free.text.find(stop)]
     assert (cut.finish_reason, cut.token_ids, cut.logprobs) == ("stop", None, None)
 
@@ -171,15 +166,14 @@ def test_a_stop_text_is_seen_whatever_its_number_of_tokens(local, monkeypatch, s
     script = iter(sum(tokens, []))
     monkeypatch.setattr("megatron_gft.sampling.local_model.pick_tokens", lambda *_: torch.tensor([next(script)]))
     params = SamplingParams(max_tokens=100, stop=("never said", stop))
-    (sample,) = TransformersBackend(local).generate([SampleRequest("k", "a", 1)], params, lambda key: False)
+    (sample,) = sampled(local, [SampleRequest("k", "a", 1)], params).values()
     assert (sample.text, sample.finish_reason) == ("so 8. ", "stop")
     assert sum(1 for _ in script) == len(tokens[2])
 
 
 def test_prompts_that_do_not_fit_are_failures_not_crashes(local):
-    backend = TransformersBackend(local)
     requests = [SampleRequest("long", "word " * 600, 1), SampleRequest("fits", "word", 1)]
-    outcomes = {o.key: o for o in backend.generate(requests, SamplingParams(max_tokens=5), lambda key: False)}
+    outcomes = sampled(local, requests, SamplingParams(max_tokens=5))
     assert isinstance(outcomes["long"], SampleFailure) and "leaves no room" in outcomes["long"].reason
     assert len(outcomes["fits"].token_ids) <= 5
 

@@ -1,19 +1,16 @@
 """Generation when something is wrong: found before the first request, told in one message, nothing lost or silent."""
 
 import json
-import os
 import resource
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from generation_runs import client, collect, run, write_prompts
+from generation_runs import ENVIRONMENT, arguments, client, collect, run, tool, write_prompts
 from openai_server import FaultyServer
 from tiny_language_model import language_model_folder
 from tiny_tokenizers import byte_level_folder
@@ -28,8 +25,6 @@ from megatron_gft.sampling.settings import Sample, SampleFailure, SamplingParams
 from megatron_gft.sampling.sources import load_sources
 from megatron_gft.tokenizer import load_tokenizer
 from tools import generate_groups
-
-ROOT = Path(__file__).parents[1]
 
 
 def reply(content="fine", finish="stop", **fields):
@@ -68,14 +63,19 @@ def test_prompts_that_are_refused_neither_end_a_run_nor_stay_undone_for_ever(tmp
     with FaultyServer(answer=answer) as server:
         source = served(server, "k=12")
         assert 2 * 12 > FAILURES_IN_A_ROW
-        with pytest.raises(InputError, match="24 of 48 responses failed"):
+        with pytest.raises(InputError, match="(?s)24 of 48 responses failed.*HTTP 400: too long"):
             run(prompts, output, source)
+        assert not output.exists()
         for _ in range(2):
             summary = run(prompts, output, source, allow_failures=True)
             assert summary.dropped == {"request failed": 24, "group without responses": 2}
+        summary = run(prompts, tmp_path / "more.jsonl", "kind=column column=answer", source, allow_failures=True)
+        assert summary.dropped == {"request failed": 24} and summary.responses["expert"] == {"stop": 4}
+        assert [len(record.responses) for record, _ in iter_group_file(tmp_path / "more.jsonl")] == [1, 1, 13, 13]
+        server.requests.clear()
         healthy.set()
         assert run(prompts, output, source).responses == {"teacher": {"stop": 48}}
-        assert len(server.requests) == 24 + 3 * 24  # the last run tried the failures again
+        assert len(server.requests) == 24  # the last run tried the failures again
 
 
 def test_settings_that_never_worked_may_be_corrected(tmp_path):
@@ -168,10 +168,8 @@ def test_responses_that_the_input_carries_are_not_made_again(tmp_path):
 def test_ctrl_c_ends_with_a_line_and_the_next_run_continues(tmp_path):
     prompts, output = write_prompts(tmp_path / "p.jsonl", 30), tmp_path / "g.jsonl"
     with FaultyServer(delay=0.05) as server:
-        command = [sys.executable, str(ROOT / "tools" / "generate_groups.py"), "--quiet", "--input", str(prompts)]
-        command += ["--output", str(output), "--source", served(server)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        command = tool(prompts, output, served(server))
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         while not journal_path(output).exists() or journal_path(output).read_bytes().count(b"\n") < 4:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -187,11 +185,7 @@ def test_ctrl_c_ends_with_a_line_and_the_next_run_continues(tmp_path):
 @pytest.mark.parametrize(
     "argument, field, value",
     [
-        (
-            "system='Think, then put the final answer after ####'",
-            "system",
-            "Think, then put the final answer after ####",
-        ),
+        ("system='Think, then answer after ####'", "system", "Think, then answer after ####"),
         ("system='Answer #1: be brief'", "system", "Answer #1: be brief"),
         ("model=405", "model", "405"),
         ("name=null", "name", "null"),
@@ -209,26 +203,10 @@ def test_text_is_taken_as_it_is_and_the_rest_as_yaml(argument, field, value):
     assert getattr(source, field) == value
 
 
-@pytest.mark.parametrize(
-    "argument, message",
-    [
-        (r'stop=["\n\n"]', r"""stop=\[\\n\\n\]: not valid YAML -> quote a list twice: stop='\["\\n"""),
-        ("stop='[####, END]'", "not valid YAML -> quote a list twice"),
-        ("stop=END", "not a list .got 'END'. -> quote a list twice"),
-        ("k=2 k=3", "k is given twice"),
-        ("temperature=inf", "finite"),
-    ],
-)
-def test_values_that_would_mean_something_else_are_refused(argument, message):
-    with pytest.raises(InputError, match=message):
-        load_sources([f"kind=openai url=http://h/v1 model=m {argument}"])
-
-
 def test_duplicate_prompts_on_request(tmp_path, capsys):
     prompts = write_prompts(tmp_path / "p.jsonl", 2)
     prompts.write_text(prompts.read_text() * 2)
-    common = ["--quiet", "--input", str(prompts), "--output", str(tmp_path / "g.jsonl")]
-    common += ["--source", "kind=column column=answer"]
+    common = arguments(prompts, tmp_path / "g.jsonl", "kind=column column=answer")
     assert generate_groups.main(common) == 2 and "--duplicates" in capsys.readouterr().err
     assert generate_groups.main([*common, "--duplicates", "drop"]) == 0
     assert "2 groups; responses: expert 2; dropped: {'prompt given before': 2}" in capsys.readouterr().out
@@ -404,7 +382,7 @@ def test_the_time_limit_is_for_the_whole_request_however_it_trickles(first, drop
 
 
 @pytest.mark.parametrize(
-    "url", ["http://h:99999/v1", "http://h:abc/v1", "http://h:0/v1", "http://a..b/v1", "http://[::1/v1", "http:///v1"]
+    "url", [*(f"http://{place}/v1" for place in ("h:99999", "h:abc", "h:0", "a..b", "[::1", "")), "h:8"]
 )
 def test_urls_that_are_none(url):
     with pytest.raises(InputError, match="is not http"):
@@ -439,7 +417,7 @@ def test_a_proxy_of_the_environment_is_used_and_a_broken_one_refused(monkeypatch
 # --- the journal -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [b"my notes without newline", b"\0" * 40, b'{"header": {}}'])
+@pytest.mark.parametrize("content", [b"my notes without newline", b"something else\n", b"\0" * 40, b'{"header": {}}'])
 def test_a_file_of_someone_else_stays_untouched(tmp_path, content):
     (tmp_path / "j").write_bytes(content)
     with pytest.raises(InputError, match="not a journal of this program"):
@@ -474,8 +452,7 @@ def test_lines_that_a_journal_lost_are_in_the_summary(tmp_path, capsys):
         lines[2] = lines[2].replace(b"answer", b"AnsweR")
         journal_path(output).write_bytes(b"".join(lines)[:-5])
         output.unlink()
-        arguments = ["--quiet", "--input", str(prompts), "--output", str(output), "--source", served(server)]
-        assert generate_groups.main(arguments) == 0 and len(server.requests) == 3 + 2
+        assert generate_groups.main(arguments(prompts, output, served(server))) == 0 and len(server.requests) == 3 + 2
     notes = json.loads(summary_path(output).read_text())["notes"]
     assert notes["damaged lines of the journal, sampled again"] == 1 and len(notes) == 2
     assert "note: damaged lines of the journal, sampled again: 1" in capsys.readouterr().out

@@ -141,6 +141,17 @@ def test_an_id_that_is_no_number_is_no_id(tmp_path):
         read_rows(tmp_path, {"prompt": "a", "id": math.nan}, id="id")
 
 
+def test_columns_template_and_messages(tmp_path):
+    rows = [{"nr": 7, "text": "2+2", "gold": 4}, {"nr": 8, "text": [USER], "gold": None}]
+    first, second = read_rows(tmp_path, *rows, prompt="text", answer="gold", id="nr", template="Solve {prompt}.")
+    assert (first.id, first.prompt, first.answer) == ("7", "Solve 2+2.", "4")
+    assert (second.id, second.prompt, second.answer) == ("8", [USER], None)
+    with pytest.raises(InputError, match=r"p.jsonl:1: no column prompt, question.* set --prompt-column"):
+        read_rows(tmp_path, *rows)
+    with pytest.raises(InputError, match=r"p.jsonl:1: no column anser -> set --answer-column"):
+        read_rows(tmp_path, *rows, prompt="text", answer="anser")
+
+
 def test_a_template_without_the_prompt_is_refused():
     with pytest.raises(InputError, match=r"--prompt-template 'Solve: \{question\}': all prompts would be this text"):
         PromptColumns(template="Solve: {question}")
@@ -182,51 +193,66 @@ def folder_of(path, *names):
     return path
 
 
+def test_all_kinds_of_input_give_the_same_prompts(tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"a\n#### 1,00{i}", "level": i} for i in range(4)]
+    table = pyarrow.Table.from_pylist(rows)
+    hub, split = tmp_path / "hub" / "data", tmp_path / "saved" / "train"  # save_to_disk of a DatasetDict
+    hub.mkdir(parents=True)
+    split.mkdir(parents=True)
+    (tmp_path / "j.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    for name, part in (("train-00000-of-00002", table[:3]), ("train-00001-of-00002", table[3:]), ("test-0", table[:1])):
+        pyarrow.parquet.write_table(part, hub / f"{name}.parquet")
+    arrow_file(split / "data-00000-of-00001.arrow", table)
+    (split / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    found = [read(tmp_path / name) for name in ("j.jsonl", "p.parquet", "hub", "saved")]
+    for prompts in found:
+        assert [(row.prompt, row.answer, row.meta) for row in prompts] == [
+            (f"q{i}", f"100{i}", {"level": i}) for i in range(4)
+        ]
+        assert [row.id for row in prompts] == [row.id for row in found[0]] and len({row.id for row in prompts}) == 4
+    assert [row.prompt for row in read(tmp_path / "hub", "test")] == ["q0"]
+    with pytest.raises(InputError, match="set --split"):
+        read(tmp_path / "hub", "valid")
+
+
 @pytest.mark.parametrize(
     "names,split,chosen",
     [
-        (["gsm8k-train.arrow", "gsm8k-test.arrow"], "train", [0]),
-        (["gsm8k-train.arrow", "gsm8k-test.arrow"], "test", [1]),
-        (
-            ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"],
-            "train",
-            [0, 1],
-        ),
-        (["data/train-00000-of-00001-0123456789abcdef.parquet", "data/test-00000-of-00001.parquet"], "train", [0]),
-        (["data/train_sft-00000-of-00001.parquet", "data/train_gen-00000-of-00001.parquet"], "train_gen", [1]),
-        (["train1.jsonl", "train2.jsonl", "contest.jsonl"], "train", [0, 1]),
-        (["train/0000.parquet", "train/0001.parquet", "test/0000.parquet"], "test", [2]),
-        (["dev.jsonl", "validation.jsonl"], "dev", [0]),
-        (["validation.jsonl", "train.jsonl"], "valid", [0]),
-        (["algebra.jsonl", "geometry.jsonl"], "train", [0, 1]),
-        (["part-0.parquet", "part-1.parquet"], "train", [0, 1]),
-        (["train.parquet", "train.jsonl"], "train", [0]),
+        ("gsm8k-train.arrow gsm8k-test.arrow", "train", [0]),
+        ("gsm8k-train.arrow gsm8k-test.arrow", "test", [1]),
+        ("train-00000-of-00002.parquet train-00001-of-00002.parquet test-00000-of-00001.parquet", "train", [0, 1]),
+        ("data/train-00000-of-00001-0123456789abcdef.parquet data/test-00000-of-00001.parquet", "train", [0]),
+        ("data/train_sft-00000-of-00001.parquet data/train_gen-00000-of-00001.parquet", "train_gen", [1]),
+        ("train1.jsonl train2.jsonl contest.jsonl", "train", [0, 1]),
+        ("train/0000.parquet train/0001.parquet test/0000.parquet", "test", [2]),
+        ("dev.jsonl validation.jsonl", "dev", [0]),
+        ("validation.jsonl train.jsonl", "valid", [0]),
+        ("algebra.jsonl geometry.jsonl", "train", [0, 1]),
+        ("part-0.parquet part-1.parquet", "train", [0, 1]),
+        ("train.parquet train.jsonl", "train", [0]),
     ],
 )
 @pytest.mark.parametrize("name", ["plain", "[1]*"])
 def test_files_of_a_split(tmp_path, name, names, split, chosen):
-    found = read(folder_of(tmp_path / name, *names), split)
-    assert [row.prompt for row in found] == [names[i] for i in chosen]
+    found = read(folder_of(tmp_path / name, *names.split()), split)
+    assert [row.prompt for row in found] == [names.split()[i] for i in chosen]
 
 
 @pytest.mark.parametrize(
     "names,split,message",
     [
-        (
-            ["data/train_sft-00000-of-00001.parquet", "data/train_gen-00000-of-00001.parquet"],
-            "train",
-            "train_gen or train_sft",
-        ),
-        (["data/cot-00000-of-00001.parquet", "data/tir-00000-of-00001.parquet"], "train", "cot or tir -> set --split"),
-        (["part-0.parquet"], "test", "of the split 'test' in this folder .files: part-0.parquet;"),
-        (["gsm8k-test.arrow"], "train", "files: gsm8k-test; .* -> set --split"),
-        (["contest.jsonl"], "test", "files: contest;"),
-        (["main/train-0.parquet", "socratic/train-0.parquet"], "train", "folders: main, socratic"),
+        ("data/train_sft-0-of-1.parquet data/train_gen-0-of-1.parquet", "train", "train_gen or train_sft"),
+        ("data/cot-00000-of-00001.parquet data/tir-00000-of-00001.parquet", "train", "cot or tir -> set --split"),
+        ("part-0.parquet", "test", "of the split 'test' in this folder .files: part-0.parquet;"),
+        ("gsm8k-test.arrow", "train", "files: gsm8k-test; .* -> set --split"),
+        ("contest.jsonl", "test", "files: contest;"),
+        ("main/train-0.parquet socratic/train-0.parquet", "train", "folders: main, socratic"),
     ],
 )
 def test_no_split_is_guessed(tmp_path, names, split, message):
     with pytest.raises(InputError, match=message):
-        prompt_files(folder_of(tmp_path / "set", *names), split)
+        prompt_files(folder_of(tmp_path / "set", *names.split()), split)
 
 
 def saved(path, state):
