@@ -1,5 +1,6 @@
 # make install     an environment in .venv to work in
-# make test        the whole suite, on a machine with Python 3.11+ and git
+# make test        the fast tests, on a machine with Python 3.11+ and git
+# make test-all    these and the slow ones: all that need no GPU
 # make quickstart  the whole pipeline on a real 135M model: groups -> shards -> training -> Hugging Face export
 # make quickstart DATA=problems.parquet   the same on question/answer rows
 # make versions    the core tests against the newest supported Megatron-Core, or VERSIONS="0.17.1 0.18.2"
@@ -13,7 +14,11 @@ DEV_STAMP := $(VENV)/.installed-dev
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test lint soak versions quickstart gpu-check clean
+TEST_WORKERS ?= 2
+# A file's tests share what is costly to make, so a file stays with one worker.
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+.PHONY: install test test-slow test-all lint soak versions quickstart gpu-check clean
 
 # torch first and by itself: its index decides whether the CPU or the CUDA build is taken, and Megatron-Core's
 # own requirement would take the newest.
@@ -33,7 +38,12 @@ $(DEV_STAMP): $(STAMP) requirements-dev.txt
 install: $(STAMP)
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow and not soak"
+
+test-slow: $(DEV_STAMP)
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

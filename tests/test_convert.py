@@ -308,7 +308,7 @@ def test_tool_ends_with_2_and_one_message_on_bad_input(tiny, tmp_path, capsys):
     assert message.count("error:") == 1 and "Gemma3ForCausalLM" in message and "hf/families.py" in message
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_tool_under_torchrun_with_logits(tiny, tmp_path):
     """The real launcher, two processes, hashes and logits."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "tools/convert_checkpoint.py"]

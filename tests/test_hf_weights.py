@@ -76,7 +76,7 @@ def test_mixed_layouts(tiny, tmp_path, name, layout):
     check_layout(tiny(name), tmp_path / "out", layout)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MOE_MODELS)
 def test_tensor_pipeline_and_expert_parallel_together(tiny, tmp_path, name):
     check_layout(tiny(name), tmp_path / "out", {"tp": 2, "pp": 2, "ep": 2, "etp": 1})

@@ -120,7 +120,7 @@ def start_script(way: str, script: str, recipe: Path, run: Path, folder: Path, *
     return start(["sbatch", "launch/slurm.sbatch", *target], **environment(recipe, **variables))
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["bash", "torchrun", "sbatch"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_in_every_way(script, way, recipe, tmp_path):
@@ -153,7 +153,7 @@ def test_bash_passes_signals_on_and_reports_the_stop(recipe, tmp_path):
     assert list((run / "checkpoints").iterdir())
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_two_torchrun_agents_meet(recipe, tmp_path):
     flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
     flags += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
@@ -193,7 +193,7 @@ def test_slurm_requeues_before_the_time_limit(recipe, tmp_path):
     assert f"step {done}/" in logs[0].read_text()
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_requeued_job_resumes(recipe, tmp_path):
     run = tmp_path / "run"
     done = stop_before_the_time_limit(recipe, run, tmp_path)

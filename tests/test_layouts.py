@@ -194,7 +194,7 @@ def test_same_at_every_layout(root, reference, world_size, model, layout):
     check_layout(root, reference, world_size, model, layout)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "model", "layout"), SOAK_LAYOUTS)
 def test_same_at_many_layouts(root, reference, world_size, model, layout):
     check_layout(root, reference, world_size, model, layout)
