@@ -144,6 +144,10 @@ def test_the_key_comes_from_the_environment(monkeypatch):
         monkeypatch.setenv("SOME_KEY", "s3cret")
         collect(client(server.url, api_key_env="SOME_KEY"), 1)
         assert server.headers[0]["Authorization"] == "Bearer s3cret"
+    with FaultyServer(status=401) as server:
+        with pytest.raises(InputError, match="HTTP 401") as caught:
+            collect(client(server.url.replace("//", "//bob:s3cret@"), api_key_env="SOME_KEY"), 1)
+        assert "s3cret" not in str(caught.value) and server.headers[0]["Authorization"] == "Bearer s3cret"
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])

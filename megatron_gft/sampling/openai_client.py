@@ -105,7 +105,7 @@ class OpenAIBackend:
                 failures += outcome.transient  # a refused prompt says nothing about the next one
                 if failures >= FAILURES_IN_A_ROW:
                     raise InputError(
-                        f"{self._source.url}: {failures} requests in a row failed, the last with: {outcome.reason} "
+                        f"{self._url}: {failures} requests in a row failed, the last with: {outcome.reason} "
                         "-> see to the server, then run again: finished samples are kept"
                     )
             everything.result()
@@ -211,7 +211,7 @@ class OpenAIBackend:
         missing = [name for name in ("token_ids", "logprobs") if choice.get(name) is None]
         if params.logprobs and text and missing:
             raise InputError(
-                f"{self._source.url}: the reply has no {missing[0]}, which log-probs need -> use a server that gives "
+                f"{self._url}: the reply has no {missing[0]}, which log-probs need -> use a server that gives "
                 "them (vLLM with return_token_ids), or set logprobs=false"
             )
         ids, logprobs = (None, None) if thoughts else self._ids_and_logprobs(choice, finish, params)
@@ -273,7 +273,8 @@ def _endpoint(url: str, method: str) -> httpx2.URL:
         usable = False
     if not usable:
         raise InputError(f"url {url!r} is not http(s)://host[:port]/v1 -> correct it")
-    return base.copy_with(path=f"{base.path.rstrip('/')}/{method}")
+    # a password in it would be printed with every error: a key comes by api_key_env
+    return base.copy_with(path=f"{base.path.rstrip('/')}/{method}", userinfo=b"")
 
 
 def _authorization(variable: str | None) -> dict[str, str]:
