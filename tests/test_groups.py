@@ -57,7 +57,7 @@ def parse(rows: bytes, tmp_path, **policies) -> tuple[list[GroupRecord], list]:
     path.write_bytes(rows)
     log = ProblemLog(policies)
     found = [pair for chunk in read_chunks(path) for pair in parse_chunk(chunk, log)]
-    return [record for record, place in found if check_group(record, place, log)], log.problems
+    return [record for record, place in found if check_group(record, log.of_group(place, record.id))], log.problems
 
 
 texts = st.text(min_size=1).filter(str.strip)

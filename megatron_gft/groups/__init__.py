@@ -12,22 +12,18 @@ from megatron_gft.groups.files import (
     write_group_file,
 )
 from megatron_gft.groups.records import (
-    FINISH_REASONS,
     SOURCE_CODES,
     SOURCES,
     GroupRecord,
     ResponseRecord,
     gold_answer,
-    parse_json_line,
-    record_from_json,
     record_to_dict,
     record_to_json,
 )
-from megatron_gft.groups.rows import iter_rows, json_value
+from megatron_gft.groups.rows import iter_rows, json_value, parse_json_line, record_from_json
 
 __all__ = [
     "BYTES_PER_CHUNK",
-    "FINISH_REASONS",
     "GROUP_FILE_SUFFIXES",
     "SOURCES",
     "SOURCE_CODES",

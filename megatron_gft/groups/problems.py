@@ -137,10 +137,27 @@ class ProblemLog:
         self.problems.append(Problem(kind, action, place, group_id, detail, response))
         return action
 
+    def of_group(self, place: str, group_id: str) -> GroupProblems:
+        """What notes the problems of one group."""
+        return GroupProblems(self, place, group_id)
+
     def take(self) -> list[Problem]:
         """Hand over the findings so far and forget them."""
         taken, self.problems = self.problems, []
         return taken
+
+
+@dataclass(slots=True)
+class GroupProblems:
+    """A :class:`ProblemLog` for one group of known place and id."""
+
+    log: ProblemLog
+    place: str
+    id: str
+
+    def found(self, kind: str, detail: str, response: int | None = None) -> str:
+        """Note one problem and return what to do with the data: ``error``, ``drop``, ``fix`` or ``keep``."""
+        return self.log.found(kind, self.place, self.id, detail, response)
 
 
 @dataclass

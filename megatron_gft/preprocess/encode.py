@@ -11,13 +11,14 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_gft.groups import RawChunk, parse_chunk
-from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, Problem, ProblemLog
-from megatron_gft.groups.records import SOURCE_CODES, GroupRecord, ResponseRecord, check_group, has_text
+from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, GroupProblems, Problem, ProblemLog
+from megatron_gft.groups.records import SOURCE_CODES, GroupRecord, ResponseRecord, check_group, has_text, keep_responses
 from megatron_gft.shards.encoded import EncodedGroups, GroupEncoder
 from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
 
@@ -66,7 +67,7 @@ class _Pending:
 @dataclass(slots=True)
 class _PendingGroup:
     record: GroupRecord
-    place: str
+    log: GroupProblems
     prompt: str
     responses: list[_Pending] = field(default_factory=list)
 
@@ -80,124 +81,117 @@ class ChunkEncoder:
     def encode(self, chunk: RawChunk) -> EncodedChunk:
         """Tokens of the groups of a chunk, in order; what is wrong with the others is in ``problems``."""
         log = ProblemLog(self.options.policies)
-        pending = []
-        for record, place in parse_chunk(chunk, log):
-            group = self._prepare(record, place, log)
-            if group is not None:
-                pending.append(group)
+        prepared = (self._prepare(record, log.of_group(place, record.id)) for record, place in parse_chunk(chunk, log))
+        pending = [group for group in prepared if group is not None]
         prompts = self.tokenizer.encode_batch([group.prompt for group in pending])
         self._tokenize_responses(pending)
         encoder, ids, places = GroupEncoder(), [], []
         lineages: list[dict[str, int]] = []
         verifiers: list[str | None] = []
         for group, prompt in zip(pending, prompts, strict=True):
-            responses = self._finish(group, prompt, log)
+            responses = self._finish(group, prompt)
             if responses:
                 self._add(encoder, group, prompt, responses)
                 ids.append(group.record.id)
-                places.append(group.place)
-                lineages.append(_count_lineages(responses))
+                places.append(group.log.place)
+                lineages.append(Counter(_lineage(response.record) for response in responses))
                 verifier = group.record.meta.get("verifier")
                 verifiers.append(None if verifier is None else json.dumps(verifier, sort_keys=True))
         return EncodedChunk(encoder.take(), ids, places, log.take(), lineages, verifiers, len(chunk))
 
     # --- before tokenizing ------------------------------------------------------------------------------------------
 
-    def _prepare(self, record: GroupRecord, place: str, log: ProblemLog) -> _PendingGroup | None:
-        prompt = self._checked_prompt(record, place, log)
+    def _prepare(self, record: GroupRecord, log: GroupProblems) -> _PendingGroup | None:
+        prompt = self._checked_prompt(record, log)
         if prompt is None:
             return None
         try:
-            group = _PendingGroup(record, place, self.tokenizer.render_prompt(prompt))
+            group = _PendingGroup(record, log, self.tokenizer.render_prompt(prompt))
         except ChatTemplateError as error:
-            log.found("template_failed", place, record.id, str(error))
+            log.found("template_failed", str(error))
             return None
         for response in record.responses:
-            pending, action = self._checked_response(response, place, record.id, log)
+            pending, action = self._checked_response(response, log)
             if pending is not None:
                 group.responses.append(pending)
             elif action != DROP:
                 return None
         return group
 
-    def _checked_prompt(self, record: GroupRecord, place: str, log: ProblemLog) -> str | list[dict[str, Any]] | None:
+    def _checked_prompt(self, record: GroupRecord, log: GroupProblems) -> str | list[dict[str, Any]] | None:
         """The prompt without spelled special tokens, or None when they remove the group."""
         prompt, pattern = record.prompt, self.tokenizer.special_pattern
         spelled = next((match.group() for match in map(pattern.search, _texts(prompt)) if match), None)
-        if spelled is None:
-            return prompt
-        action = log.found("special_tokens", place, record.id, f"the prompt spells {spelled!r}")
-        if action == KEEP:
-            return prompt
+        action = KEEP if spelled is None else log.found("special_tokens", f"the prompt spells {spelled!r}")
         if action != FIX:
-            return None
+            return prompt if action == KEEP else None
         fixed = _without(pattern, prompt)
         if not has_text(fixed):
-            log.found("empty_prompt", place, record.id, "no text in the prompt without its special tokens")
+            log.found("empty_prompt", "no text in the prompt without its special tokens")
             return None
         return fixed
 
-    def _checked_response(
-        self, response: ResponseRecord, place: str, group_id: str, log: ProblemLog
-    ) -> tuple[_Pending | None, str]:
+    def _checked_response(self, response: ResponseRecord, log: GroupProblems) -> tuple[_Pending | None, str]:
         """What to tokenize, or None and why not."""
+        position = response.position
         if response.token_ids is not None:
-            pending, action = self._from_token_ids(response, place, group_id, log)
+            pending, action = self._from_token_ids(response, response.token_ids, log)
             if pending is not None or action != KEEP:
                 return pending, action
         elif response.logprobs:
-            action = log.found("bad_logprobs", place, group_id, "log-probs without token_ids", response.position)
+            action = log.found("bad_logprobs", "log-probs without token_ids", position)
             if action != FIX:
                 return None, action
-        pending, position = _Pending(response, response.text), response.position
+        pending = _Pending(response, response.text)
         match = self.tokenizer.special_pattern.search(response.text)
         if match:
-            action = log.found("special_tokens", place, group_id, f"spells {match.group()!r}", position)
+            action = log.found("special_tokens", f"spells {match.group()!r}", position)
             if action in (ERROR, DROP):
                 return None, action
             pending.parse_special = action == KEEP
             if action == FIX:
                 pending.text = response.text.removesuffix(self.tokenizer.decode([self.tokenizer.eos_id]))
         if not pending.text:
-            return None, log.found("empty_response", place, group_id, "no text", position)
+            return None, log.found("empty_response", "no text", position)
         return pending, KEEP
 
     def _from_token_ids(
-        self, response: ResponseRecord, place: str, group_id: str, log: ProblemLog
+        self, response: ResponseRecord, ids: list[int], log: GroupProblems
     ) -> tuple[_Pending | None, str]:
         """Ids as given; or None and ``keep`` (tokenize the text instead), ``drop`` or ``error``."""
-        ids, tokenizer, position = response.token_ids or [], self.tokenizer, response.position
-        if response.tokenizer != tokenizer.fingerprint:
-            known = "an unknown one" if response.tokenizer is None else response.tokenizer[:12]
-            return None, log.found("foreign_token_ids", place, group_id, f"tokenizer is {known}", position)
-        body = ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids
-        wrong = self._unusable(body) if ids else "no token ids"
-        if wrong is not None:
-            action = log.found("bad_token_ids", place, group_id, wrong, position)
-            return None, KEEP if action == FIX else action
-        if not tokenizer.special_ids.isdisjoint(body):
-            special = next(i for i in body if i in tokenizer.special_ids)
-            detail = f"token_ids hold {tokenizer.decode([special])!r} ({special})"
-            action = log.found("special_tokens", place, group_id, detail, position)
-            if action != KEEP:
+        found = self._problem_of_ids(ids, response.tokenizer)
+        if found is not None:
+            kind, detail = found
+            action = log.found(kind, detail, response.position)
+            if kind == "foreign_token_ids":
+                return None, action
+            if not (kind == "special_tokens" and action == KEEP):
                 return None, KEEP if action == FIX else action
         logprobs = response.logprobs
         if logprobs is not None and not _are_logprobs(logprobs, len(ids)):
             detail = f"{len(logprobs)} log-probs for {len(ids)} token ids"
-            action = log.found("bad_logprobs", place, group_id, detail, position)
+            action = log.found("bad_logprobs", detail, response.position)
             if action != FIX:
                 return None, action
             logprobs = None
         return _Pending(response, ids=list(ids), logprobs=logprobs), KEEP
 
-    def _unusable(self, body: list[int]) -> str | None:
-        """What is wrong with the ids of a response before its end, if anything."""
+    def _problem_of_ids(self, ids: list[int], made_by: str | None) -> tuple[str, str] | None:
+        """Kind and detail of what keeps the ids of a response from being taken as they are, if anything."""
         tokenizer = self.tokenizer
+        if made_by != tokenizer.fingerprint:
+            return "foreign_token_ids", f"tokenizer is {'an unknown one' if made_by is None else made_by[:12]}"
+        if not ids:
+            return "bad_token_ids", "no token ids"
+        body = ids[:-1] if ids[-1] == tokenizer.eos_id else ids
         ends = {tokenizer.eos_id, tokenizer.bos_id}
-        if not body or (min(body) >= 0 and max(body) < tokenizer.vocab_size and ends.isdisjoint(body)):
-            return None
-        wrong = next(i for i in body if not 0 <= i < tokenizer.vocab_size or i in ends)
-        return f"token id {wrong}"
+        if body and (min(body) < 0 or max(body) >= tokenizer.vocab_size or not ends.isdisjoint(body)):
+            wrong = next(i for i in body if not 0 <= i < tokenizer.vocab_size or i in ends)
+            return "bad_token_ids", f"token id {wrong}"
+        if not tokenizer.special_ids.isdisjoint(body):
+            special = next(i for i in body if i in tokenizer.special_ids)
+            return "special_tokens", f"token_ids hold {tokenizer.decode([special])!r} ({special})"
+        return None
 
     # --- after tokenizing -------------------------------------------------------------------------------------------
 
@@ -211,43 +205,36 @@ class ChunkEncoder:
             for response, ids in zip(batch, encoded, strict=True):
                 response.ids = ids
 
-    def _finish(self, group: _PendingGroup, prompt: list[int], log: ProblemLog) -> list[_Pending]:
+    def _finish(self, group: _PendingGroup, prompt: list[int]) -> list[_Pending]:
         """The responses with EOS and within the limits; none when the group is lost."""
-        limit = self.options.max_prompt_tokens
+        limit, log = self.options.max_prompt_tokens, group.log
         if not prompt:
-            log.found("empty_prompt", group.place, group.record.id, "the rendered prompt has no tokens")
+            log.found("empty_prompt", "the rendered prompt has no tokens")
             return []
         if limit is not None and len(prompt) > limit:
-            log.found("long_prompt", group.place, group.record.id, f"{len(prompt)} tokens, the limit is {limit}")
+            log.found("long_prompt", f"{len(prompt)} tokens, the limit is {limit}")
             return []
-        kept = []
+        kept = {}
         for response in group.responses:
-            action = self._end(response, group, log)
+            action = self._end(response, log)
             if action == ERROR:
                 return []
             if action != DROP:
-                kept.append(response)
-        if not kept:
-            log.found("no_responses", group.place, group.record.id, "every response was dropped")
-            return []
-        group.record.responses = [response.record for response in kept]
-        checked = check_group(group.record, group.place, log)
-        if checked is None or len(checked.responses) == len(kept):
-            return [] if checked is None else kept
-        positions = {record.position for record in checked.responses}
-        return [response for response in kept if response.record.position in positions]
+                kept[response.record.position] = response
+        record = keep_responses(group.record, [response.record for response in kept.values()], log)
+        checked = None if record is None else check_group(record, log)
+        return [] if checked is None else [kept[response.position] for response in checked.responses]
 
-    def _end(self, response: _Pending, group: _PendingGroup, log: ProblemLog) -> str:
+    def _end(self, response: _Pending, log: GroupProblems) -> str:
         ids, eos = response.ids or [], self.tokenizer.eos_id
         if response.record.finish_reason != "length" and (not ids or ids[-1] != eos):
             ids.append(eos)
         if not ids:  # a cut-off response whose text the tokenizer maps to nothing
-            return log.found("empty_response", group.place, group.record.id, "no tokens", response.record.position)
+            return log.found("empty_response", "no tokens", response.record.position)
         response.ids, limit = ids, self.options.max_response_tokens
         if limit is None or len(ids) <= limit:
             return KEEP
-        detail = f"{len(ids)} tokens, the limit is {limit}"
-        action = log.found("long_response", group.place, group.record.id, detail, response.record.position)
+        action = log.found("long_response", f"{len(ids)} tokens, the limit is {limit}", response.record.position)
         if action == FIX:
             response.ids = ids[:limit]
             response.logprobs = response.logprobs and response.logprobs[:limit]
@@ -298,14 +285,6 @@ def _are_logprobs(values: list[float], count: int) -> bool:
         return len(values) == count and all(math.isfinite(v) and v <= LOGPROB_SLACK for v in values)
     except OverflowError:  # an integer beyond float
         return False
-
-
-def _count_lineages(responses: list[_Pending]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for response in responses:
-        lineage = _lineage(response.record)
-        counts[lineage] = counts.get(lineage, 0) + 1
-    return counts
 
 
 def _lineage(record: ResponseRecord) -> str:
