@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_gft.groups import GroupRecord
-from megatron_gft.groups.problems import DROP, KEEP, KINDS, ProblemLog
+from megatron_gft.groups.problems import DROP, KEEP, KINDS, GroupProblems
 from megatron_gft.preprocess.encode import ChunkEncoder, EncodingOptions
 from megatron_gft.tokenizer import Tokenizer
 
@@ -42,11 +42,11 @@ class CharacterEncoder(ChunkEncoder):
     def __init__(self) -> None:
         super().__init__(CharacterTokenizer(), EncodingOptions(LENIENT))
 
-    def _prepare(self, record: GroupRecord, place: str, log: ProblemLog) -> Any:
+    def _prepare(self, record: GroupRecord, log: GroupProblems) -> Any:
         for response in record.responses:
             if response.token_ids is not None:
                 # No text is a lone EOS, or a cut-off piece of a character.
                 alone = 0xFFFD if response.finish_reason == "length" else self.tokenizer.eos_id
                 response.token_ids = list(map(ord, response.text)) or [alone]
                 response.tokenizer, response.logprobs = self.tokenizer.fingerprint, None
-        return super()._prepare(record, place, log)
+        return super()._prepare(record, log)
