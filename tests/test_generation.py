@@ -243,8 +243,8 @@ def test_a_model_in_this_process_from_prompts_to_groups_in_two_goes(tmp_path):
     model = language_model_folder(tmp_path / "model")
     prompts = write_prompts(tmp_path / "p.jsonl", 6)
     source = f"kind=transformers model={model} k=3 max_tokens=10 batch_size=4 logprobs=true device=cpu"
-    summary = run(prompts, tmp_path / "whole.parquet", "kind=column column=answer", source)
-    whole = [record for record, _ in iter_group_file(tmp_path / "whole.parquet")]
+    summary = run(prompts, tmp_path / "whole.jsonl.gz", "kind=column column=answer", source)
+    whole = [record for record, _ in iter_group_file(tmp_path / "whole.jsonl.gz")]
     assert sum(summary.responses["self"].values()) == 18 and summary.groups == 6
     tokenizer = load_tokenizer(model)
     for record in whole:
@@ -255,10 +255,10 @@ def test_a_model_in_this_process_from_prompts_to_groups_in_two_goes(tmp_path):
             assert len(response.token_ids) == len(response.logprobs) <= 10
             assert response.sampling["seed"] == sample_seed(0, record.id, "self", k)
             assert len(response.sampling["checkpoint"]) == 64 and response.model == str(model)
-    lines = journal_path(tmp_path / "whole.parquet").read_bytes().splitlines(keepends=True)
-    journal_path(tmp_path / "half.parquet").write_bytes(b"".join(lines[:10]) + lines[10][:-5])
-    run(prompts, tmp_path / "half.parquet", "kind=column column=answer", source)
-    assert [record for record, _ in iter_group_file(tmp_path / "half.parquet")] == whole
+    lines = journal_path(tmp_path / "whole.jsonl.gz").read_bytes().splitlines(keepends=True)
+    journal_path(tmp_path / "half.jsonl.gz").write_bytes(b"".join(lines[:10]) + lines[10][:-5])
+    run(prompts, tmp_path / "half.jsonl.gz", "kind=column column=answer", source)
+    assert [record for record, _ in iter_group_file(tmp_path / "half.jsonl.gz")] == whole
 
 
 def test_vllm_is_called_as_it_wants_to_be(tmp_path, monkeypatch):

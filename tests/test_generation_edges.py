@@ -157,10 +157,10 @@ def test_responses_that_the_input_carries_are_not_made_again(tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", 3)
     with FaultyServer() as server:
         run(prompts, tmp_path / "a.jsonl", served(server, "k=2"))
-        summary = run(tmp_path / "a.jsonl", tmp_path / "b.parquet", served(server, "k=3"))
+        summary = run(tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", served(server, "k=3"))
         assert len(server.requests) == 3 * 3 and summary.notes == {"teacher: in the input already": 6}
-        assert len({(r.sampling["seed"], r.text) for r in responses(tmp_path / "b.parquet")}) == 9
-        run(tmp_path / "b.parquet", tmp_path / "c.jsonl", served(server, "k=3 system='Be brief.'"))
+        assert len({(r.sampling["seed"], r.text) for r in responses(tmp_path / "b.jsonl.gz")}) == 9
+        run(tmp_path / "b.jsonl.gz", tmp_path / "c.jsonl", served(server, "k=3 system='Be brief.'"))
         assert len(server.requests) == 9 + 9  # other settings: other responses
     assert len(responses(tmp_path / "c.jsonl")) == 18
 

@@ -12,6 +12,7 @@ import pickle
 import pyarrow
 import pyarrow.parquet
 import pytest
+from group_files import write_parquet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -139,7 +140,7 @@ def test_chunks_are_bounded_in_rows_and_in_bytes(tmp_path):
 def test_chunks_of_parquet_are_bounded_too(tmp_path):
     path = tmp_path / "long.parquet"
     record = record_from_json(line(prompt="x" * (BYTES_PER_CHUNK // 3)))
-    write_group_file(path, [dataclasses.replace(record, id=str(i)) for i in range(20)])
+    write_parquet(path, [dataclasses.replace(record, id=str(i)) for i in range(20)])
     chunks = list(read_chunks(path))
     assert max(map(len, chunks)) <= 3 and chunks[-1].read_fraction == 1.0
     assert all(len(pickle.dumps(chunk.rows)) < 2 * BYTES_PER_CHUNK for chunk in chunks)  # what goes to a worker
@@ -153,8 +154,18 @@ def test_chunks_of_parquet_are_bounded_too(tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
 def test_records_survive_files(tmp_path, suffix, groups):
     path = tmp_path / f"groups{suffix}"
-    assert write_group_file(path, groups) == len(groups)
+    if suffix == ".parquet":
+        write_parquet(path, groups)
+    else:
+        assert write_group_file(path, groups) == len(groups)
     assert [record for record, _ in iter_group_file(path)] == groups
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.json", "out"])
+def test_groups_are_written_as_jsonl_only(tmp_path, name):
+    with pytest.raises(InputError, match=f"{name}: unknown kind of group file to write -> use .jsonl or .jsonl.gz"):
+        write_group_file(tmp_path / name, [record_from_json(line())])
+    assert not list(tmp_path.iterdir())
 
 
 def test_gzip_file_is_the_same_bytes_every_time(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from group_files import random_records
+from group_files import random_records, write_parquet
 from tiny_tokenizers import byte_level_folder, metaspace_folder, sentencepiece_file
 
 from megatron_gft.dataset import build_group_datasets
@@ -332,7 +332,7 @@ def test_file_formats_give_the_same_shard(tmp_path, folder):
     outputs = []
     for suffix in (".jsonl", ".jsonl.gz", ".parquet"):
         source = tmp_path / f"in{suffix}"
-        write_group_file(source, records)
+        (write_parquet if suffix == ".parquet" else write_group_file)(source, records)
         prefix = tmp_path / suffix / "train"
         preprocess(PreprocessOptions([str(source)], str(folder), str(prefix)), progress=False)
         outputs.append({name: c for name, c in contents(prefix.parent).items() if not name.endswith(".json")})
@@ -351,7 +351,8 @@ def test_parts_cover_the_input_once(suffix, tmp_path, folder):
     for number, count in enumerate((25, 4, 30)):
         sources.append(str(tmp_path / f"in{number}{suffix}"))
         records = random_records(count, seed=number)
-        write_group_file(sources[-1], [replace(record, id=f"{number}-{record.id}") for record in records])
+        write = write_parquet if suffix == ".parquet" else write_group_file
+        write(sources[-1], [replace(record, id=f"{number}-{record.id}") for record in records])
     for part in (1, 2, 3):
         prefix = str(tmp_path / "out" / "train")
         preprocess(PreprocessOptions(sources, str(folder), prefix, part=(part, 3), rows_per_chunk=8), progress=False)

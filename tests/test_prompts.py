@@ -10,6 +10,7 @@ from collections import Counter
 import pyarrow
 import pyarrow.parquet
 import pytest
+from group_files import write_parquet
 
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
@@ -49,7 +50,7 @@ def test_each_row_says_itself_whether_it_is_a_group(tmp_path, suffix):
         first = {"id": "0", "prompt": "a", "answer": "1", "responses": [], "meta": {"x": 1}}
         rows_file(path, [first, {"id": "1", "prompt": "b", "responses": [EXPERT], "meta": {"y": 2}, "level": 3}])
     else:
-        write_group_file(
+        write_parquet(
             path,
             [
                 GroupRecord("0", "a", [], "1", {"x": 1}),
@@ -112,7 +113,8 @@ def test_fields_of_messages_reach_the_group_file_and_null_ones_do_not(tmp_path, 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), tmp_path / "in.parquet")
     (row,) = read(tmp_path / "in.parquet")
     assert row.prompt == [{"role": "system", "content": "Be brief."}, {**USER, "name": "bob"}]
-    write_group_file(tmp_path / f"out{suffix}", [GroupRecord(row.id, row.prompt, [ResponseRecord(**EXPERT)])])
+    write = write_parquet if suffix == ".parquet" else write_group_file
+    write(tmp_path / f"out{suffix}", [GroupRecord(row.id, row.prompt, [ResponseRecord(**EXPERT)])])
     ((record, _),) = iter_group_file(tmp_path / f"out{suffix}")
     assert record.prompt == row.prompt
     (again,) = read(tmp_path / f"out{suffix}")

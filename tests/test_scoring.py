@@ -121,8 +121,8 @@ def write(path, records):
 
 def test_scores_are_added_and_nothing_else_changes(tmp_path):
     source = write(tmp_path / "in.jsonl", groups())
-    summary = score_group_file([source], tmp_path / "out.parquet", ScoringOptions(workers=2), progress=False)
-    scored = [record for record, _ in iter_group_file(tmp_path / "out.parquet")]
+    summary = score_group_file([source], tmp_path / "out.jsonl.gz", ScoringOptions(workers=2), progress=False)
+    scored = [record for record, _ in iter_group_file(tmp_path / "out.jsonl.gz")]
     assert [[r.reward for r in record.responses] for record in scored] == [[1.0, 1.0, 0.0]] * 6
     assert [[r.outcome for r in record.responses] for record in scored] == [["correct", "correct", "wrong"]] * 6
     for record in scored:
@@ -132,7 +132,7 @@ def test_scores_are_added_and_nothing_else_changes(tmp_path):
     assert scored == groups()
     assert summary.outcomes["self"] == {"correct": 6, "wrong": 6} and summary.responses == 18
     assert "0.5000" in summary.table()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl.gz"]
 
 
 @pytest.mark.parametrize("answer", [None, "", " \n"])

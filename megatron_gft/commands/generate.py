@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", nargs="+", required=True, help="JSONL, parquet, or Hugging Face dataset folder")
-    parser.add_argument("--output", required=True, help="group file: .jsonl, .jsonl.gz or .parquet")
+    parser.add_argument("--output", required=True, help="group file: .jsonl or .jsonl.gz")
     parser.add_argument("--source", action="append", default=[], help='"kind=... key=value ...", once per source')
     parser.add_argument("--config", help="YAML file with sources: [...]")
     parser.add_argument("--seed", type=int, default=0, help="of the whole run (default %(default)s)")

@@ -1,4 +1,4 @@
-"""Group files: one prompt with its responses, as text, one group a line (JSONL or parquet).
+"""Group files: one prompt with its responses, as text, one group a line (JSONL; parquet is read, too).
 
     {"id": "...", "prompt": "text" | [{"role", "content"}, ...], "answer": "gold" | null,
      "responses": [{"text", "source": "expert|teacher|self", "reward": 0.5 | null, "outcome": "correct|wrong|...",
@@ -11,9 +11,9 @@ tool that reads and writes groups loses nothing. Plain rows ``{question, answer}
 are read as groups with one expert response; the gold answer is what follows ``####``, or the ``answer`` beside a
 ``solution``.
 
-In a parquet file a prompt of messages is in the column ``messages``; ``meta``, ``sampling`` and ``extra`` (further
-fields of a response or message) are JSON text. Cells that JSON cannot hold are read as text (dates and the like) or as
-``{"base64": "..."}`` (bytes).
+Parquet files are read, too. A prompt of messages is in the column ``messages``; ``meta``, ``sampling`` and ``extra``
+(further fields of a response or message) are JSON text, as an earlier version wrote them. Cells that JSON cannot hold
+are read as text (dates and the like) or as ``{"base64": "..."}`` (bytes).
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ import codecs
 import contextlib
 import glob
 import gzip
-import itertools
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,16 +31,11 @@ from typing import IO, Any, cast
 from megatron_gft.atomic import atomic_file
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups.problems import ERROR, ProblemLog
-from megatron_gft.groups.records import (
-    RESPONSE_FIELDS,
-    GroupRecord,
-    parse_group,
-    record_to_json,
-)
+from megatron_gft.groups.records import GroupRecord, parse_group, record_to_json
 from megatron_gft.groups.rows import RawChunk, iter_rows
 
-GROUP_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")  # that can be written
-_PARQUET_BATCH = 1024
+GROUP_FILE_SUFFIXES = (".jsonl", ".jsonl.gz")  # that can be written
+_ROWS_AT_ONCE = 1024
 _PARTS_PER_READ = 16  # of many parts, chunks get smaller instead of reads larger
 # A worker holds some 40 times the text while it tokenizes, and the last chunk is worked on alone: keep chunks small.
 BYTES_PER_CHUNK = 256 << 10
@@ -156,7 +149,7 @@ def iter_group_file(path: str | Path) -> Iterator[tuple[GroupRecord, str]]:
         InputErrors: a row is not a group; the message lists the problems of that row.
     """
     problems = ProblemLog()
-    for chunk in read_chunks(path, _PARQUET_BATCH):
+    for chunk in read_chunks(path, _ROWS_AT_ONCE):
         for item in parse_chunk(chunk, problems):
             refuse_problems(problems)
             yield item
@@ -174,19 +167,24 @@ def refuse_problems(problems: ProblemLog) -> None:
         raise InputErrors("bad rows -> correct or remove them", [str(problem) for problem in errors])
 
 
+def output_problems(path: str | Path) -> list[str]:
+    """What keeps a file of this name from being written as a group file."""
+    if str(path).endswith(GROUP_FILE_SUFFIXES):
+        return []
+    return [f"{path}: unknown kind of group file to write -> use {' or '.join(GROUP_FILE_SUFFIXES)}"]
+
+
 def write_group_file(path: str | Path, records: Iterable[GroupRecord]) -> int:
-    """Write groups to ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` (whole or not at all); return how many.
+    """Write groups to ``.jsonl`` or ``.jsonl.gz`` (whole or not at all); return how many.
 
     Raises:
-        InputError: unknown suffix.
+        InputError: another suffix.
     """
-    name, count = str(path), 0
-    if name.endswith(".parquet"):
-        return _write_parquet(path, records)
-    if not name.endswith(GROUP_FILE_SUFFIXES):
-        raise InputError(f"{path}: unknown kind of group file -> use {', '.join(GROUP_FILE_SUFFIXES)}")
+    count = 0
+    for problem in output_problems(path):
+        raise InputError(problem)
     with atomic_file(path) as temporary:
-        with _open_to_write(temporary, name.endswith(".gz")) as file:
+        with _open_to_write(temporary, str(path).endswith(".gz")) as file:
             for record in records:
                 file.write(record_to_json(record).encode("utf-8") + b"\n")
                 count += 1
@@ -201,47 +199,3 @@ def _open_to_write(path: Path, compressed: bool) -> Iterator[IO[bytes]]:
                 yield cast(IO[bytes], packed)
         else:
             yield file
-
-
-def _write_parquet(path: str | Path, records: Iterable[GroupRecord]) -> int:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    text = pyarrow.string()
-    response = [(name, text) for name in ("text", "source", "outcome", "finish_reason", "model", "tokenizer")]
-    response += [("reward", pyarrow.float64()), ("token_ids", pyarrow.list_(pyarrow.int32()))]
-    response += [("logprobs", pyarrow.list_(pyarrow.float64())), ("sampling", text), ("extra", text)]
-    message = pyarrow.list_(pyarrow.struct([("role", text), ("content", text), ("extra", text)]))
-    schema = pyarrow.schema(
-        [("id", text), ("prompt", text), ("messages", message), ("answer", text), ("meta", text)]
-        + [("responses", pyarrow.list_(pyarrow.struct(response)))]
-    )
-    count, stream = 0, iter(records)
-    with atomic_file(path) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
-        while batch := list(itertools.islice(stream, _PARQUET_BATCH)):
-            writer.write_table(pyarrow.Table.from_pylist([_parquet_value(r) for r in batch], schema=schema))
-            count += len(batch)
-    return count
-
-
-def _parquet_value(record: GroupRecord) -> dict[str, Any]:
-    text, messages = (record.prompt, None) if isinstance(record.prompt, str) else (None, record.prompt)
-    responses = []
-    for response in record.responses:
-        value = {name: getattr(response, name) for name in RESPONSE_FIELDS}
-        value["sampling"] = None if response.sampling is None else json.dumps(response.sampling)
-        value["extra"] = json.dumps(response.extra) if response.extra else None
-        responses.append(value)
-    return {
-        "id": record.id,
-        "prompt": text,
-        "messages": None if messages is None else [_parquet_message(message) for message in messages],
-        "answer": record.answer,
-        "responses": responses,
-        "meta": json.dumps(record.meta) if record.meta else None,
-    }
-
-
-def _parquet_message(message: dict[str, Any]) -> dict[str, Any]:
-    extra = {name: value for name, value in message.items() if name not in ("role", "content")}
-    return {"role": message["role"], "content": message["content"], "extra": json.dumps(extra) if extra else None}

@@ -39,7 +39,7 @@ class RawChunk:
 def iter_rows(chunk: RawChunk, problems: ProblemLog) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield ``(row, "file:line")`` as JSON values, groups or not; note unreadable rows in ``problems``.
 
-    A row with ``responses`` in parquet is a group as :func:`write_group_file` writes them, and reads as in JSONL.
+    A row with ``responses`` in parquet is a group (columns: :mod:`megatron_gft.groups.files`), and reads as in JSONL.
     """
     rows = chunk.rows if isinstance(chunk.rows, list) else _parquet_rows(chunk.rows)
     for offset, row in enumerate(rows):

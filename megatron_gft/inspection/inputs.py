@@ -53,7 +53,7 @@ def open_source(
 def _is_group_file(name: str) -> bool:
     """By its name; a ``.json`` with tokens or an index beside it is a manifest, whatever became of its text."""
     if not name.endswith(".json"):
-        return name.endswith(GROUP_FILE_SUFFIXES)
+        return name.endswith((*GROUP_FILE_SUFFIXES, ".parquet"))
     if glob.has_magic(name) and not Path(name).exists():
         return bool(found := glob.glob(name)) and all(map(_is_group_file, found))
     return not any(Path(name).with_suffix(suffix).exists() for suffix in (".bin", ".idx"))

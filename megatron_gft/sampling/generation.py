@@ -26,7 +26,7 @@ from tqdm import tqdm
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_file, sha256_json, write_json
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.groups import GROUP_FILE_SUFFIXES, write_group_file
+from megatron_gft.groups import output_problems, write_group_file
 from megatron_gft.groups.records import GroupRecord, ResponseRecord
 from megatron_gft.journal import Journal
 from megatron_gft.sampling.prompts import PromptSet
@@ -44,7 +44,7 @@ class GenerationRun:
 
     Args:
         prompts: what to sample from; read once here (ids must differ, columns be there) and once per source.
-        output: group file (``.jsonl``, ``.jsonl.gz``, ``.parquet``).
+        output: group file (``.jsonl``, ``.jsonl.gz``).
         sources: in the order their responses stand in a group.
         seed: of the whole run.
 
@@ -252,8 +252,8 @@ def summary_path(output: Path) -> Path:
 
 def _output_problems(output: Path) -> list[str]:
     """What speaks against writing there, found out without leaving anything behind."""
-    if not output.name.endswith(GROUP_FILE_SUFFIXES):
-        return [f"{output}: unknown kind of group file -> use {', '.join(GROUP_FILE_SUFFIXES)}"]
+    if problems := output_problems(output):
+        return problems
     if output.is_dir():
         return [f"{output}: is a folder -> choose another output"]
     folder = next(parent for parent in output.absolute().parents if parent.exists())

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.groups import GROUP_FILE_SUFFIXES, SOURCES, GroupRecord, iter_group_file, write_group_file
+from megatron_gft.groups import SOURCES, GroupRecord, iter_group_file, output_problems, write_group_file
 from megatron_gft.journal import Journal
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifier_pool import VerifierPool
@@ -109,9 +109,7 @@ def score_group_file(
 
 
 def _check_files(inputs: Sequence[str | Path], output: Path) -> None:
-    problems = []
-    if not output.name.endswith(GROUP_FILE_SUFFIXES):
-        problems.append(f"{output}: unknown kind of group file -> use {', '.join(GROUP_FILE_SUFFIXES)}")
+    problems = output_problems(output)
     if output.is_dir():
         problems.append(f"{output}: is a folder -> choose another output")
     named: dict[Path, str | Path] = {}
