@@ -21,7 +21,7 @@ from megatron_gft.dataset import GroupSplit, LengthLimits, build_group_datasets
 from megatron_gft.errors import InputError
 from megatron_gft.gft import group_advantages, response_weights
 from megatron_gft.hf.shape import ModelShape
-from megatron_gft.objectives import ALL_SOURCES
+from megatron_gft.objectives import SOURCES
 from megatron_gft.packing import Pack, build_pack, slice_for_context_parallel
 from megatron_gft.parallel import Parallel
 from megatron_gft.planning import FlopModel, GroupLengths, StepPlan, plan_step, step_groups, steps_per_epoch
@@ -114,7 +114,7 @@ class StepLoader:
             every_response = {"advantage": "none", "normalize": "tokens", "sources": None}
             self.objective = config.objective.model_copy(update=every_response)
         self.flop_model = FlopModel.from_shape(shape)
-        self.source_codes = [ALL_SOURCES.index(source) for source in self.objective.sources or ALL_SOURCES]
+        self.source_codes = [SOURCES.index(source) for source in self.objective.sources or SOURCES]
         self.alignment, self.pad_multiple = config.row_multiples
 
     @property

@@ -22,7 +22,7 @@ from megatron_gft.atomic import atomic_file
 from megatron_gft.batch import StepBatch
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError
-from megatron_gft.objectives import ALL_SOURCES
+from megatron_gft.objectives import SOURCES
 from megatron_gft.step import SIGNS, STATISTICS, LossReport, StepOutcome
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def loss_record(report: LossReport, *, with_entropy: bool, prefix: str = "") -> 
     record: Record = {f"{prefix}loss": report.loss}
     names = [name for name in STATISTICS if name not in ("tokens", "loss") and (with_entropy or name != "entropy")]
     places = {"": report.token_sums.sum((0, 1))}
-    for source, by_sign in zip(ALL_SOURCES, report.token_sums, strict=True):
+    for source, by_sign in zip(SOURCES, report.token_sums, strict=True):
         places |= {f"{source}/{sign}/": sums for sign, sums in zip(SIGNS, by_sign, strict=True) if sums[TOKENS]}
     for place, values in places.items():
         sums = dict(zip(STATISTICS, values.tolist(), strict=True))
@@ -82,7 +82,7 @@ def step_record(batch: StepBatch, outcome: StepOutcome, *, world_size: int, peak
         "slowest_rank_factor": outcome.times.slowest_factor,
         **{f"idle_share/stage_{i}": share for i, share in enumerate(outcome.times.idle_share_by_stage)},
     }
-    for code, source in enumerate(ALL_SOURCES):
+    for code, source in enumerate(SOURCES):
         lengths = batch.lengths[(batch.sources == code) & (batch.lengths > 0)]
         if len(lengths):
             record[f"{source}/response_tokens"] = float(lengths.mean())
@@ -192,7 +192,7 @@ class Reporter:
         record: Record = {"step": step} | loss_record(report, with_entropy=self.with_entropy, prefix="valid/")
         self._write(record)
         sources = [
-            f"{source} {record[key]:.4f}" for source in ALL_SOURCES if (key := f"valid/{source}/positive/nll") in record
+            f"{source} {record[key]:.4f}" for source in SOURCES if (key := f"valid/{source}/positive/nll") in record
         ]
         self.say(f"valid {step}/{self.total_steps} | loss {record['valid/loss']:.4f} | nll {', '.join(sources)}")
 

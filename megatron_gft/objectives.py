@@ -6,7 +6,7 @@ Imported by the configuration, so it needs nothing but Python.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Coefficient = Literal["rectified", "none", "probability"]
 Advantage = Literal["std", "population", "mean_only", "rloo", "none"]
@@ -14,7 +14,9 @@ Normalize = Literal["tokens", "sequences", "groups"]
 ZeroVariance = Literal["keep", "skip"]
 Source = Literal["expert", "teacher", "self"]
 
-ALL_SOURCES: tuple[Source, ...] = ("expert", "teacher", "self")
+SOURCES: tuple[Source, ...] = get_args(Source)
+"""Where a response comes from; its code in shards and tensors is its place here."""
+SOURCE_CODES: dict[str, int] = {name: code for code, name in enumerate(SOURCES)}
 
 
 class Objective(NamedTuple):
@@ -26,7 +28,7 @@ class Objective(NamedTuple):
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "gft": Objective("rectified", "std", ALL_SOURCES),
+    "gft": Objective("rectified", "std", SOURCES),
     "sft": Objective("none", "none", ("expert",)),
     "dft": Objective("probability", "none", ("expert",)),
 }

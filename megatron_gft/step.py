@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_gft.gft import token_coefficient
 from megatron_gft.model import LossOutput, unwrap
-from megatron_gft.objectives import ALL_SOURCES, HeadSettings
+from megatron_gft.objectives import SOURCES, HeadSettings
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
 from megatron_gft.timing import ForwardTimer, RankTimes
@@ -32,7 +32,7 @@ STATISTICS = ("tokens", "loss", "nll", "probability", "rectified", "abs_advantag
 class LossReport:
     """Sums over all loss rows of a step, equal on every rank.
 
-    ``token_sums`` is float64 ``[source, sign of advantage, statistic]`` in the order of ``ALL_SOURCES``, ``SIGNS``
+    ``token_sums`` is float64 ``[source, sign of advantage, statistic]`` in the order of ``SOURCES``, ``SIGNS``
     and ``STATISTICS``; every statistic is a sum over tokens. ``denominator`` is D.
     """
 
@@ -80,8 +80,8 @@ def pack_token_sums(pack: Pack, output: LossOutput, head: HeadSettings) -> torch
         dim=-1,
     )
     place = pack.sources.long() * len(SIGNS) + (pack.advantages < 0).long()
-    flat = rows.new_zeros(len(ALL_SOURCES) * len(SIGNS), len(STATISTICS))
-    return flat.index_add_(0, place, rows).view(len(ALL_SOURCES), len(SIGNS), len(STATISTICS))
+    flat = rows.new_zeros(len(SOURCES) * len(SIGNS), len(STATISTICS))
+    return flat.index_add_(0, place, rows).view(len(SOURCES), len(SIGNS), len(STATISTICS))
 
 
 class StepRunner:
@@ -102,9 +102,7 @@ class StepRunner:
             forward_only: evaluation; makes no gradient.
         """
         device = torch.cuda.current_device()
-        total = torch.zeros(
-            len(ALL_SOURCES), len(SIGNS), len(STATISTICS), dtype=torch.float64, device=torch.device(device)
-        )
+        total = torch.zeros(len(SOURCES), len(SIGNS), len(STATISTICS), dtype=torch.float64, device=torch.device(device))
         self.loss_sums = []
         if packs:
             data = [enumerate(packs) for _ in self.chunks]

@@ -13,8 +13,6 @@ from megatron_gft.groups.files import (
     write_group_file,
 )
 from megatron_gft.groups.records import (
-    SOURCE_CODES,
-    SOURCES,
     GroupRecord,
     ResponseRecord,
     gold_answer,
@@ -22,6 +20,7 @@ from megatron_gft.groups.records import (
     record_to_json,
 )
 from megatron_gft.groups.rows import iter_rows, json_value, parse_json_line, record_from_json
+from megatron_gft.objectives import SOURCE_CODES, SOURCES
 
 __all__ = [
     "BYTES_PER_CHUNK",

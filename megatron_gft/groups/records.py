@@ -31,9 +31,8 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, GroupProblems, ProblemLog
+from megatron_gft.objectives import SOURCE_CODES
 
-SOURCES = ("expert", "teacher", "self")
-SOURCE_CODES = {name: code for code, name in enumerate(SOURCES)}
 FINISH_REASONS = ("stop", "length")
 FLOAT32_MAX = 3.4028234663852886e38
 MAX_DEPTH = 100  # of lists and objects in each other; parsers and writers of JSON end at 200 and more, each elsewhere

@@ -18,7 +18,8 @@ from typing import Any
 
 from megatron_gft.groups import RawChunk, parse_chunk
 from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, GroupProblems, Problem, ProblemLog
-from megatron_gft.groups.records import SOURCE_CODES, GroupRecord, ResponseRecord, check_group, has_text, keep_responses
+from megatron_gft.groups.records import GroupRecord, ResponseRecord, check_group, has_text, keep_responses
+from megatron_gft.objectives import SOURCE_CODES
 from megatron_gft.shards.encoded import EncodedGroups, GroupEncoder
 from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_gft.atomic import atomic_file
 from megatron_gft.errors import InputError
-from megatron_gft.objectives import ALL_SOURCES
+from megatron_gft.objectives import SOURCES
 
 # Curves with more points than this also get a running mean over a 50th of them.
 SMOOTH_ABOVE = 200
@@ -43,7 +43,7 @@ class Panel:
 
     def __init__(self, title: str, key: str, log: bool = False):
         self.title, self.log = title, log
-        self.keys = tuple(key.format(source) for source in ALL_SOURCES) if "{}" in key else (key,)
+        self.keys = tuple(key.format(source) for source in SOURCES) if "{}" in key else (key,)
 
 
 PANELS = (

@@ -16,7 +16,7 @@ from megatron_gft.atomic import sha256_json
 from megatron_gft.batch import Groups, StepLoader
 from megatron_gft.config import Config
 from megatron_gft.hf.shape import ModelShape
-from megatron_gft.objectives import ALL_SOURCES
+from megatron_gft.objectives import SOURCES
 from megatron_gft.parallel import Parallel
 from megatron_gft.shards import GroupTable
 from megatron_gft.sizing.memory import StaticMemory
@@ -87,8 +87,8 @@ class AssumedGroups:
         prompt = int(min(lengths[0], self.longest // 2))
         rewards = random.integers(0, 2, w.responses).astype(np.float32)
         rewards[: w.expert_responses] = 1.0
-        sources = np.full(w.responses, ALL_SOURCES.index("self"), dtype=np.int8)
-        sources[: w.expert_responses] = ALL_SOURCES.index("expert")
+        sources = np.full(w.responses, SOURCES.index("self"), dtype=np.int8)
+        sources[: w.expert_responses] = SOURCES.index("expert")
         return prompt, np.minimum(lengths[1:], self.longest - prompt).astype(np.int64), sources, rewards
 
 
