@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import pickle
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -31,7 +32,7 @@ from megatron_gft.groups import (
     record_to_json,
     write_group_file,
 )
-from megatron_gft.groups.problems import KINDS, ProblemCounts, ProblemLog, parse_policies, report_lines
+from megatron_gft.groups.problems import KINDS, ProblemLog, parse_policies, problem_table, report_lines
 from megatron_gft.groups.records import MAX_DEPTH, check_group
 
 GROUP = {
@@ -425,8 +426,7 @@ def test_policies_are_parsed_and_nearest_name_is_given():
 
 def test_report_lists_what_changed_and_counts_everything(tmp_path):
     _, problems = parse(response_line(reward=1.0) + b"nope\n", tmp_path, invalid_json="drop")
-    counts = ProblemCounts()
-    counts.add(problems)
-    assert counts.as_dict() == {"equal_rewards": {"keep": 1}, "invalid_json": {"drop": 1}}
+    counts = Counter((problem.kind, problem.action) for problem in problems)
+    assert problem_table(counts) == {"equal_rewards": {"keep": 1}, "invalid_json": {"drop": 1}}
     (entry,) = map(json.loads, report_lines(problems).splitlines())
     assert entry["kind"] == "invalid_json" and entry["place"].endswith("in.jsonl:2")

@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when every shard is published, or this part of the input has none."""
     arguments = _parser().parse_args(argv)
     policies, part = parse_policies(arguments.policy), _part(arguments.part)
-    # Megatron-Core decorates with torch.compile, which loads all of Inductor: 1.2 of 5.5 seconds of CPU before the first
-    # row. Nothing is compiled here, and nothing trains in this process.
+    # Megatron-Core decorates with torch.compile, which loads Inductor: 1.2 of 5.5 seconds of CPU before the first row.
+    # Nothing is compiled here, and nothing trains in this process.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from megatron_gft.preprocess.run import PreprocessOptions, preprocess  # imports megatron: seconds
 

@@ -12,9 +12,8 @@ its kind says what happens to the data:
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 from megatron_gft.errors import InputErrors, nearest
 
@@ -160,21 +159,12 @@ class GroupProblems:
         return self.log.found(kind, self.place, self.id, detail, response)
 
 
-@dataclass
-class ProblemCounts:
-    """Counts of findings by kind and action, and of what they removed."""
-
-    by_kind: Counter = field(default_factory=Counter)
-
-    def add(self, problems: Iterable[Problem]) -> None:
-        self.by_kind.update((p.kind, p.action) for p in problems)
-
-    def as_dict(self) -> dict[str, dict[str, int]]:
-        """``{kind: {action: count}}``, sorted."""
-        table: dict[str, dict[str, int]] = {}
-        for (kind, action), count in sorted(self.by_kind.items()):
-            table.setdefault(kind, {})[action] = count
-        return table
+def problem_table(counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    """Counts of findings by kind and action as ``{kind: {action: count}}``, sorted."""
+    table: dict[str, dict[str, int]] = {}
+    for (kind, action), count in sorted(counts.items()):
+        table.setdefault(kind, {})[action] = count
+    return table
 
 
 def parse_policies(settings: Sequence[str]) -> dict[str, str]:

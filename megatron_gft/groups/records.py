@@ -37,6 +37,8 @@ FINISH_REASONS = ("stop", "length")
 FLOAT32_MAX = 3.4028234663852886e38
 MAX_DEPTH = 100  # of lists and objects in each other; parsers and writers of JSON end at 200 and more, each elsewhere
 
+_REQUIRED = ("id", "prompt", "responses", "text", "source")
+
 
 def _finish_reason(value: str) -> str:
     if value not in FINISH_REASONS:
@@ -89,7 +91,7 @@ def _own_fields(value: dict[str, Any], own: tuple[str, ...], rest: str) -> dict[
     others = {name: item for name, item in value.items() if name not in own}
     for name in others:
         near = _near_name(name, own)
-        if near is not None and near not in value:
+        if near is not None and near not in value and near not in _REQUIRED:  # of which it is told that they miss
             raise PydanticCustomError("misspelt", f"unknown field {name!r}, did you mean {near!r}?")
     if others and isinstance(known.setdefault(rest, {}), dict):
         known[rest] = known[rest] | others

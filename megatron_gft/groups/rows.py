@@ -168,7 +168,7 @@ def _parquet_row(row: dict[str, Any] | _UnreadableRow, place: str, problems: Pro
         if problems.found(kind, place, None, str(row)) != FIX:
             return None
         try:
-            row = {name: _mended(column[0]) for name, column in zip(row.batch.schema.names, row.batch, strict=True)}
+            row = _mended(row.batch.to_struct_array()[0])
         except (ValueError, OverflowError, NotImplementedError) as error:  # something else is wrong with it too
             problems.found("wrong_type", place, None, str(error))
             return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,7 @@ import megatron_gft
 from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_chunks
-from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, ProblemCounts, ProblemLog, raise_errors
+from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, ProblemLog, problem_table, raise_errors
 from megatron_gft.hf.shape import read_config
 from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, EncodingOptions, id_digest
 from megatron_gft.preprocess.staging import StagedShard, Staging, merge_problem_tables, shard_name
@@ -118,7 +119,13 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
         tokenizer, EncodingOptions(options.policies, options.max_prompt_tokens, options.max_response_tokens)
     )
     try:
-        prefixes, report, unwritten = _make_shards(options, files, stamp, existing, encoder, progress)
+        with contextlib.closing(Staging(prefix, _plan(options, files, stamp), len(existing))) as staging:
+            unwritten: dict[str, dict[str, int]] = {}  # problems of rows of which no shard was made
+            if not staging.publishing:
+                earlier = existing[: staging.first_index]
+                unwritten = _write_shards(options, files, stamp, staging, earlier, encoder, progress)
+            report = str(staging.report_path)
+            prefixes = staging.publish() if staging.publishing else []
     except OSError as error:
         raise InputError(
             f"{prefix}: cannot be written ({error}) -> see to it (room on the disk, limits, rights), then run the same "
@@ -149,10 +156,8 @@ def _check_options(options: PreprocessOptions) -> None:
         problems.append(f"BOS {options.add_bos} with a chat template, which spells BOS itself -> chat template none")
     if not 1 <= part <= parts:
         problems.append(f"part {part}/{parts} -> I/N with 1 <= I <= N")
-    for name in ("workers", "max_groups_per_shard", "max_bytes_per_shard", "rows_per_chunk"):
-        if getattr(options, name) < 1:
-            problems.append(f"{name}={getattr(options, name)} -> at least 1")
-    for name in ("max_prompt_tokens", "max_response_tokens"):
+    sizes = ("workers", "max_groups_per_shard", "max_bytes_per_shard", "rows_per_chunk")
+    for name in (*sizes, "max_prompt_tokens", "max_response_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             problems.append(f"{name}={value} -> at least 1")
@@ -224,27 +229,6 @@ def _plan(options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStam
 # --- the stream ---------------------------------------------------------------------------------------------------
 
 
-def _make_shards(
-    options: PreprocessOptions,
-    files: Sequence[str],
-    stamp: TokenizerStamp,
-    existing: Sequence[GroupShard],
-    encoder: ChunkEncoder,
-    progress: bool,
-) -> tuple[list[str], str, dict[str, dict[str, int]]]:
-    """Write and publish; prefixes of the shards, path of the report, problems of rows of which no shard was made."""
-    staging = Staging(output_prefix(options), _plan(options, files, stamp), len(existing))
-    try:
-        unwritten: dict[str, dict[str, int]] = {}
-        if not staging.publishing:
-            existing = existing[: staging.first_index]
-            unwritten = _write_shards(options, files, stamp, staging, existing, encoder, progress)
-        report = str(staging.report_path)
-        return staging.publish() if staging.publishing else [], report, unwritten
-    finally:
-        staging.close()
-
-
 def _rotation(name: str, parts: int) -> int:
     """The part that takes the first row of a file: another for each file, so that many small files are spread too.
 
@@ -281,15 +265,14 @@ def _write_shards(
     builder = _ShardBuilder(options, files, stamp, staging)
     for shard in existing:
         builder.remember_ids(shard)
-    skip = builder.next_chunk
     total = sum(map(os.path.getsize, files))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(builder)
+        stack.callback(builder.abort)
         encode_all: Callable[[Iterable[RawChunk]], Iterator[EncodedChunk]] = functools.partial(map, encoder.encode)
         if options.workers > 1:  # before the progress bar, which starts a thread
             encode_all = stack.enter_context(OrderedWorkers(encoder.encode, options.workers)).map
         bar = stack.enter_context(tqdm(total=total, desc="preprocess", unit="B", unit_scale=True, disable=not progress))
-        chunks = (chunk for number, chunk in enumerate(_chunks(options, files, bar)) if number >= skip)
+        chunks = itertools.islice(_chunks(options, files, bar), builder.next_chunk, None)
         started, groups = time.monotonic(), 0
         for result in encode_all(chunks):
             builder.add(result)
@@ -308,28 +291,21 @@ class _ShardBuilder:
         self._seen: set[bytes] = set()
         self._next_number: dict[bytes, int] = {}  # of ids that came again: all lower numbers are taken
         self._writer: GroupShardWriter | None = None
-        self._next_chunk = staging.done[-1].next_chunk if staging.done else 0
+        self.next_chunk = staging.done[-1].next_chunk if staging.done else 0  # first that was not added yet
         self._begin()
         for shard in staging.done:
             self.remember_ids(GroupShard(staging.folder / shard.name))
 
     def _begin(self) -> None:
-        self._problems = ProblemCounts()
+        self._problems: Counter[tuple[str, str]] = Counter()  # by kind and action
         self._lineage: Counter[str] = Counter()
         self._verifiers: Counter[str] = Counter()
         self._rows = 0
 
-    def __enter__(self) -> _ShardBuilder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def abort(self) -> None:
+        """Leave nothing of a shard that is not finished."""
         if self._writer is not None:
             self._writer.abort()
-
-    @property
-    def next_chunk(self) -> int:
-        """First chunk that was not added yet, here or in an earlier run."""
-        return self._next_chunk
 
     def remember_ids(self, shard: GroupShard) -> None:
         """Ids of groups that are in a shard already are duplicates from now on."""
@@ -349,8 +325,8 @@ class _ShardBuilder:
             or writer.bytes + groups.tokens.nbytes > self._options.max_bytes_per_shard
         ):
             self._close()
-        self._next_chunk += 1
-        self._problems.add(chunk.problems)
+        self.next_chunk += 1
+        self._problems.update((problem.kind, problem.action) for problem in chunk.problems)
         self._staging.note(chunk.problems)
         for lineage in chunk.lineages:
             self._lineage.update(lineage)
@@ -377,7 +353,7 @@ class _ShardBuilder:
             self._staging.write_report()
             way_out = f"see {self._staging.report_path}, relax the policies" if self._rows else "the input has no rows"
             raise InputError(f"no group is left to write -> {way_out}")
-        return self._problems.as_dict()
+        return problem_table(self._problems)
 
     def _close(self) -> None:
         assert self._writer is not None
@@ -389,7 +365,7 @@ class _ShardBuilder:
         self._writer.finish()
         self._writer = None
         name = self._staging.next_prefix.name
-        self._staging.add(StagedShard(name, self._next_chunk, self._rows, self._problems.as_dict()))
+        self._staging.add(StagedShard(name, self.next_chunk, self._rows, problem_table(self._problems)))
         self._begin()
 
     def _provenance(self) -> dict[str, Any]:
@@ -405,7 +381,7 @@ class _ShardBuilder:
             "responses_unlisted": sum(self._lineage.values()) - sum(count for _, count in listed),
             "policies": changed,
             "limits": {"prompt": options.max_prompt_tokens, "response": options.max_response_tokens},
-            "problems": self._problems.as_dict(),
+            "problems": problem_table(self._problems),
         }
 
     def _leave_duplicates_out(self, chunk: EncodedChunk) -> None:

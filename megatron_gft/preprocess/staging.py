@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from megatron_gft.atomic import fsync_path, sha256_json, write_json
 from megatron_gft.errors import InputError
-from megatron_gft.groups.problems import Problem, report_lines
+from megatron_gft.groups.problems import Problem, problem_table, report_lines
 from megatron_gft.shards.manifest import (
     ShardSet,
     content_fingerprint,
@@ -217,8 +217,8 @@ def shard_name(prefix: Path, index: int) -> str:
 
 def merge_problem_tables(tables: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
     """Sum of ``{kind: {action: count}}`` tables."""
-    total: dict[str, Counter[str]] = {}
+    total: Counter[tuple[str, str]] = Counter()
     for table in tables:
         for kind, actions in table.items():
-            total.setdefault(kind, Counter()).update(actions)
-    return {kind: dict(actions) for kind, actions in sorted(total.items())}
+            total.update({(kind, action): count for action, count in actions.items()})
+    return problem_table(total)
