@@ -161,14 +161,16 @@ def _mended(cell: Any) -> Any:
     return cell.as_py()
 
 
-def _parquet_row(row: dict[str, Any] | _UnreadableRow, place: str, problems: ProblemLog) -> dict[str, Any] | None:
+def _parquet_row(read: dict[str, Any] | _UnreadableRow, place: str, problems: ProblemLog) -> dict[str, Any] | None:
     """One row as the same group in JSONL; None when a problem removes it."""
-    if isinstance(row, _UnreadableRow):
-        kind = "invalid_utf8" if row.is_bad_text else "wrong_type"
-        if problems.found(kind, place, None, str(row)) != FIX:
+    if isinstance(read, dict):
+        row = read
+    else:
+        kind = "invalid_utf8" if read.is_bad_text else "wrong_type"
+        if problems.found(kind, place, None, str(read)) != FIX:
             return None
         try:
-            row = _mended(row.batch.to_struct_array()[0])
+            row = _mended(read.batch.to_struct_array()[0])
         except (ValueError, OverflowError, NotImplementedError) as error:  # something else is wrong with it too
             problems.found("wrong_type", place, None, str(error))
             return None
