@@ -122,8 +122,8 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
         with contextlib.closing(Staging(prefix, _plan(options, files, stamp), len(existing))) as staging:
             unwritten: dict[str, dict[str, int]] = {}  # problems of rows of which no shard was made
             if not staging.publishing:
-                earlier = existing[: staging.first_index]
-                unwritten = _write_shards(options, files, stamp, staging, earlier, encoder, progress)
+                builder = _ShardBuilder(options, files, stamp, staging, existing[: staging.first_index])
+                unwritten = _write_shards(builder, encoder, progress)
             report = str(staging.report_path)
             prefixes = staging.publish() if staging.publishing else []
     except OSError as error:
@@ -226,16 +226,12 @@ def _plan(options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStam
     return sha256_json([megatron_gft.__version__, inputs, stamp.model_dump(), limits, sizes, options.append])
 
 
-# --- the stream ---------------------------------------------------------------------------------------------------
-
-
 def _rotation(name: str, parts: int) -> int:
     """The part that takes the first row of a file: another for each file, so that many small files are spread too.
 
     It depends on nothing but the file's name, as parts that saw other files beside it must still share its rows.
     """
-    digest = hashlib.blake2b(os.fsencode(Path(name).name), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % parts
+    return int.from_bytes(hashlib.blake2b(os.fsencode(Path(name).name), digest_size=8).digest(), "big") % parts
 
 
 def _chunks(options: PreprocessOptions, files: Sequence[str], bar: tqdm) -> Iterator[RawChunk]:
@@ -252,27 +248,16 @@ def _chunks(options: PreprocessOptions, files: Sequence[str], bar: tqdm) -> Iter
         bar.n = before
 
 
-def _write_shards(
-    options: PreprocessOptions,
-    files: Sequence[str],
-    stamp: TokenizerStamp,
-    staging: Staging,
-    existing: Sequence[GroupShard],
-    encoder: ChunkEncoder,
-    progress: bool,
-) -> dict[str, dict[str, int]]:
+def _write_shards(builder: _ShardBuilder, encoder: ChunkEncoder, progress: bool) -> dict[str, dict[str, int]]:
     """Write all shards that are not done yet into the staging folder; problems of rows of which none was made."""
-    builder = _ShardBuilder(options, files, stamp, staging)
-    for shard in existing:
-        builder.remember_ids(shard)
-    total = sum(map(os.path.getsize, files))
+    options, total = builder.options, sum(map(os.path.getsize, builder.files))
     with contextlib.ExitStack() as stack:
         stack.callback(builder.abort)
         encode_all: Callable[[Iterable[RawChunk]], Iterator[EncodedChunk]] = functools.partial(map, encoder.encode)
         if options.workers > 1:  # before the progress bar, which starts a thread
             encode_all = stack.enter_context(OrderedWorkers(encoder.encode, options.workers)).map
         bar = stack.enter_context(tqdm(total=total, desc="preprocess", unit="B", unit_scale=True, disable=not progress))
-        chunks = itertools.islice(_chunks(options, files, bar), builder.next_chunk, None)
+        chunks = itertools.islice(_chunks(options, builder.files, bar), builder.next_chunk, None)
         started, groups = time.monotonic(), 0
         for result in encode_all(chunks):
             builder.add(result)
@@ -285,16 +270,24 @@ def _write_shards(
 class _ShardBuilder:
     """Puts encoded chunks into shards, in order; leaves duplicates out."""
 
-    def __init__(self, options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStamp, staging: Staging):
-        self._options, self._stamp, self._staging = options, stamp, staging
+    def __init__(
+        self,
+        options: PreprocessOptions,
+        files: Sequence[str],
+        stamp: TokenizerStamp,
+        staging: Staging,
+        existing: Sequence[GroupShard],
+    ):
+        self.options, self.files, self._stamp, self._staging = options, files, stamp, staging
         self._inputs = [{"name": Path(name).name, "bytes": os.path.getsize(name)} for name in files]
         self._seen: set[bytes] = set()
         self._next_number: dict[bytes, int] = {}  # of ids that came again: all lower numbers are taken
         self._writer: GroupShardWriter | None = None
         self.next_chunk = staging.done[-1].next_chunk if staging.done else 0  # first that was not added yet
         self._begin()
-        for shard in staging.done:
-            self.remember_ids(GroupShard(staging.folder / shard.name))
+        finished = (GroupShard(staging.folder / shard.name) for shard in staging.done)
+        for shard in (*existing, *finished):  # ids of groups that are in a shard already are duplicates from now on
+            self._seen.update(id_digest(shard.meta(i)["id"]) for i in range(len(shard)))
 
     def _begin(self) -> None:
         self._problems: Counter[tuple[str, str]] = Counter()  # by kind and action
@@ -307,10 +300,6 @@ class _ShardBuilder:
         if self._writer is not None:
             self._writer.abort()
 
-    def remember_ids(self, shard: GroupShard) -> None:
-        """Ids of groups that are in a shard already are duplicates from now on."""
-        self._seen.update(id_digest(shard.meta(i)["id"]) for i in range(len(shard)))
-
     def add(self, chunk: EncodedChunk) -> None:
         """Add the groups of the next chunk.
 
@@ -321,10 +310,10 @@ class _ShardBuilder:
         raise_errors(chunk.problems)
         groups, writer = chunk.groups, self._writer
         if writer is not None and (
-            writer.groups + len(groups) > self._options.max_groups_per_shard
-            or writer.bytes + groups.tokens.nbytes > self._options.max_bytes_per_shard
+            writer.groups + len(groups) > self.options.max_groups_per_shard
+            or writer.bytes + groups.tokens.nbytes > self.options.max_bytes_per_shard
         ):
-            self._close()
+            self._close(writer)
         self.next_chunk += 1
         self._problems.update((problem.kind, problem.action) for problem in chunk.problems)
         self._staging.note(chunk.problems)
@@ -333,8 +322,7 @@ class _ShardBuilder:
         self._verifiers.update(verifier for verifier in chunk.verifiers if verifier is not None)
         self._rows += chunk.rows
         if len(groups):
-            if self._writer is None:
-                self._writer = GroupShardWriter(self._staging.next_prefix, self._stamp)
+            self._writer = self._writer or GroupShardWriter(self._staging.next_prefix, self._stamp)
             self._writer.add(groups)
 
     def finish(self) -> dict[str, dict[str, int]]:
@@ -344,10 +332,10 @@ class _ShardBuilder:
             InputError: there is none, and this is the whole input; of a part that may be.
         """
         if self._writer is not None:
-            self._close()
+            self._close(self._writer)
         if self._staging.done:
             self._staging.finish()
-        elif self._options.part[1] > 1:
+        elif self.options.part[1] > 1:
             self._staging.publish_empty(self._provenance())
         else:
             self._staging.write_report()
@@ -355,23 +343,20 @@ class _ShardBuilder:
             raise InputError(f"no group is left to write -> {way_out}")
         return problem_table(self._problems)
 
-    def _close(self) -> None:
-        assert self._writer is not None
-        self._writer.provenance = self._provenance()
-        verifiers = [
-            {"verifier": json.loads(text), "groups": n} for text, n in self._verifiers.most_common(MAX_LINEAGES)
-        ]
-        self._writer.verifier = {"group_files": verifiers} if verifiers else {}
-        self._writer.finish()
+    def _close(self, writer: GroupShardWriter) -> None:
+        writer.provenance = self._provenance()
+        common = self._verifiers.most_common(MAX_LINEAGES)
+        verifiers = [{"verifier": json.loads(text), "groups": count} for text, count in common]
+        writer.verifier = {"group_files": verifiers} if verifiers else {}
+        writer.finish()
         self._writer = None
         name = self._staging.next_prefix.name
         self._staging.add(StagedShard(name, self.next_chunk, self._rows, problem_table(self._problems)))
         self._begin()
 
     def _provenance(self) -> dict[str, Any]:
-        options = self._options
+        options = self.options
         listed = sorted(self._lineage.most_common(MAX_LINEAGES))
-        changed = {kind: policy for kind, policy in options.policies.items() if policy != DEFAULT_POLICIES[kind]}
         return {
             "inputs": self._inputs,
             "input_set": sha256_json(sorted([i["name"], i["bytes"]] for i in self._inputs)),  # equal in all parts
@@ -379,13 +364,13 @@ class _ShardBuilder:
             "rows": self._rows,
             "responses": [{**json.loads(text), "count": count} for text, count in listed],
             "responses_unlisted": sum(self._lineage.values()) - sum(count for _, count in listed),
-            "policies": changed,
+            "policies": {kind: way for kind, way in options.policies.items() if way != DEFAULT_POLICIES[kind]},
             "limits": {"prompt": options.max_prompt_tokens, "response": options.max_response_tokens},
             "problems": problem_table(self._problems),
         }
 
     def _leave_duplicates_out(self, chunk: EncodedChunk) -> None:
-        log = ProblemLog(self._options.policies)
+        log = ProblemLog(self.options.policies)
         keep = np.ones(len(chunk.ids), dtype=bool)
         for i, group_id in enumerate(chunk.ids):
             digest = id_digest(group_id)
