@@ -38,6 +38,18 @@ def run(tmp_path, folder, records, name="out", **options):
     return preprocess(replace(base, **options), progress=False)
 
 
+def made(tmp_path, folder, record, *policies, **options):
+    """The only group of a run with these policies."""
+    name = str(len(list(tmp_path.iterdir())))
+    return only_group(run(tmp_path, folder, [record], name, policies=parse_policies(policies), **options))
+
+
+def only_group(summary):
+    (prefix,) = summary.prefixes
+    assert len(GroupShard(prefix)) == 1
+    return GroupShard(prefix)[0]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
@@ -47,12 +59,6 @@ def group_of(text="plain", **changes) -> GroupRecord:
     for field, value in changes.items():
         setattr(response, field, value)
     return GroupRecord("id", "prompt", [ResponseRecord("gold", "expert", 1.0), response])
-
-
-def only_group(summary):
-    (prefix,) = summary.prefixes
-    assert len(GroupShard(prefix)) == 1
-    return GroupShard(prefix)[0]
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
@@ -95,14 +101,14 @@ def test_token_ids_of_the_same_tokenizer_are_taken_as_they_are(tmp_path, folder,
     ids = tokenizer.encode_response("answ") + tokenizer.encode_response("er")  # not how it would tokenize "answer"
     assert ids != tokenizer.encode_response("answer")
     same = {"tokenizer": tokenizer.fingerprint}
-    group = only_group(run(tmp_path, folder, [group_of(token_ids=ids, logprobs=[-0.5] * len(ids), **same)]))
+    group = made(tmp_path, folder, group_of(token_ids=ids, logprobs=[-0.5] * len(ids), **same))
     assert group.responses[1].tolist() == [*ids, tokenizer.eos_id]
     assert group.logprobs[1][:-1].tolist() == [-0.5] * len(ids) and np.isnan(group.logprobs[1][-1])
     assert np.isnan(group.logprobs[0]).all()
     ended = [*ids, tokenizer.eos_id]
-    group = only_group(run(tmp_path, folder, [group_of(token_ids=ended, logprobs=[-1.0] * len(ended), **same)], "b"))
+    group = made(tmp_path, folder, group_of(token_ids=ended, logprobs=[-1.0] * len(ended), **same))
     assert group.responses[1].tolist() == ended and group.logprobs[1][-1] == -1.0
-    group = only_group(run(tmp_path, folder, [group_of(token_ids=ids, finish_reason="length", **same)], "c"))
+    group = made(tmp_path, folder, group_of(token_ids=ids, finish_reason="length", **same))
     assert group.responses[1].tolist() == ids
 
 
@@ -114,48 +120,31 @@ def test_token_ids_of_another_tokenizer_are_not(tmp_path, folder, tokenizer):
         assert group.logprobs is None and summary.problems["foreign_token_ids"] == {"keep": 1}
 
 
-@pytest.mark.parametrize("ids", [[], [-1], [10**6], [2**70], [2, 5], [0, 5]])
-def test_bad_token_ids(ids, tmp_path, folder, tokenizer):
-    record = group_of(token_ids=ids, tokenizer=tokenizer.fingerprint)
-    with pytest.raises(InputError, match="bad_token_ids"):
+# token_ids of this tokenizer (but for the last) that cannot be taken as they are -> the problem; see `group_of`.
+BAD_TOKENS = [
+    *(("bad_token_ids", {"token_ids": ids}, "bad_token_ids") for ids in ([], [-1], [10**6], [2**70], [2, 5], [0, 5])),
+    *(
+        ("bad_logprobs", {"token_ids": [7, 8], "logprobs": logprobs}, "bad_logprobs")
+        for logprobs in ([], [-1.0], [float("nan")] * 2, [0.5, -1], [-(10**400), -1])
+    ),
+    ("bad_logprobs", {"logprobs": [-0.5]}, "response 1 bad_logprobs: log-probs without token_ids"),
+    ("special_tokens", {"token_ids": [7, 1, 8]}, r"response 1 special_tokens: token_ids hold '<\|im_start\|>' \(1\)"),
+]
+
+
+@pytest.mark.parametrize("kind,changes,message", BAD_TOKENS)
+def test_bad_tokens_are_refused_or_mended_or_dropped(kind, changes, message, tmp_path, folder, tokenizer):
+    record = group_of(**changes, tokenizer=tokenizer.fingerprint)
+    with pytest.raises(InputError, match=message):
         run(tmp_path, folder, [record])
-    group = only_group(run(tmp_path, folder, [record], "fix", policies=parse_policies(["bad_token_ids=fix"])))
-    assert group.responses[1].tolist() == [*tokenizer.encode_response("plain"), tokenizer.eos_id]
-
-
-@pytest.mark.parametrize("logprobs", [[], [-1.0], [float("nan")] * 2, [0.5, -1], [-(10**400), -1]])
-def test_bad_logprobs(logprobs, tmp_path, folder, tokenizer):
-    record = group_of(token_ids=[7, 8], logprobs=logprobs, tokenizer=tokenizer.fingerprint)
-    with pytest.raises(InputError, match="bad_logprobs"):
-        run(tmp_path, folder, [record])
-    group = only_group(run(tmp_path, folder, [record], "fix", policies=parse_policies(["bad_logprobs=fix"])))
-    assert group.responses[1].tolist() == [7, 8, tokenizer.eos_id] and group.logprobs is None
-
-
-def test_logprobs_without_token_ids_do_not_vanish(tmp_path, folder, tokenizer):
-    record = group_of(logprobs=[-0.5])
-    with pytest.raises(InputError, match="response 1 bad_logprobs: log-probs without token_ids"):
-        run(tmp_path, folder, [record])
-    group = only_group(run(tmp_path, folder, [record], "fix", policies=parse_policies(["bad_logprobs=fix"])))
-    assert group.responses[1].tolist() == [*tokenizer.encode_response("plain"), tokenizer.eos_id]
-    dropped = only_group(run(tmp_path, folder, [record], "drop", policies=parse_policies(["bad_logprobs=drop"])))
-    assert len(dropped.responses) == 1
-
-
-def test_special_tokens_in_token_ids_are_found_as_in_text(tmp_path, folder, tokenizer):
-    start = tokenizer.encode_response("<|im_start|>", parse_special=True)
-    record = group_of(token_ids=[7, *start, 8], tokenizer=tokenizer.fingerprint)
-    with pytest.raises(InputError, match=r"response 1 special_tokens: token_ids hold '<\|im_start\|>' \(1\)"):
-        run(tmp_path, folder, [record])
-    made = {
-        policy: only_group(
-            run(tmp_path, folder, [record], policy, policies=parse_policies([f"special_tokens={policy}"]))
-        )
-        for policy in ("keep", "fix", "drop")
-    }
-    assert made["keep"].responses[1].tolist() == [7, *start, 8, tokenizer.eos_id]
-    assert made["fix"].responses[1].tolist() == [*tokenizer.encode_response("plain"), tokenizer.eos_id]
-    assert len(made["drop"].responses) == 1
+    fixed = made(tmp_path, folder, record, f"{kind}=fix")
+    taken = kind == "bad_logprobs" and "token_ids" in changes  # only the log-probs are left out then
+    expected = changes["token_ids"] if taken else tokenizer.encode_response("plain")
+    assert fixed.responses[1].tolist() == [*expected, tokenizer.eos_id] and fixed.logprobs is None
+    assert len(made(tmp_path, folder, record, f"{kind}=drop").responses) == 1
+    if kind == "special_tokens":
+        kept = made(tmp_path, folder, record, f"{kind}=keep")
+        assert kept.responses[1].tolist() == [*changes["token_ids"], tokenizer.eos_id]
 
 
 def test_over_long_responses(tmp_path, folder, tokenizer):
@@ -163,18 +152,14 @@ def test_over_long_responses(tmp_path, folder, tokenizer):
     with pytest.raises(InputError, match=r"out.jsonl:1: id 'id' response 1 long_response: \d+ tokens, the limit is 20"):
         run(tmp_path, folder, [record], max_response_tokens=20)
     assert not (tmp_path / "out").exists() or contents(tmp_path / "out") == {}
-    options = {"max_response_tokens": 20}
-    dropped = only_group(
-        run(tmp_path, folder, [record], "d", policies=parse_policies(["long_response=drop"]), **options)
-    )
-    assert len(dropped.responses) == 1
-    summary = run(tmp_path, folder, [record], "t", policies=parse_policies(["long_response=truncate"]), **options)
+    assert len(made(tmp_path, folder, record, "long_response=drop", max_response_tokens=20).responses) == 1
+    policies = parse_policies(["long_response=truncate"])
+    summary = run(tmp_path, folder, [record], "t", policies=policies, max_response_tokens=20)
     cut = only_group(summary).responses[1].tolist()
     assert cut == tokenizer.encode_response(record.responses[1].text)[:20]
     assert GroupShard(summary.prefixes[0]).manifest.counts.truncated == 1
-    exact = len(cut) + 1
-    fits = only_group(run(tmp_path, folder, [group_of(tokenizer.decode(cut))], "e", max_response_tokens=exact))
-    assert len(fits.responses[1]) == exact
+    fits = made(tmp_path, folder, group_of(tokenizer.decode(cut)), max_response_tokens=len(cut) + 1)
+    assert len(fits.responses[1]) == len(cut) + 1
 
 
 def test_over_long_prompts(tmp_path, folder, tokenizer):
@@ -191,28 +176,18 @@ def test_special_tokens_spelled_in_text(tmp_path, folder, tokenizer):
     spelled = group_of("a <|im_start|>b<|im_end|>")
     with pytest.raises(InputError, match=r"special_tokens: spells '<\|im_start\|>'"):
         run(tmp_path, folder, [spelled])
-    fixed = only_group(run(tmp_path, folder, [spelled], "f", policies=parse_policies(["special_tokens=fix"])))
-    ids = fixed.responses[1].tolist()
+    ids = made(tmp_path, folder, spelled, "special_tokens=fix").responses[1].tolist()
     assert ids.count(tokenizer.eos_id) == 1 and 1 not in ids and tokenizer.decode(ids[:-1]) == "a <|im_start|>b"
-    kept = only_group(run(tmp_path, folder, [spelled], "k", policies=parse_policies(["special_tokens=keep"])))
-    ids = kept.responses[1].tolist()
+    ids = made(tmp_path, folder, spelled, "special_tokens=keep").responses[1].tolist()
     assert ids.count(1) == 1 and ids.count(tokenizer.eos_id) == 1 and ids[-1] == tokenizer.eos_id
-    dropped = only_group(run(tmp_path, folder, [spelled], "d", policies=parse_policies(["special_tokens=drop"])))
-    assert len(dropped.responses) == 1
-
-
-def test_special_tokens_spelled_in_a_prompt(tmp_path, folder, tokenizer):
-    for name, prompt in (("s", "pro<|im_end|>mpt"), ("m", [{"role": "user", "content": "pro<|im_end|>mpt"}])):
-        record = replace(group_of(), prompt=prompt)
-        with pytest.raises(InputError, match="the prompt spells"):
-            run(tmp_path, folder, [record], name)
-        fixed = only_group(run(tmp_path, folder, [record], f"f{name}", policies=parse_policies(["special_tokens=fix"])))
-        assert fixed.prompt.tolist() == tokenizer.encode(tokenizer.render_prompt("prompt"))
+    assert len(made(tmp_path, folder, spelled, "special_tokens=drop").responses) == 1
 
 
 @pytest.mark.parametrize(
     "prompt,left",
     [
+        ("pro<|im_end|>mpt", "prompt"),
+        ([{"role": "user", "content": "pro<|im_end|>mpt"}], "prompt"),
         ("<|im_<|im_start|>end|>who", "who"),
         ("a<|im_<|im_<|im_end|>end|>end|>b", "ab"),
         ([{"role": "user<|im_end|>", "content": "hi"}], [{"role": "user", "content": "hi"}]),
@@ -226,7 +201,7 @@ def test_a_fixed_prompt_has_no_special_token_left(prompt, left, tmp_path, folder
     record = replace(group_of(), prompt=prompt)
     with pytest.raises(InputError, match="special_tokens: the prompt spells"):
         run(tmp_path, folder, [record])
-    fixed = only_group(run(tmp_path, folder, [record], "f", policies=parse_policies(["special_tokens=fix"])))
+    fixed = made(tmp_path, folder, record, "special_tokens=fix")
     assert fixed.prompt.tolist() == tokenizer.encode(tokenizer.render_prompt(left))
 
 
@@ -269,8 +244,8 @@ def test_groups_are_judged_by_the_responses_that_are_left(kind, lost, tmp_path, 
 def test_a_duplicate_stays_when_the_first_one_goes(tmp_path, folder, tokenizer):
     record = group_of("same", token_ids=[-1], tokenizer=tokenizer.fingerprint)
     record.responses += [ResponseRecord("same", "self", 0.0), ResponseRecord("same", "self", 0.5)]
-    policies = parse_policies(["bad_token_ids=drop", "duplicate_response=drop"])
-    assert only_group(run(tmp_path, folder, [record], policies=policies)).rewards.tolist() == [1.0, 0.0]
+    group = made(tmp_path, folder, record, "bad_token_ids=drop", "duplicate_response=drop")
+    assert group.rewards.tolist() == [1.0, 0.0]
 
 
 def test_the_report_counts_responses_as_they_were_read(tmp_path, folder):
