@@ -196,7 +196,7 @@ def parse_group(value: dict[str, Any], place: str, problems: ProblemLog) -> Grou
     """Check one row and make it a group; None when a problem removes it (it is in ``problems`` then)."""
     plain = None
     if "responses" not in value:
-        plain = next((names for names in _PLAIN_ROWS if all(name in value for name in names)), None)
+        plain = next((pair for pair in _PLAIN_ROWS if pair[0] in value and pair[1] in value), None)
     try:
         if plain is None:
             record = _GROUP.validate_python(value)
