@@ -154,7 +154,7 @@ def test_killed_while_it_begins_anew_it_takes_nothing_of_the_old_run(interrupted
     options = replace(options, output_prefix=str(tmp_path / "out" / "train"))
     other = replace(options, max_response_tokens=500)
     for fatal in (2, 5):
-        _in_child(lambda: _dying_at(options, 60), None)
+        _in_child(lambda: _dying_at(options, 50), None)
         assert _in_child(lambda n=fatal: _dying_at(other, n), None) == 9
     preprocess(options, progress=False)
     assert contents(tmp_path / "out") == complete
