@@ -183,19 +183,11 @@ def write_group_file(path: str | Path, records: Iterable[GroupRecord]) -> int:
     count = 0
     for problem in output_problems(path):
         raise InputError(problem)
-    with atomic_file(path) as temporary:
-        with _open_to_write(temporary, str(path).endswith(".gz")) as file:
-            for record in records:
-                file.write(record_to_json(record).encode("utf-8") + b"\n")
-                count += 1
+    with atomic_file(path) as temporary, open(temporary, "wb") as file, contextlib.ExitStack() as stack:
+        lines: IO[bytes] = file
+        if str(path).endswith(".gz"):  # no name and no time in the header: the same groups give the same bytes
+            lines = cast(IO[bytes], stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0)))
+        for record in records:
+            lines.write(record_to_json(record).encode("utf-8") + b"\n")
+            count += 1
     return count
-
-
-@contextlib.contextmanager
-def _open_to_write(path: Path, compressed: bool) -> Iterator[IO[bytes]]:
-    with open(path, "wb") as file:
-        if compressed:  # no name and no time in the header: the same groups give the same bytes
-            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
-                yield cast(IO[bytes], packed)
-        else:
-            yield file
