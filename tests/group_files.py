@@ -55,7 +55,7 @@ def write_parquet(path: Path, records: list[GroupRecord]) -> None:
                 {name: _cell(getattr(response, name)) for name in RESPONSE_FIELDS} | _extra(response.extra)
                 for response in record.responses
             ],
-            "meta": _cell(record.meta),
+            "meta": _cell(record.meta or None),
         }
         for record in records
     ]
@@ -65,7 +65,7 @@ def write_parquet(path: Path, records: list[GroupRecord]) -> None:
 def _cell(value):
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [{name: item.pop(name) for name in ("role", "content")} | _extra(item) for item in map(dict, value)]
-    return (json.dumps(value) if value else None) if isinstance(value, dict) else value
+    return json.dumps(value) if isinstance(value, dict) else value
 
 
 def _extra(fields):
