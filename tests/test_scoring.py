@@ -72,8 +72,8 @@ def test_a_hang_or_crash_costs_one_verdict_and_no_order(nasty):
     assert verdicts[2].detail == "worker died with exit code 3" and verdicts[5].detail == "ValueError: no"
 
 
-def test_math_verify_itself_may_hang():
-    cases = [Case(r"\boxed{10^{10^{10}}}", "3"), Case(r"\boxed{2^{1/2}}", r"\sqrt{2}")]
+def test_sympy_itself_may_hang():
+    cases = [Case(r"\boxed{9!!!!!}", "3"), Case(r"\boxed{2^{1/2}}", r"\sqrt{2}")]
     with VerifierPool(ScoringOptions("math", time_limit=2)) as pool:
         assert [verdict.outcome for verdict in pool.judge(cases)] == ["timeout", "correct"]
 

@@ -16,21 +16,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-SPACES = " \u00a0\u2009\u202f"
+from megatron_gft.scoring.spelling import MAGNITUDE, MULTIPLIERS, OUTSIDE_PERCENT, plain_latex, without_delimiters
+
+BoxPolicy = Literal["last", "listed", "near"]
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!\s*)(?=\d{3})")
+_EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
 _UNBRACED_BOX = re.compile(r"\s*([^\s{}$\\.,;]+)")
 
 # --- numbers and formulas: every repetition is bounded or possessive, so that no text takes more than a moment --------
 
-# at most three digits of exponent: 1e999999 must not become a million digits
-MAGNITUDE = (
-    rf"(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d{{1,3}}(?:[{SPACES}]\d{{3}})+(?![\d/])|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?:[eE][+-]?\d{1,3}(?![\w.]))?"
-)
 _CURRENCY = r"\\?[$\u20ac\u00a3\u00a5]"
 _NUMBER = (
     rf"(?:{_CURRENCY} ?)?(?:-(?=\d))?"
@@ -51,19 +50,21 @@ _POWER = r"\^(?:\{[^{}]{1,30}\}|\([^()\n]{1,30}\)|-?\d+|[A-Za-z](?![A-Za-z]))"
 _FACTORS = rf"(?:{_POWER}|{_FUNCTION}{_GROUP}|{_GROUP}|{_LETTER}| ?(?:{_COMMAND})){{0,20}}+"
 _TERM = rf"(?:{_NUMBER}|{_COMMAND}|{_FUNCTION}{_GROUP}|{_LETTER}|{_GROUP}){_FACTORS}"
 _LINK = (
-    r"(?: ?(?:[-\u2212+/=\u00d7\u00f7\u00b7]|\*(?!\*)|\\times|\\cdot|\\div|\\pm) ?[-\u2212]?"
-    r"| [xX] (?=[\d$])|(?<=\d):(?=\d))"
+    r"(?: ?(?:[-+/=<>]|[<>!]=|\*(?!\*)|\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|in)(?![A-Za-z])) ?-?"
+    r"| [xX] (?=[\d$])|(?<=\d)[:,](?=\d))"
 )
+_PLAIN = r"(?:(?! [A-Za-z]{2}|[A-Za-z]{2} )[^$\n\\])"  # no word: "$5 and $6" are two prices
 _SPAN = (
-    r"\$\$[^$]{1,400}\$\$|\\\(.{1,400}?\\\)|\\\[.{1,400}?\\\]|"
-    r"(?<![\\\d$])\$(?:[\d\s.,+\-*/()]{1,400}+|(?=[^$\n]{0,400}?[\\^_={])[^$\n]{1,400}+)(?<!\\)\$(?!\d)"
+    r"\\begin\{(?:align|equation|gather|eqnarray)\*?\}.{1,1500}?\\end\{(?:align|equation|gather|eqnarray)\*?\}|"
+    r"\$\$[^$]{1,400}\$\$|\\\(.{1,400}?\\\)|\\\[.{1,400}?\\\]|(?<![\\\d$])\$"
+    r"(?:[\d\s.,+\-*/()]{1,400}+|(?=[^$\n]{0,400}?[\\^_={])(?:\\.|[^$\\\n]){1,400}+|" + _PLAIN + r"{1,100}+)\$(?!\d)"
 )
 _RUN = re.compile(
     rf"(?P<span>{_SPAN})|"
-    rf"(?:(?<![\w)\]}}%.,])[-\u2212])?(?:(?=\\)(?:{_COMMAND}){_FACTORS}|(?<![\w^\\{{}}.)]){_TERM})(?:{_LINK}{_TERM}){{0,60}}+",
+    rf"(?:(?<![\w)\]}}%.,])-|\\pm ?)?(?:(?=\\)(?:{_COMMAND}){_FACTORS}|(?<![\w^\\{{}}.)]){_TERM})"
+    rf"(?:{_LINK}{_TERM}){{0,60}}+",
     re.DOTALL,
 )
-_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"))
 
 # --- where answers stand ----------------------------------------------------------------------------------------------
 
@@ -76,10 +77,30 @@ _NUMBERING = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _ANCHOR = re.compile(
-    rf"^{_HEADING}|\banswer\b(?:\s+(?:is|equals)\b|[ \t*]{{0,4}}[:=])(?P<tail>[^\n]*)", re.IGNORECASE | re.MULTILINE
+    rf"^{_HEADING}|\banswer\b(?:(?:[^.\n:=$\\\d]|\$[^$\n]{{1,20}}\$){{0,60}}?\b(?:is|are|be|equals|becomes)\b"
+    r"|[ \t*]{0,4}[:=])(?P<tail>[^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
 )
 _MAX_ANCHOR_FILLER = 40
 _MAX_TAIL = 1000
+_FILLER = re.compile(r"^[\s*_:,]*(?:(?:therefore|thus|then|hence|so|simply|just|now|again)[\s*,:]+)*", re.IGNORECASE)
+_NO_ANSWER = re.compile(r"(?:in)?correct|right|wrong|clear|as follows|below|above|given|found", re.IGNORECASE)
+_PERCENT_AFTER = re.compile(r"\s?\$?\s?(?:\\?%|(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)\b)")
+_BETWEEN = r"[\s$,;.&}~+|\\]|\\[()\[\],;: ]|\\q?quad|\\text\{"
+_LINKED = {
+    "listed": re.compile(rf"(?:{_BETWEEN}|\band\b|\bor\b|respectively){{0,40}}"),
+    "near": re.compile(rf"(?:{_BETWEEN}){{0,40}}|(?=.*(?:,|\b(?:and|or)\b)).{{0,40}}", re.DOTALL),
+}
+_NAME_ALONE = re.compile(r"\\?[A-Za-z]{1,9}(?:_\w|\([a-z]\))?")
+_IS = re.compile(r"[\s*]*(?:is|are|equals|must|=)(?![A-Za-z])")
+_SENTENCE_END = re.compile(
+    r"\.(?=\s|\*|$)|[;\n!]|,?\s(?:because|since|as|where|when|if|so|which|with|for)\b|\s\((?=[^()]*(?:=|(?<![A-Za-z\\])[A-Za-z]{2}))"
+)
+_COMMAND_NAME = re.compile(r"\\(?:text\w*|mbox|mathrm|mathbf|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(
+    r"(?<![A-Za-z])(?!(?:sqrt|sin|cos|tan|log|ln|exp|pi|[xyz]{2,3}|[A-Z]{2})(?![A-Za-z]))[A-Za-z]{2}"
+    r"|\d [A-Za-z](?![A-Za-z])"
+)
 _OR = re.compile(r"[\s*]*(?:[a-z]{1,20}\s+){0,2}or\s+(?:[a-z]{1,20}\s+)?[\s*]*")
 _AND = re.compile(r"[\s*]*(?:,|,?\s+and\s)[\s*]*")
 _END = re.compile(r"[\s*_`]*(?:$|[.!?;](?:\s|$))")
@@ -92,31 +113,55 @@ class _Run(NamedTuple):
     start: int
     end: int
     text: str
+    span: bool
 
 
-def extract_answer(text: str) -> str | None:
-    """The final answer of ``text`` as written there, or ``None`` when there is none (or its box was cut off)."""
-    boxed = last_boxed(text)
+def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
+    """The final answer of ``text``, or ``None`` when there is none (or its box was cut off).
+
+    It is as written there, but for signs outside of ASCII, which become LaTeX. ``boxes``: see the first rule above.
+    """
+    text = plain_latex(_DRAWING.sub("", text))
+    boxed = _boxed_answer(text, boxes)
     if boxed is not None:
         return boxed or None
+    text = _EMPTY_BOX.sub("", text)
     marked = _marked_answer(text)
     if marked is not None:
         return marked
     text = _NUMBERING.sub("", text)
-    anchors = list(_ANCHOR.finditer(text))
-    if anchors:
-        tail = anchors[-1]["tail"] or ""
+    for anchor in reversed(list(_ANCHOR.finditer(text))):
+        tail = anchor["tail"] or ""
         if not tail.strip(" *:_\t"):
-            tail = text[anchors[-1].end() :].lstrip("*_: \t\n").partition("\n\n")[0]
+            tail = text[anchor.end() :].lstrip("*_: \t\n").partition("\n\n")[0]
         answer = _anchored_answer(tail[:_MAX_TAIL])
         if answer is not None:
             return answer
     return _last_value(text)
 
 
+def _boxed_answer(text: str, boxes: BoxPolicy) -> str | None:
+    """The last box and those that belong to it; "" when the last is not closed, ``None`` without a box."""
+    found: list[str] = []
+    begin = -1
+    for box, start, end in _boxes_from_last(text):
+        if end is None:
+            return ", ".join(found)
+        content = text[start:end].strip()
+        if not content or (found and end > begin):
+            continue
+        after = end + (text[end : end + 1] == "}")
+        if found and (boxes == "last" or not _LINKED[boxes].fullmatch(text[after:begin])):
+            break
+        percent = OUTSIDE_PERCENT if _PERCENT_AFTER.match(text, after) and not content.endswith("%") else ""
+        found = [content + percent, *(other for other in found if other != content + percent)]
+        begin = box
+    return ", ".join(found) if found else None
+
+
 def last_boxed(text: str) -> str | None:
     r"""Content of the last non-empty ``\boxed{}``; "" when the last box is not closed; ``None`` without a box."""
-    for start, end in _boxes_from_last(text):
+    for _, start, end in _boxes_from_last(text):
         if end is None:
             return ""
         if text[start:end].strip():
@@ -127,23 +172,23 @@ def last_boxed(text: str) -> str | None:
 def replace_boxed(text: str, answer: str) -> str:
     """``text`` with ``answer`` in the place of its last boxed content, wherever that is boxed."""
     boxed = last_boxed(text)
-    for start, end in list(_boxes_from_last(text)):
+    for _, start, end in list(_boxes_from_last(text)):
         if end is not None and text[start:end].strip() == boxed:
             braced = text[start - 1] == "{"
             text = text[:start] + (answer if braced else f"{{{answer}}}") + text[end:]
     return text
 
 
-def _boxes_from_last(text: str) -> Iterator[tuple[int, int | None]]:
-    """Where the content of each box begins and ends; an end of ``None``: it is never closed."""
+def _boxes_from_last(text: str) -> Iterator[tuple[int, int, int | None]]:
+    """Where each box, and its content, begins and the content ends; an end of ``None``: it is never closed."""
     for box in reversed(list(_BOX.finditer(text))):
         start = box.end()
         while text[start : start + 1].isspace():
             start += 1
         if text[start : start + 1] == "{":
-            yield start + 1, _closing_brace(text, start + 1)
+            yield box.start(), start + 1, _closing_brace(text, start + 1)
         elif unbraced := _UNBRACED_BOX.match(text, start):
-            yield unbraced.span(1)
+            yield box.start(), *unbraced.span(1)
 
 
 def _closing_brace(text: str, start: int) -> int | None:
@@ -161,15 +206,6 @@ def _closing_brace(text: str, start: int) -> int | None:
                 return position
         position += 1
     return None
-
-
-def without_delimiters(text: str) -> str:
-    """``text`` without the signs of mathematics (or of bold type) around the whole of it."""
-    text = text.strip()
-    for opening, closing in _DELIMITERS:
-        if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
-            text = text[len(opening) : -len(closing)].strip()
-    return text
 
 
 def _marked_answer(text: str) -> str | None:
@@ -199,11 +235,15 @@ def _is_formula(line: str) -> bool:
 
 
 def _anchored_answer(tail: str) -> str | None:
-    """What "the answer is" introduces: values close by (or what they come to, after "="), or a few words."""
-    runs = list(_runs(tail))
+    """What "the answer is" introduces: a formula, values close by (or what they come to), or a few words."""
+    tail = _FILLER.sub("", _THOUSANDS.sub(",", tail))
+    formula = _formula(tail)
+    if formula:
+        return formula
+    runs = [run for run in _runs(tail) if not (_NAME_ALONE.fullmatch(run.text) and _IS.match(tail, run.end))]
     if not runs:
         words = tail.strip(" .*:!\t\n")
-        return words if 0 < len(words) <= _MAX_ANCHOR_FILLER else None
+        return words if 0 < len(words) <= _MAX_ANCHOR_FILLER and not _NO_ANSWER.match(words) else None
     filler = tail[: runs[0].start]
     if len(filler) > _MAX_ANCHOR_FILLER or re.search(r"\bnot\b", filler):
         return None
@@ -214,7 +254,16 @@ def _anchored_answer(tail: str) -> str | None:
     clause_end = _CLAUSE_END.search(tail, begin)
     equals = tail.rfind("=", begin, clause_end.start() if clause_end else len(tail))
     results = [run for run in runs if equals >= 0 and run.end > equals]  # "$2 an hour x 3 = $6"
-    return _result(results[0] if results else runs[0])
+    return _result((results or runs)[0].text)
+
+
+def _formula(tail: str) -> str | None:
+    """The first sentence of ``tail``, if it is one formula without delimiters and holds no word."""
+    sentence = _SENTENCE_END.split(tail.strip(" *_:\t"), maxsplit=1)[0].strip(" *_")
+    bare = _COMMAND_NAME.sub(" ", sentence)
+    if not re.search(r"\w|\\", sentence) or _WORD.search(bare) or re.search(r"(?<!\\)\$|\\[(\[]", sentence):
+        return None
+    return _result(re.sub(rf"(?<![\d,]){_CURRENCY} ?(?=[\d.])", "", sentence))
 
 
 def _listed(tail: str, runs: list[_Run]) -> list[_Run]:
@@ -231,33 +280,51 @@ def _listed(tail: str, runs: list[_Run]) -> list[_Run]:
 
 def _last_value(text: str) -> str | None:
     runs = list(_runs(text))
+    runs = [run for run in runs if re.search(r"\d|\\[A-Za-z]|[=<>]", run.text)] or runs  # $x$ names, but says nothing
     if not runs:
         return None
-    first = len(runs) - 1
+    first = last = len(runs) - 1
     while first and _OR.fullmatch(text, runs[first - 1].end, runs[first].start):
         first -= 1
-    return ", ".join(run.text for run in runs[first:]) if first < len(runs) - 1 else _result(runs[-1])
+    if first < last:
+        return ", ".join(run.text for run in runs[first:])
+    while last and not runs[last].span and not re.search(r"[.?!]\s|\n", text[runs[last - 1].end : runs[last].start]):
+        last -= 1  # "there are $9$ divisors of 196": what is set as a formula goes before
+    return _result(runs[last if runs[last].span else first].text)
 
 
 def _runs(text: str) -> Iterator[_Run]:
-    """Numbers and formulas; variables alone and empty formulas ("$ $") say nothing."""
-    text = text.replace("{,}", ",")
+    """Numbers and formulas; variables alone, outside of formulas, and empty formulas ("$ $") say nothing."""
+    text = _THOUSANDS.sub(",", text)
     for match in _RUN.finditer(text):
-        written = match[0]
+        written, end = match[0], match.end()
         if match["span"]:
-            value = without_delimiters(written).rstrip(".,;")
+            value = _last_row(without_delimiters(written))
+            if percent := _PERCENT_AFTER.match(text, end):
+                value, end = value if value.endswith("%") else value + OUTSIDE_PERCENT, percent.end()
         elif re.search(r"\d", written):
-            value = re.sub(_CURRENCY + " ?", "", written).replace("\u2212", "-")
+            value = re.sub(_CURRENCY + " ?", "", written)
             value = re.sub(r"^\(([^(),]*)\)$", r"\1", value)
         else:
             continue
         if value.strip():
-            yield _Run(match.start(), match.end(), value)
+            yield _Run(match.start(), end, value, bool(match["span"]))
 
 
-def _result(run: _Run) -> str:
+def _last_row(formula: str) -> str:
+    """What several rows, or steps with arrows between them, come to."""
+    environment = re.fullmatch(r"\\begin\{(\w+)\*?\}(.*)\\end\{\1\*?\}", formula, re.DOTALL)
+    if environment and environment[1] not in ("array", "matrix", "cases", "pmatrix", "bmatrix"):
+        formula = [row for row in environment[2].split(r"\\") if row.strip()][-1].replace("&", "")
+    formula = re.split(r"\\(?:Long)?(?:[Rr]ightarrow|implies|therefore|iff)(?![A-Za-z])", formula)[-1]
+    return formula.strip().rstrip(".,;").lstrip("=").strip()
+
+
+def _result(formula: str) -> str:
     """What a calculation comes to, or a name stands for: after the last "=". Equations are left alone."""
-    left, _, right = run.text.rpartition("=")
-    if "\\" in run.text or (re.search(r"[A-Za-z]", left) and not re.fullmatch(r"\s*[A-Za-z](_\w)?\s*", left)):
-        return run.text
+    left, _, right = formula.rpartition("=")
+    if "\\" in formula or re.fullmatch(r"\s*[A-Za-z]", right):
+        return formula
+    if re.search(r"[A-Za-z]", left) and not re.fullmatch(r"\s*[A-Za-z](_\w)?\s*", left):
+        return formula
     return right.strip()

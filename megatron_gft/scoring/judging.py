@@ -83,7 +83,7 @@ class ScoringOptions:
         """What is recorded with the rewards: enough to judge the same way again."""
         version: dict[str, Any] = {"megatron_gft": __version__}
         if self.verifier == "math":
-            version["math-verify"] = importlib.metadata.version("math-verify")
+            version["latex2sympy2_extended"] = importlib.metadata.version("latex2sympy2_extended")
         elif ":" in self.verifier:
             source = user_module(self.verifier).__file__
             version["source_sha256"] = sha256_file(source) if source else None

@@ -57,7 +57,9 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
         build_verifier(options.verifier, options.verifier_options)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            ["math_verify"] if options.verifier == "math" else ["megatron_gft.scoring.verifier_pool"]
+            ["latex2sympy2_extended.latex2sympy2"]
+            if options.verifier == "math"
+            else ["megatron_gft.scoring.verifier_pool"]
         )
         self._options = options
         self._clock = _Clock(options.time_limit / LOOKS_PER_LIMIT)

@@ -20,12 +20,16 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.groups.records import FLOAT32_MAX
-from megatron_gft.scoring.final_answers import extract_answer
-from megatron_gft.scoring.math_answers import PercentPolicy, UnitPolicy, same_answer, warm_up
+from megatron_gft.scoring.final_answers import BoxPolicy, extract_answer
+from megatron_gft.scoring.math_answers import (
+    Policies,
+    same_answer,
+    warm_up,
+)
 from megatron_gft.scoring.thoughts import after_thoughts
 
 Outcome = Literal["correct", "wrong", "unparsed", "timeout", "error"]
@@ -80,17 +84,16 @@ class _AfterThoughts:
 
 
 @dataclass(frozen=True)
-class MathVerifier(_AfterThoughts):
+class MathVerifier(Policies, _AfterThoughts):
     """The final answer equals the gold answer mathematically; policies: :mod:`~megatron_gft.scoring.math_answers`."""
 
-    percent: PercentPolicy = "off"
-    units: UnitPolicy = "off"
+    boxes: BoxPolicy = "listed"
 
     def __call__(self, case: Case) -> Verdict:
-        answer = extract_answer(self.said(case))
+        answer = extract_answer(self.said(case), self.boxes)
         if answer is None:
             return Verdict("unparsed", 0.0)
-        return _judged(same_answer(_final_gold(case), answer, self.percent, self.units), answer)
+        return _judged(same_answer(_final_gold(case, self.boxes), answer, self), answer)
 
     def warm_up(self) -> None:
         warm_up()
@@ -176,15 +179,15 @@ class ChoiceVerifier(_AfterThoughts):
         return "".join(found[-1]).upper() if found else None
 
 
-def _final_gold(case: Case) -> str:
+def _final_gold(case: Case, boxes: BoxPolicy = "listed") -> str:
     r"""The gold answer itself, where the gold text is a whole solution (``\boxed{}``, ``####``).
 
     Raises:
         InputError: there is no gold answer.
     """
     text = _gold_text(case)
-    if "####" in text or "\\boxed" in text:
-        return extract_answer(text) or text
+    if re.search(r"####|\\boxed|\banswer is\b", text):
+        return extract_answer(text, boxes) or text
     return text
 
 
@@ -257,9 +260,7 @@ def user_module(name: str) -> ModuleType:
 
 def _build_builtin(name: str, options: dict[str, str]) -> Verifier:
     kind = _BUILTIN[name]
-    allowed = {
-        key: parameter.annotation for key, parameter in inspect.signature(kind, eval_str=True).parameters.items()
-    }
+    allowed = get_type_hints(kind)
     problems = []
     for key, value in options.items():
         if key not in allowed:

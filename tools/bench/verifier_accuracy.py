@@ -2,7 +2,8 @@
 
 A verifier's false positives train wrong answers and its false negatives train against right ones, so both shares
 are measured on real solutions: every solution against its own gold answer, and every solution with its answer
-falsified (+-1, other sign, x10, x100, two digits swapped, another problem's gold answer).
+falsified (+-1, other sign, x10, x100, two digits swapped, another problem's gold answer, a matrix transposed or with
+its rows swapped, a tuple with its ends swapped).
 ``tools/measure_verifier.py`` prints the table.
 """
 
@@ -23,11 +24,13 @@ from megatron_gft.groups.records import gold_answer
 from megatron_gft.sampling.prompts import scalar_text
 from megatron_gft.scoring.final_answers import last_boxed, replace_boxed
 from megatron_gft.scoring.judging import ScoringOptions
-from megatron_gft.scoring.math_answers import parse_number, same_answer
+from megatron_gft.scoring.math_answers import same_answer
+from megatron_gft.scoring.spelling import parse_number
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case
 
 _INTEGER = re.compile(r"\d+")
+_MATRIX = re.compile(r"\\begin\{(.?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def perturbations(gold: str, other: str) -> Iterator[tuple[str, str]]:
 
 def _candidates(gold: str, other: str) -> Iterator[tuple[str, str]]:
     yield "other gold", other
+    yield from _rearranged(gold)
     numbers = list(_INTEGER.finditer(gold))
     if not numbers:
         return
@@ -151,6 +155,32 @@ def _candidates(gold: str, other: str) -> Iterator[tuple[str, str]]:
             yield "/100", str(float(parse_number(gold) or 0) / 100)
 
 
+def _rearranged(gold: str) -> Iterator[tuple[str, str]]:
+    """A matrix with its rows swapped or turned around, a tuple with its ends swapped."""
+    if matrix := _MATRIX.search(gold):
+        rows = [[cell.strip() for cell in row.split("&")] for row in matrix[2].split("\\\\") if row.strip()]
+
+        def put(rows: Sequence[Sequence[str]]) -> str:
+            return gold[: matrix.start(2)] + r" \\ ".join(" & ".join(row) for row in rows) + gold[matrix.end(2) :]
+
+        if rows[0] != rows[-1]:
+            yield "rows swapped", put([rows[-1], *rows[1:-1], rows[0]])
+        turned = list(zip(*rows, strict=False))
+        if turned != [tuple(row) for row in rows]:
+            yield "transposed", put(turned)
+    if pair := re.fullmatch(r"(\\left)?\(([^(),]+),(.*?),?([^(),]+?)(\\right)?\)", gold):
+        if pair[2].strip() != pair[4].strip():
+            middle = f"{pair[3]}," if pair[3].strip() else ""
+            yield "ends swapped", f"({pair[4]},{middle}{pair[2]})"
+
+
+def respelled(gold: str) -> Iterator[str]:
+    """``gold`` with other spaces, which change nothing."""
+    spaced = re.sub(r"\s*(\\\\|&|(?<!\\)[,=+])\s*", r" \1  ", gold)
+    compact = re.sub(r"\s*(\\\\|&|(?<!\\)[,=+])\s*", r"\1", gold)
+    yield from {spaced, compact, f" {gold} "} - {gold}
+
+
 def _trivially_equal(gold: str, answer: str) -> bool:
     numbers = parse_number(_value_text(gold)), parse_number(_value_text(answer))
     if numbers[0] is not None and numbers[1] is not None:
@@ -173,6 +203,8 @@ def measure(solutions: Sequence[Solution], options: Mapping[str, str], time_limi
     cases: dict[str, list[tuple[str, Case]]] = {"own gold": [(s.gold, Case(s.text, s.gold)) for s in solutions]}
     for index, solution in enumerate(solutions):
         false_answers = list(perturbations(solution.gold, solutions[index - 1].gold))
+        for answer in respelled(solution.gold):
+            cases.setdefault("own gold, other spaces", []).append((answer, Case(f"\\boxed{{{answer}}}", solution.gold)))
         for kind, answer in false_answers:
             cases.setdefault(kind, []).append((answer, Case(solution.with_answer(answer), solution.gold)))
         if parse_number(solution.gold) is None:

@@ -1,0 +1,325 @@
+"""What answers mean: kinds of answers and their neighbours, each right and wrong, and the policies of ``math``."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_gft.scoring.final_answers import extract_answer
+from megatron_gft.scoring.math_answers import Policies, same_answer
+from megatron_gft.scoring.spelling import parse_number
+from megatron_gft.scoring.verifier_pool import judge_one
+from megatron_gft.scoring.verifiers import Case, MathVerifier, build_verifier
+
+# kind -> rows of: gold, answers that are right, answers that are wrong; an answer stands in a box
+ANSWERS = {
+    "unicode": [
+        (r"\sqrt{2}", ["√2", "√{2}", "2^½"], ["2", "√3"]),
+        ("25", ["5²", "２５", "5^{2}"], ["5", "2²"]),
+        ("5.5", ["5½", r"5\frac{1}{2}", "5 1/2"], ["5", "½", "5²"]),
+        ("3x^2", ["3x²", "3·x²"], ["3x", "3x³"]),
+        ("x_1", ["x₁", "x_{1}"], ["x_2", "x"]),
+        ("0.006", ["6×10⁻³", "6·10^{-3}"], ["6×10⁻²", "6×10³"]),
+        ("2", ["∛8"], ["√8"]),
+        (r"\frac{\pi}{2}", ["π/2", "½π"], ["π", "2π"]),
+        (r"\sqrt{x+1}", ["√(x+1)"], ["√x+1"]),
+        ("-7", ["−7", "–7"], ["7"]),
+        (r"\theta", ["θ"], ["φ"]),
+    ],
+    "relations": [
+        ("x<1", ["x < 1", "1 > x", "-x > -1", r"x \lt 1", "2x<2", r"(-\infty, 1)"], ["x>1", r"x\le 1", "1", "y<1"]),
+        (r"x \leq 1", ["x ≤ 1", "x <= 1", r"1 \geqslant x", r"(-\infty,1]"], ["x<1", r"(-\infty,1)"]),
+        ("-2<a<5", ["a > -2, a < 5", "(-2,5)"], ["[-2,5]", r"-2\le a<5", "(5,-2)"]),
+        ("1<|x|<2", [r"(-2,-1) \cup (1,2)"], [r"(1,2)", r"[-2,-1) \cup (1,2)"]),
+        (r"x \ne 3", ["x != 3", "x ≠ 3"], ["x = 3", "3"]),
+        ("2x+3y=6", ["6=3y+2x", "4x+6y=12", "y = 2 - 2x/3"], ["2x+3y=7", "6", "2x-3y=6"]),
+        ("y=2x", ["2x", "y = 2 x"], ["y=3x", "x=2y", "x"]),
+        ("(1,2]", ["(1, 2]", r"\left(1,2\right]"], ["1<x≤2", "(1,2)", "[1,2]"]),
+    ],
+    "commas": [
+        ("3,5", ["3, 5", "5 and 3", r"\{5,3\}", "x = 3 or x = 5"], ["35", "3.5", "3", "3,5,7"]),
+        ("(1, 2)", ["(1,2)", r"\left(1,\, 2\right)"], ["(2,1)", r"\{1,2\}", "12", "(1,2,3)"]),
+        ("(100,200)", ["(100, 200)"], ["100200", "(200,100)"]),
+        ("100200", ["100,200", r"100{,}200", r"100\,200", r"100,\!200"], ["(100,200)", "100.2"]),
+        ("1;2;3", ["1,2,3"], ["1;2"]),
+    ],
+    "names": [
+        ("n=1, 2, 3", ["1, 2, 3", "n=1,2,3", "n=3, n=2, n=1", r"n \in \{1,2,3\}"], ["n=1,2", "m=1,2,3", "1,2"]),
+        ("1,2,3", ["n=1, 2, 3"], ["n=1, m=2, k=3"]),
+        ("5", ["x=5", "5=x", "2+3=5", "x=2+3=5", r"x \approx 5"], ["5=7", "7=5", "x=3, x=5", r"7 \approx 5"]),
+        (r"\frac{AB}{CD}=3", ["3"], ["4"]),
+        (r"\sin x = \frac12", [r"\sin(x)=0.5"], [r"\cos x = \frac12", "0.5"]),
+        (r"\frac{10}{3}", [r"\frac{10}{3} \approx 3.33", "3.33333"], ["3.33", r"3 \approx \frac{10}{3}"]),
+    ],
+    "matrices": [
+        (
+            r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+            [
+                r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+                r"\begin{bmatrix} 1 & 2 \\[2pt] 3 & \frac{8}{2} \\ \end{bmatrix}",
+                r"\begin{array}{cc}1&2\\3&4\end{array}",
+                r"\begin{pmatrix}1&1\\3&3\end{pmatrix}+\begin{pmatrix}0&1\\0&1\end{pmatrix}",
+            ],
+            [
+                r"\begin{pmatrix}1&3\\2&4\end{pmatrix}",
+                r"\begin{pmatrix}3&4\\1&2\end{pmatrix}",
+                r"\begin{pmatrix}1&2&3&4\end{pmatrix}",
+                r"\begin{pmatrix}1&2\\3&5\end{pmatrix}",
+                "10",
+            ],
+        ),
+        (
+            r"\begin{pmatrix} 2 \\ -4 \end{pmatrix}",
+            [r"2\begin{pmatrix}1\\-2\end{pmatrix}", r"\begin{pmatrix}2\\-4\end{pmatrix}"],
+            [r"\begin{pmatrix}2&-4\end{pmatrix}", r"\begin{pmatrix}-4\\2\end{pmatrix}", "(2,-4,0)"],
+        ),
+    ],
+    "percent": [
+        (r"28\%", [r"28 \%", "28 percent", r"28 \text{ pct}", "28 per cent"], ["28", "0.28", r"29\%"]),
+        ("28", [], [r"28\%", "28 percent"]),
+    ],
+    "tiny and huge": [
+        (r"\frac{1}{2004!}", [r"\frac{1}{2004!}", r"\frac{2004}{2004 \cdot 2004!}"], [r"\frac{1}{2006!}", "0"]),
+        ("2^{-2000}", [r"\frac{1}{2^{2000}}", "4^{-1000}"], ["-2^{-2000}", "2^{-2001}", "0"]),
+        ("e^{-1000}", [r"\frac{1}{e^{1000}}"], ["e^{-2000}", "0"]),
+        ("2^{2^{10}}", ["2^{1024}", "4^{512}"], ["2^{1023}", "2^{2^{11}}"]),
+        ("100!", [r"100 \cdot 99!"], ["100!+1", "99!"]),
+        ("1e-320", [r"10^{-320}"], ["2e-320", "0"]),
+    ],
+    "infinity": [
+        (
+            r"\infty",
+            ["∞", r"+\infty", "infinity", r"\text{infinity}", "inf", "positive infinity"],
+            [r"-\infty", "1e99"],
+        ),
+        (r"-\infty", ["-∞", "negative infinity", "-inf"], ["∞"]),
+        ("5", [], ["∞", r"-\infty"]),
+        (r"(-\infty, 3]", ["(-∞,3]", "(-inf, 3]"], ["(-∞,3)", r"(\infty,3]"]),
+        (r"\emptyset", [r"\varnothing", "∅"], ["0"]),
+    ],
+    "notes and money": [
+        ("9 (apples)", ["9", r"9 \text{ apples}", "9 (apples)", "9.0"], ["8", "9 pears", "8 (apples)", "19"]),
+        ("4.5 (miles/hour)", ["4.5"], ["4"]),
+        ("2.74", ["2,74 €", "€2,74", "€ 2,74", r"\$2.74"], ["74", "2,74", "274"]),
+        ("52_8", ["52_{8}"], ["52", "42", "52_9"]),
+    ],
+    "plus or minus": [
+        (r"\pm 2", ["±2", "2, -2", r"\{-2, 2\}", "x = ±2"], ["2", "-2", "±3"]),
+        (r"1 \pm \sqrt{19}", [r"1+\sqrt{19}, 1-\sqrt{19}", r"1-\sqrt{19}, \sqrt{19}+1"], [r"1+\sqrt{19}", r"1 \pm 19"]),
+        ("2", ["2"], ["±2"]),
+    ],
+    "expressions": [
+        ("(x+1)^2", ["x^2+2x+1", "x²+2x+1", "(1+x)(x+1)"], ["x^2+1", "(x-1)^2", "4"]),
+        (r"\pi(R^2-r^2)", [r"\pi R^2 - \pi r^2"], ["0", r"\pi(r^2-R^2)"]),
+        (r"\sin^2 x", [r"1 - \cos^2 x", r"\sin(x)^2"], [r"\sin x", r"\cos^2 x"]),
+        ("|x|", [r"\sqrt{x^2}"], ["x", "-x"]),
+        (r"\frac{1}{3}", [r"0.\overline{3}", "0.333333", "0.3333333", "1/3"], ["0.33", "0.333334", "0.3"]),
+        (r"0.1\overline{6}", ["1/6"], ["0.16"]),
+        ("3+4i", ["4i+3", "(2+i)^2"], ["3-4i", "5"]),
+        (r"\sqrt{2}", ["1.41421", "1.414214", r"\frac{2}{\sqrt{2}}"], ["1.4142", "1.41422", r"-\sqrt{2}"]),
+        (r"\binom{5}{2}", ["10"], ["5"]),
+        ("7:32", ["7 : 32", "7/32"], ["32:7", "7:33"]),
+        ("12:00", [], ["1:00", "12:30"]),
+    ],
+}
+CASES = [(kind, *row) for kind, rows in ANSWERS.items() for row in rows]
+
+
+@pytest.mark.parametrize("kind, gold, right, wrong", CASES, ids=[f"{case[0]}: {case[1]}" for case in CASES])
+def test_kinds_of_answers(kind, gold, right, wrong):
+    verifier = MathVerifier()
+    for answers, outcome in ((right, {"correct"}), (wrong, {"wrong", "unparsed"})):
+        for answer in answers:
+            assert verifier(Case(rf"so \boxed{{{answer}}}", gold)).outcome in outcome, answer
+
+
+SAID = [
+    ("The answer is √2.", r"\sqrt{2}"),
+    ("it is 5½ cups", "11/2"),
+    ("It costs 2,74 euros.", "2.74"),
+    ("Preis: 2,74 €", "2.74"),
+    ("so $4 y+7$", "7 + 4y"),
+    ("so $x > -1$", "x>-1"),
+    ("The solution is x < 1.", "x<1"),
+    ("it is ±2", "2,-2"),
+    ("The answer is $E$.", r"\text{(E)}"),
+    (r"so $28$ %.", r"28\%"),
+    (r"\boxed{28}\%", r"28\%"),
+    (r"\boxed{10} percent", "10"),  # what stands outside counts only if the gold answer has it
+    (r"\boxed{2} and \boxed{3}", "2, 3"),
+    (r"$\boxed{2}$, $\boxed{3}$ or $\boxed{5}$", "2,3,5"),
+    (r"The roots are \boxed{2}, \boxed{2}", "2"),
+    (r"We have \boxed{9} apples. So there are \boxed{4} pears.", "4"),
+    ("The answer is 9 (apples).", "9 (apples)"),
+    ("The answer is infinity.", r"\infty"),
+    (r"The answer is (-\infty, 2) \cup (3, \infty).", r"(3,\infty) \cup (-\infty,2)"),
+    (r"The answer is \begin{pmatrix} 1 \\ 2 \end{pmatrix}, since $a=1$.", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"Thus the correct answer is therefore \text{even}", r"\text{even}"),
+    ("The answer for $n$ is 34, where $m=2$", "34"),
+    (r"Final Answer: The volume of $ABC$ is 120. I hope it is correct.", "120"),
+    ("Since $a=3$, the answer should be $\\frac{1}{2}$, where $b=7$.", "1/2"),
+    ("The answer is 5. I hope that this answer is correct.", "5"),
+    ("So there are $9$ divisors of 196.", "9"),
+    ("We get $2+3=5$ and\n\\begin{align*} x &= 2 \\cdot 5 \\\\ &= 10.\n\\end{align*}", "10"),
+    (r"Thus $f(-2) = 5(-2)^2 - 2 = 18$.", "18"),
+    (r"$n! = 2 \cdot 5!=240$", "240"),
+    (r"$\Rightarrow \frac{8}{2} = 4$", "4"),
+    ("Hence $17 = x$.", "17"),
+    ("x is 3.\n[asy] draw((0,0)--(1,2)); [/asy]", "3"),
+]
+
+
+@pytest.mark.parametrize("text, gold", SAID)
+def test_answers_in_words(text, gold):
+    assert MathVerifier()(Case(text, gold)).outcome == "correct", extract_answer(text)
+
+
+@pytest.mark.parametrize(
+    "text, gold",
+    [
+        ("it is √2", "2"),
+        ("it is 5²", "5"),
+        ("it is 5½", "5"),
+        ("so 3x²", "3x"),
+        ("It costs 2,74 euros.", "74"),
+        ("so $x > -1$", "-1"),
+        ("it is ±2", "2"),
+        ("so $4 y+7$", "4"),
+        (r"\boxed{2} and \boxed{3}", "3"),
+        (r"\boxed{2} or \boxed{3}", "3"),
+        (r"\boxed{}", "5"),
+        (r"The answer is \boxed{}.", r"\boxed{}"),
+        (r"\boxed{5}", r"\boxed{}"),
+        (r"\boxed{29}\%", r"28\%"),
+    ],
+)
+def test_half_an_answer_or_two_are_none(text, gold):
+    assert judge_one(MathVerifier(), Case(text, gold)).reward == 0.0
+
+
+def test_a_gold_answer_of_several_boxes_is_all_of_them():
+    for gold in (r"\boxed{2} and \boxed{3}", r"so \(\boxed{2}\), \(\boxed{3}\)."):
+        assert MathVerifier()(Case(r"\boxed{3, 2}", gold)).outcome == "correct"
+        assert MathVerifier()(Case(r"\boxed{3}", gold)).outcome == "wrong"
+
+
+@pytest.mark.parametrize(
+    "option, gold, text",
+    [
+        ("percent=ignore", "28", r"\boxed{28 \%}"),
+        ("percent=value", "0.28", r"\boxed{28 \%}"),
+        ("percent=either", "0.28", r"\boxed{28 \%}"),
+        ("units=ignore", "15", r"\boxed{15cm}"),
+        ("units=spaced", "15", r"\boxed{15 cm}"),
+        ("units=spaced", "15", r"\boxed{15weeks}"),
+        ("decimal=comma", "1234.5", r"\boxed{1.234,5}"),
+        ("decimal=either", "1.22", r"\boxed{1,22}"),
+        ("decimal=either", "1234", r"\boxed{1,234.0}"),
+        ("names=ignore", "AB=4, CD=5", r"\boxed{4, 5}"),
+        ("names=ignore", "f(x) = 2x", r"\boxed{y = 2x}"),
+        ("digits=3", r"\pi", r"\boxed{3.14}"),
+        ("digits=2", r"\frac{8}{3}", r"\boxed{2.67}"),
+        ("steps=last", "7", r"\boxed{2+3 = 7}"),
+        ("intervals=either", "(1,2]", r"\boxed{1 < x \le 2}"),
+        ("boxes=near", "1, 2", r"\boxed{1} paper and \boxed{2} bins"),
+        ("boxes=last", "2", r"\boxed{1}, \boxed{2}"),
+        ("thoughts=none", "4", r"<think>\boxed{4}"),
+    ],
+)
+def test_policies_are_off_until_asked_for(option, gold, text):
+    verifier = build_verifier("math", dict([option.split("=")]))
+    assert verifier(Case(text, gold)).outcome == "correct"
+    if option != "decimal=either" or gold != "1234":
+        assert MathVerifier()(Case(text, gold)).outcome != "correct"
+
+
+@pytest.mark.parametrize(
+    "option, gold, text",
+    [
+        ("percent=value", "28", r"\boxed{28 \%}"),
+        ("units=spaced", "15", r"\boxed{15cm}"),
+        ("units=ignore", "3", r"\boxed{3xy}"),
+        ("units=ignore", "15", r"\boxed{16 cm}"),
+        ("decimal=either", "(0,9)", r"\boxed{[0,9)}"),
+        ("decimal=comma", "1234.5", r"\boxed{1,234.5}"),
+        ("names=ignore", "AB=4, CD=5", r"\boxed{5, 4}"),
+        ("digits=3", r"\pi", r"\boxed{3.15}"),
+        ("digits=2", "2.67", r"\boxed{2.66}"),
+        ("steps=last", "7=11a+c", r"\boxed{11a+c}"),
+        ("boxes=near", "2", r"\boxed{1} paper and \boxed{2} bins"),
+    ],
+)
+def test_policies_forgive_no_more_than_they_say(option, gold, text):
+    assert build_verifier("math", dict([option.split("=")]))(Case(text, gold)).outcome != "correct"
+
+
+FRACTIONS = st.fractions(-1000, 1000, max_denominator=60)
+ROOTS = st.integers(2, 60)
+
+
+@given(FRACTIONS, FRACTIONS)
+@settings(max_examples=200, deadline=None)
+def test_fractions_are_exact_in_every_spelling(gold, said):
+    sign, top, bottom = "-" if said < 0 else "", abs(said.numerator), said.denominator
+    spellings = [f"{sign}{top}/{bottom}", rf"{sign}\frac{{{top}}}{{{bottom}}}", rf"{sign}\dfrac {{{top}}}{{{bottom}}}"]
+    spellings += [f"{sign}{top // bottom} {top % bottom}/{bottom}"] if top % bottom and top > bottom else []
+    for spelling in spellings:
+        assert parse_number(spelling.replace("dfrac", "frac")) == said
+        assert same_answer(f"{gold.numerator}/{gold.denominator}", spelling) is (gold == said)
+
+
+@given(st.lists(st.lists(st.integers(-9, 9), min_size=2, max_size=3), min_size=2, max_size=3), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_matrix_equals_itself_alone(rows, data):
+    width = min(map(len, rows))
+    rows = [row[:width] for row in rows]
+
+    def spell(cells, end, separator):
+        return r"\begin{pmatrix}" + end.join(separator.join(map(str, row)) for row in cells) + r"\end{pmatrix}"
+
+    gold = spell(rows, r" \\ ", " & ")
+    assert same_answer(gold, spell(rows, r"\\", "&")) is True
+    other = data.draw(st.permutations(rows))
+    assert same_answer(gold, spell(other, r"\\", "&")) is (other == rows)
+    turned = [list(row) for row in zip(*rows, strict=True)]
+    assert same_answer(gold, spell(turned, r"\\ ", " &")) is (turned == rows)
+
+
+@given(st.lists(st.integers(-99, 99), min_size=2, max_size=4, unique=True), st.data())
+@settings(max_examples=60, deadline=None)
+def test_order_counts_in_tuples_and_not_in_lists(values, data):
+    other = data.draw(st.permutations(values))
+    assert same_answer(", ".join(map(str, values)), ", ".join(map(str, other))) is True
+    assert same_answer(f"({', '.join(map(str, values))})", f"({','.join(map(str, other))})") is (values == other)
+    assert same_answer(", ".join(map(str, values)), ", ".join(map(str, values[1:]))) is False
+
+
+@given(ROOTS, ROOTS, st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_roots_and_powers_keep_their_size(inside, other, factor):
+    gold = rf"{factor}\sqrt{{{inside}}}"
+    assert same_answer(gold, rf"\sqrt{{{factor * factor * inside}}}") is True
+    assert same_answer(gold, f"{factor}√{other}") is (inside == other)
+    assert same_answer(rf"{factor} \cdot 10^{{-{inside * 20}}}", rf"{factor} \cdot 10^{{-{other * 20}}}") is (
+        inside == other
+    )
+
+
+@given(st.text(alphabet="\\{}$^_0123456789.,-=<>()[]|&%±√½²xyn fracsqrtpmle", max_size=60))
+@settings(max_examples=400, deadline=None)
+def test_no_answer_breaks_the_comparison(answer):
+    for gold in ("5", "x<1", "(1,2]", r"\begin{pmatrix}1\\2\end{pmatrix}", "n=1,2"):
+        assert same_answer(gold, answer, Policies(units="ignore", names="ignore", decimal="either")) in (
+            True,
+            False,
+            None,
+        )
+
+
+def test_thirds_are_rounded_or_cut_and_nothing_else():
+    for digits in range(1, 12):
+        cut = Fraction(10**digits // 3, 10**digits)
+        assert same_answer("1/3", str(float(cut))) is (digits >= 6)
+        assert same_answer("1/3", f"0.{'3' * (digits - 1)}4") is False
+        assert same_answer("2/3", f"0.{'6' * (digits - 1)}7") is (digits >= 6)
