@@ -35,7 +35,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.pack_layout import Block, PackLayout, VarlenIndex, zigzag_indices
 
 __all__ = ["CoreAttention", "PackLayout", "RMSNorm", "TECoreAttention", "zigzag_indices"]
@@ -165,8 +164,6 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused):
-        if config.layernorm_zero_centered_gamma:
-            raise InputError("layernorm_zero_centered_gamma: not supported without Transformer Engine -> False")
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -174,10 +171,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class CoreAttention(MegatronModule):
     """Core attention on torch alone, CPU or GPU; see the module docstring for which kernel runs when.
 
-    The constructor is the one that Megatron's layer specs call.
-
-    Raises:
-        InputErrors: the configuration asks for what this attention does not do.
+    The constructor is the one that Megatron's layer specs call. Self-attention, causal, without dropout: ``backend.py``
+    asks for nothing else.
     """
 
     def __init__(
@@ -192,34 +187,13 @@ class CoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ):
         super().__init__(config=config)
-        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        window, looks_ahead = None, False
+        self.window = None  # tokens that a query sees, itself included; None = all
         if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
-            left, right = config.window_size
-            window, looks_ahead = left + 1 if left >= 0 else None, right != 0
-        causal = attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        checks = [
-            (dropout, f"attention_dropout: {dropout} would differ between pack forms -> set 0"),
-            (
-                attention_type != "self" or not causal,
-                f"{attention_type} attention with mask {attn_mask_type.name} -> causal self-attention only",
-            ),
-            (config.softmax_type != "vanilla", f"softmax_type: {config.softmax_type!r} is not supported -> 'vanilla'"),
-            (config.apply_query_key_layer_scaling, "apply_query_key_layer_scaling: not supported -> False"),
-            (
-                config.qk_clip or config.log_max_attention_logit,
-                "qk_clip, log_max_attention_logit: not supported -> False",
-            ),
-            (looks_ahead, f"window_size: {config.window_size} looks ahead -> (tokens - 1, 0)"),
-        ]
-        if problems := [text for wrong, text in checks if wrong]:
-            raise InputErrors("core attention cannot run this configuration", problems)
-        self.window = window  # tokens that a query sees, itself included; None = all
+            self.window = config.window_size[0] + 1
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group = None
         if config.context_parallel_size > 1:
-            if pg_collection is None:
-                raise ValueError("context parallelism needs pg_collection.cp")
+            assert pg_collection is not None
             self.cp_group = pg_collection.cp
 
     @property
@@ -253,20 +227,17 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackLayout | None = None,
     ) -> Tensor:
-        """Attend within a pack, or, without ``packed_seq_params``, causally within each column of a plain batch.
+        """Attend within a pack.
 
         Args:
             query: [T, 1, h/tp, d] after RoPE; T local rows (zig-zag under context parallelism).
             key, value: [T, 1, g/tp, d].
-            attention_mask: not read; the layout says it all.
+            packed_seq_params: which rows see which; ``attention_mask`` and the rest are not read.
 
         Returns:
             [T, 1, h/tp * d].
         """
-        if attention_bias is not None:
-            raise ValueError("attention_bias is not supported")
-        if packed_seq_params is None:
-            return self._plain_batch(query, key, value)
+        assert packed_seq_params is not None
         self._check(packed_seq_params, query)
         out = self._attend(query.squeeze(1), *self._gather(key.squeeze(1), value.squeeze(1)), packed_seq_params)
         return out.reshape(len(out), 1, -1)
@@ -284,17 +255,6 @@ class CoreAttention(MegatronModule):
             k, v = k.index_select(0, order), v.index_select(0, order)
         return _BlockAttention.apply(q, k, v, layout.blocks(self.cp_rank), self.scale)
 
-    def _plain_batch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[s, b, h, d] -> [s, b, h * d]: each column one causal sequence (evaluation, reference comparisons)."""
-        if self.cp_group is not None:
-            raise ValueError("context parallelism needs a PackLayout")
-        mask = bottom_right_mask(len(query), len(key), self.window, query.device)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
-
 
 class TECoreAttention(CoreAttention):
     """Core attention on Transformer Engine's kernels, through Megatron's wrapper (which knows TE's versions).
@@ -307,8 +267,6 @@ class TECoreAttention(CoreAttention):
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
-        if config.fp8_dot_product_attention:
-            raise InputError("fp8_dot_product_attention: not supported for packs -> False")
         # Optional dependency: megatron's module imports without TE, its classes do not construct.
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
@@ -317,9 +275,6 @@ class TECoreAttention(CoreAttention):
         # In a tuple, so that it is no submodule: TE registers an (empty) extra state, and checkpoints must not
         # depend on the attention backend.
         self._attention = (TEDotProductAttention(local, *args, **kwargs),)
-
-    def _plain_batch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self._attention[0](query, key, value, None, AttnMaskType.causal)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: PackLayout) -> Tensor:
         index = layout.varlen(self.cp_rank, q.device)

@@ -1,8 +1,7 @@
 """Checks that cross sections of the configuration, the model and the world size; all problems in one error.
 
 Torch-free: it runs before any process group, and in ``tools/plan.py``. Several of these combinations run in
-Megatron-Core without a word and give wrong numbers; each rule says so. :func:`transformer_problems` holds the rules
-about Megatron's own configuration, for whoever changes what ``model.py`` builds.
+Megatron-Core without a word and give wrong numbers; each rule says so.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_gft.config import Config
 from megatron_gft.errors import InputErrors
@@ -168,42 +166,3 @@ def _run(config: Config, world_size: int, training: bool) -> Iterator[str]:
             f"checkpoint.init_from={origin}: no such folder -> hf:DIR for a Hugging Face model, DIR for a Megatron "
             "checkpoint"
         )
-
-
-def transformer_problems(config: Any) -> Iterator[str]:
-    """What in a Megatron ``TransformerConfig`` would train another loss without a word (nothing: none).
-
-    ``model.py`` sets all of it; this is for overrides and for later versions of Megatron-Core.
-    """
-    if not config.calculate_per_token_loss:
-        yield "calculate_per_token_loss=False averages over microbatches and ranks -> True"
-    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
-        yield ("variable_seq_lengths=False receives every pack of a pipeline in the shape of the longest -> True")
-    if config.virtual_pipeline_model_parallel_size is not None and (
-        config.batch_p2p_comm or not config.overlap_p2p_comm
-    ):
-        yield (
-            "virtual pipeline stages with batch_p2p_comm swap two transfers between one pair of ranks (wrong losses, "
-            "or a hang) -> overlap_p2p_comm=True, batch_p2p_comm=False"
-        )
-    for name in ("hidden_dropout", "attention_dropout"):
-        if getattr(config, name):
-            yield f"{name}={getattr(config, name)} makes the loss depend on the layout and pack form -> 0"
-    if config.mtp_num_layers:
-        yield f"mtp_num_layers={config.mtp_num_layers}: the head does not train them -> None"
-    if config.defer_embedding_wgrad_compute:
-        yield "defer_embedding_wgrad_compute does not know the fused head -> False"
-    if config.num_moe_experts:
-        yield from _expert_problems(config)
-
-
-def _expert_problems(config: Any) -> Iterator[str]:
-    """Terms of a mixture of experts that are functions of a microbatch, not of a token."""
-    if config.moe_router_load_balancing_type not in ("none", ["none"]):
-        yield (
-            f"moe_router_load_balancing_type={config.moe_router_load_balancing_type!r}: an auxiliary loss depends on "
-            "how the step is packed -> 'none'"
-        )
-    for name in ("moe_expert_capacity_factor", "moe_z_loss_coeff", "moe_input_jitter_eps"):
-        if getattr(config, name) is not None:
-            yield f"{name}={getattr(config, name)} makes the loss depend on how the step is packed -> None"

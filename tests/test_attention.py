@@ -21,7 +21,6 @@ from megatron_gft.attention import (
     flash_attention,
     masked_attention,
 )
-from megatron_gft.errors import InputError
 from megatron_gft.pack_layout import zigzag_indices
 
 HEADS, CHANNELS = 4, 8
@@ -225,35 +224,12 @@ def test_bf16_stays_near_fp32():
     assert (out.float() - expected).abs().max() < 0.03
 
 
-def test_plain_batch_is_causal_in_each_column():
-    inputs, _ = make_inputs(22, 2)
-    module = make_module(num_query_groups=2)
-    packed = module(*inputs, None, packed_seq_params=make_layout([(0, 11, 0, 0), (11, 11, 0, 0)]))
-    columns = [torch.cat(t.detach().split(11), dim=1) for t in inputs]
-    plain = module(*columns, None)
-    assert plain.shape == (11, 2, HEADS * CHANNELS)
-    torch.testing.assert_close(plain, torch.cat(packed.split(11), dim=1), atol=1e-13, rtol=0)
-
-
 def test_meta_tensors_pass_for_planning():
     inputs, upstream = make_inputs(27, 2)
     inputs = [t.detach().to("meta").requires_grad_() for t in inputs]
     out = make_module(num_query_groups=2)(*inputs, None, packed_seq_params=make_layout(LAYOUTS["mixed"]))
     gradients = torch.autograd.grad(out, inputs, upstream.to("meta"))
     assert out.shape == upstream.shape and [g.shape for g in gradients] == [t.shape for t in inputs]
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
-        ({"window_size": (4, 4)}, "window_size"),
-        ({"softmax_type": "learnable"}, "softmax_type"),
-    ],
-)
-def test_unsupported_configurations_are_refused(fields, words):
-    with pytest.raises(InputError, match=words):
-        make_module(**fields)
 
 
 @pytest.mark.parametrize(

@@ -268,13 +268,14 @@ def transformer_config_kwargs(shape: ModelShape) -> dict[str, Any]:
         "activation_func": "silu",
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        "hidden_dropout": 0.0,
+        "hidden_dropout": 0.0,  # dropout would make the loss depend on the layout and the pack form
         "attention_dropout": 0.0,
     }
     if shape.window_size is not None:
         kwargs["window_size"] = shape.window_size
     if shape.num_moe_experts:
         kwargs |= {name: getattr(shape, name) for name in _MOE_FIELDS}
+        # An auxiliary loss would depend on how the step is packed, as capacity, z-loss and jitter (None) would.
         kwargs |= {"moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall"}
     return kwargs
 
