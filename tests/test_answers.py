@@ -166,6 +166,8 @@ SAID = [
     (r"$n! = 2 \cdot 5!=240$", "240"),
     (r"$\Rightarrow \frac{8}{2} = 4$", "4"),
     ("Hence $17 = x$.", "17"),
+    ("So\n#### 3,5 kg", "3,5 kg"),
+    ("It runs 5 meters per second.", "5 meters per second"),
     ("x is 3.\n[asy] draw((0,0)--(1,2)); [/asy]", "3"),
 ]
 
@@ -179,6 +181,8 @@ def test_answers_in_words(text, gold):
     "text, gold",
     [
         ("it is √2", "2"),
+        ("it is 5 pears", "5 apples"),
+        ("#### 6 kg", "5 kg"),
         ("it is 5²", "5"),
         ("it is 5½", "5"),
         ("so 3x²", "3x"),

@@ -300,6 +300,9 @@ def test_half_a_pair_in_a_column_of_json_text(column, policy, texts, tmp_path):
 def test_gold_answer():
     assert gold_answer("no marker") is None
     assert gold_answer("#### 1\nthen #### -2,000.5 ") == "-2000.5"
+    for kept in ("3,5", "(1, 2)", "1, 2, 3", "(100,200)", "3,5 kg", "12,34"):
+        assert gold_answer(f"so\n#### {kept}") == kept
+    assert gold_answer("#### $1,234,567.5 in 1,000 days, 2,000, 3") == "$1234567.5 in 1000 days, 2000, 3"
 
 
 def test_unknown_fields_are_kept_and_misspelt_ones_refused(tmp_path):
@@ -430,3 +433,30 @@ def test_report_lists_what_changed_and_counts_everything(tmp_path):
     assert problem_table(counts) == {"equal_rewards": {"keep": 1}, "invalid_json": {"drop": 1}}
     (entry,) = map(json.loads, report_lines(problems).splitlines())
     assert entry["kind"] == "invalid_json" and entry["place"].endswith("in.jsonl:2")
+
+
+@pytest.mark.parametrize("written", ["NaN", "Infinity", "1e400", "null"])
+def test_numbers_that_data_frames_write_for_nothing_are_no_answers(written, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        f'{{"id": "a", "prompt": "p", "answer": {written}, "responses": [{{"text": "5", "source": "expert"}}]}}\n'
+        f'{{"question": "q", "answer": {written}}}\n{{"problem": "q", "solution": {written}, "answer": "5"}}\n'
+        f'{{"problem": "q", "solution": "so 5", "answer": {written}}}\n'
+    )
+    log = ProblemLog()
+    found = [record for chunk in read_chunks(path) for record, _ in parse_chunk(chunk, log)]
+    assert [record.answer for record in found] == [None, None]
+    assert [(p.kind, p.place) for p in log.problems] == [("missing_field", f"{path}:2"), ("missing_field", f"{path}:3")]
+
+
+@pytest.mark.parametrize("bits", [16, 32, 64])
+def test_gold_numbers_of_parquet_are_the_shortest_of_their_own_type(bits, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import numpy as np
+
+    values = np.array([0.1, 2.5, np.nan, 1000], dtype=f"float{bits}")
+    groups = [{"id": str(i), "prompt": "p", "responses": [{"text": "5", "source": "expert"}]} for i in range(4)]
+    table = pyarrow.Table.from_pylist(groups).append_column("answer", pyarrow.array(values))
+    parquet.write_table(table, tmp_path / "in.parquet")
+    found = [r for chunk in read_chunks(tmp_path / "in.parquet") for r, _ in parse_chunk(chunk, ProblemLog())]
+    assert [record.answer for record in found] == ["0.1", "2.5", None, "1000.0"]

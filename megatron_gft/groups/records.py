@@ -11,6 +11,8 @@ import difflib
 import functools
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from reprlib import repr as short
 from typing import Annotated, Any, NotRequired
@@ -104,8 +106,19 @@ def _near_name(name: str, known: tuple[str, ...]) -> str | None:
     return near[0] if near else None
 
 
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
 _Number = StrictFloat | StrictInt  # a float alone would refuse integers beyond it, of which others have to be told
-_Text = Annotated[StrictStr, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+
+
+def number_text(value: Any) -> Any:
+    """Numbers as text; NaN and infinities, which data frames write into empty cells, are ``None``."""
+    if type(value) in (int, float):
+        return str(value) if math.isfinite(value) else None
+    return value
+
+
+_Text = Annotated[StrictStr, BeforeValidator(number_text)]
+_Answer = Annotated[StrictStr | None, BeforeValidator(number_text)]
 _Id = Annotated[StrictStr, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 _Object = Annotated[dict[str, Any], AfterValidator(_not_deep)]
 
@@ -128,7 +141,7 @@ class _ProblemRow(TypedDict):
     id: NotRequired[_Id | None]
     problem: StrictStr
     solution: _Text
-    answer: NotRequired[_Text | None]
+    answer: NotRequired[_Answer]
 
 
 _MESSAGES = TypeAdapter(list[Annotated[_Message, AfterValidator(_not_deep)]])
@@ -159,7 +172,7 @@ class GroupRecord:
     id: Annotated[_Id, Field(min_length=1)]
     prompt: Annotated[str | list[dict[str, Any]], PlainValidator(_prompt)]
     responses: list[Annotated[ResponseRecord, BeforeValidator(_own_response)]]
-    answer: _Text | None = None
+    answer: _Answer = None
     meta: _Object = field(default_factory=dict)
 
 
@@ -261,9 +274,11 @@ def has_text(prompt: str | list[dict[str, Any]]) -> bool:
 
 
 def gold_answer(text: str) -> str | None:
-    """What follows the last ``####`` of a GSM8K solution, without thousands separators; None without the marker."""
+    """What follows the last ``####`` of a GSM8K solution, without separators of thousands; None without the marker."""
     _, marker, tail = text.rpartition("####")
-    return tail.strip().replace(",", "") if marker else None
+    if re.search(r"[(\[{]", tail):  # (100,200) is a pair
+        return tail.strip() if marker else None
+    return _THOUSANDS.sub(lambda match: match[0].replace(",", ""), tail).strip() if marker else None
 
 
 def _check_response(response: ResponseRecord, log: GroupProblems) -> str:

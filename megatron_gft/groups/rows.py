@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 from pydantic_core import from_json
 
 from megatron_gft.groups.problems import FIX, ProblemLog, raise_errors
@@ -139,11 +140,23 @@ class _UnreadableRow(Exception):
 def _parquet_rows(batch: Any) -> list[dict[str, Any] | _UnreadableRow]:
     """Rows of a batch, each as far as it can be read."""
     try:
-        return batch.to_pylist()
+        rows = batch.to_pylist()
+        _shorten_decimals(rows, batch.schema)
+        return rows
     except (ValueError, OverflowError) as error:  # bad UTF-8, nanoseconds, dates beyond the year 9999
         if len(batch) == 1:
             return [_UnreadableRow(batch, error)]
     return [row for i in range(len(batch)) for row in _parquet_rows(batch.slice(i, 1))]
+
+
+def _shorten_decimals(rows: list[dict[str, Any]], schema: Any) -> None:
+    """Numbers of 16 and 32 bits as their own type spells them: 0.1, not 0.10000000149011612."""
+    narrow = {"float": numpy.float32, "halffloat": numpy.float16}
+    for field in schema:
+        if kind := narrow.get(str(field.type)):
+            for row in rows:
+                if row[field.name] is not None:
+                    row[field.name] = float(str(kind(row[field.name])))
 
 
 def _mended(cell: Any) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from megatron_gft.atomic import sha256_file, sha256_json
 from megatron_gft.errors import InputError
 from megatron_gft.groups import RawChunk, iter_rows, read_chunks, refuse_problems
 from megatron_gft.groups.problems import ProblemLog
-from megatron_gft.groups.records import ResponseRecord, gold_answer, parse_group
+from megatron_gft.groups.records import ResponseRecord, gold_answer, number_text, parse_group
 from megatron_gft.sampling.settings import Prompt
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
@@ -311,15 +310,14 @@ def _meta(row: dict[str, Any], used: set[str]) -> dict[str, Any]:
 
 
 def scalar_text(value: Any, place: str, column: str) -> str | None:
-    """Text of a cell that holds text or a number; ``None`` of an empty one (null, NaN).
+    """Text of a cell that holds text or a number; ``None`` of an empty one (null, NaN, an infinity).
 
     Raises:
         InputError: it holds something else, which has no one text: a list, true, ...
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
+    value = number_text(value)
+    if value is None or isinstance(value, str):
+        return value
     raise InputError(
         f"{place}: column {column!r} holds {str(value)[:60]!r} ({type(value).__name__}), neither text nor a number "
         "-> make it text, or choose another column"

@@ -140,6 +140,13 @@ def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
     return _last_value(text)
 
 
+def with_words_after(text: str, answer: str) -> Iterator[str]:
+    """``answer`` with one, two and three of the words that follow it in ``text``: its unit, if it has one."""
+    after = re.findall(rf"(?<!\w){re.escape(answer)} +((?:[A-Za-z]+ ?){{1,3}})", text)
+    words = after[-1].split() if after else []
+    yield from (f"{answer} {' '.join(words[: count + 1])}" for count in range(len(words)))
+
+
 def _boxed_answer(text: str, boxes: BoxPolicy) -> str | None:
     """The last box and those that belong to it; "" when the last is not closed, ``None`` without a box."""
     found: list[str] = []

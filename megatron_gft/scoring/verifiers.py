@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.groups.records import FLOAT32_MAX
-from megatron_gft.scoring.final_answers import BoxPolicy, extract_answer
+from megatron_gft.scoring.final_answers import BoxPolicy, extract_answer, with_words_after
 from megatron_gft.scoring.math_answers import (
     Policies,
     same_answer,
@@ -90,10 +90,15 @@ class MathVerifier(Policies, _AfterThoughts):
     boxes: BoxPolicy = "listed"
 
     def __call__(self, case: Case) -> Verdict:
-        answer = extract_answer(self.said(case), self.boxes)
+        said = self.said(case)
+        answer = extract_answer(said, self.boxes)
         if answer is None:
             return Verdict("unparsed", 0.0)
-        return _judged(same_answer(_final_gold(case, self.boxes), answer, self), answer)
+        gold = _final_gold(case, self.boxes)
+        equal = same_answer(gold, answer, self)
+        if equal is False and gold[-1].isalpha():  # "3 kg" was said, of which 3 is the answer
+            equal = any(same_answer(gold, longer, self) for longer in with_words_after(said, answer))
+        return _judged(equal, answer)
 
     def warm_up(self) -> None:
         warm_up()
