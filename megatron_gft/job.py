@@ -62,7 +62,6 @@ def build_trainer(
         _initial_weights(config, shape, parallel, modules)
     chunks = wrap_data_parallel(modules, transformer, config.optimizer)
     optimizer = build_optimizer(chunks, config.optimizer, bf16=transformer.bf16)
-    scheduler = build_scheduler(optimizer, config.optimizer, total_steps)
     checkpointer = Checkpointer(
         checkpoints,
         chunks,
@@ -77,14 +76,13 @@ def build_trainer(
         stored = checkpointer.load(resume_from, with_optimizer=config.checkpoint.load_optimizer)
         _check_same_data(stored, state, config, resume_from)
         state = replace(stored, data_fingerprint=state.data_fingerprint, groups_per_step=state.groups_per_step)
-    scheduler.step(state.step + 1)  # update k uses the rate of step k: the first one is not wasted at rate 0
     return Trainer(
         config=config,
         shape=shape,
         parallel=parallel,
         chunks=chunks,
         optimizer=optimizer,
-        scheduler=scheduler,
+        scheduler=build_scheduler(optimizer, config.optimizer, total_steps, state.step),
         runner=StepRunner(chunks, parallel),
         loader=loader,
         prefetcher=StepPrefetcher(loader, total_steps),

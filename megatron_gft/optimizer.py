@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -74,10 +75,18 @@ def build_optimizer(
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=use_gloo)
 
 
-def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
-    """Megatron's schedule; its learning rate is a function of the number of finished steps alone."""
-    decay_steps = config.decay_steps or total_steps
-    return OptimizerParamScheduler(
+def build_scheduler(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int, finished_steps: int
+) -> OptimizerParamScheduler:
+    """Megatron's schedule, at the rate of the next update; the rate is a function of the finished steps alone.
+
+    Update k (from 1) of a warm-up of W steps uses ``lr * k / W``, without a warm-up the first one uses ``lr``. The last
+    update of the decay is above ``min_lr``, which comes after it: a rate of 0 would waste that step.
+    """
+    # Megatron's rate 0 of a warm-up is at its step 0: update k takes step k. Without one, update 1 takes step 0.
+    ahead = int(config.warmup_steps > 0)
+    decay_steps = (config.decay_steps or total_steps) + ahead
+    scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
@@ -90,6 +99,32 @@ def build_scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, total
         wd_incr_steps=max(total_steps, 1),
         wd_incr_style="constant",
     )
+    scheduler.step(finished_steps + ahead)
+    return scheduler
+
+
+_SETTINGS = {"max_lr": "lr", "min_lr": "min_lr", "betas": "beta1, beta2", "eps": "eps", "weight_decay": "weight_decay"}
+
+
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> list[str]:
+    """Restore moments and step counts; learning rate, betas, eps and weight decay stay those of the configuration.
+
+    Returns:
+        A line for each setting that was another one when the state was saved.
+    """
+    wanted = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
+    with torch.no_grad():  # the loader of one of Megatron's formats writes into leaf views
+        optimizer.load_state_dict(state)
+    changed: dict[str, str] = {}
+    for group, settings in zip(optimizer.param_groups, wanted, strict=True):
+        for name, now in settings.items():
+            stored = type(now)(group.get(name, now))  # betas come back as a list
+            if stored != now:
+                changed[_SETTINGS[name]] = (
+                    f"optimizer.{_SETTINGS[name]}: {stored} in the checkpoint, {now} from here on"
+                )
+        group.update(settings)
+    return list(changed.values())
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:

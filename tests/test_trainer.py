@@ -115,6 +115,55 @@ def test_changed_data_is_refused_and_can_be_allowed(model, tmp_path):
     assert max(losses(output)) == 3
 
 
+def _settings_after_resume(model: str, output: str, options: list[str]) -> list[dict]:
+    """What the optimizer works with when training goes on."""
+    from megatron_gft.trainer import Trainer
+
+    names, seen = ("max_lr", "min_lr", "betas", "eps", "weight_decay"), []
+
+    def look(trainer):
+        seen.extend({name: group[name] for name in names} for group in trainer.optimizer.param_groups)
+        return original(trainer)
+
+    original, Trainer.run = Trainer.run, look
+    try:
+        device_run.run(model, output, options)
+    finally:
+        Trainer.run = original
+    return seen
+
+
+@pytest.mark.parametrize("options", [(), ("optimizer.distributed=false",), ("model.precision=bf16",)])
+def test_the_configuration_wins_over_the_optimizer_settings_of_a_checkpoint(model, tmp_path, options):
+    output, first = tmp_path / "run", ("model.precision=fp32", *options)
+    train(model, output, *first, "train.max_steps=2")
+    changed = [*first, "optimizer.lr=5e-4", "optimizer.min_lr=1e-5", "optimizer.beta1=0.8", "optimizer.beta2=0.9"]
+    changed += ["optimizer.eps=1e-6", "optimizer.weight_decay=0.1"]
+    (seen,) = run_ranks(1, _settings_after_resume, model, str(output), changed)
+    assert {group["weight_decay"] for group in seen} == {0.0, 0.1}
+    same = {"max_lr": 5e-4, "min_lr": 1e-5, "betas": (0.8, 0.9), "eps": 1e-6}
+    assert all(
+        {**group, "betas": tuple(group["betas"])} == same | {"weight_decay": group["weight_decay"]} for group in seen
+    )
+    assert rates(output)[3:] == [5e-4]
+
+
+def rates(output: Path) -> list[float]:
+    """Learning rate of each update."""
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [record["lr"] for record in records if "loss" in record]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_every_update_has_a_rate_above_the_end_of_the_decay(model, tmp_path, schedule):
+    """``min_lr`` is reached after the last update: with 0 it would be a step that does nothing."""
+    train(model, tmp_path / "run", f"optimizer.schedule={schedule}", "optimizer.min_lr=0")
+    found = rates(tmp_path / "run")
+    assert len(found) == 4 and found == sorted(found, reverse=True) and min(found) > 0
+    if schedule == "linear":
+        assert found == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
 def test_resume_never_does_not_overwrite(model, tmp_path):
     train(model, tmp_path / "run", "train.max_steps=1")
     with pytest.raises(RuntimeError, match="would overwrite them"):

@@ -39,6 +39,7 @@ from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, write_model_files
 from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.model import unwrap
+from megatron_gft.optimizer import load_optimizer_state
 from megatron_gft.parallel import Parallel
 
 logger = logging.getLogger(__name__)
@@ -254,8 +255,8 @@ class Checkpointer:
         loaded = _load(path, self._sharded_state(loading=True, with_optimizer=with_optimizer), self.parallel)
         load_model_state(self.chunks, loaded)
         if with_optimizer and self.optimizer is not None:
-            with torch.no_grad():  # the loader of one of Megatron's formats writes into leaf views
-                self.optimizer.load_state_dict(loaded["optimizer"])
+            for line in load_optimizer_state(self.optimizer, loaded["optimizer"]):
+                logger.info("%s", line)
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
         return read_state(path)
