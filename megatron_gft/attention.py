@@ -35,9 +35,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_gft.pack_layout import Block, PackLayout, VarlenIndex, zigzag_indices
+from megatron_gft.pack_layout import Block, PackLayout, VarlenIndex
 
-__all__ = ["CoreAttention", "PackLayout", "RMSNorm", "TECoreAttention", "zigzag_indices"]
+__all__ = ["CoreAttention", "PackLayout", "RMSNorm", "TECoreAttention"]
 
 # Kernel limits of flash attention 2, which torch ships.
 FLASH_HEAD_MULTIPLE, FLASH_HEAD_MAX = 8, 256

@@ -29,10 +29,6 @@ class Block(NamedTuple):
     k_length: int
     causal: bool
 
-    def continues_with(self, other: Block) -> bool:
-        """``other`` has the next rows and the same keys."""
-        return other.q_start == self.q_start + self.q_length and other[2:] == self[2:]
-
 
 @dataclass(frozen=True)
 class VarlenIndex:
@@ -75,16 +71,12 @@ class PackLayout(PackedSeqParams):
     _cache: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.segments.ndim != 2 or self.segments.shape[1] != 4 or not len(self.segments):
-            raise ValueError(f"segments must be [S >= 1, 4], got {tuple(self.segments.shape)}")
         self.segments = self.segments.to("cpu", torch.int32)
         start, length, prefix_start, prefix_length = self.segments.long().unbind(1)
-        ends = length.cumsum(0)
-        if length.min() < 1 or not torch.equal(start, ends - length):
+        if (length < 1).any() or not torch.equal(start, length.cumsum(0) - length):
             raise ValueError(f"segments do not tile the pack: {self.segments.tolist()}")
-        has_prefix = prefix_length > 0
-        outside = (prefix_start < 0) | (prefix_start + prefix_length > start)
-        if prefix_length.min() < 0 or (has_prefix & outside).any():
+        inside = (prefix_start >= 0) & (prefix_start + prefix_length <= start)
+        if (prefix_length < 0).any() or not (inside | (prefix_length == 0)).all():
             raise ValueError(f"a prefix must lie before its segment: {self.segments.tolist()}")
         if self.cp_size > 1 and (length % (2 * self.cp_size)).any():
             raise ValueError(f"segment lengths must be multiples of {2 * self.cp_size}: {length.tolist()}")
@@ -110,6 +102,15 @@ class PackLayout(PackedSeqParams):
                 entries.append((chunk, start, (index + 1) * chunk, *prefix))
         return entries
 
+    def rows(self, cp_rank: int) -> Tensor:
+        """Rows of the pack that a context-parallel rank holds, int64 [T / cp_size].
+
+        Transformer Engine's zig-zag: each segment falls into 2 * cp_size chunks, rank r holds chunks r and
+        2 * cp_size - 1 - r, so that every rank has the same share of the causal triangle.
+        """
+        ends = ((own_start + own_length, q_length) for q_length, own_start, own_length, *_ in self.entries(cp_rank))
+        return torch.cat([torch.arange(end - q_length, end) for end, q_length in ends])
+
     def blocks(self, cp_rank: int) -> tuple[Block, ...]:
         """Unmasked blocks that together are this rank's attention; the causal ones come first, each row in one.
 
@@ -127,11 +128,11 @@ class PackLayout(PackedSeqParams):
                 if before:
                     own.append(Block(row, q_length, own_start, before, False))
                 if prefix_length:
-                    block = Block(row, q_length, prefix_start, prefix_length, False)
-                    if prefixes and prefixes[-1].continues_with(block):
-                        before_it = prefixes.pop()
-                        block = before_it._replace(q_length=before_it.q_length + q_length)
-                    prefixes.append(block)
+                    last = prefixes[-1] if prefixes else None
+                    if last and last[2:4] == (prefix_start, prefix_length) and last.q_start + last.q_length == row:
+                        prefixes[-1] = last._replace(q_length=last.q_length + q_length)
+                    else:
+                        prefixes.append(Block(row, q_length, prefix_start, prefix_length, False))
                 row += q_length
             self._cache[key] = (*causal, *own, *prefixes)
         return self._cache[key]
@@ -162,35 +163,11 @@ class PackLayout(PackedSeqParams):
         """int64 [T * cp]: ``gathered[index]`` puts rows concatenated by rank back in pack order."""
         key = ("ungather", device)
         if key not in self._cache:
-            shards = [zigzag_indices(self.segments, self.cp_size, rank) for rank in range(self.cp_size)]
-            self._cache[key] = torch.argsort(torch.cat(shards)).to(device)
+            gathered = torch.cat([self.rows(rank) for rank in range(self.cp_size)])
+            self._cache[key] = torch.argsort(gathered).to(device)
         return self._cache[key]
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
     """int32 [len + 1] prefix sums, the form in which kernels take lengths."""
     return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
-
-
-def zigzag_indices(segments: Tensor, cp_size: int, cp_rank: int) -> Tensor:
-    """Rows of the pack that a context-parallel rank holds, int64 [T / cp_size].
-
-    Transformer Engine's zig-zag: each segment falls into 2 * cp_size chunks, rank r holds chunks r and
-    2 * cp_size - 1 - r, so that every rank has the same share of the causal triangle.
-
-    Args:
-        segments: int [S, 4], as in :class:`PackLayout`.
-
-    Raises:
-        ValueError: a segment length is no multiple of 2 * cp_size.
-    """
-    if cp_size == 1:
-        return torch.arange(int(segments[-1, 0] + segments[-1, 1]))
-    pieces = []
-    for start, length in segments[:, :2].tolist():
-        if length % (2 * cp_size):
-            raise ValueError(f"segment length {length} is no multiple of 2 * cp_size = {2 * cp_size}")
-        chunk = length // (2 * cp_size)
-        for index in (cp_rank, 2 * cp_size - 1 - cp_rank):
-            pieces.append(torch.arange(start + index * chunk, start + (index + 1) * chunk))
-    return torch.cat(pieces)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_gft.errors import InputError
-from megatron_gft.pack_layout import PackLayout, zigzag_indices
+from megatron_gft.pack_layout import PackLayout
 from megatron_gft.planning import PackPlan
 from megatron_gft.shards import Group
 
@@ -50,10 +50,10 @@ class Pack:
     response_index: Tensor
     groups: tuple[int, ...]
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Pack:
+    def to(self, device: torch.device | str) -> Pack:
         """The pack with its tensors on ``device``; the layout stays on the host and caches per device."""
         moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=non_blocking)
+            field.name: value.to(device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
@@ -61,57 +61,44 @@ class Pack:
 
 
 class _PackBuilder:
-    """Rows, segments and loss rows, appended segment by segment (numpy; ``pack`` makes the tensors)."""
+    """Rows, segments and loss rows, appended segment by segment (numpy; :meth:`pack` makes the tensors)."""
 
-    def __init__(self, segment_multiple: int, pad_token: int):
-        self.segment_multiple, self.pad_token = segment_multiple, pad_token
-        self.length = 0
+    def __init__(self, segment_multiple: int):
+        self.segment_multiple, self.length = segment_multiple, 0
         self.tokens: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.segments: list[tuple[int, int, int, int]] = []
         # One entry per response:
         self.loss_rows: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
-        self.indices: list[int] = []
+        self.indices: list[int] = []  # flat, among all responses of the step
         self.sources: list[int] = []
 
     def segment(self, tokens: np.ndarray, position: int, prefix: tuple[int, int] = (0, 0), rows: int = 0) -> int:
         """Append a segment of ``tokens``, padded to the multiple and to ``rows``; returns its first row."""
         start = self.length
         length = max(rows, -(-len(tokens) // self.segment_multiple) * self.segment_multiple)
-        padded = np.full(length, self.pad_token, dtype=np.int64)
-        padded[: len(tokens)] = tokens
-        positions = np.zeros(length, dtype=np.int64)
-        positions[: len(tokens)] = np.arange(position, position + len(tokens))
-        self.tokens.append(padded)
-        self.positions.append(positions)
+        padding = (0, length - len(tokens))
+        self.tokens.append(np.pad(tokens.astype(np.int64), padding))
+        self.positions.append(np.pad(np.arange(position, position + len(tokens)), padding))
         self.segments.append((start, length, *prefix))
         self.length += length
         return start
 
-    def targets(self, rows: np.ndarray, labels: np.ndarray, index: int, source: int) -> None:
-        """Append loss rows of the response with flat index ``index``."""
-        self.loss_rows.append(rows)
-        self.labels.append(labels)
-        self.indices.append(index)
-        self.sources.append(source)
-
-    def alone(self, prompt: np.ndarray, response: np.ndarray, index: int, source: int) -> None:
+    def alone(self, prompt: np.ndarray, response: np.ndarray) -> None:
         """A response that carries its prompt: rows P - 1 ... P + R - 2 of the segment predict it."""
-        start = self.segment(np.concatenate((prompt, response[:-1])), 0)
-        first = start + len(prompt) - 1
-        self.targets(np.arange(first, first + len(response)), response, index, source)
+        first = self.segment(np.concatenate((prompt, response[:-1])), 0) + len(prompt) - 1
+        self.loss_rows.append(np.arange(first, first + len(response)))
 
-    def together(self, prompt: np.ndarray, responses: Sequence[tuple[np.ndarray, int, int]]) -> None:
-        """Responses (tokens, flat index, source) on one prompt, whose last row predicts each one's first token."""
+    def together(self, prompt: np.ndarray, responses: Sequence[np.ndarray]) -> None:
+        """Responses on one prompt, whose last row predicts each one's first token."""
         start = self.segment(prompt, 0)
-        last = start + len(prompt) - 1
-        for response, index, source in responses:
-            rows = np.full(len(response), last, dtype=np.int64)
+        for response in responses:
+            rows = np.full(len(response), start + len(prompt) - 1)
             if len(response) > 1:
                 own = self.segment(response[:-1], len(prompt), (start, len(prompt)))
                 rows[1:] = np.arange(own, own + len(response) - 1)
-            self.targets(rows, response, index, source)
+            self.loss_rows.append(rows)
 
 
 def build_pack(
@@ -123,8 +110,6 @@ def build_pack(
     *,
     pad_multiple: int = 1,
     segment_multiple: int = 1,
-    pad_token: int = 0,
-    weight_dtype: torch.dtype = torch.float32,
 ) -> Pack:
     """The tensors of a planned pack, on the host.
 
@@ -135,45 +120,36 @@ def build_pack(
         response_weights: A * u of every response of the step, flat, groups in order, dead responses included.
         advantages: A, likewise.
         pad_multiple, segment_multiple: as ``pad_multiple`` and ``alignment`` of the plan. Padding is a segment of
-            its own, without loss.
-        pad_token: any valid token.
+            its own, of token 0, without loss.
 
     Raises:
         InputError: a prompt without tokens.
         ValueError: the plan does not belong to these groups.
     """
-    builder = _PackBuilder(segment_multiple, pad_token)
-    for place, responses in plan.items:
+    builder = _PackBuilder(segment_multiple)
+    for place, chosen in plan.items:
         group = groups[place]
         if not len(group.prompt):
             raise InputError(f"group {place} of the step: prompt has no token -> give it one")
-        members = [(group.responses[k], int(offsets[place]) + k, int(group.sources[k])) for k in responses]
-        if plan.form == "shared_prefix" and len(members) > 1:
-            builder.together(group.prompt, members)
+        responses = [group.responses[k] for k in chosen]
+        if plan.form == "shared_prefix" and len(responses) > 1:
+            builder.together(group.prompt, responses)
         else:
-            for member in members:
-                builder.alone(group.prompt, *member)
+            for response in responses:
+                builder.alone(group.prompt, response)
+        builder.labels += responses
+        builder.indices += (int(offsets[place]) + k for k in chosen)
+        builder.sources += (int(group.sources[k]) for k in chosen)
     unit = math.lcm(pad_multiple, segment_multiple)
     padding = max(unit, -(-builder.length // unit) * unit) - builder.length
     if padding:
         builder.segment(np.empty(0, dtype=np.int64), 0, rows=padding)
     if builder.length != plan.tokens:
         raise ValueError(f"plan says {plan.tokens} rows, its items make {builder.length}: other groups or multiples")
-    return _finish(builder, plan, response_weights, advantages, weight_dtype)
-
-
-def _finish(
-    builder: _PackBuilder,
-    plan: PackPlan,
-    response_weights: Sequence[float] | np.ndarray | Tensor,
-    advantages: Sequence[float] | np.ndarray | Tensor,
-    weight_dtype: torch.dtype,
-) -> Pack:
-    """Tensors of what was appended; values of a response are repeated over its loss rows."""
     lengths = torch.tensor([len(labels) for labels in builder.labels], dtype=torch.int64)
     index = torch.tensor(builder.indices, dtype=torch.int64)
 
-    def per_row(values: Tensor) -> Tensor:
+    def per_row(values: Tensor) -> Tensor:  # from one of each response
         return torch.repeat_interleave(values, lengths)
 
     def joined(arrays: Sequence[np.ndarray]) -> Tensor:
@@ -185,7 +161,7 @@ def _finish(
         layout=PackLayout(segments=torch.tensor(builder.segments, dtype=torch.int32)),
         loss_rows=joined(builder.loss_rows),
         labels=joined(builder.labels),
-        token_weights=per_row(torch.as_tensor(response_weights, dtype=weight_dtype)[index]),
+        token_weights=per_row(torch.as_tensor(response_weights, dtype=torch.float32)[index]),
         sources=per_row(torch.tensor(builder.sources, dtype=torch.int8)),
         advantages=per_row(torch.as_tensor(advantages, dtype=torch.float32)[index]),
         response_index=per_row(index.to(torch.int32)),
@@ -204,20 +180,21 @@ def slice_for_context_parallel(pack: Pack, cp_size: int, cp_rank: int) -> Pack:
     """
     if cp_size == 1:
         return pack
-    rows = zigzag_indices(pack.layout.segments, cp_size, cp_rank)
+    layout = PackLayout(segments=pack.layout.segments, cp_size=cp_size)
+    rows = layout.rows(cp_rank)
     local = torch.full((pack.layout.tokens,), -1, dtype=torch.int64)
     local[rows] = torch.arange(len(rows))
     loss_rows = local[pack.loss_rows]
     mine = loss_rows >= 0
+    of_loss_rows: dict[str, Any] = {
+        name: getattr(pack, name)[mine]
+        for name in ("labels", "token_weights", "sources", "advantages", "response_index")
+    }
     return replace(
         pack,
         tokens=pack.tokens[rows],
         position_ids=pack.position_ids[rows],
-        layout=PackLayout(segments=pack.layout.segments, cp_size=cp_size),
+        layout=layout,
         loss_rows=loss_rows[mine],
-        labels=pack.labels[mine],
-        token_weights=pack.token_weights[mine],
-        sources=pack.sources[mine],
-        advantages=pack.advantages[mine],
-        response_index=pack.response_index[mine],
+        **of_loss_rows,
     )

@@ -21,7 +21,6 @@ from megatron_gft.attention import (
     flash_attention,
     masked_attention,
 )
-from megatron_gft.pack_layout import zigzag_indices
 
 HEADS, CHANNELS = 4, 8
 GPU_CHANNELS = 64  # a size that every kernel has
@@ -153,7 +152,7 @@ def test_any_layout_equals_dense_attention(segments):
 @given(segments=random_segments(multiple=8), cp_size=st.sampled_from([1, 2, 4]))
 def test_zigzag_shards_partition_the_pack(segments, cp_size):
     layout = make_layout(segments, cp_size)
-    shards = [zigzag_indices(layout.segments, cp_size, rank) for rank in range(cp_size)]
+    shards = [layout.rows(rank) for rank in range(cp_size)]
     assert len({len(shard) for shard in shards}) == 1
     gathered = torch.cat(shards)
     assert torch.equal(gathered[layout.ungather_index(torch.device("cpu"))], torch.arange(layout.tokens))
@@ -174,7 +173,7 @@ def _attend_on_rank(segments, window, cp_size, kind=CoreAttention):
     torch.manual_seed(0)
     layout = make_layout(segments, cp_size)
     inputs, upstream = make_inputs(layout.tokens, 2)
-    rows = zigzag_indices(layout.segments, cp_size, dist.get_rank())
+    rows = layout.rows(dist.get_rank())
     local = [t.detach()[rows].requires_grad_() for t in inputs]
     module = make_module(dist.group.WORLD, kind, window, num_query_groups=2)
     out = module(*local, None, packed_seq_params=layout)

@@ -10,21 +10,20 @@ from hypothesis import strategies as st
 from memory_groups import pack_of
 
 from megatron_gft.errors import InputError
-from megatron_gft.pack_layout import zigzag_indices
 from megatron_gft.packing import slice_for_context_parallel
 from megatron_gft.planning import GroupLengths, PackPlan, plan_step
 from megatron_gft.shards import Group
 
-PAD = 99
+PAD = 0
 FIELDS = ("labels", "response_index", "sources", "token_weights", "advantages")
 
 
 def make_groups(lengths, seed=0):
-    """Groups with random tokens below ``PAD``."""
+    """Groups with random tokens, none of them ``PAD``."""
     rng = np.random.default_rng(seed)
 
     def tokens(n):
-        return rng.integers(0, PAD, n).astype(np.int32)
+        return rng.integers(1, 99, n).astype(np.int32)
 
     return [
         group_of(tokens(group.prompt), [tokens(r) for r in group.responses], rng.integers(0, 3, len(group.responses)))
@@ -109,7 +108,7 @@ def test_packs_train_every_response_as_if_it_were_alone(step, packing, cp_size, 
     multiples = dict(pad_multiple=pad_multiple)
     plan = plan_step(live, 2, 96, packing=packing, alignment=alignment, **multiples)
     packs = [
-        pack_of(p, groups, weights, advantages, segment_multiple=alignment, pad_token=PAD, **multiples)
+        pack_of(p, groups, weights, advantages, segment_multiple=alignment, **multiples)
         for rank in plan.packs
         for p in rank
     ]
@@ -131,7 +130,7 @@ def check_slices(pack, cp_size):
     found = []
     for rank, part in enumerate(slices):
         assert part.layout.cp_size == cp_size and part.layout.tokens == len(pack.tokens)
-        held = zigzag_indices(pack.layout.segments, cp_size, rank)
+        held = part.layout.rows(rank)
         found += zip(held[part.loss_rows].tolist(), *(getattr(part, name).tolist() for name in FIELDS), strict=True)
     fields = (getattr(pack, name).tolist() for name in FIELDS)
     assert sorted(found) == sorted(zip(pack.loss_rows.tolist(), *fields, strict=True))
@@ -140,7 +139,7 @@ def check_slices(pack, cp_size):
 def test_shared_prefix_pack_by_hand():
     groups = [group_of([1, 2, 3], [[4, 5], [6], [7, 8, 9]], [0, 1, 2])]
     plan = PackPlan("shared_prefix", ((0, (0, 1, 2)),), tokens=8, flops=0.0, loss_rows=6)
-    pack = pack_of(plan, groups, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], pad_multiple=8, pad_token=PAD)
+    pack = pack_of(plan, groups, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], pad_multiple=8)
     assert pack.tokens.tolist() == [1, 2, 3, 4, 7, 8, PAD, PAD]
     assert pack.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 0, 0]
     assert pack.layout.segments.tolist() == [[0, 3, 0, 0], [3, 1, 0, 3], [4, 2, 0, 3], [6, 2, 0, 0]]
@@ -155,7 +154,7 @@ def test_shared_prefix_pack_by_hand():
 def test_packed_pack_by_hand():
     groups = [group_of([1], [[2, 3]], [0]), group_of([4, 5], [[6], [7, 8]], [1, 2])]
     plan = PackPlan("packed", ((0, (0,)), (1, (1,))), tokens=8, flops=0.0, loss_rows=4)
-    pack = pack_of(plan, groups, [1.0, 2.0, 3.0], [0.0] * 3, segment_multiple=4, pad_token=PAD)
+    pack = pack_of(plan, groups, [1.0, 2.0, 3.0], [0.0] * 3, segment_multiple=4)
     assert pack.tokens.tolist() == [1, 2, PAD, PAD, 4, 5, 7, PAD]
     assert pack.position_ids.tolist() == [0, 1, 0, 0, 0, 1, 2, 0]
     assert pack.layout.segments.tolist() == [[0, 4, 0, 0], [4, 4, 0, 0]]
@@ -169,7 +168,7 @@ def test_packed_pack_by_hand():
 
 def test_empty_pack_is_padding_without_loss():
     plan = PackPlan("packed", (), tokens=8, flops=0.0, loss_rows=0)
-    pack = pack_of(plan, [], [], [], pad_multiple=8, pad_token=PAD)
+    pack = pack_of(plan, [], [], [], pad_multiple=8)
     assert pack.tokens.tolist() == [PAD] * 8 and pack.layout.segments.tolist() == [[0, 8, 0, 0]]
     for name in ("loss_rows", *FIELDS):
         assert getattr(pack, name).shape == (0,)
@@ -179,9 +178,9 @@ def test_empty_pack_is_padding_without_loss():
 def test_dtypes_are_those_that_the_model_takes():
     groups = make_groups([GroupLengths(3, (2, 4))])
     plan = plan_step([GroupLengths(3, (2, 4))], 1, 64, packing="shared_prefix").packs[0][0]
-    pack = pack_of(plan, groups, np.ones(2), np.ones(2), weight_dtype=torch.float64)
+    pack = pack_of(plan, groups, np.ones(2), np.ones(2))
     kinds = {field.name: getattr(pack, field.name).dtype for field in dataclasses.fields(pack)[:2]}
-    assert set(kinds.values()) == {torch.int64} and pack.token_weights.dtype == torch.float64
+    assert set(kinds.values()) == {torch.int64} and pack.token_weights.dtype == torch.float32
     assert (pack.loss_rows.dtype, pack.labels.dtype) == (torch.int64, torch.int64)
     assert (pack.sources.dtype, pack.response_index.dtype) == (torch.int8, torch.int32)
     moved = pack.to("meta")
