@@ -65,9 +65,12 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
         self._clock = _Clock(options.time_limit / LOOKS_PER_LIMIT)
         self._workers = [_Worker(self._context, options, self._clock) for _ in range(options.workers)]
         self.replaced = 0
+        self._backlog: deque[tuple[int, Case]] = deque()  # not with a worker yet
+        self._verdicts: dict[int, Verdict] = {}  # whose turn has not come
+        self._crashed: set[int] = set()  # cases whose worker died once
         try:
             while all(worker.starting for worker in self._workers):
-                self._collect(self._workers, deque(), {}, set())
+                self._collect(self._workers)
         except BaseException:
             self.close()
             raise
@@ -88,41 +91,43 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
     def judge(self, cases: Iterable[Case | Verdict]) -> Iterator[Verdict]:
         """One verdict per item, in order; a :class:`Verdict` among them is passed through. Reads a bounded window."""
         fresh = enumerate(cases)
-        backlog: deque[tuple[int, Case]] = deque()
-        verdicts: dict[int, Verdict] = {}
-        crashed: set[int] = set()
         next_out, window = 0, WINDOW_PER_WORKER * len(self._workers)
+        backlog, verdicts, crashed = self._backlog, self._verdicts, self._crashed
+        for left in (backlog, verdicts, crashed):
+            left.clear()
         while True:
             for worker in self._workers:
                 if worker.idle:
                     in_flight = len(backlog) + len(verdicts) + sum(len(other.pending) for other in self._workers)
-                    room = min(CASES_PER_MESSAGE - len(backlog), window - in_flight)
-                    _refill(backlog, verdicts, fresh, room)
+                    self._refill(fresh, min(CASES_PER_MESSAGE - len(backlog), window - in_flight))
                     worker.send([backlog.popleft() for _ in range(min(CASES_PER_MESSAGE, len(backlog)))])
             if next_out in verdicts:
                 while next_out in verdicts:
                     yield verdicts.pop(next_out)
                     next_out += 1
-                continue
-            if backlog or any(worker.pending for worker in self._workers):
-                busy = [worker for worker in self._workers if not worker.idle]
-                self._collect(busy, backlog, verdicts, crashed)
-            elif not _refill(backlog, verdicts, fresh, 1):
+            elif backlog or any(worker.pending for worker in self._workers):
+                self._collect([worker for worker in self._workers if not worker.idle])
+            elif not self._refill(fresh, 1):
                 return
 
-    def _collect(
-        self,
-        busy: list[_Worker],
-        backlog: deque[tuple[int, Case]],
-        verdicts: dict[int, Verdict],
-        crashed: set[int],
-    ) -> None:
+    def _refill(self, fresh: Iterator[tuple[int, Case | Verdict]], count: int) -> int:
+        """Take up to ``count`` items: cases wait in the backlog, verdicts are done. How many there were."""
+        taken = 0
+        for index, item in itertools.islice(fresh, max(0, count)):
+            taken += 1
+            if isinstance(item, Verdict):
+                self._verdicts[index] = item
+            else:
+                self._backlog.append((index, item))
+        return taken
+
+    def _collect(self, busy: list[_Worker]) -> None:
         """Receive what there is, waiting for it up to the next deadline; replace workers that hang or died."""
         timeout = max(0.0, min(worker.deadline for worker in busy) - self._clock.now())
         ready = set(wait([worker.connection for worker in busy], min(timeout, self._clock.longest_step)))
         for worker in busy:
             if worker.connection in ready:
-                verdicts.update(worker.receive())
+                self._verdicts.update(worker.receive())
                 if not worker.closed:
                     continue
                 death = Verdict("error", 0.0, f"worker died with exit code {worker.exit_code()}")
@@ -137,29 +142,12 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
             self.replaced += 1
             if worker.pending:
                 index, case = worker.pending.popleft()
-                if death.outcome == "error" and index not in crashed:  # maybe killed from outside: once more
-                    crashed.add(index)
-                    backlog.append((index, case))
+                if death.outcome == "error" and index not in self._crashed:  # maybe killed from outside: once more
+                    self._crashed.add(index)
+                    self._backlog.append((index, case))
                 else:
-                    verdicts[index] = death
-            backlog.extend(worker.pending)
-
-
-def _refill(
-    backlog: deque[tuple[int, Case]],
-    verdicts: dict[int, Verdict],
-    fresh: Iterator[tuple[int, Case | Verdict]],
-    count: int,
-) -> int:
-    """Take up to ``count`` items: cases wait in the backlog, verdicts are done. How many there were."""
-    taken = 0
-    for index, item in itertools.islice(fresh, max(0, count)):
-        taken += 1
-        if isinstance(item, Verdict):
-            verdicts[index] = item
-        else:
-            backlog.append((index, item))
-    return taken
+                    self._verdicts[index] = death
+            self._backlog.extend(worker.pending)
 
 
 class _Clock:
@@ -283,18 +271,14 @@ def _serve(connection: Connection, options: ScoringOptions) -> None:
             connection.send((f"verifier {options.verifier!r}: {needs}", time.process_time()))
         else:
             connection.send((None, time.process_time()))
-            _judge_all(connection, verifier, math.ceil(STARVED_FACTOR * options.time_limit) + GRACE_SECONDS)
+            while True:
+                for case in connection.recv():
+                    signal.alarm(math.ceil(STARVED_FACTOR * options.time_limit) + GRACE_SECONDS)
+                    verdict = judge_one(verifier, case)
+                    signal.alarm(0)
+                    connection.send((verdict, time.process_time()))
     except (EOFError, OSError):  # the parent is gone
         os.killpg(0, signal.SIGKILL)
-
-
-def _judge_all(connection: Connection, verifier: Verifier, alarm_seconds: int) -> None:
-    while True:
-        for case in connection.recv():
-            signal.alarm(alarm_seconds)
-            verdict = judge_one(verifier, case)
-            signal.alarm(0)
-            connection.send((verdict, time.process_time()))
 
 
 def judge_one(verifier: Verifier, case: Case) -> Verdict:
