@@ -190,7 +190,7 @@ def build_group_datasets(
     valid_groups = {_ALL: _limited(held_out, limits)} if held_out else {}
     limits_bite = any(groups.limited != LimitedCounts() for groups in [*train_groups.values(), *valid_groups.values()])
     content = [
-        [[shard.fingerprint for shard in shards] for shards in [*entries, held_out]],
+        [[shard.manifest.fingerprint for shard in shards] for shards in [*entries, held_out]],
         None if weights is None else list(weights),
         split,
         seed,
@@ -236,12 +236,13 @@ def _check(
     by_content: dict[str, str] = {}  # neither another spelling of a path nor a copy passes
     by_tokenizer: dict[str, str] = {}
     for shard in [*itertools.chain(*entries), *held_out]:
-        if shard.fingerprint in by_content:
+        content = shard.manifest.fingerprint
+        if content in by_content:
             raise InputError(
-                f"{shard.prefix}: the same groups as {by_content[shard.fingerprint]} in data.train or data.valid -> "
+                f"{shard.prefix}: the same groups as {by_content[content]} in data.train or data.valid -> "
                 "name each shard once; data.train_weights repeat an entry, data.split sets groups apart for validation"
             )
-        by_content[shard.fingerprint] = shard.prefix
+        by_content[content] = shard.prefix
         by_tokenizer.setdefault(shard.manifest.tokenizer.fingerprint, shard.prefix)
     if len(by_tokenizer) > 1:  # whatever the model's is
         found = [f"{prefix}: tokenizer {fingerprint[:12]}" for fingerprint, prefix in by_tokenizer.items()]

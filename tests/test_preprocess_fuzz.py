@@ -20,7 +20,7 @@ from tiny_tokenizers import byte_level_folder
 from megatron_gft.errors import InputError
 from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, KINDS
 from megatron_gft.preprocess.run import PreprocessOptions, PreprocessSummary, preprocess
-from megatron_gft.shards import GroupShard, verify_shard
+from megatron_gft.shards import GroupShard, verify_shards
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 OURS = "fingerprint of the tokenizer"  # stands for the true one, which is known when the test runs
@@ -129,8 +129,9 @@ def _preprocessed(source: Path, chosen: dict[str, str], folder: Path) -> Preproc
         assert not list(out.glob("train*.json")) and not list(out.glob("train.bin"))
         return None
     (prefix,) = summary.prefixes
-    manifest = verify_shard(prefix)
+    verify_shards([prefix])
     shard = GroupShard(prefix)
+    manifest = shard.manifest
     for i in range(len(shard)):
         group = shard[i]
         assert len(group.prompt) <= 40 and all(1 <= len(r) <= 12 for r in group.responses)

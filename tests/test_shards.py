@@ -19,11 +19,10 @@ from megatron_gft.shards import (
     GroupShardWriter,
     check_sets,
     expand_shards,
-    verify_shard,
     verify_shards,
 )
 from megatron_gft.shards.encoded import GroupEncoder
-from megatron_gft.shards.manifest import ShardSet
+from megatron_gft.shards.manifest import ShardSet, read_manifest
 
 
 def nan_equal(array: np.ndarray, expected: list) -> bool:
@@ -93,7 +92,8 @@ def test_it_is_a_plain_megatron_indexed_dataset(tmp_path):
 
 def test_manifest_counts(tmp_path):
     content = write_shard(tmp_path / "a", provenance={"models": ["m"]})
-    manifest = verify_shard(tmp_path / "a")
+    verify_shards([tmp_path / "a"])
+    manifest = read_manifest(tmp_path / "a")
     counts = manifest.counts
     responses = [r for group in content for r in group["responses"]]
     rewards = [r for group in content for r in group["rewards"]]
@@ -164,7 +164,7 @@ def test_a_changed_line_end_of_the_manifest_is_found(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
     with pytest.raises(InputError, match="not match its own hash"):
-        verify_shard(tmp_path / "a")
+        read_manifest(tmp_path / "a")
 
 
 def test_manifests_that_changed_places_are_refused(tmp_path):
@@ -238,7 +238,7 @@ def test_a_prefix_with_files_of_another_shard_is_refused(tmp_path, name):
     message = "exists already" if name == "a" else f"such as {tmp_path}/{name[0]}$"
     with pytest.raises(InputError, match=message):
         GroupShardWriter(tmp_path / name, STAMP)
-    verify_shard(tmp_path / "a")
+    verify_shards([tmp_path / "a"])
     assert len(list(tmp_path.iterdir())) == 8
 
 
@@ -247,7 +247,7 @@ def test_fingerprint_is_of_everything_that_training_reads(tmp_path):
         group = {"prompt": [7], "responses": [[8, 2]], "sources": ["self"], "rewards": [1.0], "logprobs": [[-0.5]]}
         with GroupShardWriter(tmp_path / name, STAMP) as writer:
             writer.add_group(**{**group, **changed}, group_id=name)  # ids and names of shards are not part of it
-        return GroupShard(tmp_path / name).fingerprint
+        return GroupShard(tmp_path / name).manifest.fingerprint
 
     assert fingerprint("same") == fingerprint("other.name")
     different = [dict(prompt=[6]), dict(responses=[[9, 2]]), dict(rewards=[0.0]), dict(logprobs=[[-0.25]])]
@@ -265,12 +265,13 @@ def test_a_shard_that_an_earlier_version_judged_anew_is_read(tmp_path):
     """``old_shard/judged`` was written by version c172e60, then judged twice; names of sidecars held hashes then."""
     prefix = Path(__file__).parent / "old_shard" / "judged"
     shard = GroupShard(prefix)
-    assert [j.verifier for j in verify_shard(prefix).judgements] == [{}, {"name": "second"}, {"name": "third"}]
+    verify_shards([prefix])
+    assert [j.verifier for j in shard.manifest.judgements] == [{}, {"name": "second"}, {"name": "third"}]
     assert shard.manifest.judgement.verifier == {"name": "third"} and shard.manifest.judgement.stats.missing == 1
     assert nan_equal(shard.rewards, [np.nan if i == 1 else i / 4 for i in range(10)])
     said = ["correct", "wrong", None] * 4
     assert [shard.outcomes(i) for i in range(3)] == [said[:5], said[5:6], said[6:10]]
-    assert shard.fingerprint == "6098f62c8ea35ae4838d0f431776a0d51ad97ad7f1c9d9dd50657e237a882adf"
+    assert shard.manifest.fingerprint == "6098f62c8ea35ae4838d0f431776a0d51ad97ad7f1c9d9dd50657e237a882adf"
     content = write_shard(tmp_path / "now", groups=3)
     for i, group in enumerate(content):
         assert [response.tolist() for response in shard[i].responses] == group["responses"]
@@ -341,7 +342,7 @@ def test_a_span_of_groups_comes_back_as_it_was_written(tmp_path):
         writer.add(shard.encoded(7, 99))
     for suffix in (".bin", ".idx", ".meta.bin", ".meta.idx"):
         assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
-    assert GroupShard(tmp_path / "b").fingerprint == shard.fingerprint
+    assert GroupShard(tmp_path / "b").manifest.fingerprint == shard.manifest.fingerprint
     assert [GroupShard(tmp_path / "b").outcomes(i) for i in range(20)] == [shard.outcomes(i) for i in range(20)]
 
 

@@ -18,7 +18,7 @@ from megatron_gft.inspection.characters import LENIENT, CharacterEncoder
 from megatron_gft.inspection.statistics import EXAMPLES_PER_KIND, Statistics
 from megatron_gft.inspection.views import GroupView, view_group
 from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, EncodingOptions
-from megatron_gft.shards import Group, GroupShard, check_sets, expand_shards, verify_shard, verify_shards
+from megatron_gft.shards import Group, GroupShard, check_sets, expand_shards, verify_shards
 from megatron_gft.shards.encoded import PROMPT_MODE
 from megatron_gft.shards.manifest import manifest_path
 from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
@@ -99,8 +99,7 @@ class ShardSource:
         except InputError:
             raise
         except Exception:  # tokens and codes out of range raise anything; where no byte is damaged, it is a bug of ours
-            for prefix in self.prefixes:
-                verify_shard(prefix)
+            verify_shards(self.prefixes)
             raise
 
     def verify(self) -> list[str]:
@@ -134,7 +133,7 @@ class ShardSource:
                     {
                         "prefix": shard.prefix,
                         "groups": len(shard),
-                        "fingerprint": shard.fingerprint,
+                        "fingerprint": shard.manifest.fingerprint,
                         "verifier": shard.manifest.judgement.verifier,
                         "provenance": shard.manifest.provenance,
                     }

@@ -22,7 +22,6 @@ from megatron_gft.errors import InputError
 from megatron_gft.groups.problems import Problem, problem_table, report_lines
 from megatron_gft.shards.manifest import (
     ShardSet,
-    content_fingerprint,
     empty_part_path,
     manifest_path,
     read_manifest,
@@ -153,7 +152,7 @@ class Staging:
     def finish(self) -> None:
         """All shards are there."""
         manifests = [read_manifest(self.folder / shard.name) for shard in self.done]
-        set_id = sha256_json([content_fingerprint(manifest) for manifest in manifests])[:16]
+        set_id = sha256_json([manifest.fingerprint for manifest in manifests])[:16]
         write_json(self.folder / "publish.json", {"set": set_id})
         self.publishing = True
 

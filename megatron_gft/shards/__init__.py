@@ -1,6 +1,6 @@
 """Group shards: tokens of groups on disk. What other packages use stands here."""
 
-from megatron_gft.shards.manifest import TokenizerStamp, check_sets, expand_shards, verify_shard, verify_shards
+from megatron_gft.shards.manifest import TokenizerStamp, check_sets, expand_shards, verify_shards
 from megatron_gft.shards.reader import Group, GroupShard, GroupTable
 from megatron_gft.shards.writer import GroupShardWriter, tokenizer_stamp
 
@@ -13,6 +13,5 @@ __all__ = [
     "check_sets",
     "expand_shards",
     "tokenizer_stamp",
-    "verify_shard",
     "verify_shards",
 ]

@@ -112,6 +112,15 @@ class ShardManifest(_Part):
         """The judgement in force."""
         return self.judgements[-1]
 
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of what training reads: tokens, index, rewards in force, log-probs. No names, no provenance."""
+        names = {"rewards": self.judgement.rewards_file, "logprobs": self.logprobs}
+        for kind in ("bin", "idx"):
+            names[kind] = min((name for name in self.files if name.endswith(f".{kind}")), key=len)  # not .meta.bin
+        hashes = {role: self.files[name].sha256 for role, name in names.items() if name}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+
 
 def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.json")
@@ -184,22 +193,12 @@ def check_sizes(prefix: str | Path, manifest: ShardManifest) -> None:
     Raises:
         InputErrors: names each file that differs.
     """
-    _raise_damage(prefix, _file_problems(prefix, manifest, contents=False))
-
-
-def verify_shard(prefix: str | Path) -> ShardManifest:
-    """Read every byte of a shard and compare with the manifest.
-
-    Raises:
-        InputErrors: names each file that is missing or differs.
-    """
-    manifest = read_manifest(prefix)
-    _raise_damage(prefix, _file_problems(prefix, manifest, contents=True))
-    return manifest
+    if problems := _file_problems(prefix, manifest, contents=False):
+        raise InputErrors(f"{prefix}: damaged shard -> copy it again or preprocess again", problems)
 
 
 def verify_shards(prefixes: Iterable[str | Path]) -> None:
-    """Read every byte of shards that are used together; sets of shards must be complete.
+    """Read every byte of shards and compare with their manifests; sets of shards must be complete.
 
     Raises:
         InputErrors: one line for each damaged manifest, damaged file and incomplete set, of all shards.
@@ -234,20 +233,6 @@ def _file_problems(prefix: str | Path, manifest: ShardManifest, contents: bool) 
         except OSError as error:
             problems.append(f"{path}: cannot be read ({error.strerror})")
     return problems
-
-
-def _raise_damage(prefix: str | Path, problems: Sequence[str]) -> None:
-    if problems:
-        raise InputErrors(f"{prefix}: damaged shard -> copy it again or preprocess again", problems)
-
-
-def content_fingerprint(manifest: ShardManifest) -> str:
-    """Hex sha256 of what training reads: tokens, index, rewards in force, log-probs. Names and provenance are out."""
-    names = {"rewards": manifest.judgement.rewards_file, "logprobs": manifest.logprobs}
-    for kind in ("bin", "idx"):
-        names[kind] = min((name for name in manifest.files if name.endswith(f".{kind}")), key=len)  # not .meta.bin
-    hashes = {role: manifest.files[name].sha256 for role, name in names.items() if name}
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def expand_shards(patterns: Sequence[str | Path] | str | Path) -> list[str]:
@@ -324,22 +309,16 @@ def check_sets(shards: Iterable[tuple[str, ShardManifest]]) -> None:
         InputErrors: names each incomplete set; or parts (``--part I/N``) that are not of the same input.
     """
     shards = list(shards)
-    problems = _incomplete_sets(shards)
-    if problems:
+    if problems := _incomplete_sets(shards):
         raise InputErrors("incomplete sets of shards -> name them all, e.g. PREFIX*", problems)
-    _check_inputs_of_parts(shards)
-
-
-def _check_inputs_of_parts(shards: Sequence[tuple[str, ShardManifest]]) -> None:
-    """Parts share the rows of one input: of two inputs, some rows would be in no part. What was appended is apart."""
+    # Parts share the rows of one input: of two inputs, some rows would be in no part. What was appended is apart.
     seen: dict[str, dict[str, str]] = {}
     for prefix, manifest in shards:
         part = re.search(r"-part\d{5,}-of-\d{5,}$", prefix)
         if part and "input_set" in manifest.provenance:
             of_all = prefix[: part.start()] + part[0].partition("-of-")[2]
             seen.setdefault(of_all, {}).setdefault(manifest.provenance["input_set"], prefix)
-    mixed = [" and ".join(prefixes.values()) for prefixes in seen.values() if len(prefixes) > 1]
-    if mixed:
+    if mixed := [" and ".join(prefixes.values()) for prefixes in seen.values() if len(prefixes) > 1]:
         raise InputErrors("parts of different inputs: rows may be missing -> make all parts with the same input", mixed)
 
 

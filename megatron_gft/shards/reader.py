@@ -25,8 +25,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_gft.errors import InputError
 from megatron_gft.groups import SOURCES
-from megatron_gft.shards.encoded import PROMPT_MODE, EncodedGroups
-from megatron_gft.shards.manifest import ShardManifest, check_sizes, content_fingerprint, read_manifest
+from megatron_gft.shards.encoded import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups
+from megatron_gft.shards.manifest import ShardManifest, check_sizes, read_manifest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,11 +198,9 @@ class GroupShard:
     def outcomes(self, i: int) -> list[str | None]:
         """What the verifier said about each response of group ``i``."""
         first, end = self._bounds(i)
-        codes = self.outcome_codes
         names = [*self.manifest.judgement.outcome_names, None]  # code -1
-        chosen = [-1] * (end - first - 1) if codes is None else codes[first - i : end - i - 1].tolist()
         with self._reading():
-            return [names[code] for code in chosen]
+            return [names[code] for code in self._outcome_codes[first - i : end - i - 1].tolist()]
 
     def table(self, groups: np.ndarray | None = None) -> GroupTable:
         """Lengths, sources and rewards of groups (int64 [N], any order, repeats allowed; None = all)."""
@@ -229,7 +227,9 @@ class GroupShard:
             begin, stop = int(self._documents[first]), int(self._documents[end])
             lengths, modes = self._lengths[begin:stop].copy(), self._modes[begin:stop].copy()
             sizes = np.diff(self._documents[first : end + 1]).astype(np.int32)
-            _check_sequences(lengths, modes, sizes)
+            prompts, known = np.flatnonzero(modes == PROMPT_MODE), (modes >= PROMPT_MODE) & (modes < len(SOURCES))
+            if not (np.array_equal(prompts, np.cumsum(sizes) - sizes) and known.all() and (lengths > 0).all()):
+                raise ValueError("sequences that are no groups")
             tokens = self._data.bin_reader.read(np.int32, int(lengths.sum()), int(self._pointers[begin]))
             metas = [self._metas[i].tobytes() for i in range(first, end)]
             for meta in metas:
@@ -246,10 +246,10 @@ class GroupShard:
             )
 
     @functools.cached_property
-    def outcome_codes(self) -> np.ndarray | None:
-        """int8 [M]: index into ``manifest.judgement.outcome_names``, -1 unknown; None without outcomes."""
-        name = self.manifest.judgement.outcomes_file
-        return None if name is None else self._sidecar(name, self.manifest.counts.responses, np.int8)
+    def _outcome_codes(self) -> np.ndarray:
+        """int8 [M]: index into ``manifest.judgement.outcome_names``, -1 = unknown."""
+        name, count = self.manifest.judgement.outcomes_file, self.manifest.counts.responses
+        return np.full(count, UNKNOWN_OUTCOME, np.int8) if name is None else self._sidecar(name, count, np.int8)
 
     @functools.cached_property
     def _logprobs(self) -> np.ndarray | None:
@@ -261,11 +261,6 @@ class GroupShard:
         """int64 [G]: prompt tokens of all earlier groups; log-probs are stored of response tokens only."""
         prompts = self._lengths[self._documents[:-1]].astype(np.int64)
         return np.cumsum(prompts) - prompts
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Hex sha256 of what training reads (tokens, rewards in force, log-probs), by the manifest."""
-        return content_fingerprint(self.manifest)
 
 
 def _pieces(values: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
@@ -279,14 +274,6 @@ def _parse_meta(text: bytes) -> dict[str, Any]:
     if not isinstance(meta["id"], str) or not isinstance(meta["answer"], str | None):
         raise ValueError("a group without id and answer")
     return meta
-
-
-def _check_sequences(lengths: np.ndarray, modes: np.ndarray, sizes: np.ndarray) -> None:
-    """Each group, of ``sizes`` sequences, is a prompt and then responses of known sources."""
-    prompts = np.flatnonzero(modes == PROMPT_MODE)
-    known = (modes >= PROMPT_MODE) & (modes < len(SOURCES))
-    if not (np.array_equal(prompts, np.cumsum(sizes) - sizes) and known.all() and (lengths > 0).all()):
-        raise ValueError("sequences that are no groups")
 
 
 class _Indexed(IndexedDataset):
