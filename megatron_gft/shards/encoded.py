@@ -40,11 +40,6 @@ class EncodedGroups:
     def __len__(self) -> int:
         return len(self.group_sizes)
 
-    @property
-    def response_tokens(self) -> int:
-        """Tokens of all responses."""
-        return int(self.sequence_lengths[self.sequence_modes != PROMPT_MODE].sum())
-
     def select(self, keep: np.ndarray) -> EncodedGroups:
         """The groups where ``keep`` (bool [G]) is true."""
         of_sequence = np.repeat(keep, self.group_sizes)

@@ -153,7 +153,7 @@ class GroupShardWriter:
         self._metas.document_indices.extend(range(len(self._metas.document_indices), self.groups + 1))
         self._rewards.append(groups.rewards)
         self._outcomes.extend(groups.outcomes)
-        self._logprobs.add(groups.response_tokens if groups.logprobs is None else groups.logprobs)
+        self._logprobs.add(groups.logprobs, int(lengths[is_response].sum()))
         last_tokens = groups.tokens[np.cumsum(lengths)[is_response] - 1]
         self._truncated += int((last_tokens != self.tokenizer.eos_id).sum())
         self._max_token = max(self._max_token, int(groups.tokens.max()))
@@ -250,44 +250,36 @@ class _LogprobFile:
     _PIECE = 1 << 20
 
     def __init__(self, path: Path):
-        self.path = path
-        self._count = 0
+        self.path, self._count = path, 0
         self._file: IO[bytes] | None = None
 
-    def add(self, values: np.ndarray | int) -> None:
-        """Add float32 values, or so many unknown ones."""
-        if isinstance(values, np.ndarray):
-            if self._file is None:
-                self._file = open(self.path, "wb")
-                self._write_header()
-                self._fill(self._count)
-            self._file.write(values.astype("<f4", copy=False).tobytes())
-            self._count += len(values)
-        else:
-            self._fill(values)
-            self._count += values
-
-    def _fill(self, count: int) -> None:
+    def add(self, values: np.ndarray | None, count: int) -> None:
+        """Add ``count`` float32 values, None = so many unknown ones."""
+        unknown = count if values is None else 0
+        if values is not None and self._file is None:
+            self._file, unknown = open(self.path, "wb"), self._count
+            self._write_header(self._file)
+        self._count += count
         if self._file is not None:
-            for start in range(0, count, self._PIECE):
-                self._file.write(np.full(min(self._PIECE, count - start), np.nan, "<f4").tobytes())
+            for start in range(0, unknown, self._PIECE):
+                self._file.write(np.full(min(self._PIECE, unknown - start), np.nan, "<f4").tobytes())
+            if values is not None:
+                self._file.write(values.astype("<f4", copy=False).tobytes())
 
-    def _write_header(self) -> None:
+    def _write_header(self, file: IO[bytes]) -> None:
         """It has the same size for any count: numpy leaves room for the digits."""
-        assert self._file is not None
         header = {"descr": "<f4", "fortran_order": False, "shape": (self._count,)}
-        np.lib.format.write_array_header_1_0(self._file, header)
+        np.lib.format.write_array_header_1_0(file, header)
 
     def finish(self) -> bool:
         """Complete the file; whether there is one."""
         if self._file is not None:
             self._file.seek(0)
-            self._write_header()
-            self._file.close()
+            self._write_header(self._file)
+        self.close()
         return self._file is not None
 
     def close(self) -> None:
-        """Give up, if it was not finished."""
         if self._file is not None:
             self._file.close()
 
