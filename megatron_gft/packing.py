@@ -132,11 +132,10 @@ def build_pack(
         if not len(group.prompt):
             raise InputError(f"group {place} of the step: prompt has no token -> give it one")
         responses = [group.responses[k] for k in chosen]
-        if plan.form == "shared_prefix" and len(responses) > 1:
+        if len(responses) > 1:
             builder.together(group.prompt, responses)
         else:
-            for response in responses:
-                builder.alone(group.prompt, response)
+            builder.alone(group.prompt, responses[0])
         builder.labels += responses
         builder.indices += (int(offsets[place]) + k for k in chosen)
         builder.sources += (int(group.sources[k]) for k in chosen)

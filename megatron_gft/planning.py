@@ -25,7 +25,6 @@ from megatron_gft.balancing import Balancer, Item, cost, tokens
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.shape import ModelShape
 
-PackForm = Literal["packed", "shared_prefix"]
 Packing = Literal["packed", "shared_prefix", "auto"]
 
 # A plan this well balanced is taken at once; otherwise more packs per rank, and smaller parts, are tried.
@@ -103,15 +102,13 @@ class PackPlan:
     """One microbatch of one data-parallel rank.
 
     Attributes:
-        form: ``shared_prefix`` when some item shares its prompt, which are the items of two responses or more;
-            in a ``packed`` pack each response of an item stands alone.
-        items: (group, (response, ...)), both as indices into the lengths that were planned. Empty: padding only.
+        items: (group, (response, ...)), both as indices into the lengths that were planned; the responses of an item
+            share one prompt. Empty: padding only.
         tokens: rows, padding included.
         flops: cost of these rows.
         loss_rows: response tokens.
     """
 
-    form: PackForm
     items: tuple[tuple[int, tuple[int, ...]], ...]
     tokens: int
     flops: float
@@ -271,9 +268,7 @@ class _Planner:
         items = self.joined(items)
         used = tokens(items)
         padded = max(self.unit, -(-used // self.unit) * self.unit)
-        shared = any(len(item.responses) > 1 for item in items)
         return PackPlan(
-            form="shared_prefix" if shared else "packed",
             items=tuple((item.group, item.responses) for item in items),
             tokens=padded,
             flops=cost(items) + self.segment(padded - used)[1],
@@ -298,11 +293,9 @@ class _Planner:
         """Deal the microbatches out to ranks, forth and back, so that rank totals even out too."""
         dealt = [run if i % 2 == 0 else run[::-1] for i, run in enumerate(self.microbatches(packs))]
         rows = sum(pack.tokens for pack in packs)
-        data = sum(pack.loss_rows for pack in packs)
-        for pack in packs:
-            for group, responses in pack.items:
-                prompts = 1 if pack.form == "shared_prefix" else len(responses)
-                data += prompts * self.lengths[group].prompt - len(responses)  # the last token is only a label
+        items = itertools.chain.from_iterable(pack.items for pack in packs)
+        data = sum(pack.loss_rows for pack in packs)  # without a response's last token, which is only a label
+        data += sum(self.lengths[group].prompt - len(responses) for group, responses in items)
         balance, worst = self.balances(packs)
         return StepPlan(
             packs=tuple(tuple(run[rank] for run in dealt) for rank in range(self.dp_size)),

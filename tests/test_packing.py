@@ -138,7 +138,7 @@ def check_slices(pack, cp_size):
 
 def test_shared_prefix_pack_by_hand():
     groups = [group_of([1, 2, 3], [[4, 5], [6], [7, 8, 9]], [0, 1, 2])]
-    plan = PackPlan("shared_prefix", ((0, (0, 1, 2)),), tokens=8, flops=0.0, loss_rows=6)
+    plan = PackPlan(((0, (0, 1, 2)),), tokens=8, flops=0.0, loss_rows=6)
     pack = pack_of(plan, groups, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], pad_multiple=8)
     assert pack.tokens.tolist() == [1, 2, 3, 4, 7, 8, PAD, PAD]
     assert pack.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 0, 0]
@@ -153,7 +153,7 @@ def test_shared_prefix_pack_by_hand():
 
 def test_packed_pack_by_hand():
     groups = [group_of([1], [[2, 3]], [0]), group_of([4, 5], [[6], [7, 8]], [1, 2])]
-    plan = PackPlan("packed", ((0, (0,)), (1, (1,))), tokens=8, flops=0.0, loss_rows=4)
+    plan = PackPlan(((0, (0,)), (1, (1,))), tokens=8, flops=0.0, loss_rows=4)
     pack = pack_of(plan, groups, [1.0, 2.0, 3.0], [0.0] * 3, segment_multiple=4)
     assert pack.tokens.tolist() == [1, 2, PAD, PAD, 4, 5, 7, PAD]
     assert pack.position_ids.tolist() == [0, 1, 0, 0, 0, 1, 2, 0]
@@ -167,7 +167,7 @@ def test_packed_pack_by_hand():
 
 
 def test_empty_pack_is_padding_without_loss():
-    plan = PackPlan("packed", (), tokens=8, flops=0.0, loss_rows=0)
+    plan = PackPlan((), tokens=8, flops=0.0, loss_rows=0)
     pack = pack_of(plan, [], [], [], pad_multiple=8)
     assert pack.tokens.tolist() == [PAD] * 8 and pack.layout.segments.tolist() == [[0, 8, 0, 0]]
     for name in ("loss_rows", *FIELDS):
@@ -192,4 +192,4 @@ def test_a_plan_of_other_groups_and_an_empty_prompt_are_refused():
     with pytest.raises(ValueError, match="plan says"):
         pack_of(plan, make_groups([GroupLengths(3, (2, 4))]), np.ones(2), np.ones(2))
     with pytest.raises(InputError, match="group 0 of the step: prompt has no token"):
-        pack_of(PackPlan("packed", ((0, (0,)),), 1, 0.0, 1), [group_of([], [[1]], [0])], [1.0], [1.0])
+        pack_of(PackPlan(((0, (0,)),), 1, 0.0, 1), [group_of([], [[1]], [0])], [1.0], [1.0])

@@ -353,7 +353,7 @@ def _padded(data: RandomGroups, batch: StepBatch) -> list[Pack]:
     for start in range(0, len(responses), BATCH_SIZE):
         members = responses[start : start + BATCH_SIZE]
         longest = max(len(groups[g].prompt) + len(groups[g].responses[k]) for g, k in members)
-        plan = PackPlan("packed", tuple((g, (k,)) for g, k in members), longest * len(members), 0.0, 0)
+        plan = PackPlan(tuple((g, (k,)) for g, k in members), longest * len(members), 0.0, 0)
         pack = build_pack(plan, groups, batch.offsets, batch.weights, batch.advantages, segment_multiple=longest)
         unused = torch.tensor(np.setdiff1d(np.arange(len(pack.tokens)), pack.loss_rows.numpy()))
         zeros = torch.zeros(len(unused))
