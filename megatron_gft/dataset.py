@@ -107,9 +107,10 @@ class GroupSplit(torch.utils.data.Dataset):
         limited: what the length limits changed in the entries of this split.
     """
 
-    def __init__(self, name: str, dataset: GroupDataset | BlendedDataset, fingerprint: str):
+    def __init__(self, name: str, dataset: GroupDataset | BlendedDataset, content: str):
         parts = dataset.datasets if isinstance(dataset, BlendedDataset) else [dataset]
-        self.name, self.fingerprint = name, fingerprint
+        self.name = name
+        self.fingerprint = hashlib.sha256(f"{content} {name}".encode()).hexdigest()
         self._entries: list[LimitedGroups] = [part.dataset for part in parts]
         self.limited = sum((entry.limited for entry in self._entries), LimitedCounts())
         # Entry of each group of the split, and its place in the entry.
@@ -200,7 +201,8 @@ def build_group_datasets(
     splits = _build(train_groups, weights, split, seed, cache, fingerprint)
     if held_out:
         splits["valid"] = _build(valid_groups, None, _EVERYTHING, seed, cache, fingerprint)["train"]
-    return GroupDatasets(**{name: _split(name, dataset, fingerprint) for name, dataset in splits.items()})  # type: ignore[arg-type]
+    given = {name: None if data is None else GroupSplit(name, data, fingerprint) for name, data in splits.items()}
+    return GroupDatasets(**given)  # type: ignore[arg-type]
 
 
 def _open_entries(
@@ -251,7 +253,7 @@ def _check(
         raise InputError(
             f"data.train_weights: {list(weights)} for {len(entries)} entries -> one positive, finite weight each"
         )
-    if held_out and any(_shares(split)[1:]):
+    if any(_shares(split)[1:]) and held_out:
         raise InputError(f"data.split: {split!r} beside data.valid -> set 100,0,0, or leave data.valid empty")
 
 
@@ -297,7 +299,6 @@ def _build(
     Raises:
         InputErrors: an entry has no group in a split that the shares ask for.
     """
-    _shares(split)
     config = GroupDatasetConfig(
         random_seed=seed,
         sequence_length=0,  # groups are not cut to a length
@@ -321,8 +322,3 @@ def _build(
     wanted = sizes if weights is not None else [None] * len(sizes)
     built = BlendedMegatronDatasetBuilder(GroupDataset, wanted, lambda: True, config).build()
     return dict(zip(GroupDatasets._fields, built, strict=True))
-
-
-def _split(name: str, dataset: GroupDataset | BlendedDataset | None, fingerprint: str) -> GroupSplit | None:
-    digest = hashlib.sha256(f"{fingerprint} {name}".encode()).hexdigest()
-    return None if dataset is None else GroupSplit(name, dataset, digest)
