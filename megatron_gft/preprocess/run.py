@@ -34,7 +34,7 @@ from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_c
 from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, ProblemLog, problem_table, raise_errors
 from megatron_gft.hf.shape import read_config
 from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, EncodingOptions, id_digest
-from megatron_gft.preprocess.staging import StagedShard, Staging, merge_problem_tables, shard_name
+from megatron_gft.preprocess.staging import Staging, shard_name
 from megatron_gft.preprocess.workers import OrderedWorkers
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
 from megatron_gft.shards.manifest import manifest_path
@@ -132,13 +132,16 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
             "command again; finished shards are kept"
         ) from error
     counts = [GroupShard(name).manifest for name in prefixes]
+    problems: Counter[tuple[str, str]] = Counter()
+    for table in [*(manifest.provenance["problems"] for manifest in counts), unwritten]:
+        problems.update({(kind, action): n for kind in table for action, n in table[kind].items()})
     return PreprocessSummary(
         prefixes,
         report,
         groups=sum(manifest.counts.groups for manifest in counts),
         responses=sum(manifest.counts.responses for manifest in counts),
         tokens=sum(manifest.counts.prompt_tokens + manifest.counts.response_tokens for manifest in counts),
-        problems=merge_problem_tables([*(manifest.provenance["problems"] for manifest in counts), unwritten]),
+        problems=problem_table(problems),
         seconds=time.monotonic() - started,
     )
 
@@ -283,9 +286,9 @@ class _ShardBuilder:
         self._seen: set[bytes] = set()
         self._next_number: dict[bytes, int] = {}  # of ids that came again: all lower numbers are taken
         self._writer: GroupShardWriter | None = None
-        self.next_chunk = staging.done[-1].next_chunk if staging.done else 0  # first that was not added yet
+        self.next_chunk = staging.next_chunk  # first that was not added yet
         self._begin()
-        finished = (GroupShard(staging.folder / shard.name) for shard in staging.done)
+        finished = (GroupShard(staging.folder / name) for name in staging.done)
         for shard in (*existing, *finished):  # ids of groups that are in a shard already are duplicates from now on
             self._seen.update(id_digest(shard.meta(i)["id"]) for i in range(len(shard)))
 
@@ -350,8 +353,7 @@ class _ShardBuilder:
         writer.verifier = {"group_files": verifiers} if verifiers else {}
         writer.finish()
         self._writer = None
-        name = self._staging.next_prefix.name
-        self._staging.add(StagedShard(name, self.next_chunk, self._rows, problem_table(self._problems)))
+        self._staging.add(self.next_chunk)
         self._begin()
 
     def _provenance(self) -> dict[str, Any]:

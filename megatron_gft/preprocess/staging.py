@@ -11,15 +11,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_gft.atomic import fsync_path, sha256_json, write_json
 from megatron_gft.errors import InputError
-from megatron_gft.groups.problems import Problem, problem_table, report_lines
+from megatron_gft.groups.problems import Problem, report_lines
 from megatron_gft.shards.manifest import (
     ShardSet,
     empty_part_path,
@@ -31,16 +29,6 @@ from megatron_gft.shards.manifest import (
 _NEXT_REPORT = "next.report"  # of the shard that is being written
 
 
-@dataclass
-class StagedShard:
-    """What is remembered of a finished shard: enough to continue after it."""
-
-    name: str
-    next_chunk: int  # first chunk of the input that is not in it
-    rows: int = 0
-    problems: dict[str, dict[str, int]] = field(default_factory=dict)
-
-
 class Staging:
     """The staging folder of one output prefix; holds a lock while open.
 
@@ -50,7 +38,8 @@ class Staging:
         first_index: number of the first shard, unless the folder knows one already.
 
     Attributes:
-        done: finished shards, in order.
+        done: names of finished shards, in order.
+        next_chunk: first chunk of the input that is in none of them.
         publishing: whether all shards were finished and only their publication remains.
 
     Raises:
@@ -59,7 +48,8 @@ class Staging:
 
     def __init__(self, prefix: Path, plan: str, first_index: int):
         self.prefix, self.first_index = prefix, first_index
-        self.done: list[StagedShard] = []
+        self.done: list[str] = []
+        self.next_chunk = 0
         self.folder = prefix.with_name(f".{prefix.name}.staging")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
@@ -78,7 +68,9 @@ class Staging:
             write_json(self.folder / "run.json", {"plan": plan, "first_index": first_index})
         else:
             self.first_index = run["first_index"]
-        self.done = self._load_done()
+        while (state := self._read_json(f"{self.next_prefix.name}.state")) is not None:
+            self.done.append(self.next_prefix.name)
+            self.next_chunk = state["next_chunk"]
         if not self.publishing:
             self._clear(keep=self._files_of_done() | {"run.json"})
 
@@ -116,70 +108,60 @@ class Staging:
 
     def _files_of_done(self) -> set[str]:
         names = set()
-        for shard in self.done:
-            manifest = read_manifest(self.folder / shard.name)
-            names |= {*manifest.files, f"{shard.name}.json", f"{shard.name}.state", f"{shard.name}.report"}
+        for name in self.done:
+            names |= {*read_manifest(self.folder / name).files, f"{name}.json", f"{name}.state", f"{name}.report"}
         return names
-
-    def _load_done(self) -> list[StagedShard]:
-        done: list[StagedShard] = []
-        while (state := self._read_json(f"{self.shard_name(len(done))}.state")) is not None:
-            done.append(StagedShard(**state))
-        return done
-
-    def shard_name(self, number: int) -> str:
-        """Name of this run's shard ``number`` (from 0)."""
-        return shard_name(self.prefix, self.first_index + number)
 
     @property
     def next_prefix(self) -> Path:
         """Where the next shard is written."""
-        return self.folder / self.shard_name(len(self.done))
+        return self.folder / shard_name(self.prefix, self.first_index + len(self.done))
 
     def note(self, problems: Iterable[Problem]) -> None:
         """Add to the report of the shard that is being written."""
         with open(self.folder / _NEXT_REPORT, "a", encoding="ascii") as report:
             report.write(report_lines(problems))
 
-    def add(self, shard: StagedShard) -> None:
-        """Remember a shard that was written to :attr:`next_prefix`, and its report."""
+    def add(self, next_chunk: int) -> None:
+        """Remember the shard that was written to :attr:`next_prefix`, and its report."""
         self.note([])  # there is a report even of nothing
         fsync_path(self.folder / _NEXT_REPORT)
-        os.replace(self.folder / _NEXT_REPORT, self.folder / f"{shard.name}.report")
-        write_json(self.folder / f"{shard.name}.state", asdict(shard))
-        self.done.append(shard)
+        name = self.next_prefix.name
+        os.replace(self.folder / _NEXT_REPORT, self.folder / f"{name}.report")
+        write_json(self.folder / f"{name}.state", {"next_chunk": next_chunk})
+        self.done.append(name)
 
     def finish(self) -> None:
         """All shards are there."""
-        manifests = [read_manifest(self.folder / shard.name) for shard in self.done]
-        set_id = sha256_json([manifest.fingerprint for manifest in manifests])[:16]
+        set_id = sha256_json([read_manifest(self.folder / name).fingerprint for name in self.done])[:16]
         write_json(self.folder / "publish.json", {"set": set_id})
         self.publishing = True
 
     @property
     def report_path(self) -> Path:
         """The report that :meth:`publish` writes."""
-        return self.prefix.with_name(f"{self.shard_name(0)}.report.ndjson")  # no glob over group files finds it
+        name = shard_name(self.prefix, self.first_index)
+        return self.prefix.with_name(f"{name}.report.ndjson")  # no glob over group files finds it
 
     def publish(self) -> list[str]:
         """Move everything to its name; return the shards' prefixes. The folder is gone afterwards."""
         set_id = self._read_json("publish.json")["set"]
         prefixes = []
-        for number, shard in enumerate(self.done):
-            final = self.prefix.with_name(shard.name)
+        for number, staged in enumerate(self.done):
+            final = self.prefix.with_name(staged)
             prefixes.append(str(final))
             part = ShardSet(id=set_id, index=number, count=len(self.done))
             if manifest_path(final).exists():
                 if read_manifest(final).shard_set != part:
                     raise InputError(f"{final}: another run made this shard meanwhile -> remove one of the two")
                 continue  # published before an interruption
-            manifest = read_manifest(self.folder / shard.name)
+            manifest = read_manifest(self.folder / staged)
             for name in manifest.files:
                 if (self.folder / name).exists():
                     os.replace(self.folder / name, final.with_name(name))
             fsync_path(final.parent)
-            write_manifest(self.folder / shard.name, manifest.model_copy(update={"shard_set": part}))
-            os.replace(manifest_path(self.folder / shard.name), manifest_path(final))
+            write_manifest(self.folder / staged, manifest.model_copy(update={"shard_set": part}))
+            os.replace(manifest_path(self.folder / staged), manifest_path(final))
             fsync_path(final.parent)
         self.write_report()
         self.done.clear()
@@ -197,12 +179,11 @@ class Staging:
 
     def write_report(self) -> None:
         """Write what was found in the input, beside the shards."""
-        names = [*(f"{shard.name}.report" for shard in self.done), _NEXT_REPORT]
         whole = self.folder / "report"
         with open(whole, "wb") as report:
-            for part in (self.folder / name for name in names):
-                if part.exists():
-                    with open(part, "rb") as lines:
+            for name in [*(f"{name}.report" for name in self.done), _NEXT_REPORT]:
+                if (self.folder / name).exists():
+                    with open(self.folder / name, "rb") as lines:
                         shutil.copyfileobj(lines, report)
         fsync_path(whole)
         os.replace(whole, self.report_path)
@@ -212,12 +193,3 @@ class Staging:
 def shard_name(prefix: Path, index: int) -> str:
     """``PREFIX`` for 0, then ``PREFIX-00001``, ..."""
     return prefix.name if index == 0 else f"{prefix.name}-{index:05d}"
-
-
-def merge_problem_tables(tables: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    """Sum of ``{kind: {action: count}}`` tables."""
-    total: Counter[tuple[str, str]] = Counter()
-    for table in tables:
-        for kind, actions in table.items():
-            total.update({(kind, action): count for action, count in actions.items()})
-    return problem_table(total)
