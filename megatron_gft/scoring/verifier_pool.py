@@ -83,11 +83,6 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
         for worker in self._workers:
             worker.kill()
 
-    @property
-    def judging_seconds(self) -> float:
-        """CPU seconds that verdicts took so far, of workers that still live."""
-        return sum(worker.judging_seconds for worker in self._workers)
-
     def judge(self, cases: Iterable[Case | Verdict]) -> Iterator[Verdict]:
         """One verdict per item, in order; a :class:`Verdict` among them is passed through. Reads a bounded window."""
         fresh = enumerate(cases)
@@ -179,7 +174,6 @@ class _Worker:
         self._time_limit, self._clock = options.time_limit, clock
         self.pending: deque[tuple[int, Case]] = deque()
         self.starting, self.closed = True, False
-        self.judging_seconds = 0.0  # CPU time spent on verdicts
         self._began, self._cpu_before = clock.now(), 0.0  # of the case at hand
         self.deadline = self._began + START_LIMIT_SECONDS
 
@@ -199,9 +193,7 @@ class _Worker:
         """All verdicts that have arrived; the deadline moves with each."""
         try:
             while self.connection.poll():
-                message, cpu_seconds = self.connection.recv()
-                self.judging_seconds += 0.0 if message is None else cpu_seconds - self._cpu_before
-                self._cpu_before = cpu_seconds
+                message, self._cpu_before = self.connection.recv()
                 self._restart_clock()
                 if isinstance(message, Verdict):
                     yield self.pending.popleft()[0], message

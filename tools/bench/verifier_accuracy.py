@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_gft.errors import InputError, command
 from megatron_gft.groups import iter_rows, read_chunks, refuse_problems
 from megatron_gft.groups.problems import ProblemLog
@@ -194,6 +196,11 @@ def _value_text(answer: str) -> str:
     return answer.rsplit("=", 1)[-1].replace(",", "").replace("\\!", "").replace("\\$", "").strip()
 
 
+def _cpu_seconds_of_workers() -> float:
+    times = [process.cpu_times() for process in psutil.Process().children(recursive=True)]
+    return sum(time.user + time.system for time in times)
+
+
 def measure(solutions: Sequence[Solution], options: Mapping[str, str], time_limit: float) -> list[AccuracyRow]:
     """The table for one set of solutions: the row "own gold" (should accept all), then one per kind of falsification.
 
@@ -222,9 +229,9 @@ def measure(solutions: Sequence[Solution], options: Mapping[str, str], time_limi
     with VerifierPool(ScoringOptions("math", options, time_limit=time_limit)) as pool:
         list(pool.judge([Case("1", "1")]))  # start the worker outside the timing
         for kind, pairs in cases.items():
-            before = pool.judging_seconds
+            before = _cpu_seconds_of_workers()
             verdicts = list(pool.judge(case for _, case in pairs))
-            seconds = pool.judging_seconds - before
+            seconds = _cpu_seconds_of_workers() - before
             accepted = [verdict.outcome == "correct" for verdict in verdicts]
             surprising = [
                 (case.answer or "", answer)
