@@ -9,12 +9,13 @@ that is anything else is refused untouched.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +44,37 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike, header: Mapping[str, Any]):
         self.path = Path(path)
-        try:
+        with self._writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise self._not_writable(error) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._offsets: dict[str, int] = {}
-            self.damaged = self.torn = 0
-            self._end = 0
-            self._synced_at = time.monotonic()
-            found = self._load(_line({"header": dict(header)}))
-            if found is None:
-                found = dict(header)
-                self._write({"header": found})
+            with self._writing():
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._offsets: dict[str, int] = {}
+                self.damaged = self.torn = 0
+                self._end = 0
+                found = self._load(_line({"header": dict(header)}))
+                if found is None:
+                    found = dict(header)
+                    self._write({"header": found})
                 self.sync()
-            self.header: dict[str, Any] = found
-        except BaseException as error:
+                self.header: dict[str, Any] = found
+        except BaseException:
             os.close(self._file)
-            if isinstance(error, BlockingIOError):
-                raise InputError(f"{path}: in use by another run -> wait for it, or choose another output") from None
-            if isinstance(error, OSError):
-                raise self._not_writable(error) from error
             raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say what is wrong with the file."""
+        try:
+            yield
+        except BlockingIOError:
+            raise InputError(f"{self.path}: in use by another run -> wait for it, or choose another output") from None
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}) -> see to the place and its space, then run again: "
+                "what is in there already is kept"
+            ) from error
 
     def __enter__(self) -> Journal:
         return self
@@ -101,10 +109,8 @@ class Journal:
 
     def sync(self) -> None:
         """Force what was appended to the disk."""
-        try:
+        with self._writing():
             os.fsync(self._file)
-        except OSError as error:
-            raise self._not_writable(error) from error
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
@@ -118,21 +124,16 @@ class Journal:
 
     def _write(self, record: Mapping[str, Any]) -> int:
         line, offset = _line(record), self._end
-        try:
-            written = os.write(self._file, line)
-            while written < len(line):  # next time the system says why
-                written += os.write(self._file, line[written:])
-        except OSError as error:
-            os.ftruncate(self._file, offset)  # no half line that the next append would be glued to
-            raise self._not_writable(error) from error
+        with self._writing():
+            try:
+                written = os.write(self._file, line)
+                while written < len(line):  # next time the system says why
+                    written += os.write(self._file, line[written:])
+            except OSError:
+                os.ftruncate(self._file, offset)  # no half line that the next append would be glued to
+                raise
         self._end += len(line)
         return offset
-
-    def _not_writable(self, error: OSError) -> InputError:
-        return InputError(
-            f"{self.path}: cannot be written ({error.strerror}) -> see to the place and its space, then run again: "
-            "what is in there already is kept"
-        )
 
     def _load(self, header_line: bytes) -> dict[str, Any] | None:
         """Index the records; cut off a torn end. The header, or ``None`` for a new file.
