@@ -280,13 +280,13 @@ class _Planner:
         return [packs[i : i + self.dp_size] for i in range(0, len(packs), self.dp_size)]
 
     def busy_time(self, packs: Sequence[PackPlan]) -> float:
-        """Cost of the slowest rank, summed over microbatches: what the step takes."""
-        return sum(max(pack.flops for pack in microbatch) for microbatch in self.microbatches(packs))
+        """Cost of the slowest rank, summed over microbatches: what the step takes. Packs come dearest first."""
+        return sum(pack.flops for pack in packs[:: self.dp_size])
 
     def balances(self, packs: Sequence[PackPlan]) -> tuple[float, float]:
         """(balance, worst_balance) as in :class:`StepPlan`."""
-        most = [max(pack.flops for pack in microbatch) for microbatch in self.microbatches(packs)]
         mean = [sum(pack.flops for pack in microbatch) / self.dp_size for microbatch in self.microbatches(packs)]
+        most = [pack.flops for pack in packs[:: self.dp_size]]
         return sum(mean) / sum(most), min(a / b for a, b in zip(mean, most, strict=True))
 
     def step_plan(self, packs: Sequence[PackPlan], max_tokens_per_pack: int) -> StepPlan:

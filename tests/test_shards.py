@@ -365,4 +365,3 @@ def test_select_keeps_whole_groups():
     assert chosen.group_sizes.tolist() == [3, 3] and nan_equal(chosen.rewards, [np.nan, 0, np.nan, 2])
     assert nan_equal(chosen.logprobs, [np.nan] * 2 + [0, -2, np.nan] + [np.nan] * 2 + [-2, -2, np.nan])
     assert [b'"g0"' in chosen.metas[0], b'"g2"' in chosen.metas[1]] == [True, True]
-    assert len(encoder.take()) == 0

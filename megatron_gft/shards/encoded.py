@@ -102,8 +102,8 @@ class GroupEncoder:
         self._metas.append(to_json(meta))
 
     def take(self) -> EncodedGroups:
-        """The groups so far; the encoder is empty afterwards."""
-        groups = EncodedGroups(
+        """All groups that were added."""
+        return EncodedGroups(
             np.array(self._tokens, dtype=np.int32),
             np.array(self._lengths, dtype=np.int32),
             np.array(self._modes, dtype=np.int8),
@@ -113,8 +113,6 @@ class GroupEncoder:
             self._known_logprobs(),
             self._metas,
         )
-        self.__init__()  # type: ignore[misc]
-        return groups
 
     def _known_logprobs(self) -> np.ndarray | None:
         """float32 [response tokens], NaN where unknown; None when none is known."""

@@ -93,9 +93,8 @@ class LimitedGroups:
         InputErrors: a prompt or response exceeds the limits and the policy is ``error``.
     """
 
-    def __init__(self, shards: Sequence[GroupShard], limits: LengthLimits | None = None):
+    def __init__(self, shards: Sequence[GroupShard], limits: LengthLimits):
         self.shards, self.limited = [*shards], LimitedCounts()
-        limits = limits or LengthLimits()
         exceeding = [limits.exceeded_in(shard) for shard in shards]
         self._limits = limits if any(exceeding) else None  # None: nothing is over-long
         self._kept = [self._survey(s, limits) if bad else None for s, bad in zip(shards, exceeding, strict=True)]
@@ -121,7 +120,8 @@ class LimitedGroups:
             self.limited += counts
         if limits.policy == "drop":
             return np.concatenate(kept)
-        _refuse(shard, limits, np.concatenate(refused))
+        if len(too_long := np.concatenate(refused)):
+            _refuse(shard, limits, too_long)
         return None
 
     def __len__(self) -> int:
@@ -155,9 +155,7 @@ class LimitedGroups:
 
 
 def _refuse(shard: GroupShard, limits: LengthLimits, groups: np.ndarray) -> None:
-    """Raise with some of the over-long groups of a shard, if there are any."""
-    if not len(groups):
-        return
+    """Raise with some of the over-long groups of a shard."""
     shown = []
     for i in groups[:_SHOWN_PROBLEMS].tolist():
         lengths = shard.table(np.array([i]))
