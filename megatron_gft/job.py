@@ -156,7 +156,11 @@ def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
         if any(asdict(split.limited).values()):
             logger.info("%s data: %s (data.overlong=%s)", split.name, split.limited, config.data.overlong)
     trainer = build_trainer(config, shape, parallel, train_groups, valid_groups)
-    logger.info("%s on %d x %s", describe(trainer), parallel.world_size, device)
+    layout = f"tp {parallel.tp_size}, pp {parallel.pp_size}, cp {parallel.cp_size}, dp {parallel.dp_size}"
+    if parallel.ep_size > 1:
+        layout += f", ep {parallel.ep_size}"
+    work = f"{len(train_groups)} groups, {trainer.total_steps} steps from {trainer.state.step}"
+    logger.info("%s on %s; %s on %d x %s", config.objective.name, work, layout, parallel.world_size, device)
     logger.info(
         "a process without progress for %g minutes ends; what each is doing: %s",
         config.train.watchdog_minutes,
@@ -170,15 +174,3 @@ def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
     finally:
         trainer.close()
     destroy_parallel()
-
-
-def describe(trainer: Trainer) -> str:
-    """One line about the run, for its log."""
-    config, parallel = trainer.config, trainer.parallel
-    layout = f"tp {parallel.tp_size}, pp {parallel.pp_size}, cp {parallel.cp_size}, dp {parallel.dp_size}"
-    if parallel.ep_size > 1:
-        layout += f", ep {parallel.ep_size}"
-    return (
-        f"{config.objective.name} on {len(trainer.loader.groups)} groups, {trainer.total_steps} steps from "
-        f"{trainer.state.step}; {layout}"
-    )

@@ -6,6 +6,7 @@ Megatron-Core without a word and give wrong numbers; each rule says so.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from pathlib import Path
 
 from megatron_gft.config import Config
 from megatron_gft.errors import InputErrors
-from megatron_gft.gpu_packages import apex_problem
 from megatron_gft.hf.shape import ModelShape, shape_problems
+
+# What Megatron-Core imports from apex, as paths inside the package.
+APEX_MODULES = ("optimizers", "multi_tensor_apply")
 
 
 def check(config: Config, shape: ModelShape, world_size: int, *, training: bool = True) -> None:
@@ -166,3 +169,25 @@ def _run(config: Config, world_size: int, training: bool) -> Iterator[str]:
             f"checkpoint.init_from={origin}: no such folder -> hf:DIR for a Hugging Face model, DIR for a Megatron "
             "checkpoint"
         )
+
+
+def apex_problem() -> str | None:
+    """What is wrong with an installed ``apex``, None when it is NVIDIA's or absent. Does not import it.
+
+    The project of that name on PyPI is a toolkit for the Pyramid web framework; Megatron-Core tries to import
+    NVIDIA's from it and falls back without a word, or fails on its import.
+    """
+    spec = importlib.util.find_spec("apex")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []] if spec else []
+    missing = [name for name in APEX_MODULES if not any((folder / name).is_dir() for folder in folders)]
+    if spec is None or not missing:
+        return None
+    try:
+        version = f"apex {importlib.metadata.version('apex')}"
+    except importlib.metadata.PackageNotFoundError:
+        version = "an apex"
+    return (
+        f"{version} is installed at {folders[0] if folders else spec.origin} and is not NVIDIA's (no "
+        f"{', '.join(missing)}): PyPI's apex is another project -> pip uninstall apex; NVIDIA's is built from source, "
+        "see requirements-gpu.txt"
+    )

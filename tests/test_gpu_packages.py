@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from megatron_gft.gpu_packages import APEX_MODULES, apex_problem
+from megatron_gft.validation import APEX_MODULES, apex_problem
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from typing import Any
 
 from megatron_gft.commands.train import main as train
 from megatron_gft.commands.train import read_command_line
+from megatron_gft.config import Config
 from megatron_gft.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, InputError, command
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.validation import check
@@ -150,7 +151,8 @@ def main(script: str, *, recipe: str, gpus: int, argv: Sequence[str] | None = No
     files = chosen.split(os.pathsep) if chosen else [recipe]
     training = [part for file in files for part in ("--config", file)] + arguments
     if os.environ.get(SRUN_MARK):
-        _ranks_from_slurm()
+        for name, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
+            os.environ[name] = os.environ[f"SLURM_{slurm}"]  # named as torchrun would
         return _work(training)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return _start(script, training, arguments, gpus if not chosen else None)
@@ -171,16 +173,8 @@ def _work(training: list[str]) -> int:
     return code
 
 
-def _ranks_from_slurm() -> None:
-    """Name this process as torchrun would."""
-    environment = os.environ
-    environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], environment["SLURM_NTASKS"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-
-
-def _processes_needed(training: list[str]) -> tuple[int, str]:
+def _processes_needed(config: Config) -> tuple[int, str]:
     """Smallest number of processes of a configuration, and where it comes from."""
-    config = read_command_line(training)
     p = config.parallel
     size, text = p.tp * p.pp * p.cp, f"tp {p.tp} x pp {p.pp} x cp {p.cp}"
     expert = (p.etp or p.tp) * p.ep * p.pp
@@ -203,7 +197,7 @@ def _sizes_for_one_process(
         user = {}
     if (user.get("NNODES") or user.get("GPUS_PER_NODE")) and Job.from_environment(user).world_size > 1:
         return user
-    needed, reason = _processes_needed(training)
+    needed, reason = _processes_needed(read_command_line(training))
     if needed == 1:
         return None
     raise InputError(
@@ -230,14 +224,13 @@ def commands(script: str, arguments: Sequence[str], gpus: int) -> str:
 
 def _start(script: str, training: list[str], arguments: list[str], gpus: int | None) -> int:
     """Check the configuration, then be torchrun's agent of this machine."""
-    job = Job.from_environment(os.environ)
-    needed, reason = _processes_needed(training)
+    job, config = Job.from_environment(os.environ), read_command_line(training)
+    needed, reason = _processes_needed(config)
     if not job.named and job.world_size % needed:
         raise InputError(
             f"{script}: the configuration needs a multiple of {needed} processes ({reason}), this machine has "
             f"{job.world_size} -> " + commands(script, arguments, gpus or needed)
         )
-    config = read_command_line(training)
     check(config, read_model_shape(config.model.config), job.world_size)
     with tempfile.TemporaryDirectory(prefix="gft-launch-") as folder:
         os.environ[REQUEUE_FILE] = str(Path(folder) / "requeue")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -33,26 +32,18 @@ This page is made from `megatron_gft/config.py`; a test keeps it in step.
 """
 
 
-@dataclass(frozen=True)
-class Key:
-    """One settable key; ``default`` is YAML, ``required`` where there is none."""
-
-    name: str
-    kind: str
-    default: str
-    description: str
-
-
-def keys(section: str) -> Iterator[Key]:
-    """The keys of a section of the configuration, in order."""
-    for name, field in section_class(section).model_fields.items():
-        yield Key(f"{section}.{name}", kind_text(field.annotation), _default_text(field), field.description or "")
-
-
-def section_class(section: str) -> type[Section]:
-    annotation = Config.model_fields[section].annotation
-    assert isinstance(annotation, type) and issubclass(annotation, Section)
-    return annotation
+def sections() -> Iterator[tuple[str, str, list[tuple[str, str, str, str]]]]:
+    """Each section's name, meaning, and keys: (name, values, default as YAML or "required", meaning), in order."""
+    for section, of in Config.model_fields.items():
+        assert isinstance(of.annotation, type) and issubclass(of.annotation, Section)
+        yield (
+            section,
+            (of.annotation.__doc__ or "").splitlines()[0],
+            [
+                (f"{section}.{name}", kind_text(field.annotation), _default_text(field), field.description or "")
+                for name, field in of.annotation.model_fields.items()
+            ],
+        )
 
 
 def kind_text(annotation: Any) -> str:
@@ -79,11 +70,11 @@ def _default_text(field: FieldInfo) -> str:
 def help_text() -> str:
     """All keys for ``--help``."""
     lines = []
-    for section in Config.model_fields:
-        lines.append(f"\n{section}: {(section_class(section).__doc__ or '').splitlines()[0]}")
-        for key in keys(section):
-            text = f"{key.description} ({key.kind}; default {key.default})".replace("default required", "required")
-            lines.append(f"  {key.name}")
+    for section, meaning, keys in sections():
+        lines.append(f"\n{section}: {meaning}")
+        for name, values, default, description in keys:
+            text = f"{description} ({values}; default {default})".replace("default required", "required")
+            lines.append(f"  {name}")
             lines += textwrap.wrap(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
@@ -91,10 +82,9 @@ def help_text() -> str:
 def page() -> str:
     """All keys as Markdown."""
     parts = [HEAD]
-    for section in Config.model_fields:
-        parts.append(f"## {section}\n\n{(section_class(section).__doc__ or '').splitlines()[0]}\n")
-        parts.append("| key | values | default | meaning |\n|---|---|---|---|")
-        parts += [f"| `{k.name}` | {k.kind} | {k.default} | {k.description} |" for k in keys(section)]
+    for section, meaning, keys in sections():
+        parts.append(f"## {section}\n\n{meaning}\n\n| key | values | default | meaning |\n|---|---|---|---|")
+        parts += [f"| `{name}` | {values} | {default} | {description} |" for name, values, default, description in keys]
         parts.append("")
     return "\n".join(parts).replace("``", "`")
 
