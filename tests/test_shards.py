@@ -358,7 +358,8 @@ def test_a_group_outlives_its_shard(tmp_path):
 def test_select_keeps_whole_groups():
     encoder = GroupEncoder()
     for i in range(3):
-        encoder.add([9, i], [[i, 2], [i, i, 2]], [0, 2], [None, i], group_id=f"g{i}", logprobs=[None, [-1.0 * i, -2]])
+        logprobs = [None, [-1.0 * i, -2]]
+        encoder.add([9, i], [[i, 2], [i, i, 2]], ["expert", "self"], [None, i], group_id=f"g{i}", logprobs=logprobs)
     groups = encoder.take()
     chosen = groups.select(np.array([True, False, True]))
     assert chosen.tokens.tolist() == [9, 0, 0, 2, 0, 0, 2, 9, 2, 2, 2, 2, 2, 2]

@@ -19,7 +19,6 @@ from typing import Any
 from megatron_gft.groups import RawChunk, parse_chunk
 from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, GroupProblems, Problem, ProblemLog
 from megatron_gft.groups.records import GroupRecord, ResponseRecord, check_group, has_text, keep_responses
-from megatron_gft.objectives import SOURCE_CODES
 from megatron_gft.shards.encoded import EncodedGroups, GroupEncoder
 from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
 
@@ -247,7 +246,7 @@ class ChunkEncoder:
         encoder.add(
             prompt,
             [response.ids or [] for response in responses],
-            [SOURCE_CODES[record.source] for record in records],
+            [record.source for record in records],
             [record.reward for record in records],
             group_id=group.record.id,
             answer=group.record.answer,

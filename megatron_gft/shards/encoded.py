@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from pydantic_core import to_json
 
+from megatron_gft.objectives import SOURCE_CODES
+
 PROMPT_MODE = -1  # mode of the prompt's sequence; a response has its source's code
 UNKNOWN_OUTCOME = -1
 
@@ -75,7 +77,7 @@ class GroupEncoder:
         self,
         prompt: Sequence[int],
         responses: Sequence[Sequence[int]],
-        sources: Sequence[int],
+        sources: Sequence[str],
         rewards: Sequence[float | None],
         *,
         group_id: str,
@@ -92,7 +94,7 @@ class GroupEncoder:
             self._tokens.extend(response)
             self._lengths.append(len(response))
         self._logprobs.extend(logprobs or [None] * len(responses))
-        self._modes.extend(sources)
+        self._modes.extend(SOURCE_CODES[source] for source in sources)
         self._sizes.append(1 + len(responses))
         self._rewards.extend(np.nan if reward is None else reward for reward in rewards)
         self._outcomes.extend(outcomes or [None] * len(responses))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +25,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 import megatron_gft
 from megatron_gft.atomic import fsync_path, temporary_name
 from megatron_gft.errors import InputError
-from megatron_gft.groups import SOURCE_CODES, SOURCES
+from megatron_gft.objectives import SOURCES
 from megatron_gft.shards.encoded import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups, GroupEncoder
 from megatron_gft.shards.manifest import (
     FORMAT,
@@ -116,20 +115,10 @@ class GroupShardWriter:
     def _path(self, suffix: str) -> str:
         return str(self._folder / f"{self.prefix.name}{suffix}")
 
-    def add_group(
-        self,
-        prompt: Sequence[int],
-        responses: Sequence[Sequence[int]],
-        sources: Sequence[str],
-        rewards: Sequence[float | None],
-        *,
-        group_id: str,
-        **optional: Any,
-    ) -> None:
-        """Add one group; see :meth:`GroupEncoder.add`. Sources are names."""
+    def add_group(self, *group: Any, **optional: Any) -> None:
+        """Add one group, given as to :meth:`GroupEncoder.add`."""
         encoder = GroupEncoder()
-        codes = [SOURCE_CODES[source] for source in sources]
-        encoder.add(prompt, responses, codes, rewards, group_id=group_id, **optional)
+        encoder.add(*group, **optional)
         self.add(encoder.take())
 
     def add(self, groups: EncodedGroups) -> None:
