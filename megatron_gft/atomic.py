@@ -89,6 +89,22 @@ def check_output(path: str | os.PathLike) -> None:
         raise InputError(f"{target}: {folder} is not a folder to write in -> choose another output")
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, kept: str = "") -> Iterator[None]:
+    """Name the file that the system would not write, and what of it a further run finds (``kept``).
+
+    Raises:
+        InputError: from any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}) -> see to it (room on the disk, limits, rights), "
+            f"then run the same command again{kept and '; ' + kept}"
+        ) from error
+
+
 def sha256_file(path: str | os.PathLike) -> str:
     """Hex sha256 of a file's bytes, read in pieces."""
     with open(path, "rb") as file:

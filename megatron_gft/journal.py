@@ -9,16 +9,16 @@ that is anything else is refused untouched.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_gft.atomic import writing
 from megatron_gft.errors import InputError
 
 CHECKSUM_CHARS = 16
@@ -44,12 +44,17 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike, header: Mapping[str, Any]):
         self.path = Path(path)
-        with self._writing():
+        with writing(self.path, "what is in there is kept"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            with self._writing():
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with writing(self.path, "what is in there is kept"):
+                try:
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(
+                        f"{path}: in use by another run -> wait for it, or choose another output"
+                    ) from None
                 self._offsets: dict[str, int] = {}
                 self.damaged = self.torn = 0
                 self._end = 0
@@ -62,19 +67,6 @@ class Journal:
         except BaseException:
             os.close(self._file)
             raise
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Say what is wrong with the file."""
-        try:
-            yield
-        except BlockingIOError:
-            raise InputError(f"{self.path}: in use by another run -> wait for it, or choose another output") from None
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}) -> see to the place and its space, then run again: "
-                "what is in there already is kept"
-            ) from error
 
     def __enter__(self) -> Journal:
         return self
@@ -109,7 +101,7 @@ class Journal:
 
     def sync(self) -> None:
         """Force what was appended to the disk."""
-        with self._writing():
+        with writing(self.path, "what is in there is kept"):
             os.fsync(self._file)
         self._synced_at = time.monotonic()
 
@@ -124,7 +116,7 @@ class Journal:
 
     def _write(self, record: Mapping[str, Any]) -> int:
         line, offset = _line(record), self._end
-        with self._writing():
+        with writing(self.path, "what is in there is kept"):
             try:
                 written = os.write(self._file, line)
                 while written < len(line):  # next time the system says why

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from megatron_gft.atomic import check_output
-from megatron_gft.errors import InputError, command
+from megatron_gft.errors import command
 
 EPILOG = """example:
   python tools/evaluate.py --model runs/quickstart/hf --problems heldout.jsonl --samples 8 --pass-at 1 4 \\
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.output:
         check_output(options.output)
 
-    from megatron_gft.atomic import write_json
+    from megatron_gft.atomic import write_json, writing
     from megatron_gft.evaluation.run import EvaluationOptions, evaluate, result_table
     from megatron_gft.sampling.local_model import LocalModel
     from megatron_gft.sampling.prompts import PromptColumns, PromptSet
@@ -92,7 +92,5 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(result_table(result), flush=True)
     if options.output:
-        try:
+        with writing(options.output):
             write_json(options.output, result)
-        except OSError as error:
-            raise InputError(f"{options.output}: cannot be written ({error.strerror or error})") from error

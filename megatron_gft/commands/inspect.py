@@ -9,7 +9,7 @@ import shutil
 import sys
 from dataclasses import asdict
 
-from megatron_gft.atomic import atomic_file, check_output
+from megatron_gft.atomic import atomic_file, check_output, writing
 from megatron_gft.errors import InputError, command
 
 EXAMPLES = """examples:
@@ -43,11 +43,8 @@ def _write(name: str, text: str) -> None:
     if name == "-":
         print(text, end="")
         return
-    try:
-        with atomic_file(name) as temporary:  # backslashreplace: names of files need not be Unicode
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise InputError(f"{name}: cannot be written ({error}) -> choose another file") from error
+    with writing(name), atomic_file(name) as temporary:  # backslashreplace: names of files need not be Unicode
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     print(f"wrote {name}", file=sys.stderr)
 
 

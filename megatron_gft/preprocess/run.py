@@ -28,7 +28,7 @@ from pydantic_core import to_json
 from tqdm import tqdm
 
 import megatron_gft
-from megatron_gft.atomic import sha256_json
+from megatron_gft.atomic import sha256_json, writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_chunks
 from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, ProblemLog, problem_table, raise_errors
@@ -118,19 +118,16 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
     encoder = ChunkEncoder(
         tokenizer, EncodingOptions(options.policies, options.max_prompt_tokens, options.max_response_tokens)
     )
-    try:
-        with contextlib.closing(Staging(prefix, _plan(options, files, stamp), len(existing))) as staging:
-            unwritten: dict[str, dict[str, int]] = {}  # problems of rows of which no shard was made
-            if not staging.publishing:
-                builder = _ShardBuilder(options, files, stamp, staging, existing[: staging.first_index])
-                unwritten = _write_shards(builder, encoder, progress)
-            report = str(staging.report_path)
-            prefixes = staging.publish() if staging.publishing else []
-    except OSError as error:
-        raise InputError(
-            f"{prefix}: cannot be written ({error}) -> see to it (room on the disk, limits, rights), then run the same "
-            "command again; finished shards are kept"
-        ) from error
+    with (
+        writing(prefix, "finished shards are kept"),
+        contextlib.closing(Staging(prefix, _plan(options, files, stamp), len(existing))) as staging,
+    ):
+        unwritten: dict[str, dict[str, int]] = {}  # problems of rows of which no shard was made
+        if not staging.publishing:
+            builder = _ShardBuilder(options, files, stamp, staging, existing[: staging.first_index])
+            unwritten = _write_shards(builder, encoder, progress)
+        report = str(staging.report_path)
+        prefixes = staging.publish() if staging.publishing else []
     counts = [GroupShard(name).manifest for name in prefixes]
     problems: Counter[tuple[str, str]] = Counter()
     for table in [*(manifest.provenance["problems"] for manifest in counts), unwritten]:

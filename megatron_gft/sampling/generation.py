@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_gft import __version__
-from megatron_gft.atomic import sha256_file, sha256_json, write_json
+from megatron_gft.atomic import sha256_file, sha256_json, write_json, writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import output_problems, write_group_file
 from megatron_gft.groups.records import GroupRecord, ResponseRecord
@@ -125,14 +125,9 @@ class GenerationRun:
                     "these once more, or pass --allow-failures. First of them",
                     [f"{failure.key}: {failure.reason}" for failure in failures[:SHOWN_PROBLEMS]],
                 )
-            try:
+            with writing(self._output, "all responses are kept"):
                 summary = Summary(str(self._output), plan=plan, sources=identities, seed=self._seed)
                 return self._write(journal, summary, progress)
-            except OSError as error:
-                raise InputError(
-                    f"{self._output}: cannot be written ({error.strerror or error}) -> see to the place and its space, "
-                    "then run again: all responses are kept"
-                ) from error
 
     def _finished(self, plan: str, allow_failures: bool) -> Summary | None:
         """The summary of an output that is complete and unchanged, made by this very plan; else ``None``."""

@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_gft.atomic import writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import SOURCES, GroupRecord, iter_group_file, output_problems, write_group_file
 from megatron_gft.journal import Journal
@@ -97,13 +98,8 @@ def score_group_file(
             for left in output.parent.glob(f".{glob.escape(output.name)}.tmp-*"):  # by killed runs: we hold the lock
                 left.unlink(missing_ok=True)
             judged = _judged(_read(inputs, options), pool, journal, progress)
-            try:
+            with writing(output, "verdicts are kept"):
                 write_group_file(output, _with_verdicts(judged, options, description, summary))
-            except OSError as error:
-                raise InputError(
-                    f"{output}: cannot be written ({error.strerror or error}) -> see to the place and its space, then "
-                    "run again: verdicts are kept"
-                ) from error
         summary.replaced_workers = pool.replaced
     return summary
 
