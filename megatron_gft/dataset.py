@@ -195,7 +195,7 @@ def build_group_datasets(
         None if weights is None else list(weights),
         split,
         seed,
-        asdict(limits) if limits_bite else None,
+        {"max_prompt_tokens": None, **asdict(limits)} if limits_bite else None,  # as earlier versions spelled it
     ]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     splits = _build(train_groups, weights, split, seed, cache, fingerprint)

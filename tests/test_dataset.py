@@ -137,11 +137,11 @@ def test_fingerprint_is_of_content_not_of_paths(shards, tmp_path_factory):
 
 
 @pytest.mark.parametrize("policy", ["drop", "truncate"])
-@pytest.mark.parametrize("limit", [{"max_response_tokens": 5}, {"max_sequence_tokens": 9}, {"max_prompt_tokens": 4}])
+@pytest.mark.parametrize("limit", [{"max_response_tokens": 5}, {"max_sequence_tokens": 9}, {"max_sequence_tokens": 5}])
 def test_limits_drop_or_truncate_what_exceeds(shards, policy, limit):
     limits = LengthLimits(**limit, policy=policy)
     names = [str(shards / "math*")]
-    if policy == "truncate" and "max_prompt_tokens" in limit:
+    if policy == "truncate" and limits.max_sequence_tokens == 5:  # some prompts alone have more
         with pytest.raises(InputError, match="raise the limit, or drop"):
             build_group_datasets(names, limits=limits)
         return
@@ -150,8 +150,6 @@ def test_limits_drop_or_truncate_what_exceeds(shards, policy, limit):
         for group in (shard[i] for i in range(len(shard))):
             prompt = len(group.prompt)
             room = min(limits.max_response_tokens or 99, (limits.max_sequence_tokens or 99) - prompt)
-            if prompt > (limits.max_prompt_tokens or 99):
-                continue
             responses = [r.tolist() for r in group.responses]
             changed += sum(len(r) > room for r in responses)
             responses = [r[:room] for r in responses if policy == "truncate" or len(r) <= room]
@@ -183,7 +181,7 @@ def test_reading_a_group_under_limits_makes_no_array_of_all_groups(shards, polic
 def test_over_long_responses_are_an_error_that_names_shard_and_group(shards):
     with pytest.raises(InputError, match=r"code: group \d+ \(id 'g-\d+-é'\) has a prompt of \d+ and responses of"):
         build_group_datasets([str(shards / "code")], limits=LengthLimits(max_response_tokens=3))
-    long_enough = LengthLimits(max_prompt_tokens=6, max_response_tokens=9, max_sequence_tokens=15)
+    long_enough = LengthLimits(max_response_tokens=9, max_sequence_tokens=15)
     assert len(build_group_datasets([str(shards / "code")], limits=long_enough).train) == 15
 
 
@@ -207,8 +205,8 @@ def test_no_shard_is_used_twice_however_it_is_named(shards, spelled, where, monk
     "limits, named",
     [
         (dict(max_response_tokens=1), "code: max_response_tokens=1 leaves none of 15 groups"),
-        (dict(max_response_tokens=1, max_prompt_tokens=9), "code: max_response_tokens=1 leaves"),
-        (dict(max_sequence_tokens=2, max_prompt_tokens=4), "code: max_sequence_tokens=2 leaves"),
+        (dict(max_response_tokens=1, max_sequence_tokens=9), "code: max_response_tokens=1 leaves"),
+        (dict(max_sequence_tokens=2, max_response_tokens=4), "code: max_sequence_tokens=2 leaves"),
     ],
 )
 @pytest.mark.parametrize("where", ["train", "weighted", "valid"])

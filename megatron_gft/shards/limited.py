@@ -20,13 +20,12 @@ _SLICE = 1 << 20  # groups looked at together when limits are applied: bounds th
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """Longest prompt, response (EOS included) and both together, in tokens; None = no limit.
+    """Longest response (EOS included), and prompt with response, in tokens; None = no limit.
 
     ``policy`` for what exceeds: ``error``; ``drop`` the response, and the group when its prompt is too long or no
     response remains; ``truncate`` the response, without EOS (a prompt is never cut: that stays an error).
     """
 
-    max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None
     max_sequence_tokens: int | None = None
     policy: Literal["error", "drop", "truncate"] = "error"
@@ -39,11 +38,7 @@ class LengthLimits:
         """int64 [N]: tokens that a response to each prompt may have; below 1 the prompt itself is too long."""
         longest = np.iinfo(np.int32).max if self.max_response_tokens is None else self.max_response_tokens
         room = np.full(len(prompt_lengths), longest, dtype=np.int64)
-        if self.max_sequence_tokens is not None:
-            room = np.minimum(room, self.max_sequence_tokens - prompt_lengths)
-        if self.max_prompt_tokens is not None:
-            room[prompt_lengths > self.max_prompt_tokens] = 0
-        return room
+        return room if self.max_sequence_tokens is None else np.minimum(room, self.max_sequence_tokens - prompt_lengths)
 
     def exceeded_in(self, shard: GroupShard) -> bool:
         """Whether anything in the shard is over-long, by its manifest."""
