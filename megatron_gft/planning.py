@@ -126,7 +126,6 @@ class StepPlan:
         fill: tokens / (packs * max_tokens_per_pack).
         balance: sum over i of the mean cost / sum over i of the maximal cost of microbatch i over the ranks:
             the share of time in which a rank works when the ranks keep step.
-        worst_balance: the smallest mean / max of a microbatch.
     """
 
     packs: tuple[tuple[PackPlan, ...], ...]
@@ -135,7 +134,6 @@ class StepPlan:
     flops: float
     fill: float
     balance: float
-    worst_balance: float
 
     @property
     def packs_per_rank(self) -> int:
@@ -259,7 +257,7 @@ class _Planner:
             packs.sort(key=lambda pack: -pack.flops)
             if not best or self.busy_time(packs) < self.busy_time(best):
                 best = packs
-            if self.balances(best)[0] >= GOOD_BALANCE or len(packs) >= 2 * len(singles):
+            if self.balance(best) >= GOOD_BALANCE or len(packs) >= 2 * len(singles):
                 break
         return best
 
@@ -283,11 +281,10 @@ class _Planner:
         """Cost of the slowest rank, summed over microbatches: what the step takes. Packs come dearest first."""
         return sum(pack.flops for pack in packs[:: self.dp_size])
 
-    def balances(self, packs: Sequence[PackPlan]) -> tuple[float, float]:
-        """(balance, worst_balance) as in :class:`StepPlan`."""
+    def balance(self, packs: Sequence[PackPlan]) -> float:
+        """As in :class:`StepPlan`."""
         mean = [sum(pack.flops for pack in microbatch) / self.dp_size for microbatch in self.microbatches(packs)]
-        most = [pack.flops for pack in packs[:: self.dp_size]]
-        return sum(mean) / sum(most), min(a / b for a, b in zip(mean, most, strict=True))
+        return sum(mean) / self.busy_time(packs)
 
     def step_plan(self, packs: Sequence[PackPlan], max_tokens_per_pack: int) -> StepPlan:
         """Deal the microbatches out to ranks, forth and back, so that rank totals even out too."""
@@ -296,15 +293,13 @@ class _Planner:
         items = itertools.chain.from_iterable(pack.items for pack in packs)
         data = sum(pack.loss_rows for pack in packs)  # without a response's last token, which is only a label
         data += sum(self.lengths[group].prompt - len(responses) for group, responses in items)
-        balance, worst = self.balances(packs)
         return StepPlan(
             packs=tuple(tuple(run[rank] for run in dealt) for rank in range(self.dp_size)),
             tokens=rows,
             padding=rows - data,
             flops=sum(pack.flops for pack in packs),
             fill=rows / (len(packs) * max_tokens_per_pack),
-            balance=balance,
-            worst_balance=worst,
+            balance=self.balance(packs),
         )
 
 

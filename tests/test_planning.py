@@ -100,7 +100,6 @@ def test_invariants(lengths, dp_size, packing, packs_multiple_of, pad_multiple, 
     mean = [sum(rank[i].flops for rank in plan.packs) / dp_size for i in range(plan.packs_per_rank)]
     assert most == sorted(most, reverse=True)
     assert plan.balance == pytest.approx(sum(mean) / sum(most))
-    assert plan.worst_balance == pytest.approx(min(a / b for a, b in zip(mean, most, strict=True)))
 
 
 @pytest.mark.parametrize("seed", range(3))
