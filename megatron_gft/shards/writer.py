@@ -42,6 +42,8 @@ from megatron_gft.shards.manifest import (
 )
 from megatron_gft.tokenizer import Tokenizer
 
+_NANS_AT_ONCE = 1 << 20
+
 
 def check_prefix(prefix: str | Path) -> None:
     """Refuse prefixes whose files would be taken for those of another shard.
@@ -100,8 +102,8 @@ class GroupShardWriter:
         self._metas = IndexedDatasetBuilder(self._path(".meta.bin"), dtype=np.uint8)
         self._rewards: list[np.ndarray] = []
         self._outcomes: list[str | None] = []
-        self._logprobs = _LogprobFile(Path(self._path(".logprobs.npy")))
-        self.groups, self.bytes, self._truncated, self._max_token = 0, 0, 0, 0
+        self._logprobs: IO[bytes] | None = None  # no file while none is known
+        self.groups, self.bytes, self._response_tokens, self._truncated, self._max_token = 0, 0, 0, 0, 0
 
     def __enter__(self) -> GroupShardWriter:
         return self
@@ -124,8 +126,6 @@ class GroupShardWriter:
     def add(self, groups: EncodedGroups) -> None:
         """Add many groups. Tokens go to the disk at once; Megatron's builder keeps only the index."""
         lengths, is_response = groups.sequence_lengths, groups.sequence_modes != PROMPT_MODE
-        if not len(groups):
-            return
         if int(lengths.min()) < 1 or int(lengths.sum()) != len(groups.tokens):
             raise ValueError("every prompt and response needs a token, and lengths must add up to the tokens")
         if int(groups.group_sizes.min()) < 2:
@@ -142,11 +142,24 @@ class GroupShardWriter:
         self._metas.document_indices.extend(range(len(self._metas.document_indices), self.groups + 1))
         self._rewards.append(groups.rewards)
         self._outcomes.extend(groups.outcomes)
-        self._logprobs.add(groups.logprobs, int(lengths[is_response].sum()))
+        self._add_logprobs(groups.logprobs, int(lengths[is_response].sum()))
         last_tokens = groups.tokens[np.cumsum(lengths)[is_response] - 1]
         self._truncated += int((last_tokens != self.tokenizer.eos_id).sum())
         self._max_token = max(self._max_token, int(groups.tokens.max()))
         self.bytes += groups.tokens.nbytes
+
+    def _add_logprobs(self, values: np.ndarray | None, count: int) -> None:
+        """Write ``count`` log-probs float32, None = so many unknown ones."""
+        unknown = count if values is None else 0
+        if values is not None and self._logprobs is None:
+            self._logprobs, unknown = open(self._path(".logprobs.npy"), "wb"), self._response_tokens
+            _write_logprob_header(self._logprobs, 0)
+        self._response_tokens += count
+        if self._logprobs is not None:
+            for start in range(0, unknown, _NANS_AT_ONCE):
+                self._logprobs.write(np.full(min(_NANS_AT_ONCE, unknown - start), np.nan, "<f4").tobytes())
+            if values is not None:
+                self._logprobs.write(values.astype("<f4", copy=False).tobytes())
 
     def finish(self) -> ShardManifest:
         """Complete the files, move them into place, then write the manifest."""
@@ -168,7 +181,7 @@ class GroupShardWriter:
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        for file in (self._tokens.data_file, self._metas.data_file, self._logprobs):
+        for file in filter(None, (self._tokens.data_file, self._metas.data_file, self._logprobs)):
             with contextlib.suppress(OSError):  # a full disk: what cannot be written out is not wanted either
                 file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -184,7 +197,7 @@ class GroupShardWriter:
             groups=self.groups,
             responses=len(responses),
             prompt_tokens=int(lengths[starts].sum()),
-            response_tokens=int(responses.sum()),
+            response_tokens=self._response_tokens,
             truncated=self._truncated,
             by_source={name: int((modes == code).sum()) for code, name in enumerate(SOURCES)},
             max_prompt_tokens=int(lengths[starts].max()),
@@ -194,7 +207,12 @@ class GroupShardWriter:
             max_token_id=self._max_token,
         )
         judgement = self._judgement(rewards, reward_stats(rewards, modes[modes != PROMPT_MODE], sizes - 1))
-        logprobs = self._logprobs.path.name if self._logprobs.finish() else None
+        logprobs = None
+        if self._logprobs is not None:
+            self._logprobs.seek(0)
+            _write_logprob_header(self._logprobs, self._response_tokens)
+            self._logprobs.close()
+            logprobs = f"{self.prefix.name}.logprobs.npy"
         names = [f"{self.prefix.name}{suffix}" for suffix in (".bin", ".idx", ".meta.bin", ".meta.idx")]
         names += [name for name in (judgement.rewards_file, judgement.outcomes_file, logprobs) if name is not None]
         return ShardManifest(
@@ -230,47 +248,9 @@ class GroupShardWriter:
         )
 
 
-class _LogprobFile:
-    """Log-probs that go to an ``.npy`` file as they come, as ``np.save`` of all would write it.
-
-    There is no file while none is known.
-    """
-
-    _PIECE = 1 << 20
-
-    def __init__(self, path: Path):
-        self.path, self._count = path, 0
-        self._file: IO[bytes] | None = None
-
-    def add(self, values: np.ndarray | None, count: int) -> None:
-        """Add ``count`` float32 values, None = so many unknown ones."""
-        unknown = count if values is None else 0
-        if values is not None and self._file is None:
-            self._file, unknown = open(self.path, "wb"), self._count
-            self._write_header(self._file)
-        self._count += count
-        if self._file is not None:
-            for start in range(0, unknown, self._PIECE):
-                self._file.write(np.full(min(self._PIECE, unknown - start), np.nan, "<f4").tobytes())
-            if values is not None:
-                self._file.write(values.astype("<f4", copy=False).tobytes())
-
-    def _write_header(self, file: IO[bytes]) -> None:
-        """It has the same size for any count: numpy leaves room for the digits."""
-        header = {"descr": "<f4", "fortran_order": False, "shape": (self._count,)}
-        np.lib.format.write_array_header_1_0(file, header)
-
-    def finish(self) -> bool:
-        """Complete the file; whether there is one."""
-        if self._file is not None:
-            self._file.seek(0)
-            self._write_header(self._file)
-        self.close()
-        return self._file is not None
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+def _write_logprob_header(file: IO[bytes], count: int) -> None:
+    """As ``np.save`` writes it, with the same size for any count: numpy leaves room for the digits."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count,)})
 
 
 def reward_stats(rewards: np.ndarray, sources: np.ndarray, responses_per_group: np.ndarray) -> RewardStats:
