@@ -327,3 +327,45 @@ def test_thirds_are_rounded_or_cut_and_nothing_else():
         assert same_answer("1/3", str(float(cut))) is (digits >= 6)
         assert same_answer("1/3", f"0.{'3' * (digits - 1)}4") is False
         assert same_answer("2/3", f"0.{'6' * (digits - 1)}7") is (digits >= 6)
+
+
+def joined(pair, how):
+    """Two pairs of LaTeX and value as one: a sum, a product as people write it, a fraction, a power."""
+    (left, a), (right, b) = pair
+    if how == "frac":
+        return (rf"\frac{{{left}}}{{{right}}}", a / b) if b else (left, a)
+    if how == "power":
+        return f"({left})^{{2}}", a * a
+    forms = {
+        "+": ("{} + ({})", a + b),
+        "-": ("{} - ({})", a - b),
+        "()()": ("({})({})", a * b),
+        "cdot": (r"({}) \cdot ({})", a * b),
+        "*": ("({})*({})", a * b),
+    }
+    form, value = forms[how]
+    return form.format(left, right), value
+
+
+CALCULATIONS = st.recursive(
+    st.integers(0, 12).map(lambda n: (str(n), Fraction(n)))
+    | st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(6, 9)).map(
+        lambda t: (rf"{t[0]}\frac{{{t[1]}}}{{{t[2]}}}", t[0] + Fraction(t[1], t[2]))
+    )
+    | st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda t: (f"{t[0]}({t[1]})", Fraction(t[0] * t[1])))
+    | st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)).map(
+        lambda t: (rf"\frac{{{t[0]}}}{{{t[1]}}}({t[2]})", Fraction(t[0] * t[2], t[1]))
+    ),
+    lambda inner: st.builds(
+        joined, st.tuples(inner, inner), st.sampled_from(["+", "-", "()()", "cdot", "*", "frac", "power"])
+    ),
+    max_leaves=5,
+)
+
+
+@given(CALCULATIONS, st.integers(-3, 3))
+@settings(max_examples=150, deadline=None)
+def test_calculations_have_the_value_that_people_read(calculation, off):
+    text, value = calculation
+    gold = value + off
+    assert same_answer(f"{gold.numerator}/{gold.denominator}", text) is (off == 0)

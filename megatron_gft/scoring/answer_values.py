@@ -26,6 +26,7 @@ StepPolicy = Literal["checked", "last"]
 DigitPolicy = Literal["2", "3", "4", "5", "6"]
 
 MAX_DIGITS = 2000  # larger numbers are compared by their first 15 digits
+NOISE = 1e-30  # what is left where terms cancel
 AGREEMENT = 1e-15  # relative, of values worked out to 40 digits
 
 
@@ -74,6 +75,10 @@ _NO_UNITS = frozenset(  # words that make another value of the one before them
 _WORDS = re.compile(r"[A-Za-z][A-Za-z .'\-]*")
 _LONG_WORD = re.compile(r"(?<![A-Za-z\\])[A-Za-z]{3,}(?![A-Za-z(])")
 _BASE = re.compile(r"\d[\dA-Za-z]*_\{?(\d+)\}?")
+
+
+# to the parser 5(4) is 9, \frac{1}{2}(3) is 7/2 and \pi(3) a function
+_PRODUCT = re.compile(r"(?:(?<![_^\d.])\d+|\\pi|\)|(?<![_^])\{[^{}]*\}|\}\})\s*(?=\()|\)\s*(?=\d|\\frac)")
 
 
 class _Value(NamedTuple):
@@ -208,19 +213,22 @@ def same_expression(gold: str, answer: str, policies: Policies) -> bool:
 
 
 def _same_at_points(left: Any, right: Any) -> bool:
-    agreed = 0
-    for point in _points(left, right):
-        values = _number_at(left, point), _number_at(right, point)
-        if values == (None, None):
-            continue
-        if values[0] is None or values[1] is None or not _agree(*values):
-            return False
-        agreed += 1
-        if len(point) == 1 and 10**15 < abs(values[0]) < 10**MAX_DIGITS:  # 100! + 1 is not 100!
-            digits = 20 + len(str(int(abs(values[0]))))
-            exact = [_number_at(side, point, digits) for side in (left, right)]
-            return bool(abs(exact[0] - exact[1]) < 1)
-    return agreed > 0
+    verdicts = [_same_at(point, left, right) for point in _points(left, right)]
+    return False not in verdicts and True in verdicts
+
+
+def _same_at(point: dict[Any, Any], left: Any, right: Any) -> bool | None:
+    """Whether both have one value there; ``None`` if both have none."""
+    values = _number_at(left, point), _number_at(right, point)
+    if None in values:
+        return None if values == (None, None) else False
+    if 0 in values and max(map(abs, values)) < NOISE:  # 1 - 1 as it was worked out, or really small
+        return len(point) > 1 or bool((left - right).equals(0))
+    if len(point) == 1 and 10**15 < abs(values[0]) < 10**MAX_DIGITS and _agree(*values):  # 100! + 1 is not 100!
+        digits = 20 + len(str(int(abs(values[0]))))
+        exact = [_number_at(side, point, digits) for side in (left, right)]
+        return bool(abs(exact[0] - exact[1]) < 1)
+    return _agree(*values)
 
 
 def constant_ratio(left: str, right: str) -> Any:
@@ -301,6 +309,8 @@ def expression(text: str) -> Any:
         return _rational(number)
     if re.search(r"(?<![\^_\d])\d+\s+\d", text) or not text:  # to the parser "1 2" is 3
         raise UnreadableError(text)
+    for _ in range(3):  # what one match holds is not looked through
+        text = _PRODUCT.sub(r"\g<0>\\cdot ", text)
     parser, rules, conversion = _parser()
     try:
         expression = parser(text, normalization_config=rules, conversion_config=conversion)

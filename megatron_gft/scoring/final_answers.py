@@ -96,6 +96,7 @@ _IS = re.compile(r"[\s*]*(?:is|are|equals|must|=)(?![A-Za-z])")
 _SENTENCE_END = re.compile(
     r"\.(?=\s|\*|$)|[;\n!]|,?\s(?:because|since|as|where|when|if|so|which|with|for)\b|\s\((?=[^()]*(?:=|(?<![A-Za-z\\])[A-Za-z]{2}))"
 )
+_SENTENCES = re.compile(r"[.?!][$)\]\\]{0,2}\s|\n")
 _COMMAND_NAME = re.compile(r"\\(?:text\w*|mbox|mathrm|mathbf|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(
     r"(?<![A-Za-z])(?!(?:sqrt|sin|cos|tan|log|ln|exp|pi|[xyz]{2,3}|[A-Z]{2})(?![A-Za-z]))[A-Za-z]{2}"
@@ -113,7 +114,7 @@ class _Run(NamedTuple):
     start: int
     end: int
     text: str
-    span: bool
+    is_result: bool  # set as a formula, or behind an "="
 
 
 def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
@@ -132,7 +133,7 @@ def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
     text = _NUMBERING.sub("", text)
     for anchor in reversed(list(_ANCHOR.finditer(text))):
         tail = anchor["tail"] or ""
-        if not tail.strip(" *:_\t"):
+        if tail.strip(" *:_\t") in ("", "$$", r"\["):
             tail = text[anchor.end() :].lstrip("*_: \t\n").partition("\n\n")[0]
         answer = _anchored_answer(tail[:_MAX_TAIL])
         if answer is not None:
@@ -295,9 +296,9 @@ def _last_value(text: str) -> str | None:
         first -= 1
     if first < last:
         return ", ".join(run.text for run in runs[first:])
-    while last and not runs[last].span and not re.search(r"[.?!]\s|\n", text[runs[last - 1].end : runs[last].start]):
-        last -= 1  # "there are $9$ divisors of 196": what is set as a formula goes before
-    return _result(runs[last if runs[last].span else first].text)
+    while last and not runs[last].is_result and not _SENTENCES.search(text[runs[last - 1].end - 3 : runs[last].start]):
+        last -= 1  # "there are $9$ divisors of 196", "2 + 3 = 5 for 4 days": what is set as a formula goes before
+    return _result(runs[last if runs[last].is_result else first].text)
 
 
 def _runs(text: str) -> Iterator[_Run]:
@@ -315,7 +316,7 @@ def _runs(text: str) -> Iterator[_Run]:
         else:
             continue
         if value.strip():
-            yield _Run(match.start(), end, value, bool(match["span"]))
+            yield _Run(match.start(), end, value, bool(match["span"]) or "=" in value)
 
 
 def _last_row(formula: str) -> str:
@@ -323,7 +324,7 @@ def _last_row(formula: str) -> str:
     environment = re.fullmatch(r"\\begin\{(\w+)\*?\}(.*)\\end\{\1\*?\}", formula, re.DOTALL)
     if environment and environment[1] not in ("array", "matrix", "cases", "pmatrix", "bmatrix"):
         formula = [row for row in environment[2].split(r"\\") if row.strip()][-1].replace("&", "")
-    formula = re.split(r"\\(?:Long)?(?:[Rr]ightarrow|implies|therefore|iff)(?![A-Za-z])", formula)[-1]
+    formula = re.split(r"\\(?:Long)?(?:[Rr]ightarrow|implies|therefore|iff|equiv)(?![A-Za-z])", formula)[-1]
     return formula.strip().rstrip(".,;").lstrip("=").strip()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_gft.errors import InputError
 from megatron_gft.scoring.answer_forms import (
@@ -150,19 +151,25 @@ def _name_first(sides: tuple[Form, ...]) -> tuple[Form, ...]:
 
 
 def _comes_to(calculation: Form, value: Form) -> bool:
-    """Whether ``calculation`` has about the value that stands behind its "="; one of dots is believed."""
-    if calculation.parts or value.parts:
-        pairs = zip(calculation.parts, value.parts, strict=False)
-        return len(calculation.parts) == len(value.parts) and all(_comes_to(*pair) for pair in pairs)
-    if re.search(r"\\[cld]?dots", calculation.text):
+    """Whether ``calculation`` has about the value that stands behind its "="; what has no value is believed.
+
+    Sines are believed, too: their degrees have lost their sign.
+    """
+    if calculation.kind == value.kind != "atom":
+        return all(_comes_to(*pair) for pair in zip(calculation.parts, value.parts, strict=False))
+    if re.search(r"\\(?:sin|cos|tan)", calculation.text):
         return True
+    claimed, computed = (_constant(side) for side in (value, calculation))
+    if claimed is None or computed is None:
+        return computed is None and not has_letters(value.text)
+    return bool(abs(computed - claimed) <= CALCULATION_TOLERANCE * abs(claimed))
+
+
+def _constant(side: Form) -> Any:
     try:
-        numbers = [constant(value_of(side.text, STRICT).text) for side in (calculation, value)]
+        return constant(value_of(side.text, STRICT).text)
     except UnreadableError:
-        return False
-    if numbers[0] is None or numbers[1] is None:
-        return False
-    return bool(abs(numbers[0] - numbers[1]) <= CALCULATION_TOLERANCE * abs(numbers[1]))
+        return None
 
 
 def _match(gold: Form, answer: Form, policies: Policies) -> bool:

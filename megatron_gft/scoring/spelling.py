@@ -55,7 +55,7 @@ _FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|lg|gcd|lcm
 _LAYOUT = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\!")
 _SPACING = re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad|(?<!\\)~")
 _TEXT_WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf)|bm|boldsymbol|operatorname\*?)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf)|bm|bold(?:symbol)?|vec|operatorname\*?)\s*\{([^{}]*)\}"
 )
 _TWICE_ESCAPED = re.compile(r"\\\\(?=begin\b)|\A(?!.*\\begin\b).*\\\\[A-Za-z]", re.DOTALL)
 _INFINITY = re.compile(
@@ -119,7 +119,8 @@ def _text(match: re.Match[str]) -> str:
         return "\\" + content
     if re.fullmatch(r"(?:(?:positive|negative|plus|minus) )?infinity", content):
         return content
-    return content if content in ("e", "i") and "math" in match[0] else rf"\text{{{content}}}"
+    letter = len(content) == 1 and re.match(r"\\(?:mathbf|bm|bold|vec)", match[0])
+    return content if letter or (content in ("e", "i") and "math" in match[0]) else rf"\text{{{content}}}"
 
 
 def _from_plain_text(text: str) -> str:
