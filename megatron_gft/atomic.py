@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def check_output(path: str | os.PathLike) -> None:
-    """Refuse what a file could not be written to, before there is something to write.
+    """Refuse what a file could not be written to, before there is something to write; leaves nothing behind.
 
     Raises:
         InputError: it is no file, or its folder can be neither written to nor made.
@@ -85,8 +86,11 @@ def check_output(path: str | os.PathLike) -> None:
     if target.exists() and not target.is_file():
         raise InputError(f"{target}: exists and is no file -> choose another output")
     folder = next(parent for parent in target.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"{target}: {folder} is not a folder to write in -> choose another output")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror
+        raise InputError(f"{target}: cannot be written in {folder} ({reason}) -> choose another output") from None
 
 
 @contextlib.contextmanager

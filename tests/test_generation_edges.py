@@ -138,7 +138,7 @@ def test_a_limit_takes_the_first_prompts_and_looks_at_no_more(tmp_path):
 @pytest.mark.parametrize(
     "output, message",
     [
-        ("folder.jsonl", "is a folder"),
+        ("folder.jsonl", "exists and is no file"),
         ("p.jsonl/below.jsonl", "Not a directory"),
         ("/proc/out.jsonl", "cannot be written"),
         ("p.jsonl", "is an input too"),

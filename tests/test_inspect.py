@@ -339,7 +339,7 @@ def test_bad_command_lines_are_refused(case, tool, capsys, command, message):
 @pytest.mark.parametrize(
     "output, message",
     [
-        ("--html {}/in.jsonl/x.html", "is not a folder to write in"),
+        ("--html {}/in.jsonl/x.html", "in.jsonl (Not a directory)"),
         ("--html {}", "exists and is no file"),
         ("--json {}", "exists and is no file"),
         ("--html -", "needs a file"),

@@ -187,7 +187,7 @@ def test_another_verifier_does_not_continue_the_journal(tmp_path):
         ({"verifier_options": {"percnt": "off"}}, ["in.jsonl"], "out.jsonl", "no option 'percnt'"),
         ({"memory_limit_gib": 0.001}, ["in.jsonl"], "out.jsonl", "verifier"),
         ({}, ["in.jsonl"], "out.txt", "out.txt: unknown kind of group file"),
-        ({}, ["in.jsonl"], "folder.jsonl", "folder.jsonl: is a folder"),
+        ({}, ["in.jsonl"], "folder.jsonl", "folder.jsonl: exists and is no file"),
         ({}, ["in.jsonl"], "in.jsonl", "is an input too"),
         ({}, ["in.jsonl"], "in.jsonl/out.jsonl", "cannot be written"),
         ({}, ["in.jsonl", "./in.jsonl"], "out.jsonl", "input named twice"),

@@ -50,7 +50,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
     arguments = parse_arguments(argv)
     import torch  # seconds, which --help and a wrong option do not wait for
     import torch.distributed as dist

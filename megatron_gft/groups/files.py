@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from megatron_gft.atomic import atomic_file
+from megatron_gft.atomic import atomic_file, check_output
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups.problems import ERROR, ProblemLog
 from megatron_gft.groups.records import GroupRecord, parse_group, record_to_json
@@ -169,16 +169,20 @@ def refuse_problems(problems: ProblemLog) -> None:
 
 def output_problems(path: str | Path) -> list[str]:
     """What keeps a file of this name from being written as a group file."""
-    if str(path).endswith(GROUP_FILE_SUFFIXES):
-        return []
-    return [f"{path}: unknown kind of group file to write -> use {' or '.join(GROUP_FILE_SUFFIXES)}"]
+    if not str(path).endswith(GROUP_FILE_SUFFIXES):
+        return [f"{path}: unknown kind of group file to write -> use {' or '.join(GROUP_FILE_SUFFIXES)}"]
+    try:
+        check_output(path)
+    except InputError as error:
+        return [str(error)]
+    return []
 
 
 def write_group_file(path: str | Path, records: Iterable[GroupRecord]) -> int:
     """Write groups to ``.jsonl`` or ``.jsonl.gz`` (whole or not at all); return how many.
 
     Raises:
-        InputError: another suffix.
+        InputError: another suffix, or a place where no file can be written.
     """
     count = 0
     for problem in output_problems(path):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import json
 import queue
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,7 +56,7 @@ class GenerationRun:
         self._prompts, self._output, self._seed = prompts, Path(output), seed
         self._responses: list[ColumnResponses | SampledResponses] = []
         self._num_prompts = self._num_samples = self._num_duplicates = 0
-        problems = _output_problems(self._output)
+        problems = output_problems(self._output)
         for check in (self._source_problems(sources), self._prompt_problems(sources)):
             try:
                 problems.extend(itertools.islice(check, SHOWN_PROBLEMS))
@@ -243,17 +242,3 @@ def journal_path(output: Path) -> Path:
 
 def summary_path(output: Path) -> Path:
     return output.with_name(output.name + ".summary.json")
-
-
-def _output_problems(output: Path) -> list[str]:
-    """What speaks against writing there, found out without leaving anything behind."""
-    if problems := output_problems(output):
-        return problems
-    if output.is_dir():
-        return [f"{output}: is a folder -> choose another output"]
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return []
-    except OSError as error:
-        return [f"{output}: cannot be written in {folder} ({error.strerror}) -> choose another output"]

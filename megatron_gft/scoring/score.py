@@ -106,8 +106,6 @@ def score_group_file(
 
 def _check_files(inputs: Sequence[str | Path], output: Path) -> None:
     problems = output_problems(output)
-    if output.is_dir():
-        problems.append(f"{output}: is a folder -> choose another output")
     named: dict[Path, str | Path] = {}
     for path in inputs:
         real = Path(path).resolve()
