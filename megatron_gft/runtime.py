@@ -105,7 +105,6 @@ class Watchdog:
             self.file.truncate()
 
     def stop(self) -> None:
-        """End the watch."""
         faulthandler.cancel_dump_traceback_later()
         self.file.close()
         with contextlib.suppress(OSError):  # the folder goes with the last rank's file

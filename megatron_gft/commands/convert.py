@@ -24,7 +24,6 @@ The output appears whole or not at all. Every tensor of it is read back and comp
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Command line of this tool."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -43,7 +43,6 @@ def _parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan of a command line."""
     o = _parser().parse_args(argv)
     from megatron_gft.config import load_config
     from megatron_gft.hf.shape import read_model_shape

@@ -10,7 +10,6 @@ from megatron_gft.errors import command
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the runs of a command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="example: python tools/plot_run.py runs/gft runs/sft --output compare.html"
     )

@@ -85,7 +85,6 @@ class Plan:
 
     @property
     def dp(self) -> int:
-        """Data-parallel size."""
         p = self.config.parallel
         return self.world_size // (p.tp * p.pp * p.cp)
 
@@ -101,7 +100,6 @@ class Plan:
 
     @property
     def verdict(self) -> str:
-        """``fits`` or ``does not fit``."""
         return "fits" if self.fits else "does not fit"
 
     def to_json(self) -> dict[str, Any]:
@@ -160,10 +158,8 @@ def make_plan(
     time = None
     if steps:
         fullest = max((stage.exact for stage in stages), key=lambda exact: exact.total)
-        efficiency = efficiency or stated_efficiency(config, shape)
-        time = estimate_step_time(
-            config, steps, fullest, world_size, efficiency=efficiency, peak_tflops=device.peak_tflops
-        )
+        speed = {"efficiency": efficiency or stated_efficiency(config, shape), "peak_tflops": device.peak_tflops}
+        time = estimate_step_time(config, steps, fullest, world_size, **speed)
     notes = tuple(_notes(config, shape, steps, with_steps))
     plan = Plan(world_size, config, shape, device, stages, steps, time, None, notes)
     if plan.fits:

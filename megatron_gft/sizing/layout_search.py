@@ -59,23 +59,19 @@ def suggest_layout(
 
 def _candidates(config: Config, shape: ModelShape, world_size: int) -> Iterator[tuple[float, Config]]:
     """(distance from ``config``, configuration) of every layout that passes :func:`check`."""
-    for layout in _layouts(config, shape, world_size):
+    tps = (1, 2, 4, 8)  # within a machine
+    pps = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0 and world_size % n == 0]
+    eps = [2**i for i in range(MAX_WORLD_SIZE.bit_length()) if (shape.num_moe_experts or 1) % 2**i == 0]
+    pack = config.data.max_tokens_per_pack
+    packs = [n for n in (pack, pack >> 1, pack >> 2) if n == pack or n >= SMALLEST_PACK]
+    recomputation = dict.fromkeys((config.model.recompute, "full"))
+    for layout in itertools.product(tps, pps, eps, packs, recomputation):
         candidate = _changed(config, shape, *layout)
         try:
             check(candidate, shape, world_size, training=False)
         except InputErrors:
             continue
         yield _distance(config, candidate), candidate
-
-
-def _layouts(config: Config, shape: ModelShape, world_size: int) -> Iterator[tuple[int, int, int, int, str]]:
-    """(tp, pp, ep, tokens of a pack, recomputation) to try."""
-    tps = (1, 2, 4, 8)  # within a machine
-    pps = [n for n in range(1, shape.num_layers + 1) if shape.num_layers % n == 0 and world_size % n == 0]
-    eps = [2**i for i in range(MAX_WORLD_SIZE.bit_length()) if (shape.num_moe_experts or 1) % 2**i == 0]
-    pack = config.data.max_tokens_per_pack
-    packs = [n for n in (pack, pack >> 1, pack >> 2) if n == pack or n >= SMALLEST_PACK]
-    return itertools.product(tps, pps, eps, packs, dict.fromkeys((config.model.recompute, "full")))
 
 
 def _changed(config: Config, shape: ModelShape, tp: int, pp: int, ep: int, pack: int, recompute: str) -> Config:

@@ -60,7 +60,6 @@ class StaticMemory:
 
     @property
     def total(self) -> int:
-        """All three."""
         return self.weights + self.gradients + self.optimizer
 
 
@@ -166,7 +165,6 @@ class ActivationMemory:
 
     @property
     def total(self) -> int:
-        """At the peak."""
         return self.saved + self.working + self.fp8_copies
 
 

@@ -72,7 +72,6 @@ class AssumedGroups:
         raise TypeError("assumed groups have lengths and no tokens")
 
     def describe(self, index: int) -> str:
-        """Name of a group."""
         return f"assumed group {index}"
 
     def table(self, indices: Sequence[int] | np.ndarray) -> GroupTable:
@@ -126,23 +125,19 @@ def describe_steps(
     loader = StepLoader(groups, config, shape, parallel)
     count = max(1, min(SAMPLED_STEPS, SAMPLED_GROUPS // config.data.groups_per_step, loader.steps_per_epoch))
     batches = [loader.batch(i * loader.steps_per_epoch // count) for i in range(count)]
-    live = [batch for batch in batches if batch.plan is not None]
-    if not live:
+    plans = [batch.plan for batch in batches if batch.plan is not None]
+    if not plans:
         return None
-    plans = [batch.plan for batch in live if batch.plan is not None]
-
-    def mean(name: str) -> float:
-        return sum(getattr(plan, name) for plan in plans) / len(plans)
-
+    names = ("packs_per_rank", "tokens", "fill", "balance", "flops")
     return StepStatistics(
         assumed=assumed,
         groups=len(groups),
         steps_per_epoch=loader.steps_per_epoch,
         sampled_steps=count,
-        loss_tokens=sum(batch.loss_tokens for batch in live) / len(plans),
+        loss_tokens=sum(batch.loss_tokens for batch in batches if batch.plan is not None) / len(plans),
         padding_share=sum(plan.padding for plan in plans) / sum(plan.tokens for plan in plans),
         dead_groups=sum(batch.dead_groups for batch in batches) / count,
-        **{name: mean(name) for name in ("packs_per_rank", "tokens", "fill", "balance", "flops")},
+        **{name: sum(getattr(plan, name) for plan in plans) / len(plans) for name in names},
     )
 
 
