@@ -58,7 +58,7 @@ class Policies:
 
 _UNIT = re.compile(
     r"(?<=[\d})])(?P<space>\s*+)(?:\\text\{(?P<text>[^{}]*+)\}"
-    r"|(?P<note>\((?:[A-Za-z][A-Za-z ./]*+|\\text\{[^{}]*+\})\))"
+    r"|(?P<note>\(\s*(?:[A-Za-z][A-Za-z ./]*+|\\text\{[^{}]*+\})\s*\))"
     r"|(?P<words>[A-Za-z][A-Za-z. /]*+))(?:\^\{?\d\}?)?$"
 )
 _SHORT_UNITS = frozenset(
@@ -153,7 +153,7 @@ def _same_bare_value(left: _Value, right: _Value, policies: Policies) -> bool:
 
 def is_words(text: str) -> bool:
     r"""Words, not a formula: set in ``\text``, or three letters and more that are no function of something."""
-    bare = re.sub(r"\\(?!text)[A-Za-z]+", "", text)
+    bare = re.sub(r"\\(?:begin|end)\{\w+\}|\\(?!text)[A-Za-z]+", "", text)
     return bool(_LONG_WORD.search(bare)) or (r"\text" in text and bool(_WORDS.fullmatch(_plain_words(text))))
 
 

@@ -37,9 +37,7 @@ _NUMBER = (
     r"(?:\s?\\?%| per ?cent\b)?(?!(?:st|nd|rd|th)\b)"
 )
 _BRACED = r"\{(?:[^{}]|\{[^{}]{0,60}\}){1,100}+\}"
-_COMMAND = (
-    rf"\\[dt]?frac\s?(?:{_BRACED}|\d)\s?(?:{_BRACED}|\d(?!\d))|\\sqrt\s?(?:\[\d\])?(?:{_BRACED}|\d)|\\pi(?![A-Za-z])"
-)
+_COMMAND = rf"\\[dt]?frac\s?(?:{_BRACED}|\d)\s?(?:{_BRACED}|\d(?!\d))|\\sqrt\s?(?:\[\d\])?(?:{_BRACED}|\d)|\\(?:pi|infty)(?![A-Za-z])"
 _LETTER = (
     r"(?<![A-Za-z\\])(?![aI] +[A-Za-z])(?:[xyz]{2,3}|pi|[A-Za-z\u03c0])(?![A-Za-z\d'\u2019])(?:_(?:\w|\{\w{1,4}\}))?"
 )
@@ -85,7 +83,7 @@ _MAX_ANCHOR_FILLER = 40
 _MAX_TAIL = 1000
 _FILLER = re.compile(r"^[\s*_:,]*(?:(?:therefore|thus|then|hence|so|simply|just|now|again)[\s*,:]+)*", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"(?:in)?correct|right|wrong|clear|as follows|below|above|given|found", re.IGNORECASE)
-_PERCENT_AFTER = re.compile(r"\s?\$?\s?(?:\\?%|(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)\b)")
+_PERCENT_AFTER = re.compile(r"\s?(?:\$|\\[)\]])?\s?(?:\\?%|(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)\b)")
 _BETWEEN = r"[\s$,;.&}~+|\\]|\\[()\[\],;: ]|\\q?quad|\\text\{"
 _LINKED = {
     "listed": re.compile(rf"(?:{_BETWEEN}|\band\b|\bor\b|respectively){{0,40}}"),
@@ -310,7 +308,7 @@ def _runs(text: str) -> Iterator[_Run]:
             value = _last_row(without_delimiters(written))
             if percent := _PERCENT_AFTER.match(text, end):
                 value, end = value if value.endswith("%") else value + OUTSIDE_PERCENT, percent.end()
-        elif re.search(r"\d", written):
+        elif re.search(r"\d|\\infty", written):
             value = re.sub(_CURRENCY + " ?", "", written)
             value = re.sub(r"^\(([^(),]*)\)$", r"\1", value)
         else:

@@ -49,7 +49,10 @@ _SUPERSCRIPTS = str.maketrans(
 _FRACTIONS = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _ROOTS = {"\u221a": r"\sqrt", "\u221b": r"\sqrt[3]", "\u221c": r"\sqrt[4]"}
 _ROOT = re.compile(r"([\u221a-\u221c])\s?(?:(\d+(?:\.\d+)?|[A-Za-z\u03c0])|\(([^()]*)\)|\{([^{}]*)\})")
-_EUROS = re.compile(r"(?<![\d.,])(\d+),(\d\d)(?=\s?(?:\u20ac|euros?\b|EUR\b))|(?<=\u20ac)(\s?\d+),(\d\d)(?![\d,])")
+_EUROS = re.compile(  # cents after a comma: "1.234,50 €"
+    r"(?:(?<=€)|(?<=€ )|(?<=EUR )|(?<![\d.,])(?=[\d.]+,\d\d(?:\s|\\[,;]|\\text\{)*(?:€|\\euro|euros?\b|EUR\b)))"
+    r"(\d{1,3}(?:\.\d{3})+|\d+),(\d\d)(?!\d)"
+)
 
 _FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|lg|gcd|lcm|max|min|det"
 _LAYOUT = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|limits)(?![A-Za-z])|(?<!\\)\\!")
@@ -60,7 +63,7 @@ _TEXT_WRAPPER = re.compile(
 _TWICE_ESCAPED = re.compile(r"\\\\(?=begin\b)|\A(?!.*\\begin\b).*\\\\[A-Za-z]", re.DOTALL)
 _INFINITY = re.compile(
     r"(?:\+\s*|(?P<sign>-\s*)|\b(?:positive|plus) |\b(?P<word>negative|minus) )?"
-    r"(?:\\infty|(?<![A-Za-z\\])(?:inf(?:inity|ty)?|oo))(?![A-Za-z])"
+    r"(?:\\infty|(?<![A-Za-z\\])(?:[iI]nf(?:inity|ty)?|oo))(?![A-Za-z])"
 )
 _PERCENT = re.compile(r"(?<=[\d)}])\s*(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)(?![A-Za-z])\.?\s*\}?|\\%")
 _DROPPED = re.compile(r"\\pmod\s*\{?\w+\}?|\(\\?(?:text\{)?mod\}? ?\d+\)|\^\{?\s*\\circ\s*\}?|\\degree\b|\u00b0")
@@ -68,7 +71,7 @@ _DROPPED = re.compile(r"\\pmod\s*\{?\w+\}?|\(\\?(?:text\{)?mod\}? ?\d+\)|\^\{?\s
 
 def plain_latex(text: str) -> str:
     r"""LaTeX for what stands outside of ASCII: ``5\u00bd`` is ``5\frac{1}{2}``. Cents of euros follow a point."""
-    text = _EUROS.sub(lambda m: f"{m[1] or m[3]}.{m[2] or m[4]}", text)
+    text = _EUROS.sub(lambda m: f"{m[1].replace('.', '')}.{m[2]}", text)
     if text.isascii():
         return text
     text = _COMPATIBLE.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
@@ -117,7 +120,7 @@ def _text(match: re.Match[str]) -> str:
     content = match[1].strip()
     if re.fullmatch(_FUNCTIONS, content):
         return "\\" + content
-    if re.fullmatch(r"(?:(?:positive|negative|plus|minus) )?infinity", content):
+    if re.fullmatch(r"(?:(?:positive|negative|plus|minus) )?[iI]nfinity", content):
         return content
     letter = len(content) == 1 and re.match(r"\\(?:mathbf|bm|bold|vec)", match[0])
     return content if letter or (content in ("e", "i") and "math" in match[0]) else rf"\text{{{content}}}"
