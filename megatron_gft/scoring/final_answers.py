@@ -37,7 +37,10 @@ _NUMBER = (
     r"(?:\s?\\?%| per ?cent\b)?(?!(?:st|nd|rd|th)\b)"
 )
 _BRACED = r"\{(?:[^{}]|\{[^{}]{0,60}\}){1,100}+\}"
-_COMMAND = rf"\\[dt]?frac\s?(?:{_BRACED}|\d)\s?(?:{_BRACED}|\d(?!\d))|\\sqrt\s?(?:\[\d\])?(?:{_BRACED}|\d)|\\(?:pi|infty)(?![A-Za-z])"
+_COMMAND = (
+    rf"\\[dt]?frac\s?(?:{_BRACED}|\d)\s?(?:{_BRACED}|\d(?!\d))|\\sqrt\s?(?:\[\d\])?(?:{_BRACED}|\d)"
+    r"|\\(?:pi|infty)(?![A-Za-z])"
+)
 _LETTER = (
     r"(?<![A-Za-z\\])(?![aI] +[A-Za-z])(?:[xyz]{2,3}|pi|[A-Za-z\u03c0])(?![A-Za-z\d'\u2019])(?:_(?:\w|\{\w{1,4}\}))?"
 )
