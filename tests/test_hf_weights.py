@@ -203,7 +203,7 @@ def export_with_a_bad_writer(folder, output, layout, failing_rank, damage, messa
         ({"tp": 2, "pp": 2}, 0, fill_the_disk, "No space left"),
         ({"tp": 2, "pp": 2}, 2, fill_the_disk, "No space left"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_bad_write_on_one_rank_ends_the_export_on_all(tiny, tmp_path, layout, failing_rank, damage, message):
     arguments = (layout, failing_rank, damage, message)
