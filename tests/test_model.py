@@ -18,7 +18,8 @@ from megatron_gft import backend
 from megatron_gft.backend import choose_backend
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.errors import InputError
-from megatron_gft.hf.shape import gpt_model_kwargs, padded_vocab_size, parameter_count, read_model_shape
+from megatron_gft.hf.mapping import parameter_count
+from megatron_gft.hf.shape import gpt_model_kwargs, padded_vocab_size, read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.model import GFTModel, GFTOutputLayer, LossOutput, build_model, unwrap
 from megatron_gft.packing import Pack

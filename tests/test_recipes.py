@@ -10,7 +10,8 @@ import pytest
 from test_plan import ask
 
 from megatron_gft.config import load_config
-from megatron_gft.hf.shape import parameter_count, read_model_shape
+from megatron_gft.hf.mapping import parameter_count
+from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.validation import check
 
 ROOT = Path(__file__).resolve().parents[1]

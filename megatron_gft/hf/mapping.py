@@ -12,6 +12,7 @@ import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from megatron_gft.errors import InputError
 from megatron_gft.hf.families import FAMILIES, Operation, Rule
@@ -103,7 +104,16 @@ class HfMapping:
 
     def __init__(self, shape: ModelShape):
         self.shape = shape
-        self._sizes = _sizes(shape)
+        self._sizes = {
+            "h": shape.hidden_size,
+            "q": shape.num_attention_heads * shape.kv_channels,
+            "k": shape.num_query_groups * shape.kv_channels,
+            "d": shape.kv_channels,
+            "f": shape.ffn_hidden_size,
+            "x": shape.moe_ffn_hidden_size or 0,
+            "e": shape.num_moe_experts or 0,
+            "v": shape.vocab_size,
+        }
         self.entries = {entry.name: entry for entry in self._expand()}
         self.hf_shapes = {
             source: size
@@ -178,17 +188,10 @@ class HfMapping:
         return _shard(entry.operation, entry.source_shapes, tp_rank, tp_size, rows, block)
 
 
-def _sizes(shape: ModelShape) -> dict[str, int]:
-    return {
-        "h": shape.hidden_size,
-        "q": shape.num_attention_heads * shape.kv_channels,
-        "k": shape.num_query_groups * shape.kv_channels,
-        "d": shape.kv_channels,
-        "f": shape.ffn_hidden_size,
-        "x": shape.moe_ffn_hidden_size or 0,
-        "e": shape.num_moe_experts or 0,
-        "v": shape.vocab_size,
-    }
+@functools.lru_cache
+def parameter_count(shape: ModelShape) -> int:
+    """Parameters of the Hugging Face model: tied embeddings once, no vocabulary padding, all experts."""
+    return sum(map(prod, HfMapping(shape).hf_shapes.values()))
 
 
 @functools.lru_cache(maxsize=4096)  # layers repeat the same few shards

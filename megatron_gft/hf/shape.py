@@ -107,8 +107,9 @@ def read_model_shape(model: str | os.PathLike) -> ModelShape:
 def model_shape_from_config(config: Mapping[str, Any], place: str) -> ModelShape:
     """As :func:`read_model_shape` for a parsed config; ``place`` names it in errors."""
     family = _family(config, place)
-    if problems := _required_problems(config):
-        raise InputErrors(place, problems)
+    sizes = {key: config.get(key) for key in _REQUIRED}
+    if wrong := [key for key, value in sizes.items() if not _is_positive(value, int | float)]:
+        raise InputErrors(place, [f"{key} is {sizes[key]!r} -> it must be a positive number" for key in wrong])
     problems = _option_problems(config, family)
     theta, scaling_factor, interpolation_factor = _rope(config, family, problems)
     experts, topk = _experts(config, family, problems)
@@ -143,6 +144,10 @@ def model_shape_from_config(config: Mapping[str, Any], place: str) -> ModelShape
     )
 
 
+def _is_positive(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
+
+
 def _family(config: Mapping[str, Any], place: str) -> Family:
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     family = FAMILIES.get(model_type or "")
@@ -155,15 +160,6 @@ def _family(config: Mapping[str, Any], place: str) -> Family:
     return family
 
 
-def _required_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for key in _REQUIRED:
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            problems.append(f"{key} is {value!r} -> it must be a positive number")
-    return problems
-
-
 def _experts(config: Mapping[str, Any], family: Family, problems: list[str]) -> tuple[int | None, int | None]:
     """(experts, experts of a token), None for a dense family. transformers 5 writes ``num_local_experts`` for both."""
     if family.num_experts_key is None:
@@ -174,7 +170,7 @@ def _experts(config: Mapping[str, Any], family: Family, problems: list[str]) -> 
         value = config.get(name)
         if value is None:
             problems.append(f"{shown} is missing -> add it")
-        elif not isinstance(value, int) or value <= 0:
+        elif not _is_positive(value, int):
             problems.append(f"{name} is {value!r} -> it must be a positive integer")
         found.append(value)
     return found[0], found[1]
@@ -249,7 +245,7 @@ def _window(config: Mapping[str, Any], family: Family, problems: list[str]) -> i
         return None
     if family.window == "none":
         problems.append(f"sliding_window is {window!r}, which transformers ignores for this model -> set it to null")
-    elif isinstance(window, bool) or not isinstance(window, int) or window <= 0:
+    elif not _is_positive(window, int):
         problems.append(f"sliding_window is {window!r} -> it must be a positive integer or null")
     elif kinds - {"sliding_attention"}:
         problems.append(f"layer_types mixes {sorted(kinds)} -> a window on some layers only is not mapped")
@@ -302,20 +298,6 @@ def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int = 128) ->
     """
     multiple = divisible_by * tp_size
     return -(-vocab_size // multiple) * multiple
-
-
-def parameter_count(shape: ModelShape) -> int:
-    """Parameters of the Hugging Face model: tied embeddings once, no vocabulary padding, all experts."""
-    hidden, head = shape.hidden_size, shape.kv_channels
-    qkv_rows = (shape.num_attention_heads + 2 * shape.num_query_groups) * head
-    attention = qkv_rows * hidden + shape.num_attention_heads * head * hidden
-    attention += qkv_rows * shape.add_qkv_bias + 2 * head * shape.qk_layernorm
-    if shape.num_moe_experts:
-        mlp = shape.num_moe_experts * (hidden + 3 * hidden * (shape.moe_ffn_hidden_size or 0))
-    else:
-        mlp = 3 * hidden * shape.ffn_hidden_size
-    embeddings = shape.vocab_size * hidden * (1 if shape.share_embeddings_and_output_weights else 2)
-    return embeddings + shape.num_layers * (attention + mlp + 2 * hidden) + hidden
 
 
 def shape_problems(

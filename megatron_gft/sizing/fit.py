@@ -15,7 +15,8 @@ from typing import Any
 
 from megatron_gft.batch import open_groups
 from megatron_gft.config import Config
-from megatron_gft.hf.shape import ModelShape, parameter_count
+from megatron_gft.hf.mapping import parameter_count
+from megatron_gft.hf.shape import ModelShape
 from megatron_gft.sizing.layout_search import Suggestion, suggest_layout
 from megatron_gft.sizing.memory import (
     ActivationMemory,

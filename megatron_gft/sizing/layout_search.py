@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from megatron_gft.config import Config
 from megatron_gft.errors import InputErrors
-from megatron_gft.hf.shape import ModelShape, parameter_count
+from megatron_gft.hf.mapping import parameter_count
+from megatron_gft.hf.shape import ModelShape
 from megatron_gft.sizing.memory import StaticMemory, estimate_activations
 from megatron_gft.validation import check
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_gft.hf.shape import parameter_count
+from megatron_gft.hf.mapping import parameter_count
 from megatron_gft.sizing.fit import GIB, Plan
 
 
