@@ -22,15 +22,6 @@ import torch
 from megatron_gft.errors import InputError
 from megatron_gft.objectives import OBJECTIVES, Advantage, Coefficient, Normalize, ZeroVariance
 
-__all__ = [
-    "OBJECTIVES",
-    "group_advantages",
-    "rectified_coefficient",
-    "response_weights",
-    "token_coefficient",
-    "token_losses",
-]
-
 
 def group_advantages(
     rewards: torch.Tensor, group_ids: torch.Tensor, *, mode: Advantage = "std", eps: float = 1e-6

@@ -76,18 +76,6 @@ class _Pending:
     hashes: concurrent.futures.Future[Files] | None = None
 
 
-def _verify(path: Path, parallel: Parallel) -> None:
-    """Every rank reads its share of the files; all raise when one finds damage."""
-    found = gather_results(lambda: find_damage(path, part=parallel.rank, parts=parallel.world_size))
-    if problems := [problem for share in found for problem in share]:
-        raise InputErrors(f"{path}: damaged -> set checkpoint.resume=previous, or restore these files", problems)
-
-
-def read_state(path: Path) -> RunState:
-    """The run state stored with a checkpoint."""
-    return RunState(**json.loads((path / STATE_FILE).read_text()))
-
-
 def model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
     """Sharded state of the model chunks under Megatron's keys: ``model``, or ``model0``, ``model1``..."""
     return {key: unwrap(chunk).sharded_state_dict() for key, chunk in _by_key(chunks)}
@@ -96,12 +84,6 @@ def model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
 def _by_key(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
     for index, chunk in enumerate(chunks):
         yield f"model{index}" if len(chunks) > 1 else "model", chunk
-
-
-def load_model_state(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
-    """Put what :func:`model_state`'s keys loaded into the chunks."""
-    for key, chunk in _by_key(chunks):
-        unwrap(chunk).load_state_dict(loaded[key], strict=False)
 
 
 class Checkpointer:
@@ -188,7 +170,10 @@ class Checkpointer:
                 self.queue, self.background = AsyncCallsQueue(), False
                 return True
             pending.hashes = self._start_hashing(pending.folder)
-        if blocking or self._everywhere(pending.hashes.done()):
+        done = torch.tensor([int(pending.hashes.done())], dtype=torch.int32, device=torch.cuda.current_device())
+        if not blocking:
+            dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        if blocking or done:
             self._commit()
         return False
 
@@ -219,11 +204,6 @@ class Checkpointer:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return self.hasher.submit(_describe_files, folder, files[self.parallel.rank :: self.parallel.world_size])
 
-    def _everywhere(self, done: bool) -> bool:
-        value = torch.tensor([int(done)], dtype=torch.int32, device=torch.cuda.current_device())
-        dist.all_reduce(value, op=dist.ReduceOp.MIN)
-        return bool(value)
-
     def _commit(self) -> None:
         pending, self.pending = self.pending, None
         assert pending is not None and pending.hashes is not None
@@ -251,15 +231,18 @@ class Checkpointer:
             InputErrors: a file is missing or differs from what was written.
             InputError: the checkpoint does not hold what this model needs.
         """
-        _verify(path, self.parallel)
-        loaded = _load(path, self._sharded_state(loading=True, with_optimizer=with_optimizer), self.parallel)
-        load_model_state(self.chunks, loaded)
+        # every rank reads its share of the files; all raise when one finds damage
+        found = gather_results(lambda: find_damage(path, part=self.parallel.rank, parts=self.parallel.world_size))
+        if problems := [problem for share in found for problem in share]:
+            raise InputErrors(f"{path}: damaged -> set checkpoint.resume=previous, or restore these files", problems)
+        state = self._sharded_state(loading=True, with_optimizer=with_optimizer)
+        loaded = _load(path, state, self.chunks, self.parallel)
         if with_optimizer and self.optimizer is not None:
             for line in load_optimizer_state(self.optimizer, loaded["optimizer"]):
                 logger.info("%s", line)
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
-        return read_state(path)
+        return RunState(**json.loads((path / STATE_FILE).read_text()))
 
 
 def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) -> None:
@@ -268,15 +251,19 @@ def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) 
     Raises:
         InputError: the checkpoint does not hold what this model needs.
     """
-    load_model_state(chunks, _load(path, model_state(chunks), parallel))
+    _load(path, model_state(chunks), chunks, parallel)
 
 
-def _load(path: Path, state: dict[str, Any], parallel: Parallel) -> dict[str, Any]:
+def _load(path: Path, state: dict[str, Any], chunks: list[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
+    """What ``state`` asks for; the weights in it are put into the chunks."""
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), parallel.dp_cp_group)
     try:
-        return dist_checkpointing.load(loadable_sharded_state_dict(state, path), str(path), strategy)
+        loaded = dist_checkpointing.load(loadable_sharded_state_dict(state, path), str(path), strategy)
     except (CheckpointingException, CheckpointException) as error:  # the latter, torch's, is a BaseException
         raise InputError(f"{path}: does not fit this model and optimizer: {error}") from error
+    for key, chunk in _by_key(chunks):
+        unwrap(chunk).load_state_dict(loaded[key], strict=False)
+    return loaded
 
 
 def _async_strategy(save: Any) -> dict[str, str]:

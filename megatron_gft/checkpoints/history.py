@@ -75,12 +75,9 @@ def find_checkpoint(folder: Path, which: str) -> Path | None:
     return latest
 
 
-def publish(partial: Path, step: int, keep_last: int) -> Path:
+def publish(partial: Path, step: int, keep_last: int) -> None:
     """Make the finished folder ``partial`` the newest checkpoint, and remove those that are not wanted any more:
     all but the last ``keep_last``, and those of later steps, which belong to a past that was given up.
-
-    Returns:
-        Where the checkpoint stands now.
     """
     folder, final = partial.parent, partial.with_name(f"step-{step:08d}")
     fsync_path(partial)
@@ -99,7 +96,6 @@ def publish(partial: Path, step: int, keep_last: int) -> Path:
             _remove(path)
     for leftover in folder.glob(".old-step-*"):  # of a process that died here
         shutil.rmtree(leftover, ignore_errors=True)
-    return final
 
 
 def _named(folder: Path) -> str | None:

@@ -200,12 +200,10 @@ class TorchDistReader:
         except (pickle.UnpicklingError, EOFError, AttributeError) as error:
             raise InputError(f"{folder}/.metadata: damaged ({error}) -> use another checkpoint") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self.tensors: dict[str, TensorStorageMetadata] = {}
+        stored = metadata.state_dict_metadata
+        self.tensors = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        self.objects = stored.keys() - self.tensors.keys()
         self._stacked: dict[str, dict[int, TensorStorageMetadata]] = {}
-        for key, entry in metadata.state_dict_metadata.items():
-            if isinstance(entry, TensorStorageMetadata):
-                self.tensors[key] = entry
-        self.objects = metadata.state_dict_metadata.keys() - self.tensors.keys()
 
     def read(self, key: str, index: tuple[int, ...], rows: tuple[int, int]) -> torch.Tensor:
         """Rows of ``key[index]``, [rows, ...].

@@ -34,7 +34,7 @@ VOCAB_CHUNK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class LogitsReport:
-    """Float32 logits of both models over ``positions`` tokens."""
+    """Float32 logits of both models over ``positions`` tokens; ``relative`` is to the largest logit."""
 
     positions: int
     largest_logit: float
