@@ -170,7 +170,7 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = Field(2, description="older checkpoints are removed")
     async_save: bool = Field(True, description="write in the background while training goes on")
     export_hf: PositiveInt | Literal["last"] | None = Field(
-        None, description="Hugging Face exports: every N steps, or after the last one"
+        None, description="Hugging Face exports: every N steps, or after the last one; a checkpoint is saved with each"
     )
 
 
@@ -235,7 +235,11 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise InputError(f"override {override!r}: not of the form section.key=value")
-        _set(tree, key.split("."), _parse_value(override, text))
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            raise InputError(f"override {override!r}: the value is not valid YAML") from None
+        _set(tree, key.split("."), value)
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -270,13 +274,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parse_value(override: str, text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise InputError(f"override {override!r}: the value is not valid YAML") from None
-
-
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
@@ -298,11 +295,8 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 def all_keys() -> list[str]:
     """Every settable key as ``section.key``."""
-    keys = []
-    for section, field in Config.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        keys += [f"{section}.{key}" for key in field.annotation.model_fields]
-    return keys
+    sections: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
+    return [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
 
 
 def _explain(problem: Any) -> str:

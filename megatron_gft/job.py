@@ -78,7 +78,6 @@ def build_trainer(
         state = replace(stored, data_fingerprint=state.data_fingerprint, groups_per_step=state.groups_per_step)
     return Trainer(
         config=config,
-        shape=shape,
         parallel=parallel,
         chunks=chunks,
         optimizer=optimizer,

@@ -17,9 +17,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 class Parallel:
     """Sizes, this process's ranks, and the groups of one layout.
 
-    ``dp`` is data parallel without context parallel, ``dp_cp`` both together (gradients are summed over it),
-    ``model`` is tensor x pipeline (the ranks that hold one replica). ``vp_size`` is the number of virtual
-    pipeline chunks per rank, None without interleaving. Expert groups equal the dense ones at ``ep_size`` 1.
+    ``dp`` is data parallel without context parallel, ``dp_cp`` both together (gradients are summed over it).
+    ``vp_size`` is the number of virtual pipeline chunks per rank, None without interleaving.
     """
 
     world_size: int
@@ -32,25 +31,15 @@ class Parallel:
     pp_group: dist.ProcessGroup
     cp_size: int
     cp_rank: int
-    cp_group: dist.ProcessGroup
     dp_size: int
     dp_rank: int
-    dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
-    model_group: dist.ProcessGroup
     ep_size: int
     ep_rank: int
-    ep_group: dist.ProcessGroup
     etp_size: int
     etp_rank: int
-    etp_group: dist.ProcessGroup
     expert_dp_rank: int
     vp_size: int | None = None
-
-    @property
-    def is_first_stage(self) -> bool:
-        """This rank holds the embedding (of chunk 0)."""
-        return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
@@ -59,7 +48,7 @@ class Parallel:
 
     def stage_bounds(self, vp_stage: int | None) -> tuple[bool, bool]:
         """(pre_process, post_process) of one model chunk: does it hold the embedding, the output layer?"""
-        first = self.is_first_stage and (vp_stage is None or vp_stage == 0)
+        first = self.pp_rank == 0 and (vp_stage is None or vp_stage == 0)
         last = self.is_last_stage and (vp_stage is None or vp_stage == (self.vp_size or 1) - 1)
         return first, last
 
@@ -118,18 +107,13 @@ def current_parallel() -> Parallel:
         pp_group=ps.get_pipeline_model_parallel_group(),
         cp_size=ps.get_context_parallel_world_size(),
         cp_rank=ps.get_context_parallel_rank(),
-        cp_group=ps.get_context_parallel_group(),
         dp_size=ps.get_data_parallel_world_size(),
         dp_rank=ps.get_data_parallel_rank(),
-        dp_group=ps.get_data_parallel_group(),
         dp_cp_group=ps.get_data_parallel_group(with_context_parallel=True),
-        model_group=ps.get_model_parallel_group(),
         ep_size=ps.get_expert_model_parallel_world_size(),
         ep_rank=ps.get_expert_model_parallel_rank(),
-        ep_group=ps.get_expert_model_parallel_group(),
         etp_size=ps.get_expert_tensor_parallel_world_size(),
         etp_rank=ps.get_expert_tensor_parallel_rank(),
-        etp_group=ps.get_expert_tensor_parallel_group(),
         expert_dp_rank=ps.get_expert_data_parallel_rank(),
         vp_size=ps.get_virtual_pipeline_model_parallel_world_size(),
     )

@@ -19,8 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_gft.batch import StepBatch, StepLoader, StepPrefetcher
 from megatron_gft.checkpoints.checkpointer import Checkpointer, RunState
 from megatron_gft.config import Config
-from megatron_gft.hf.shape import ModelShape
-from megatron_gft.hf.weights import export_hf_weights
+from megatron_gft.conversion.convert import megatron_to_hf
 from megatron_gft.metrics import Reporter
 from megatron_gft.optimizer import apply_gradients, gathered_parameters, learning_rate, reduce_gradients
 from megatron_gft.packing import Pack
@@ -42,7 +41,6 @@ class Trainer:
     """One run on this rank. Built by ``job.build_trainer``; every rank calls every method in the same order."""
 
     config: Config
-    shape: ModelShape
     parallel: Parallel
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
@@ -200,23 +198,17 @@ class Trainer:
         if isinstance(settings.export_hf, int):
             export = export or step % settings.export_hf == 0
         self.watchdog.doing(f"saving after step {step}")
-        due = self.checkpointer.poll() or due  # a background save that failed is made good at once
-        if due or export:
+        if self.checkpointer.poll() or due or export:  # a background save that failed is made good at once
             with gathered_parameters(self.chunks):
-                if due:
+                self.checkpointer.save(self.state)
+                if (last or export) and self.checkpointer.wait():
                     self.checkpointer.save(self.state)
-                if export:
-                    self._export()
-                if last and self.checkpointer.wait():
-                    self.checkpointer.save(self.state)
-        self.save_seconds = time.perf_counter() - started
-
-    def _export(self) -> None:
-        folder = self.output / "export" / f"step-{self.state.step:08d}"
-        if not folder.exists():
-            files = self.config.model.folder
-            export_hf_weights(self.chunks, self.shape, self.parallel, folder, model_files=files)
+        folder = self.output / "export" / f"step-{step:08d}"
+        if export and not folder.exists():
+            # from the checkpoint: no weights are gathered on a device, and every rank writes a part
+            megatron_to_hf(self.checkpointer.folder / f"step-{step:08d}", folder)
             self._log(f"exported to {folder}")
+        self.save_seconds = time.perf_counter() - started
 
     def _log(self, text: str) -> None:
         if self.reporter is not None:

@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from memory_groups import MemoryGroups
 from ranks import run_ranks
 from tiny_models import write_tiny_model
 
 from megatron_gft.config import Config, load_config
+from megatron_gft.hf.files import scatter_rows
 from megatron_gft.hf.mapping import HfMapping
 from megatron_gft.hf.shape import read_model_shape
-from megatron_gft.hf.weights import gather_to_hf, live_parameters
+from megatron_gft.hf.weights import live_parameters
 from megatron_gft.job import build_trainer
 from megatron_gft.model import unwrap
 from megatron_gft.parallel import initialize_parallel
@@ -199,15 +201,23 @@ class RecordingRunner(StepRunner):
 def hf_gradients(trainer: Trainer) -> dict[str, np.ndarray]:
     """Gradients that this rank holds the first replica of, by Hugging Face name; collective."""
     gather_sharded_gradients(trainer)
-    mapping = HfMapping(trainer.shape)
-    found = {}
-    for item in live_parameters(trainer.chunks, mapping, trainer.parallel):
-        gradient = torch.nn.Parameter(item.parameter.main_grad.detach().clone(), requires_grad=False)
-        tensors = gather_to_hf(dataclasses.replace(item, parameter=gradient), mapping, None)
-        if tensors is None or item.is_replica:
+    shape, p = read_model_shape(trainer.config.model.config), trainer.parallel
+    mapping, found = HfMapping(shape), {}
+    for name, parameter, entry, _ in live_parameters(trainer.chunks, mapping, p):
+        tp_group = parallel_state.get_expert_tensor_parallel_group() if entry.is_expert else p.tp_group
+        is_replica = p.expert_dp_rank > 0 if entry.is_expert else p.dp_rank > 0 or p.cp_rank > 0
+        gradient = parameter.main_grad.detach().contiguous()
+        parts = [torch.empty_like(gradient) for _ in range(tp_group.size())]
+        dist.all_gather(parts, gradient, group=tp_group)
+        if tp_group.rank() > 0 or is_replica:
             continue
-        for name, tensor in zip(item.entry.sources, tensors, strict=True):
-            found[f"{name} (last stage's copy)" if item.is_copy else name] = tensor.numpy()
+        tensors = [torch.empty(size, dtype=gradient.dtype) for size in entry.source_shapes]
+        rows = len(parameter) if entry.operation == "vocab" else None
+        for rank, part in enumerate(parts[:1] if entry.operation == "copy" else parts):
+            scatter_rows(tensors, mapping.shard(entry, rank, len(parts), rows), part, 0)
+        is_copy = shape.share_embeddings_and_output_weights and name == "output_layer.weight"
+        for source, tensor in zip(entry.sources, tensors, strict=True):
+            found[f"{source} (last stage's copy)" if is_copy else source] = tensor.numpy()
     return found
 
 

@@ -17,9 +17,9 @@ from tiny_models import hf_tensors, write_tiny_model
 
 from megatron_gft.checkpoints import torch_dist
 from megatron_gft.checkpoints.torch_dist import TorchDistReader
+from megatron_gft.conversion import convert
 from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_gft.errors import InputError
-from megatron_gft.hf import safetensors_io
 
 
 @pytest.fixture
@@ -158,12 +158,13 @@ def test_bits_that_change_on_the_way_fail_the_conversion(tiny, tmp_path, monkeyp
     shutil.copy(tmp_path / "ckpt" / "hf_source.json", tmp_path / "unverified")
     with pytest.raises(InputError, match=r"o_proj\.weight read back differs"):
         megatron_to_hf(tmp_path / "unverified", tmp_path / "back")
-    write = safetensors_io.ShardWriter.write
+    write = convert.write_shard
 
-    def flip_shard(self, name, tensor):
-        write(self, name, tensor + 1 if name == "model.norm.weight" else tensor)
+    def flip_shard(path, layouts, tensors):
+        changed = ((name, tensor + 1 if name == "model.norm.weight" else tensor) for name, tensor in tensors)
+        write(path, layouts, changed)
 
-    monkeypatch.setattr(safetensors_io.ShardWriter, "write", flip_shard)
+    monkeypatch.setattr(convert, "write_shard", flip_shard)
     with pytest.raises(InputError, match=r"model\.norm\.weight read back differs"):
         megatron_to_hf(tmp_path / "ckpt", tmp_path / "back")
     assert not (tmp_path / "back").exists()

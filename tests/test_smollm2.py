@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real tied model with 9 heads and 3 KV groups, through live loading and export.
+"""SmolLM2-135M-Instruct, a real tied model with 9 heads and 3 KV groups, through loading and export.
 
 Needs its Hugging Face folder: ``MEGATRON_GFT_SMOLLM2``, or ``.models/smollm2`` as ``make quickstart`` makes it.
 """
@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 from ranks import run_ranks
-from tiny_models import assert_same_tensors, build_gpt, compare_logits, hf_logits, megatron_logits, world_size
+from tiny_models import assert_same_tensors, build_gpt, compare_logits, export, hf_logits, megatron_logits, world_size
 
 from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_gft.hf.shape import read_model_shape
-from megatron_gft.hf.weights import export_hf_weights, load_hf_weights
+from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.parallel import initialize_parallel
 
 FOLDER = Path(os.environ.get("MEGATRON_GFT_SMOLLM2") or Path(__file__).parents[1] / ".models" / "smollm2")
@@ -59,7 +59,7 @@ def load_run_export(output, layout):
     chunks = build_gpt(shape, parallel)
     load_hf_weights(chunks, shape, FOLDER, parallel)
     logits = megatron_logits(chunks, tokens(), parallel)
-    export_hf_weights(chunks, shape, parallel, output, model_files=FOLDER, max_shard_bytes=2 * 10**8)
+    export(chunks, parallel, output, FOLDER, max_shard_bytes=2 * 10**8)
     return None if logits is None else compare_logits(logits, reference())
 
 

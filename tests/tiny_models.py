@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe import moe_utils
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_gft.attention import RMSNorm
+from megatron_gft.conversion.convert import megatron_to_hf
 from megatron_gft.hf.shape import ModelShape, gpt_model_kwargs, padded_vocab_size, transformer_config_kwargs
 from megatron_gft.parallel import Parallel, seed_everything
 
@@ -260,3 +262,16 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
+
+
+def export(chunks, parallel: Parallel, output: Path, folder: Path, **options) -> None:
+    """As a run exports: Megatron's checkpoint, then converted by all ranks."""
+    checkpoint = output.with_name(f"{output.name}-checkpoint")
+    if parallel.rank == 0:
+        checkpoint.mkdir()
+    dist.barrier()
+    bare = [getattr(chunk, "module", chunk) for chunk in chunks]
+    keys = ["model"] if len(bare) == 1 else [f"model{index}" for index in range(len(bare))]
+    state = {key: chunk.sharded_state_dict() for key, chunk in zip(keys, bare, strict=True)}
+    dist_checkpointing.save(state, str(checkpoint))
+    megatron_to_hf(checkpoint, output, hf_dir=folder, **options)

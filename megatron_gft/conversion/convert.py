@@ -11,7 +11,9 @@ the configuration and of every tensor, tokenizer fingerprint), so exporting need
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
+import itertools
 import logging
 import multiprocessing
 import shutil
@@ -32,7 +34,7 @@ from megatron_gft.hf.files import (
     SOURCE_FILE,
     check_tensors,
     compare_hashes,
-    export_folder,
+    file_hashes,
     read_source_record,
     scatter_rows,
     source_record,
@@ -44,8 +46,11 @@ from megatron_gft.hf.safetensors_io import (
     SafetensorsFolder,
     TensorLayout,
     layout_bytes,
+    plan_shards,
     row_chunks,
     tensor_bytes,
+    write_index,
+    write_shard,
 )
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count, shared_directory
@@ -269,31 +274,40 @@ def megatron_to_hf(
     }
     rank, count = process_rank_and_count()
     runs = split_entries(entries, layouts, count)
+    plans = plan_shards(
+        [{name: layouts[name] for entry in run for name in entry.sources} for run in runs], max_shard_bytes
+    )
     recorded = read_source_record(checkpoint) if dtype is None and verify != "off" else None
     check_free_space(output, total_bytes(entries, layouts))
-    total = total_bytes(runs[rank], layouts)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for entry in runs[rank]:
             yield from zip(entry.sources, _read_entry(reader, mapping, entry, places[entry.name], layouts), strict=True)
 
-    def counted() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in prefetch(tensors()):
-            yield name, tensor
-            progress(tensor.nbytes, total)
+    def write() -> None:
+        """This process's shards, checked against the sha256 of each tensor as it was given."""
+        hashes, total = {}, total_bytes(runs[rank], layouts)
 
-    with export_folder(
-        output,
-        [{name: layouts[name] for entry in run for name in entry.sources} for run in runs],
-        counted(),
-        model_files=model_files,
-        max_shard_bytes=max_shard_bytes,
-        verify=verify != "off",
-    ) as (folder, hashes):
+        def noted(pair: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+            hashes[pair[0]] = hashlib.sha256(tensor_bytes(pair[1])).hexdigest()
+            progress(pair[1].nbytes, total)
+            return pair
+
+        with contextlib.closing(prefetch(tensors())) as stream:
+            for file, planned in plans[rank].items():
+                write_shard(folder / file, planned, itertools.islice(map(noted, stream), len(planned)))
+        if verify != "off":
+            compare_hashes(folder, hashes, file_hashes(folder, list(plans[rank])))
         if recorded is not None:
             compare_hashes(checkpoint, {name: recorded["tensors_sha256"][name] for name in hashes}, hashes)
-        if rank == 0 and verify == "logits":
-            run_logits_check(folder, checkpoint, text)
+
+    with shared_directory(output) as folder:
+        gather_results(write, output)
+        if rank == 0:
+            write_index(folder, dict(itertools.chain.from_iterable(plan.items() for plan in plans)))
+            write_model_files(model_files, folder, layouts[entries[0].sources[0]][1])
+            if verify == "logits":
+                run_logits_check(folder, checkpoint, text)
 
 
 def _read_entry(

@@ -1,14 +1,12 @@
-"""The Hugging Face folder around the weights: files carried over, streamed export with hashes, source record."""
+"""The Hugging Face folder around the weights: files carried over, checks, hashes, source record."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,8 @@ from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.mapping import HfMapping, Shard
-from megatron_gft.hf.safetensors_io import (
-    SafetensorsFolder,
-    ShardPlan,
-    ShardWriter,
-    TensorLayout,
-    plan_shards,
-    tensor_bytes,
-    write_index,
-)
+from megatron_gft.hf.safetensors_io import SafetensorsFolder, tensor_bytes
 from megatron_gft.hf.shape import read_config
-from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count, shared_directory
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 CARRIED_PATTERNS = (
@@ -110,71 +99,6 @@ def file_hashes(folder: Path, files: Sequence[str]) -> dict[str, str]:
         hashes[name] = digest.hexdigest()
     weights.close()
     return hashes
-
-
-@contextlib.contextmanager
-def export_folder(
-    output: str | Path,
-    layouts: Sequence[Mapping[str, TensorLayout]],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    *,
-    model_files: Path,
-    max_shard_bytes: int,
-    verify: bool,
-) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Write a Hugging Face folder, every process its own files; collective over the default group.
-
-    Yields the folder under its temporary name, all files written, and sha256 of this process's tensors as they were
-    given: what is raised in the block leaves nothing behind.
-
-    Args:
-        layouts: of each process's tensors, in the order in which they are written.
-        tensors: this process's, in that order, on the CPU.
-        model_files: folder with the configuration and tokenizer to carry over.
-        verify: re-read what was written and compare the hashes.
-
-    Raises:
-        InputError: the output exists, the disk is full, or a tensor read back differs.
-    """
-    rank, plans = process_rank_and_count()[0], plan_shards(layouts, max_shard_bytes)
-    hashes: dict[str, str] = {}
-
-    def write() -> None:
-        _write_files(folder, plans[rank], tensors, hashes)
-        if verify:
-            compare_hashes(folder, hashes, file_hashes(folder, [plan.file for plan in plans[rank]]))
-
-    with shared_directory(output) as folder:
-        gather_results(write, Path(output))
-        if rank == 0:
-            flat = [plan for process in plans for plan in process]
-            write_index(folder, flat)
-            write_model_files(model_files, folder, dtype=next(iter(flat[0].tensors.values()))[1])
-        yield folder, hashes
-
-
-def _write_files(
-    folder: Path, plans: Sequence[ShardPlan], tensors: Iterable[tuple[str, torch.Tensor]], hashes: dict[str, str]
-) -> None:
-    """Write the tensors into the planned files and note their hashes.
-
-    After a write error the remaining tensors are made all the same and dropped: making one may be collective, and
-    others wait for it.
-    """
-    stream, failure = iter(tensors), None
-    try:
-        for plan in plans:
-            writer = ShardWriter(folder, plan)
-            for name, tensor in itertools.islice(stream, len(plan.tensors)):
-                hashes[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-                writer.write(name, tensor)
-            writer.close()
-    except OSError as error:
-        failure = error
-    for _ in stream:
-        pass
-    if failure is not None:
-        raise failure
 
 
 def compare_hashes(place: Path | str, expected: Mapping[str, str], found: Mapping[str, str]) -> None:

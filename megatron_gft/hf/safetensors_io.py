@@ -44,7 +44,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return layout_bytes((self.shape, self.dtype))
 
 
 class SafetensorsFolder:
@@ -119,7 +119,11 @@ class SafetensorsFolder:
         """
         info = self.tensors[name]
         if info.file != self._open_path or self._read_bytes > REOPEN_BYTES:
-            self._open(info.file)
+            try:
+                self._file = safe_open(info.file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{info.file}: damaged or truncated ({error}) -> copy it again") from error
+            self._open_path, self._read_bytes = info.file, 0
         low, high = rows or (0, info.shape[0])
         assert self._file is not None
         piece = self._file.get_slice(name)
@@ -140,13 +144,6 @@ class SafetensorsFolder:
         for start, stop in row_chunks(high - low, info.num_bytes // max(1, info.shape[0]), chunk_bytes):
             yield start, self.read(name, (low + start, low + stop), columns)
 
-    def _open(self, path: Path) -> None:
-        try:
-            self._file = safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: damaged or truncated ({error}) -> copy it again") from error
-        self._open_path, self._read_bytes = path, 0
-
     def close(self) -> None:
         """Unmap the open file."""
         self._open_path = self._file = None
@@ -164,29 +161,16 @@ def layout_bytes(layout: TensorLayout) -> int:
     return prod(layout[0]) * layout[1].itemsize
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """One file to write: its name and its tensors in order."""
-
-    file: str
-    tensors: Mapping[str, TensorLayout]
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the data."""
-        return sum(map(layout_bytes, self.tensors.values()))
-
-
 def plan_shards(
     groups: Iterable[Mapping[str, TensorLayout]], max_bytes: int = DEFAULT_SHARD_BYTES
-) -> list[list[ShardPlan]]:
+) -> list[dict[str, dict[str, TensorLayout]]]:
     """Distribute tensors over files, in order, no file above ``max_bytes`` unless one tensor is.
 
     Args:
         groups: name -> layout of each writer's tensors: no file is shared by two writers.
 
     Returns:
-        The plans of each writer; numbered over all of them (``model-00001-of-00003.safetensors``).
+        Each writer's files, numbered over all of them (``model-00001-of-00003.safetensors``), with their tensors.
     """
     writers: list[list[dict[str, TensorLayout]]] = []
     for group in groups:
@@ -201,50 +185,41 @@ def plan_shards(
         writers.append(files)
     count, number = sum(map(len, writers)), itertools.count(1)
     name = SINGLE_NAME if count == 1 else f"model-{{:05d}}-of-{count:05d}.safetensors"
-    return [[ShardPlan(name.format(next(number)), tensors) for tensors in files] for files in writers]
+    return [{name.format(next(number)): tensors for tensors in files} for files in writers]
 
 
-def write_index(folder: Path, plans: Iterable[ShardPlan]) -> None:
+def write_index(folder: Path, files: Mapping[str, Mapping[str, TensorLayout]]) -> None:
     """Write the index of several shards; a single file needs none."""
-    plans = list(plans)
-    if len(plans) < 2:
+    if len(files) < 2:
         return
+    layouts = itertools.chain.from_iterable(tensors.values() for tensors in files.values())
     index = {
-        "metadata": {"total_size": sum(plan.num_bytes for plan in plans)},
-        "weight_map": {name: plan.file for plan in plans for name in plan.tensors},
+        "metadata": {"total_size": sum(map(layout_bytes, layouts))},
+        "weight_map": {name: file for file, tensors in files.items() for name in tensors},
     }
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-class ShardWriter:
-    """Streams the tensors of one :class:`ShardPlan` into its file, in the plan's order.
+def write_shard(path: Path, layouts: Mapping[str, TensorLayout], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Stream tensors into a new file, flushed to the disk; they come in the order and with the layouts planned.
 
     Format: https://huggingface.co/docs/safetensors (u64 header length, JSON header, tensor bytes).
     """
-
-    def __init__(self, folder: Path, plan: ShardPlan):
-        self._names = iter(plan.tensors)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, (shape, dtype) in plan.tensors.items():
-            end = offset + layout_bytes((shape, dtype))
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self._file = open(folder / plan.file, "wb")
-        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append the next tensor of the plan, of the shape and dtype that stand there."""
-        assert name == next(self._names), f"{name} is not the next tensor of its file"
-        self._file.write(tensor_bytes(tensor))
-
-    def close(self) -> None:
-        """Flush the file to the disk and close it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype) in layouts.items():
+        end = offset + layout_bytes((shape, dtype))
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for planned, (name, tensor) in zip(layouts, tensors, strict=True):
+            assert name == planned, f"{name} is not the next tensor of {path}"
+            file.write(tensor_bytes(tensor))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -20,7 +20,7 @@ import torch
 
 from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_gft.hf.mapping import HfMapping
-from megatron_gft.hf.safetensors_io import DEFAULT_SHARD_BYTES, ShardWriter, layout_bytes, plan_shards, write_index
+from megatron_gft.hf.safetensors_io import DEFAULT_SHARD_BYTES, layout_bytes, plan_shards, write_index, write_shard
 from megatron_gft.hf.shape import model_shape_from_config
 
 COPY_BYTES = 16 * 2**20
@@ -57,16 +57,16 @@ def write_synthetic_model(folder: Path, total_bytes: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(synthetic_config(layers), indent=1))
     tensors = {name: (shape, torch.bfloat16) for name, shape in _shapes(layers).items()}
-    (plans,) = plan_shards([tensors], DEFAULT_SHARD_BYTES)
+    (files,) = plan_shards([tensors], DEFAULT_SHARD_BYTES)
     generator = torch.Generator().manual_seed(0)
-    for plan in plans:
-        writer = ShardWriter(folder, plan)
-        for name, (shape, dtype) in plan.tensors.items():
-            # random bits in an exponent range without NaN: several times faster than normal numbers
-            bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator)
-            writer.write(name, (bits & -16385).view(dtype))
-        writer.close()
-    write_index(folder, plans)
+    for file, planned in files.items():
+        # random bits in an exponent range without NaN: several times faster than normal numbers
+        bits = (
+            (name, torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator))
+            for name, (shape, _) in planned.items()
+        )
+        write_shard(folder / file, planned, ((name, (value & -16385).view(torch.bfloat16)) for name, value in bits))
+    write_index(folder, files)
     return folder
 
 
