@@ -160,7 +160,6 @@ def hf_to_megatron(
                 yield rows
 
         write_torch_dist(folder, [part for _, part in parts], data())
-        weights.close()
         given = {name: digest.hexdigest() for name, digest in hashes.items()}
         if verify != "off":
             compare_hashes(folder, given, _hash_checkpoint(TorchDistReader(folder), mapping, mine))

@@ -97,7 +97,6 @@ def file_hashes(folder: Path, files: Sequence[str]) -> dict[str, str]:
         for _, rows in weights.read_chunks(name):
             digest.update(tensor_bytes(rows))
         hashes[name] = digest.hexdigest()
-    weights.close()
     return hashes
 
 

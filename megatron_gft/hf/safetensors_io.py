@@ -144,10 +144,6 @@ class SafetensorsFolder:
         for start, stop in row_chunks(high - low, info.num_bytes // max(1, info.shape[0]), chunk_bytes):
             yield start, self.read(name, (low + start, low + stop), columns)
 
-    def close(self) -> None:
-        """Unmap the open file."""
-        self._open_path = self._file = None
-
 
 def row_chunks(rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
     """Cut ``rows`` into ranges of at most ``chunk_bytes`` (at least one row)."""

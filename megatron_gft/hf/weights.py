@@ -92,4 +92,3 @@ def load_hf_weights(
                 parameter[piece.offset + start : piece.offset + start + len(chunk)].copy_(chunk)
             covered = piece.offset + piece.rows
         parameter[covered:].zero_()  # padding
-    weights.close()
