@@ -205,6 +205,7 @@ class Trainer:
                     self.checkpointer.save(self.state)
         folder = self.output / "export" / f"step-{step:08d}"
         if export and not folder.exists():
+            self.watchdog.doing(f"exporting after step {step}")
             # from the checkpoint: no weights are gathered on a device, and every rank writes a part
             megatron_to_hf(self.checkpointer.folder / f"step-{step:08d}", folder)
             self._log(f"exported to {folder}")
