@@ -1,5 +1,6 @@
 """What answers mean: kinds of answers and their neighbours, each right and wrong, and the policies of ``math``."""
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -10,7 +11,7 @@ from megatron_gft.scoring.final_answers import extract_answer
 from megatron_gft.scoring.math_answers import Policies, same_answer
 from megatron_gft.scoring.spelling import parse_number
 from megatron_gft.scoring.verifier_pool import judge_one
-from megatron_gft.scoring.verifiers import Case, MathVerifier, build_verifier
+from megatron_gft.scoring.verifiers import Case, ExactVerifier, MathVerifier, build_verifier
 
 # kind -> rows of: gold, answers that are right, answers that are wrong; an answer stands in a box
 ANSWERS = {
@@ -200,6 +201,31 @@ def test_answers_in_words(text, gold):
 )
 def test_half_an_answer_or_two_are_none(text, gold):
     assert judge_one(MathVerifier(), Case(text, gold)).reward == 0.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the answer is not known to me, nor to you\n" * 1000,
+        "[asy]" * 5000,
+        "\\begin{align}" * 2000,
+        "$x$ " * 4000,
+        "½√²" * 4000,
+        "1.234" * 3000 + ",50 €",
+        r"\boxed{1}, " * 1500,
+        "answer $x$ $y$ " * 2000,
+        "2(3)" * 5000,
+    ],
+    ids=range(9),
+)
+def test_long_texts_take_no_time(text):
+    began = time.process_time()
+    MathVerifier(boxes="near")(Case(text, "5 kg"))
+    assert time.process_time() - began < 3
+
+
+def test_exact_answers_may_hold_any_sign():
+    assert ExactVerifier(part="answer")(Case(r"so \boxed{√2 – l’été}", "√2 – l’été")).outcome == "correct"
 
 
 def test_a_gold_answer_of_several_boxes_is_all_of_them():

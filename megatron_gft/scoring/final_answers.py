@@ -84,6 +84,7 @@ _ANCHOR = re.compile(
 )
 _MAX_ANCHOR_FILLER = 40
 _MAX_TAIL = 1000
+_MAX_ANCHORS = 20
 _FILLER = re.compile(r"^[\s*_:,]*(?:(?:therefore|thus|then|hence|so|simply|just|now|again)[\s*,:]+)*", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"(?:in)?correct|right|wrong|clear|as follows|below|above|given|found", re.IGNORECASE)
 _PERCENT_AFTER = re.compile(r"\s?(?:\$|\\[)\]])?\s?(?:\\?%|(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)\b)")
@@ -123,7 +124,7 @@ def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
 
     It is as written there, but for signs outside of ASCII, which become LaTeX. ``boxes``: see the first rule above.
     """
-    text = plain_latex(_DRAWING.sub("", text))
+    text = plain_latex(_DRAWING.sub("", text) if "[/asy]" in text else text)
     boxed = _boxed_answer(text, boxes)
     if boxed is not None:
         return boxed or None
@@ -132,7 +133,7 @@ def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
     if marked is not None:
         return marked
     text = _NUMBERING.sub("", text)
-    for anchor in reversed(list(_ANCHOR.finditer(text))):
+    for anchor in reversed(list(_ANCHOR.finditer(text))[-_MAX_ANCHORS:]):
         tail = anchor["tail"] or ""
         if tail.strip(" *:_\t") in ("", "$$", r"\["):
             tail = text[anchor.end() :].lstrip("*_: \t\n").partition("\n\n")[0]

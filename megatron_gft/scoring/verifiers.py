@@ -30,6 +30,7 @@ from megatron_gft.scoring.math_answers import (
     same_answer,
     warm_up,
 )
+from megatron_gft.scoring.spelling import plain_latex
 from megatron_gft.scoring.thoughts import after_thoughts
 
 Outcome = Literal["correct", "wrong", "unparsed", "timeout", "error"]
@@ -119,7 +120,7 @@ class ExactVerifier(_AfterThoughts):
         said = extract_answer(whole) if self.part == "answer" else whole
         if said is None or not said.strip():
             return Verdict("unparsed", 0.0)
-        expected = _final_gold(case) if self.part == "answer" else _gold_text(case)
+        expected = plain_latex(_final_gold(case)) if self.part == "answer" else _gold_text(case)
         return _judged(self._form(said) == self._form(expected), said.strip())
 
     def _form(self, text: str) -> str:
