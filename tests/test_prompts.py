@@ -33,13 +33,6 @@ def read_rows(tmp_path, *rows, **columns):
     return read(rows_file(tmp_path / "p.jsonl", rows), **columns)
 
 
-def arrow_file(path, rows):
-    table = rows if isinstance(rows, pyarrow.Table) else pyarrow.Table.from_pylist(rows)
-    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return path
-
-
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -186,9 +179,7 @@ def folder_of(path, *names):
         file = path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         row = {"question": name}
-        if name.endswith(".arrow"):
-            arrow_file(file, [row])
-        elif name.endswith(".parquet"):
+        if name.endswith(".parquet"):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), file)
         else:
             rows_file(file, [row])
@@ -198,16 +189,13 @@ def folder_of(path, *names):
 def test_all_kinds_of_input_give_the_same_prompts(tmp_path):
     rows = [{"question": f"q{i}", "answer": f"a\n#### 1,00{i}", "level": i} for i in range(4)]
     table = pyarrow.Table.from_pylist(rows)
-    hub, split = tmp_path / "hub" / "data", tmp_path / "saved" / "train"  # save_to_disk of a DatasetDict
+    hub = tmp_path / "hub" / "data"
     hub.mkdir(parents=True)
-    split.mkdir(parents=True)
     (tmp_path / "j.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
     for name, part in (("train-00000-of-00002", table[:3]), ("train-00001-of-00002", table[3:]), ("test-0", table[:1])):
         pyarrow.parquet.write_table(part, hub / f"{name}.parquet")
-    arrow_file(split / "data-00000-of-00001.arrow", table)
-    (split / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
-    found = [read(tmp_path / name) for name in ("j.jsonl", "p.parquet", "hub", "saved")]
+    found = [read(tmp_path / name) for name in ("j.jsonl", "p.parquet", "hub")]
     for prompts in found:
         assert [(row.prompt, row.answer, row.meta) for row in prompts] == [
             (f"q{i}", f"100{i}", {"level": i}) for i in range(4)
@@ -221,17 +209,14 @@ def test_all_kinds_of_input_give_the_same_prompts(tmp_path):
 @pytest.mark.parametrize(
     "names,split,chosen",
     [
-        ("gsm8k-train.arrow gsm8k-test.arrow", "train", [0]),
-        ("gsm8k-train.arrow gsm8k-test.arrow", "test", [1]),
+        ("gsm8k-train.jsonl gsm8k-test.jsonl", "train", [0]),
+        ("gsm8k-train.jsonl gsm8k-test.jsonl", "test", [1]),
         ("train-00000-of-00002.parquet train-00001-of-00002.parquet test-00000-of-00001.parquet", "train", [0, 1]),
         ("data/train-00000-of-00001-0123456789abcdef.parquet data/test-00000-of-00001.parquet", "train", [0]),
         ("data/train_sft-00000-of-00001.parquet data/train_gen-00000-of-00001.parquet", "train_gen", [1]),
         ("train1.jsonl train2.jsonl contest.jsonl", "train", [0, 1]),
         ("train/0000.parquet train/0001.parquet test/0000.parquet", "test", [2]),
         ("dev.jsonl validation.jsonl", "dev", [0]),
-        ("validation.jsonl train.jsonl", "valid", [0]),
-        ("algebra.jsonl geometry.jsonl", "train", [0, 1]),
-        ("part-0.parquet part-1.parquet", "train", [0, 1]),
         ("train.parquet train.jsonl", "train", [0]),
     ],
 )
@@ -245,9 +230,15 @@ def test_files_of_a_split(tmp_path, name, names, split, chosen):
     "names,split,message",
     [
         ("data/train_sft-0-of-1.parquet data/train_gen-0-of-1.parquet", "train", "train_gen or train_sft"),
-        ("data/cot-00000-of-00001.parquet data/tir-00000-of-00001.parquet", "train", "cot or tir -> set --split"),
+        (
+            "data/cot-00000-of-00001.parquet data/tir-00000-of-00001.parquet",
+            "train",
+            "files: cot, tir; .* -> set --split",
+        ),
+        ("validation.jsonl train.jsonl", "valid", "files: train, validation;"),
+        ("algebra.jsonl geometry.jsonl", "train", "files: algebra, geometry;"),
         ("part-0.parquet", "test", "of the split 'test' in this folder .files: part-0.parquet;"),
-        ("gsm8k-test.arrow", "train", "files: gsm8k-test; .* -> set --split"),
+        ("gsm8k-test.jsonl", "train", "files: gsm8k-test; .* -> set --split"),
         ("contest.jsonl", "test", "files: contest;"),
         ("main/train-0.parquet socratic/train-0.parquet", "train", "folders: main, socratic"),
     ],
@@ -257,54 +248,21 @@ def test_no_split_is_guessed(tmp_path, names, split, message):
         prompt_files(folder_of(tmp_path / "set", *names.split()), split)
 
 
-def saved(path, state):
-    arrow_file(folder_of(path, "data-0.arrow") / "data-0.arrow", [{"question": "q"}])
-    (path / "state.json").write_text(state)
-    return path
-
-
-def test_a_saved_dataset_knows_its_split(tmp_path):
-    state = {"_data_files": [{"filename": "data-0.arrow"}], "_split": "train[:10]"}
-    path = saved(tmp_path / "set", json.dumps(state))
-    assert len(read(path)) == 1
-    with pytest.raises(InputError, match="this is the split train, not 'test' -> set --split train"):
-        read(path, "test")
-    assert len(read(saved(tmp_path / "dict" / "test", json.dumps(state | {"_split": None})).parent, "test")) == 1
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        "{",
-        "[]",
-        "{}",
-        '{"_data_files": [{"filename": 1}]}',
-        '{"_data_files": [{"filename": "gone.arrow"}]}',
-        '{"_data_files": [], "_split": 3}',
-    ],
-)
-def test_a_broken_saved_dataset_is_refused(tmp_path, state):
-    with pytest.raises(InputError, match="state.json"):
-        read(saved(tmp_path / "set", state))
-
-
-@pytest.mark.parametrize("name", ["p.parquet", "p.arrow"])
-def test_cells_of_columnar_files(tmp_path, name):
+def test_cells_of_parquet_files(tmp_path):
     """Dates become text; bad UTF-8 names its row."""
+    path = tmp_path / "p.parquet"
 
     def write(table):
-        if name == "p.parquet":
-            pyarrow.parquet.write_table(table, tmp_path / name)
-            return tmp_path / name
-        return arrow_file(tmp_path / name, table)
+        pyarrow.parquet.write_table(table, path)
+        return path
 
     (row,) = read(write(pyarrow.table({"question": ["q"], "day": [datetime.date(2020, 1, 2)]})))
     assert row.meta == {"day": "2020-01-02"} and row.columns == {"question": "q", "day": "2020-01-02"}
     bad = pyarrow.array([b"ok", b"\xff\xfe"]).view(pyarrow.string())
-    with pytest.raises(InputError, match=f"{name}:2: invalid_utf8"):
+    with pytest.raises(InputError, match=f"{path.name}:2: invalid_utf8"):
         read(write(pyarrow.table({"question": bad})))
-    with pytest.raises(InputError, match=f"{name}:1: question is neither text nor messages"):
+    with pytest.raises(InputError, match=f"{path.name}:1: question is neither text nor messages"):
         read(write(pyarrow.table({"question": pyarrow.array([b"text?"])})))
-    (tmp_path / name).write_bytes(b"PAR1 or arrow, but damaged")
-    with pytest.raises(InputError, match=f"{name}: not a readable"):
-        read(tmp_path / name)
+    path.write_bytes(b"PAR1, but damaged")
+    with pytest.raises(InputError, match=f"{path.name}: not a readable"):
+        read(path)

@@ -12,25 +12,20 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_gft.atomic import sha256_file, sha256_json
 from megatron_gft.errors import InputError
-from megatron_gft.groups import RawChunk, iter_rows, read_chunks, refuse_problems
+from megatron_gft.groups import iter_rows, read_chunks, refuse_problems
 from megatron_gft.groups.problems import ProblemLog
 from megatron_gft.groups.records import ResponseRecord, gold_answer, number_text, parse_group
 from megatron_gft.sampling.settings import Prompt
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
-_SPLITS = (  # names of a split in names of files, as the hub reads them; one line means the same
-    ("train", "training"),
-    ("test", "testing", "eval", "evaluation"),
-    ("validation", "valid", "val", "dev"),
-)
-_SUFFIXES = (".parquet", ".jsonl", ".arrow")
+_SUFFIXES = (".parquet", ".jsonl")
 _FILE_NUMBER = re.compile(r"[-._]?(part|shard)?[-._]?\d+([-._]of[-._]\d+)?(-[0-9a-f]{16})?$")
 _ROWS_PER_CHUNK = 512
 
@@ -127,7 +122,7 @@ class PromptSet:
 
 def _rows_of_file(file: str, columns: PromptColumns) -> Iterator[PromptRow]:
     problems = ProblemLog()
-    for chunk in _arrow_chunks(file) if file.endswith(".arrow") else read_chunks(file, _ROWS_PER_CHUNK):
+    for chunk in read_chunks(file, _ROWS_PER_CHUNK):
         for value, place in iter_rows(chunk, problems):
             refuse_problems(problems)
             yield _group_row(value, place, columns) if "responses" in value else _prompt_row(value, place, columns)
@@ -151,10 +146,10 @@ def _with_own_id(row: PromptRow, seen: Counter[str], duplicates: str) -> PromptR
 
 
 def prompt_files(path: str | Path, split: str = "train") -> list[str]:
-    """Data files of ``path``: itself, or those of ``split`` in a dataset folder (hub layout or ``save_to_disk``).
+    """Data files of ``path``: itself, or those of ``split`` in a dataset folder, laid out as on the hub.
 
-    The split is a folder, or a whole word in the names of files (``gsm8k-train.arrow``, ``train-00000-of-00002``).
-    Where no name says a split, all is train.
+    The split is a folder, or a whole word in the names of files (``train-00000-of-00002.parquet``,
+    ``gsm8k-test.jsonl``).
 
     Raises:
         InputError: no such file, no data files of the split in the folder, or those of several splits.
@@ -165,92 +160,33 @@ def prompt_files(path: str | Path, split: str = "train") -> list[str]:
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder of prompts -> check the path")
     own_folder = (path / split).is_dir()
-    folder = path / split if own_folder else path
-    if (folder / "state.json").is_file():
-        return [str(file) for file in _saved_files(folder, None if own_folder else split)]
-    files = [
-        file for suffix in _SUFFIXES for part in (folder, folder / "data") for file in sorted(part.glob("*" + suffix))
-    ]
-    found = files if own_folder else _of_split(files, split, path)
+    folders = [path / split] if own_folder else [path, path / "data"]
+    files = [file for suffix in _SUFFIXES for folder in folders for file in sorted(folder.glob("*" + suffix))]
+    found = files if own_folder else _of_split(files, split)
     if not found:
-        raise _no_files(path, split, files)
+        there = ", ".join(sorted({_label(file) for file in files})) or "none"
+        inside = ", ".join(sorted(item.name for item in path.iterdir() if item.is_dir())) or "none"
+        raise InputError(
+            f"{path}: no parquet or jsonl files of the split {split!r} in this folder (files: {there}; folders: "
+            f"{inside}) -> set --split, or name files or another folder (a saved dataset: write it with to_parquet)"
+        )
+    labels = sorted({_label(file) for file in found})
+    if len(labels) > 1 and not own_folder:
+        raise InputError(
+            f"{path}: the split {split!r} may be {' or '.join(labels)} -> set --split to one of them, or name files"
+        )
     return [str(file) for file in found if file.suffix == found[0].suffix]  # not the same rows in two formats
 
 
-def _no_files(path: Path, split: str, files: Sequence[Path]) -> InputError:
-    labels = ", ".join(sorted({_label(file) or file.name for file in files})) or "none"
-    folders = ", ".join(sorted(item.name for item in path.iterdir() if item.is_dir())) or "none"
-    return InputError(
-        f"{path}: no parquet, jsonl or arrow files of the split {split!r} in this folder "
-        f"(files: {labels}; folders: {folders}) -> set --split, or name a file or another folder"
-    )
-
-
-def _saved_files(folder: Path, split: str | None) -> list[Path]:
-    """Files of ``Dataset.save_to_disk``; ``split`` is compared with the one it was, unless it is ``None``."""
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        files = [folder / part["filename"] for part in state["_data_files"]]
-        saved = re.split(r"\W", state.get("_split") or "train")[0]  # it may be a slice, train[:100]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}/state.json: not that of a saved dataset ({error!r}) -> save it again") from error
-    missing = [file for file in files if not file.is_file()]
-    if missing:
-        raise InputError(f"{missing[0]}: not there, but in state.json beside it -> copy the whole folder")
-    if split is not None and saved not in _synonyms(split):
-        raise InputError(f"{folder}: this is the split {saved}, not {split!r} -> set --split {saved}")
-    return files
-
-
-def _of_split(files: Sequence[Path], split: str, folder: Path) -> list[Path]:
-    """Files whose names say the split, the exact name before its synonyms.
-
-    Raises:
-        InputError: they are files of several splits, such as train_sft and train_gen.
-    """
-    found = [file for file in files if _label(file) == split]
-    found = found or [file for file in files if _says(file, _synonyms(split))]
-    if not found and split in _SPLITS[0] and not any(_says(file, sum(_SPLITS, ())) for file in files):
-        found = list(files)
-        if not any(re.search(r"-\d+-of-\d+", file.name) for file in files):
-            return found  # chosen by somebody who knows no splits: algebra.jsonl, geometry.jsonl
-    labels = sorted({_label(file) for file in found})
-    if len(labels) > 1:
-        raise InputError(
-            f"{folder}: the split {split!r} may be {' or '.join(labels)} -> set --split to one of them, or name files"
-        )
-    return found
+def _of_split(files: Sequence[Path], split: str) -> list[Path]:
+    """Files whose names are the split, else those whose names say it."""
+    word = re.compile(rf"(^|[-._]){re.escape(split)}($|[-._])")
+    return [file for file in files if _label(file) == split] or [file for file in files if word.search(_label(file))]
 
 
 def _label(file: Path) -> str:
     """Name of a data file without its number: in the layouts of the hub, the split."""
-    return _FILE_NUMBER.sub("", file.stem)
-
-
-def _synonyms(split: str) -> tuple[str, ...]:
-    return next((names for names in _SPLITS if split in names), (split,))
-
-
-def _says(file: Path, names: Iterable[str]) -> bool:
-    words = "|".join(map(re.escape, names))
-    return re.search(rf"(^|[-._])({words})($|[-._])", _label(file)) is not None
-
-
-def _arrow_chunks(file: str) -> Iterator[RawChunk]:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise InputError(f"{file}: reading arrow files needs pyarrow -> pip install pyarrow") from error
-    first_row = 1
-    try:
-        with pyarrow.memory_map(file) as source, pyarrow.ipc.open_stream(source) as reader:
-            for batch in reader:
-                for start in range(0, len(batch), _ROWS_PER_CHUNK):
-                    rows = batch.slice(start, _ROWS_PER_CHUNK)
-                    yield RawChunk(file, first_row, rows)
-                    first_row += len(rows)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not a readable arrow file ({error}) -> check the dataset folder") from error
+    return _FILE_NUMBER.sub("", file.stem) or file.name
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
