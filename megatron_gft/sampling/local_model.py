@@ -8,8 +8,6 @@ every row draws from its own seed, so a sample does not depend on what else is s
 from __future__ import annotations
 
 import inspect
-import pickle
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -31,16 +28,6 @@ MAX_BATCH_TOKENS = 4096  # of one teacher-forced batch
 MAX_LOGITS_BYTES = 1 << 29
 TOP_P_CANDIDATES = 1024
 SHOWN_WEIGHTS = 5  # of those that are missing
-_LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    RuntimeError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-    struct.error,
-)
 
 
 @dataclass
@@ -270,7 +257,7 @@ def _load_model(path: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # of a damaged file, whatever its reader raises: of pickle, struct, safetensors, ...
         raise InputError(
             f"{path}: transformers cannot load a causal language model ({error or type(error).__name__}) "
             "-> check config.json and the weight files"

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -34,7 +33,6 @@ RETRIED_STATUS = frozenset({408, 409, 425, 429})
 FATAL_STATUS = frozenset({401, 403, 404})
 MAX_PAUSE_SECONDS = 60.0
 MAX_RETRY_AFTER_SECONDS = 120.0
-MAX_REPLY_BYTES = 256 << 20  # a hundred times the log-probs of a long response; what is longer is no reply
 REFUSED_FINISH = frozenset({"content_filter", "tool_calls", "function_call"})  # the same seed gives the same again
 FAILURES_IN_A_ROW = 16  # requests given up after all their tries, without a success between them
 
@@ -65,7 +63,7 @@ class OpenAIBackend:
         self._source, self._tokenizer = source, source.load_tokenizer()
         self._url = _endpoint(source.url, "chat/completions" if source.api == "chat" else "completions")
         self._headers = {"Content-Type": "application/json", **_authorization(source.api_key_env)}
-        self._certificates, self._next_turn = httpx2.create_ssl_context(), 0.0
+        self._certificates = httpx2.create_ssl_context()
         try:
             self._client()
         except (httpx2.InvalidURL, ValueError, ImportError) as error:
@@ -119,7 +117,6 @@ class OpenAIBackend:
         reason, pause = "", 0.0
         for attempt in range(self._source.attempts):
             await asyncio.sleep(pause)
-            await self._turn()
             try:
                 return self._read_sample(request.key, await self._post(client, body), params)
             except _Refused as refused:
@@ -130,29 +127,15 @@ class OpenAIBackend:
                 pause = max(random.uniform(0, longest), min(transient.retry_after, MAX_RETRY_AFTER_SECONDS))
         return SampleFailure(request.key, f"{reason} ({self._source.attempts} attempts)", transient=True)
 
-    async def _turn(self) -> None:
-        """Wait until ``requests_per_second`` allows one more."""
-        if self._source.requests_per_second is not None:
-            turn = max(time.monotonic(), self._next_turn)
-            self._next_turn = turn + 1 / self._source.requests_per_second
-            await asyncio.sleep(turn - time.monotonic())
-
     async def _post(self, client: httpx2.AsyncClient, body: bytes) -> Any:
         """The JSON value of the reply to one POST; from connecting to the last byte within ``timeout`` seconds.
 
         Raises:
             _Transient, _Refused, InputError: every way to fail.
         """
-        content = bytearray()
         try:
-            async with (
-                asyncio.timeout(self._source.timeout),  # httpx would grant every single read the whole time-out
-                client.stream("POST", self._url, content=body) as response,
-            ):
-                async for piece in response.aiter_bytes():
-                    content += piece
-                    if len(content) > MAX_REPLY_BYTES:
-                        raise _Refused(f"reply of more than {MAX_REPLY_BYTES >> 20} MiB")
+            async with asyncio.timeout(self._source.timeout):  # httpx would grant every single read the whole time-out
+                response = await client.post(self._url, content=body)
         except TimeoutError as error:
             raise _Transient(f"no reply within {self._source.timeout:g} s") from error
         except (httpx2.HTTPError, OSError) as error:
@@ -161,11 +144,11 @@ class OpenAIBackend:
                 cause = inner
             raise _Transient(f"{type(cause).__name__}: {cause}") from error
         if response.status_code != 200:
-            self._refuse(response.status_code, response.headers.get("Retry-After", ""), bytes(content))
+            self._refuse(response.status_code, response.headers.get("Retry-After", ""), response.content)
         try:
-            return json.loads(content)
+            return json.loads(response.content)
         except (ValueError, RecursionError) as error:
-            raise _Transient(f"reply is not JSON ({len(content)} bytes)") from error
+            raise _Transient(f"reply is not JSON ({len(response.content)} bytes)") from error
 
     def _refuse(self, status: int, retry_after: str, content: bytes) -> None:
         reason = f"HTTP {status}: {content[:300].decode('utf-8', 'replace').strip()}"
@@ -280,12 +263,8 @@ def _endpoint(url: str, method: str) -> httpx2.URL:
 def _authorization(variable: str | None) -> dict[str, str]:
     if variable is None:
         return {}
-    key = os.environ.get(variable)
-    if not key:
-        raise InputError(f"api_key_env: the environment variable {variable} is not set -> export it")
-    if not (key.isascii() and key.isprintable()):
-        raise InputError(
-            f"api_key_env: {variable} holds what no HTTP header can carry (a line break, or letters beyond ASCII) "
-            "-> export the key alone"
-        )
+    key = os.environ.get(variable, "")
+    if not (key and key.isascii() and key.isprintable()):
+        what = "holds what no HTTP header can carry (a line break, or letters beyond ASCII)" if key else "is not set"
+        raise InputError(f"api_key_env: the environment variable {variable} {what} -> export the key alone")
     return {"Authorization": f"Bearer {key}"}

@@ -144,7 +144,6 @@ class OpenAISource(SampledSource):
     timeout: PositiveFloat = Field(600.0, exclude=True, description="seconds for one request")
     attempts: PositiveInt = Field(8, exclude=True, description="tries of one request")
     backoff: PositiveFloat = Field(1.0, exclude=True, description="seconds; longest first pause, doubled each time")
-    requests_per_second: PositiveFloat | None = Field(None, exclude=True, description="rate limit")
     token_ids: bool = Field(False, description="ask for the sampled ids (vLLM); needs tokenizer")
     extra_body: dict[str, Any] = Field(default_factory=dict, description="further fields of each request")
 
