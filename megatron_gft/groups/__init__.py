@@ -19,7 +19,7 @@ from megatron_gft.groups.records import (
     record_to_dict,
     record_to_json,
 )
-from megatron_gft.groups.rows import iter_rows, json_value, parse_json_line, record_from_json
+from megatron_gft.groups.rows import iter_rows, parse_json_line, record_from_json
 from megatron_gft.objectives import SOURCE_CODES, SOURCES
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "gold_answer",
     "iter_group_file",
     "iter_rows",
-    "json_value",
     "output_problems",
     "parse_chunk",
     "parse_json_line",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy
 from pydantic_core import from_json
 
 from megatron_gft.groups.problems import FIX, ProblemLog, raise_errors
-from megatron_gft.groups.records import GROUP_FIELDS, RESPONSE_FIELDS, GroupRecord, parse_group
+from megatron_gft.groups.records import RESPONSE_FIELDS, GroupRecord, parse_group
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -45,10 +44,10 @@ def iter_rows(chunk: RawChunk, problems: ProblemLog) -> Iterator[tuple[dict[str,
     rows = chunk.rows if isinstance(chunk.rows, list) else _parquet_rows(chunk.rows)
     for offset, row in enumerate(rows):
         place = f"{chunk.path}:{chunk.first_row + offset * chunk.step}"
-        if isinstance(row, bytes):
-            value = None if row.isspace() else parse_json_line(row, place, problems)
-        else:
+        if not isinstance(row, bytes):
             value = _parquet_row(row, place, problems)
+        else:
+            value = None if row.isspace() else parse_json_line(row, place, problems)
         if value is not None:
             yield value, place
 
@@ -94,59 +93,37 @@ def _parse_doubtful_line(line: bytes, place: str, problems: ProblemLog) -> Any:
             return None
         text = line.decode("utf-8", "replace")
     try:
-        checked = _object(json.loads(text), place, problems)
-        return None if checked is None else _without_surrogates(checked, text, place, problems)
+        value = _object(json.loads(text), place, problems)
+        if value is None or not _SURROGATE_ESCAPE.search(text):
+            return value
+        return _without_surrogates(json.dumps(value, ensure_ascii=False), place, problems)
     except (ValueError, RecursionError) as error:
         problems.found("invalid_json", place, None, str(error) or type(error).__name__)
         return None
 
 
-def _without_surrogates(value: Any, text: str, place: str, problems: ProblemLog) -> Any:
+def _without_surrogates(text: str, place: str, problems: ProblemLog) -> Any:
     """The value of JSON ``text`` without halves of surrogate pairs, which JSON may spell and no UTF-8 text can hold.
 
     Returns:
         The value, mended where the policy says so; None when the problem removes the row.
     """
-    if not _SURROGATE_ESCAPE.search(text):
-        return value
-    plain = json.dumps(value, ensure_ascii=False)
-    half = _SURROGATE.search(plain)
-    if half is None:
-        return value
-    if problems.found("invalid_utf8", place, None, f"lone surrogate {half.group()!a}") != FIX:
+    half = _SURROGATE.search(text)
+    if half is not None and problems.found("invalid_utf8", place, None, f"lone surrogate {half.group()!a}") != FIX:
         return None
-    return json.loads(_SURROGATE.sub("\ufffd", plain))
+    return json.loads(_SURROGATE.sub("\ufffd", text))
 
 
-def json_value(value: Any) -> Any:
-    """A cell as JSON can hold it; bytes become an object, lest they pass for somebody's text."""
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    return json.loads(json.dumps(value, default=_json_twin))
-
-
-def _json_twin(value: Any) -> Any:
-    return {"base64": base64.b64encode(value).decode("ascii")} if isinstance(value, bytes) else str(value)
-
-
-class _UnreadableRow(Exception):
-    """A row with cells that Python cannot hold, and why; ``batch`` is the row."""
-
-    def __init__(self, batch: Any, error: Exception):
-        super().__init__(str(error))
-        self.batch, self.is_bad_text = batch, isinstance(error, UnicodeDecodeError)
-
-
-def _parquet_rows(batch: Any) -> list[dict[str, Any] | _UnreadableRow]:
-    """Rows of a batch, each as far as it can be read."""
+def _parquet_rows(batch: Any) -> list[Any]:
+    """Rows of a batch as dicts; one with cells that Python cannot hold stays a batch of one row."""
     try:
         rows = batch.to_pylist()
-        _shorten_decimals(rows, batch.schema)
-        return rows
-    except (ValueError, OverflowError) as error:  # bad UTF-8, nanoseconds, dates beyond the year 9999
+    except (ValueError, OverflowError):  # bad UTF-8, nanoseconds, dates beyond the year 9999
         if len(batch) == 1:
-            return [_UnreadableRow(batch, error)]
-    return [row for i in range(len(batch)) for row in _parquet_rows(batch.slice(i, 1))]
+            return [batch]
+        return [row for i in range(len(batch)) for row in _parquet_rows(batch.slice(i, 1))]
+    _shorten_decimals(rows, batch.schema)
+    return rows
 
 
 def _shorten_decimals(rows: list[dict[str, Any]], schema: Any) -> None:
@@ -157,6 +134,41 @@ def _shorten_decimals(rows: list[dict[str, Any]], schema: Any) -> None:
             for row in rows:
                 if row[field.name] is not None:
                     row[field.name] = float(str(kind(row[field.name])))
+
+
+def _parquet_row(row: Any, place: str, problems: ProblemLog) -> dict[str, Any] | None:
+    """One row as the same group in JSONL; None when a problem removes it.
+
+    Cells that JSON cannot hold become text; bytes become an object, lest they pass for somebody's text.
+    """
+    read = row if isinstance(row, dict) else _doubtful_row(row, place, problems)
+    if read is None:
+        return None
+    try:
+        if "responses" in read:
+            _unpack_group(read)
+        return _without_surrogates(json.dumps(read, default=_json_twin, ensure_ascii=False), place, problems)
+    except (ValueError, RecursionError) as error:
+        problems.found("invalid_json", place, None, f"in a column of JSON text: {error}")
+        return None
+
+
+def _json_twin(value: Any) -> Any:
+    return {"base64": base64.b64encode(value).decode("ascii")} if isinstance(value, bytes) else str(value)
+
+
+def _doubtful_row(batch: Any, place: str, problems: ProblemLog) -> dict[str, Any] | None:
+    """The row of a batch that Python cannot hold: what is wrong is noted, and mended if the policy says so."""
+    try:
+        try:
+            return batch.to_pylist()[0]
+        except UnicodeDecodeError as error:
+            if problems.found("invalid_utf8", place, None, str(error)) != FIX:
+                return None
+            return _mended(batch.to_struct_array()[0])
+    except (ValueError, OverflowError, NotImplementedError) as error:
+        problems.found("wrong_type", place, None, str(error))
+        return None
 
 
 def _mended(cell: Any) -> Any:
@@ -174,68 +186,35 @@ def _mended(cell: Any) -> Any:
     return cell.as_py()
 
 
-def _parquet_row(read: dict[str, Any] | _UnreadableRow, place: str, problems: ProblemLog) -> dict[str, Any] | None:
-    """One row as the same group in JSONL; None when a problem removes it."""
-    if isinstance(read, dict):
-        row = read
-    else:
-        kind = "invalid_utf8" if read.is_bad_text else "wrong_type"
-        if problems.found(kind, place, None, str(read)) != FIX:
-            return None
-        try:
-            row = _mended(read.batch.to_struct_array()[0])
-        except (ValueError, OverflowError, NotImplementedError) as error:  # something else is wrong with it too
-            problems.found("wrong_type", place, None, str(error))
-            return None
-    if "responses" not in row:
-        return {name: json_value(value) for name, value in row.items()}
+def _unpack_group(row: dict[str, Any]) -> None:
+    """Put the values of JSON text in the place of the text, and messages into ``prompt``.
+
+    Raises:
+        ValueError: a text is not JSON.
+    """
     messages = row.pop("messages", None)
     if row.get("prompt") is None and messages is not None:
         row["prompt"] = messages
-    unpacked = functools.partial(_unpacked, place=place, problems=problems)
-    try:
-        row["meta"] = unpacked(row.get("meta"))
-        for message in _objects(row.get("prompt")):
-            _add_extra(message, ("role", "content"), unpacked)
-        for response in _objects(row["responses"]):
-            response["sampling"] = unpacked(response.get("sampling"))
-            _add_extra(response, RESPONSE_FIELDS, unpacked)
-    except _LostRow:
-        return None
-    except (ValueError, RecursionError) as error:
-        problems.found("invalid_json", place, None, f"in a column of JSON text: {error}")
-        return None
-    return {name: value if name in GROUP_FIELDS else json_value(value) for name, value in row.items()}
+    row["meta"] = _unpacked(row.get("meta"))
+    for message in _objects(row.get("prompt")):
+        _add_extra(message, ("role", "content"))
+    for response in _objects(row["responses"]):
+        response["sampling"] = _unpacked(response.get("sampling"))
+        _add_extra(response, RESPONSE_FIELDS)
 
 
 def _objects(items: Any) -> list[dict[str, Any]]:
     return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
 
 
-class _LostRow(Exception):
-    """A problem, noted already, removes the row."""
+def _unpacked(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
 
 
-def _unpacked(value: Any, place: str, problems: ProblemLog) -> Any:
-    """The value of a cell of JSON text.
-
-    Raises:
-        ValueError: it is not JSON.
-        _LostRow: a problem removes the row.
-    """
-    if not isinstance(value, str):
-        return json_value(value)
-    read = json.loads(value)
-    mended = _without_surrogates(read, value, place, problems)
-    if mended is None and read is not None:
-        raise _LostRow
-    return mended
-
-
-def _add_extra(item: dict[str, Any], own: Sequence[str], unpacked: Callable[[Any], Any]) -> None:
+def _add_extra(item: dict[str, Any], own: Sequence[str]) -> None:
     """Put the fields of ``extra`` (JSON text) into ``item``; the columns of others than us are fields too."""
-    extra = unpacked(item.pop("extra", None)) or {}
+    extra = _unpacked(item.pop("extra", None)) or {}
     if not isinstance(extra, dict):
         raise ValueError(f"extra is {extra!r}, not an object")
-    columns = {name: json_value(item.pop(name)) for name in [name for name in item if name not in own]}
+    columns = {name: item.pop(name) for name in [name for name in item if name not in own]}
     item.update({name: value for name, value in columns.items() if value is not None} | extra)
