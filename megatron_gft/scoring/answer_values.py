@@ -78,7 +78,7 @@ _BASE = re.compile(r"\d[\dA-Za-z]*_\{?(\d+)\}?")
 
 
 # to the parser 5(4) is 9, \frac{1}{2}(3) is 7/2 and \pi(3) a function
-_PRODUCT = re.compile(r"(?:(?<![_^\d.])\d+|\\pi|\)|(?<![_^])\{[^{}]*\}|\}\})\s*(?=\()|\)\s*(?=\d|\\frac)")
+_PRODUCT = re.compile(r"(?:(?<![_^\d.])\d+|\\pi|\)|(?<![_^])\{[^{}]*\}|\}\})\s*(?=\()|\)\s*(?=\d|\\frac)|\d(?=\\binom)")
 
 
 class _Value(NamedTuple):

@@ -143,11 +143,16 @@ def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
     return _last_value(text)
 
 
-def with_words_after(text: str, answer: str) -> Iterator[str]:
-    """``answer`` with one, two and three of the words that follow it in ``text``: its unit, if it has one."""
-    after = re.findall(rf"(?<!\w){re.escape(answer)} +((?:[A-Za-z]+ ?){{1,3}})", text)
-    words = after[-1].split() if after else []
+def with_words_around(text: str, answer: str) -> Iterator[str]:
+    """``answer`` with a word before, or up to three after it in ``text``: "June 20", "5 meters per second"."""
+    around = re.findall(
+        rf"(?:\b([A-Za-z]+) )?(?<!\w){re.escape(answer)}[}}$)\\]{{0,4}} *((?:[A-Za-z]+ ?){{0,3}})", text
+    )
+    before, after = around[-1] if around else ("", "")
+    words = after.split()
     yield from (f"{answer} {' '.join(words[: count + 1])}" for count in range(len(words)))
+    if before:
+        yield f"{before} {answer}"
 
 
 def _boxed_answer(text: str, boxes: BoxPolicy) -> str | None:

@@ -106,7 +106,10 @@ def one_spelling(answer: str, decimal: DecimalPolicy = "point") -> str:
         text = text.replace("\\\\", "\\")
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", re.sub(r",\\!\s*|\{,\}", ",", text))
     text = _SPACING.sub(" ", _LAYOUT.sub("", text))
-    text = _TEXT_WRAPPER.sub(_text, text).replace(r"\varnothing", r"\emptyset")
+    text = (
+        _TEXT_WRAPPER.sub(_text, text).replace(r"\varnothing", r"\emptyset").replace(r"\mathbb{R}", r"(-\infty,\infty)")
+    )
+    text = re.sub(r"^\s*(?:=|\\approx)", "", text)
     text = re.sub(r"\\?[$\u20ac\u00a3\u00a5]|\\(?:euro|pounds)\b|\\\\?$", "", text)
     text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])", lambda m: m[0].replace(" ", ""), text)
     text = _DROPPED.sub("", _PERCENT.sub("%", text))
@@ -121,6 +124,8 @@ def _text(match: re.Match[str]) -> str:
     if re.fullmatch(_FUNCTIONS, content):
         return "\\" + content
     if re.fullmatch(r"(?:(?:positive|negative|plus|minus) )?[iI]nfinity", content):
+        return content
+    if not re.search("[A-Za-z]", content):
         return content
     letter = len(content) == 1 and re.match(r"\\(?:mathbf|bm|bold|vec)", match[0])
     return content if letter or (content in ("e", "i") and "math" in match[0]) else rf"\text{{{content}}}"

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.groups.records import FLOAT32_MAX
-from megatron_gft.scoring.final_answers import BoxPolicy, extract_answer, with_words_after
+from megatron_gft.scoring.final_answers import BoxPolicy, extract_answer, with_words_around
 from megatron_gft.scoring.math_answers import (
     Policies,
     same_answer,
@@ -97,8 +97,8 @@ class MathVerifier(Policies, _AfterThoughts):
             return Verdict("unparsed", 0.0)
         gold = _final_gold(case, self.boxes)
         equal = same_answer(gold, answer, self)
-        if equal is False and gold[-1].isalpha():  # "3 kg" was said, of which 3 is the answer
-            equal = any(same_answer(gold, longer, self) for longer in with_words_after(said, answer))
+        if equal is False and re.search("[A-Za-z]{2}", gold):  # "3 kg" was said, of which 3 is the answer
+            equal = any(same_answer(gold, longer, self) for longer in with_words_around(said, answer))
         return _judged(equal, answer)
 
     def warm_up(self) -> None:
