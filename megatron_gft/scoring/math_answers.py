@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from megatron_gft.errors import InputError
@@ -38,7 +39,9 @@ from megatron_gft.scoring.answer_values import (
     same_value,
     value_of,
 )
-from megatron_gft.scoring.spelling import one_spelling
+from megatron_gft.scoring.spelling import one_spelling, parse_number
+
+__all__ = ["Policies", "parse_number", "same_answer", "warm_up"]
 
 MAX_ANSWER_CHARS = 400  # longer "answers" are not parsed
 CALCULATION_TOLERANCE = 0.01  # of "10/3 = 3.33", where the last side is the answer
@@ -46,12 +49,15 @@ STRICT = Policies()
 _ORDERED = frozenset(("()", "[]", "[)", "(]", "union"))
 
 
-def same_answer(gold: str, answer: str, policies: Policies = STRICT) -> bool | None:
+def same_answer(gold: str, answer: str, policies: Policies = STRICT, **options: Any) -> bool | None:
     """Whether two answers are equal under the policies; ``None`` when ``answer`` cannot be read as mathematics.
+
+    ``options`` are fields of :class:`Policies` that stand for those of ``policies``.
 
     Raises:
         InputError: ``gold`` cannot be read.
     """
+    policies = replace(policies, **options) if options else policies
     if len(answer) > MAX_ANSWER_CHARS and answer.strip() != gold.strip():
         return None
     left, right = one_spelling(gold, policies.decimal), one_spelling(answer, policies.decimal)
