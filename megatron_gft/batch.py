@@ -68,15 +68,20 @@ class StepBatch:
         return int(self.lengths.sum())
 
 
-def open_groups(config: Config, shape: ModelShape) -> tuple[GroupSplit, GroupSplit | None]:
+def open_groups(
+    config: Config, shape: ModelShape, model_files: Path | None = None
+) -> tuple[GroupSplit, GroupSplit | None]:
     """Training and validation data of a configuration, checked against the model. Collective.
+
+    Args:
+        model_files: folder with the model's tokenizer, where ``model.tokenizer`` names none; default: model.config's.
 
     Raises:
         InputError: missing or damaged shards, another tokenizer than the model's, responses that do not fit a pack.
     """
     data = config.data
     unit = math.lcm(*config.row_multiples)
-    tokenizer = Path(config.model.tokenizer or config.model.folder)
+    tokenizer = Path(config.model.tokenizer or model_files or config.model.folder)
     check = not data.allow_tokenizer_mismatch and (config.model.tokenizer is not None or has_tokenizer(tokenizer))
     splits = build_group_datasets(
         data.train,

@@ -37,7 +37,12 @@ class ModelConfig(Section):
     """What is trained. The shape comes from a Hugging Face ``config.json``, never from numbers typed twice."""
 
     config: str = Field(description="folder of a Hugging Face model, or its config.json: the model's shape")
-    tokenizer: str | None = Field(None, description="tokenizer folder whose fingerprint shards must carry")
+    tokenizer: str | None = Field(
+        None, description="tokenizer folder whose fingerprint shards must carry; default: that of the weights"
+    )
+    allow_config_mismatch: list[str] = Field(
+        default_factory=list, description="keys of config.json that may differ from those of the weights"
+    )
     precision: Literal["bf16", "fp32"] = Field("bf16", description="weights and activations")
     backend: Literal["auto", "local", "transformer_engine"] = Field(
         "auto", description="auto: Transformer Engine when it is importable and a GPU is there"
@@ -52,7 +57,7 @@ class ModelConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """Where ``config`` lies, and with it the tokenizer and generation settings."""
+        """Where ``config`` lies."""
         path = Path(self.config)
         return path if path.is_dir() else path.parent
 

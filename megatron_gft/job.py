@@ -21,8 +21,9 @@ from megatron_gft.checkpoints.checkpointer import (
 )
 from megatron_gft.checkpoints.history import find_checkpoint, list_checkpoints, newest_checkpoint
 from megatron_gft.config import Config
-from megatron_gft.errors import InputError
-from megatron_gft.hf.shape import ModelShape
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
+from megatron_gft.hf.shape import ModelShape, read_model_shape, shape_differences
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.metrics import Reporter
 from megatron_gft.model import build_model
@@ -34,6 +35,7 @@ from megatron_gft.optimizer import (
 from megatron_gft.parallel import Parallel, destroy_parallel, initialize_parallel, seed_everything
 from megatron_gft.runtime import StopRequest, Watchdog, set_up_logging, start_process_group
 from megatron_gft.step import StepRunner
+from megatron_gft.tokenizer import has_tokenizer
 from megatron_gft.trainer import Trainer, TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ def build_trainer(
     dist.broadcast_object_list(found, src=0)
     resume_from = found[0]
 
+    _check_function(config, shape, _weights_folder(config, resume_from))
     seed_everything(config.train.seed, parallel)
     transformer, modules = build_model(shape, config.model, config.objective, config.parallel, parallel)
     if resume_from is None:
@@ -69,7 +72,7 @@ def build_trainer(
         parallel,
         keep_last=config.checkpoint.keep_last,
         background=config.checkpoint.async_save,
-        model_files=config.model.folder,
+        model_files=_model_files(config, resume_from),
     )
     state = RunState(data_fingerprint=train_groups.fingerprint, groups_per_step=config.data.groups_per_step)
     if resume_from is not None:
@@ -110,6 +113,58 @@ def _resume_point(config: Config, checkpoints: Path) -> Path | None:
     return find_checkpoint(checkpoints, config.checkpoint.resume)
 
 
+def _weights_folder(config: Config, resume_from: Path | None) -> Path | None:
+    """The folder whose config.json belongs to the weights that a run goes on or begins with; None for random ones."""
+    origin = config.checkpoint.init_from
+    if resume_from is not None:
+        return resume_from / MODEL_FILES_FOLDER
+    if origin is None:
+        return None
+    if origin.startswith("hf:"):
+        return Path(origin.removeprefix("hf:"))
+    return newest_checkpoint(Path(origin), "checkpoint.init_from") / MODEL_FILES_FOLDER
+
+
+def _model_files(config: Config, resume_from: Path | None) -> ModelFiles:
+    """Tokenizer, template and generation settings come from the weights' folder: a recipe has a config.json only."""
+    tokenizer = Path(config.model.tokenizer) if config.model.tokenizer else None
+    other_config = config.model.folder if config.model.allow_config_mismatch else None
+    for start in dict.fromkeys((resume_from, None)):  # checkpoints of earlier versions may have no tokenizer
+        with contextlib.suppress(InputError):  # what a run began with may be gone; at the beginning, loading says so
+            folder = _weights_folder(config, start)
+            if folder is not None and has_tokenizer(folder):
+                return ModelFiles(folder, other_config, tokenizer)
+    return ModelFiles(config.model.folder, None, tokenizer)
+
+
+def _check_function(config: Config, shape: ModelShape, folder: Path | None) -> None:
+    """``model.config`` describes the model of the weights.
+
+    Raises:
+        InputErrors: everything in which it computes another function.
+    """
+    if folder is None:
+        return
+    if not (folder / "config.json").is_file():
+        logger.warning("%s: there is no config.json, so model.config is not compared with the weights'", folder)
+        return
+    lines = {
+        key: f"{key}: {ours!r} by {config.model.config}, {theirs!r} by {folder}"
+        for key, (ours, theirs) in shape_differences(shape, read_model_shape(folder)).items()
+    }
+    refused = [key for key in lines if key not in config.model.allow_config_mismatch]
+    if refused:
+        raise InputErrors(
+            f"model.config is not that of the weights -> take theirs (model.config={folder}), or train them as another "
+            f"function: model.allow_config_mismatch=[{','.join(lines)}]",
+            [lines[key] for key in refused],
+        )
+    for line in lines.values():
+        logger.warning("allowed by model.allow_config_mismatch: %s", line)
+    if not lines:
+        logger.info("model.config agrees with %s", folder)
+
+
 def _initial_weights(config: Config, shape: ModelShape, parallel: Parallel, modules: list[torch.nn.Module]) -> None:
     origin = config.checkpoint.init_from
     if origin is None:
@@ -143,14 +198,15 @@ def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
             config.write(Path(config.train.output) / "config.yaml")
         except OSError as error:
             raise InputError(f"train.output={config.train.output}: cannot be written ({error.strerror})") from None
-    data = None if config.data.cache else open_groups(config, shape)  # Megatron's cache needs the process group
+    files = _model_files(config, _resume_point(config, Path(config.train.output) / "checkpoints")).folder
+    data = None if config.data.cache else open_groups(config, shape, files)  # Megatron's cache needs the process group
     device = start_process_group(config.parallel.collective_timeout_minutes)
     set_up_logging(dist.get_rank())
     p = config.parallel
     parallel = initialize_parallel(
         tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp, timeout_minutes=p.collective_timeout_minutes
     )
-    train_groups, valid_groups = data or open_groups(config, shape)
+    train_groups, valid_groups = data or open_groups(config, shape, files)
     for split in filter(None, (train_groups, valid_groups)):
         if any(asdict(split.limited).values()):
             logger.info("%s data: %s (data.overlong=%s)", split.name, split.limited, config.data.overlong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from tiny_models import write_tiny_model, write_tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_gft.shards import GroupShardWriter, TokenizerStamp
 from megatron_gft.tokenizer import load_tokenizer
@@ -230,3 +232,78 @@ def test_overlong_responses_are_dropped_or_truncated_and_counted(workspace, tmp_
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert word in done.stderr and f"{word}0" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def recipe(workspace, tmp_path_factory) -> Path:
+    """A recipe's folder: a config.json and nothing else, which says what the model's own says."""
+    folder = tmp_path_factory.mktemp("recipe")
+    shutil.copyfile(workspace / "model" / "config.json", folder / "config.json")
+    return folder
+
+
+def changed(recipe: Path, target: Path, **values) -> Path:
+    target.mkdir()
+    config = json.loads((recipe / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | values))
+    return target
+
+
+def test_what_a_recipe_run_exports_is_whole(workspace, recipe, tmp_path):
+    """Tokenizer, chat template and generation settings come from the folder of the weights."""
+    done = command(workspace, f"model.config={recipe}", f"train.output={tmp_path / 'run'}", "checkpoint.export_hf=last")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"model.config agrees with {workspace / 'model'}" in done.stderr
+    (export,) = (tmp_path / "run" / "export").iterdir()
+    own = load_tokenizer(workspace / "model")
+    for folder in (export, tmp_path / "run" / "checkpoints" / "step-00000003" / "hf"):
+        assert load_tokenizer(folder).fingerprint == own.fingerprint
+    AutoTokenizer.from_pretrained(export)
+    AutoModelForCausalLM.from_pretrained(export)
+    # a run that starts from this one has its tokenizer too
+    again = command(
+        workspace,
+        *(f"model.config={recipe}", f"train.output={tmp_path / 'again'}", f"checkpoint.init_from={tmp_path / 'run'}"),
+        *("train.max_steps=1", "checkpoint.export_hf=last"),
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert load_tokenizer(next((tmp_path / "again" / "export").iterdir())).fingerprint == own.fingerprint
+
+
+def test_a_recipe_checks_the_tokenizer_of_the_weights(workspace, recipe, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "model")
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    write_shard(tmp_path / "foreign", tmp_path / "other")
+    done = command(
+        workspace, f"model.config={recipe}", f"data.train=[{tmp_path / 'foreign'}]", f"train.output={tmp_path / 'r'}"
+    )
+    assert done.returncode == 2 and "made with tokenizer" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"rope_theta": 123456.0}, "rope_theta"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling"),
+    ],
+)
+def test_weights_of_another_function_are_refused(workspace, recipe, tmp_path, values, key):
+    """On a start from a folder, on one from a run, and on resume; with both values and the key that allows it."""
+    other = changed(recipe, tmp_path / "other", **values)
+    run = tmp_path / "run"
+    start = [f"train.output={run}", "train.max_steps=1"]
+    refused = command(workspace, f"model.config={other}", *start)
+    assert refused.returncode == 2 and not (run / "checkpoints").exists()
+    for part in (f"{key}: ", str(other), str(workspace / "model"), f"model.allow_config_mismatch=[{key}]"):
+        assert part in refused.stderr, refused.stderr
+    assert command(workspace, f"model.config={recipe}", *start).returncode == 0
+    resumed = command(workspace, f"model.config={other}", f"train.output={run}")
+    assert resumed.returncode == 2 and f"{key}: " in resumed.stderr and "step-00000001" in resumed.stderr
+    from_run = command(
+        workspace, f"model.config={other}", f"checkpoint.init_from={run}", f"train.output={tmp_path / 'second'}"
+    )
+    assert from_run.returncode == 2 and f"{key}: " in from_run.stderr
+    allowed = command(workspace, f"model.config={other}", f"train.output={run}", f"model.allow_config_mismatch=[{key}]")
+    assert allowed.returncode == 0 and f"{key}: " in allowed.stderr, "it is said all the same"

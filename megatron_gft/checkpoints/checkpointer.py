@@ -36,7 +36,7 @@ from megatron_gft.atomic import fsync_path, sha256_file, write_json
 from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
 from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, find_damage, publish
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.hf.files import MODEL_FILES_FOLDER, write_model_files
+from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.model import unwrap
 from megatron_gft.optimizer import load_optimizer_state
@@ -98,13 +98,13 @@ class Checkpointer:
         *,
         keep_last: int,
         background: bool,
-        model_files: Path,
+        model_files: ModelFiles,
     ):
         """
         Args:
             folder: ``RUN/checkpoints``.
-            model_files: Hugging Face folder whose configuration and tokenizer go into each checkpoint, so that an
-                export needs nothing else.
+            model_files: configuration and tokenizer that go into each checkpoint, so that an export needs nothing
+                else.
         """
         self.folder, self.chunks, self.optimizer, self.parallel = folder, chunks, optimizer, parallel
         self.keep_last, self.background = keep_last, background
@@ -196,7 +196,7 @@ class Checkpointer:
         if self.parallel.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / MODEL_FILES_FOLDER).mkdir(parents=True)
-            write_model_files(self.model_files, partial / MODEL_FILES_FOLDER)
+            self.model_files.write(partial / MODEL_FILES_FOLDER)
 
     def _start_hashing(self, folder: Path) -> concurrent.futures.Future[Files]:
         """Size and sha256 of this rank's share of the files, in a thread; all files are there and complete."""

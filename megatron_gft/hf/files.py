@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,38 @@ MODEL_FILES_FOLDER = "hf"
 SOURCE_FILE = "hf_source.json"
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a run's checkpoints and exports get what stands beside the weights.
+
+    ``folder`` has everything; ``config`` is the folder of another config.json, ``tokenizer`` that of another tokenizer.
+    """
+
+    folder: Path
+    config: Path | None = None
+    tokenizer: Path | None = None
+
+    def write(self, target: Path) -> None:
+        """Copy them into the empty folder ``target``."""
+        write_model_files(self.folder, target)
+        if self.tokenizer is not None and self.tokenizer != self.folder:
+            _copy(self.tokenizer, target, CARRIED_PATTERNS[2:])  # neither config.json nor generation_config.json
+        if self.config is not None:
+            shutil.copyfile(self.config / "config.json", target / "config.json")
+
+
+def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
 def write_model_files(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Copy configuration, tokenizer and chat template; config.json changes only where its dtype is another."""
     config = read_config(source)
-    for path in sorted({path for pattern in CARRIED_PATTERNS for path in source.glob(pattern)}):
-        if path.is_dir():
-            shutil.copytree(path, target / path.name)
-        else:
-            shutil.copyfile(path, target / path.name)
+    _copy(source, target, CARRIED_PATTERNS)
     key = "dtype" if "dtype" in config else "torch_dtype"
     if dtype is not None and config.get(key) != (name := str(dtype).removeprefix("torch.")):
         config[key] = name

@@ -9,6 +9,7 @@ Imports neither torch nor megatron nor transformers.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,36 @@ class ModelShape:
     moe_router_topk: int | None
     moe_ffn_hidden_size: int | None
     moe_router_pre_softmax: bool
+
+
+HF_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "intermediate_size",
+    "layernorm_epsilon": "rms_norm_eps",
+    "add_qkv_bias": "attention_bias",
+    "share_embeddings_and_output_weights": "tie_word_embeddings",
+    "rotary_base": "rope_theta",
+    "rope_scaling_factor": "rope_scaling",
+    "seq_len_interpolation_factor": "rope_scaling",
+    "window_size": "sliding_window",
+    "num_moe_experts": "num_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_router_pre_softmax": "norm_topk_prob",
+}
+"""Keys of config.json for fields of :class:`ModelShape`; the others have one name. For messages."""
+
+
+def shape_differences(one: ModelShape, other: ModelShape) -> dict[str, tuple[object, object]]:
+    """Both values of everything in which two models compute another function, by the key of config.json.
+
+    The longest sequence is not among them: positions are computed, not learned.
+    """
+    pairs = {field.name: (getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one)}
+    del pairs["max_sequence_length"]
+    return {HF_KEYS.get(name, name): pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _config_file(model: str | os.PathLike) -> Path:
