@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 
@@ -64,8 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     # Megatron-Core decorates with torch.compile, which loads Inductor: 1.2 of 5.5 seconds of CPU before the first row.
     # Nothing is compiled here, and nothing trains in this process.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    gc.disable()  # of what an import makes nothing is garbage: looking for it costs half a second of CPU
     from megatron_gft.preprocess.run import PreprocessOptions, preprocess  # imports megatron: seconds
 
+    gc.enable()
     summary = preprocess(
         PreprocessOptions(
             inputs=arguments.input,

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from reprlib import repr as short
 from typing import Annotated, Any, NotRequired
@@ -227,15 +228,14 @@ def parse_group(value: dict[str, Any], place: str, problems: ProblemLog) -> Grou
     if not record.responses:
         log.found("no_responses", "responses is an empty list")
         return None
-    kept = []
     for position, response in enumerate(record.responses):
         response.position = position
+
+    def check(response: ResponseRecord) -> str:
         action = _check_response(response, log)
-        if action == ERROR or (action == DROP and plain):
-            return None
-        if action != DROP:
-            kept.append(response)
-    return keep_responses(record, kept, log)
+        return ERROR if action == DROP and plain else action  # a plain row is lost with its only response
+
+    return record if keep_responses(record, check, log) else None
 
 
 def _plain_group(row: dict[str, Any], question: str, solution: str) -> GroupRecord:
@@ -311,22 +311,26 @@ def _judged_wrong(response: ResponseRecord) -> bool:
     return response.reward is not None and response.reward <= 0
 
 
-def keep_responses(record: GroupRecord, kept: list[ResponseRecord], log: GroupProblems) -> GroupRecord | None:
-    """The group with these responses; None when there are none."""
-    record.responses = kept
-    if kept:
-        return record
-    log.found("no_responses", "every response was dropped")
-    return None
+def keep_responses(record: GroupRecord, check: Callable[[ResponseRecord], str], log: GroupProblems) -> bool:
+    """Drop the responses of which ``check`` says ``drop``; False when the group is lost: an ``error``, or none left."""
+    actions = []
+    for response in record.responses:
+        actions.append(check(response))
+        if actions[-1] == ERROR:
+            return False
+    record.responses = [r for r, action in zip(record.responses, actions, strict=True) if action != DROP]
+    if not record.responses:
+        log.found("no_responses", "every response was dropped")
+    return bool(record.responses)
 
 
-def check_group(record: GroupRecord, log: GroupProblems) -> GroupRecord | None:
+def check_group(record: GroupRecord, log: GroupProblems) -> bool:
     """Look at the responses side by side: duplicates, expert, rewards. Changes ``record`` as the policies say.
 
     Call it once, when all that one response alone can be dropped for is done: what it says is of the survivors.
 
     Returns:
-        The group, or None when a problem removes it.
+        Whether the group stays.
     """
     kept: list[ResponseRecord] = []
     seen: set[Any] = set()
@@ -336,21 +340,16 @@ def check_group(record: GroupRecord, log: GroupProblems) -> GroupRecord | None:
             detail = f"same {'text' if response.text else 'token_ids'} as an earlier one"
             action = log.found("duplicate_response", detail, response.position)
             if action == ERROR:
-                return None
+                return False
             if action == DROP:
                 continue
         seen.add(content)
         kept.append(response)
     record.responses = kept
-    return None if _is_useless(kept, log) else record
-
-
-def _is_useless(responses: list[ResponseRecord], log: GroupProblems) -> bool:
-    """Whether a policy removes the group for want of an expert or of unequal rewards."""
-    if all(response.source != "expert" for response in responses):
+    if all(response.source != "expert" for response in kept):
         if log.found("no_expert", "no expert response") in (ERROR, DROP):
-            return True
-    rewards = {response.reward for response in responses}
-    if len(responses) == 1 or len(rewards) > 1 or None in rewards:
-        return False
-    return log.found("equal_rewards", f"all {len(responses)} rewards are {rewards.pop()}") in (ERROR, DROP)
+            return False
+    rewards = {response.reward for response in kept}
+    if len(kept) == 1 or len(rewards) > 1 or None in rewards:
+        return True
+    return log.found("equal_rewards", f"all {len(kept)} rewards are {rewards.pop()}") == KEEP

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_gft.groups import GroupRecord
 from megatron_gft.groups.problems import DROP, KEEP, KINDS, GroupProblems
-from megatron_gft.preprocess.encode import ChunkEncoder, EncodingOptions
+from megatron_gft.preprocess.encode import ChunkEncoder
 from megatron_gft.tokenizer import Tokenizer
 
 # Everything is looked at, nothing stops: what cannot be used is left out and counted.
@@ -40,13 +40,13 @@ class CharacterEncoder(ChunkEncoder):
     """Counts characters also where a file has token ids: without their tokenizer they mean nothing."""
 
     def __init__(self) -> None:
-        super().__init__(CharacterTokenizer(), EncodingOptions(LENIENT))
+        super().__init__(CharacterTokenizer(), LENIENT)
 
-    def _prepare(self, record: GroupRecord, log: GroupProblems) -> Any:
+    def _prepare(self, record: GroupRecord, log: GroupProblems, waiting: Any) -> str | None:
         for response in record.responses:
             if response.token_ids is not None:
                 # No text is a lone EOS, or a cut-off piece of a character.
                 alone = 0xFFFD if response.finish_reason == "length" else self.tokenizer.eos_id
                 response.token_ids = list(map(ord, response.text)) or [alone]
                 response.tokenizer, response.logprobs = self.tokenizer.fingerprint, None
-        return super()._prepare(record, log)
+        return super()._prepare(record, log, waiting)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,9 +16,8 @@ from megatron_gft.groups import GROUP_FILE_SUFFIXES, expand_inputs, read_chunks
 from megatron_gft.inspection.characters import LENIENT, CharacterEncoder
 from megatron_gft.inspection.statistics import EXAMPLES_PER_KIND, Statistics
 from megatron_gft.inspection.views import GroupView, view_group
-from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, EncodingOptions
-from megatron_gft.shards import Group, GroupShard, check_sets, expand_shards, verify_shards
-from megatron_gft.shards.encoded import PROMPT_MODE
+from megatron_gft.preprocess.encode import ChunkEncoder
+from megatron_gft.shards import GroupShard, check_sets, expand_shards, verify_shards
 from megatron_gft.shards.manifest import manifest_path
 from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
 
@@ -159,9 +157,10 @@ class ShardSource:
             number -= len(shard)
         if shard.manifest.tokenizer.fingerprint != tokenizer.fingerprint:
             raise InputError(f"{shard.prefix}: made with another tokenizer than {tokenizer.path} -> give that one")
-        meta = shard.meta(number)
-        title = f"{shard.prefix} group {number}, id {meta['id']}"
-        return view_group(shard[number], tokenizer, title, meta["answer"], shard.outcomes(number))
+        title = f"{shard.prefix} group {number}, id {shard.meta(number)['id']}"
+        groups, known = shard.encoded(number, number + 1), shard[number].logprobs
+        groups.logprobs = None if known is None else np.concatenate(known)
+        return view_group(groups, tokenizer, title)
 
 
 def _incomplete_sets(shards: Sequence[GroupShard]) -> list[str]:
@@ -189,8 +188,7 @@ class FileSource:
         Raises:
             InputError: a file cannot be read.
         """
-        options = EncodingOptions(LENIENT)
-        encoder = CharacterEncoder() if self.tokenizer is None else ChunkEncoder(self.tokenizer, options)
+        encoder = CharacterEncoder() if self.tokenizer is None else ChunkEncoder(self.tokenizer, LENIENT)
         statistics = Statistics(encoder.tokenizer.eos_id, encoder.tokenizer.bos_id)
         problems: Counter[str] = Counter()
         examples: dict[str, list[str]] = {}
@@ -216,26 +214,17 @@ class FileSource:
         """As of shards, in one pass: only the encoder knows which rows become groups, so all before are encoded."""
         if self.tokenizer is None:
             raise InputError("--group needs --tokenizer, to tokenize the group")
-        encoder = ChunkEncoder(self.tokenizer, EncodingOptions(LENIENT))
+        encoder = ChunkEncoder(self.tokenizer, LENIENT)
         views: dict[int, GroupView] = {}
         total = 0
         for chunk in (chunk for name in self.files for chunk in read_chunks(name)):
             encoded = encoder.encode(chunk)
             for number in numbers:
                 if total <= number < total + len(encoded.groups):
-                    views[number] = _view(encoded, number - total, number, self.tokenizer)
+                    origin = encoded.origins[number - total]
+                    group = encoded.groups.select(np.arange(len(encoded.groups)) == number - total)
+                    views[number] = view_group(group, self.tokenizer, f"{origin.place} group {number}, id {origin.id}")
             total += len(encoded.groups)
             if len(views) == len(set(numbers)):
                 return [views[number] for number in numbers]
         raise _no_such_group(next(number for number in numbers if number not in views), total)
-
-
-def _view(encoded: EncodedChunk, index: int, number: int, tokenizer: Tokenizer) -> GroupView:
-    groups = encoded.groups.select(np.arange(len(encoded.groups)) == index)
-    lengths, known = groups.sequence_lengths, groups.logprobs
-    prompt, *responses = np.split(groups.tokens, np.cumsum(lengths)[:-1])
-    logprobs = None if known is None else np.split(known, np.cumsum(lengths[1:])[:-1])
-    sources = groups.sequence_modes[groups.sequence_modes != PROMPT_MODE]
-    title = f"{encoded.places[index]} group {number}, id {encoded.ids[index]}"
-    group = Group(prompt, responses, sources, groups.rewards, logprobs)
-    return view_group(group, tokenizer, title, json.loads(groups.metas[0])["answer"], groups.outcomes)

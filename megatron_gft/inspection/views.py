@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from megatron_gft.gft import group_advantages
 from megatron_gft.groups import SOURCES
-from megatron_gft.shards import Group
+from megatron_gft.shards.encoded import EncodedGroups
 from megatron_gft.tokenizer import Tokenizer
 
 _CONTEXT_TOKENS = 16  # a token is decoded after so many others: enough for any multi-token character
@@ -88,24 +89,23 @@ def view_tokens(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int])
     return views
 
 
-def view_group(
-    group: Group, tokenizer: Tokenizer, title: str, answer: str | None, outcomes: Sequence[str | None]
-) -> GroupView:
-    """Decode a group and compute its advantages (mode ``std``; None when a reward is missing)."""
-    prompt = group.prompt.tolist()
-    advantages: list[float | None] = [None] * len(group.responses)
-    if not np.isnan(group.rewards).any():
-        rewards = torch.tensor(group.rewards, dtype=torch.float64)
-        advantages = list(group_advantages(rewards, torch.zeros(len(rewards), dtype=torch.long)).tolist())
-    responses = []
-    for k, response in enumerate(group.responses):
-        ids = response.tolist()
-        tokens = view_tokens(tokenizer, prompt, ids)
-        if group.logprobs is not None:
-            known = [None if np.isnan(value) else float(value) for value in group.logprobs[k]]
-            tokens = [TokenView(t.id, t.text, t.special, p) for t, p in zip(tokens, known, strict=True)]
-        reward = None if np.isnan(group.rewards[k]) else float(group.rewards[k])
-        source = SOURCES[group.sources[k]]
-        ends = ids[-1] == tokenizer.eos_id
-        responses.append(ResponseView(source, reward, outcomes[k], advantages[k], ends, tokens))
-    return GroupView(title, answer, view_tokens(tokenizer, [], prompt), responses)
+def view_group(groups: EncodedGroups, tokenizer: Tokenizer, title: str) -> GroupView:
+    """Decode the only group of ``groups`` and compute its advantages (mode ``std``; None when a reward is missing)."""
+    lengths, rewards = groups.sequence_lengths, groups.rewards
+    prompt, *responses = [ids.tolist() for ids in np.split(groups.tokens, np.cumsum(lengths)[:-1])]
+    advantages: list[float | None] = [None] * len(responses)
+    if not np.isnan(rewards).any():
+        of_one_group = torch.zeros(len(rewards), dtype=torch.long)
+        advantages = list(group_advantages(torch.tensor(rewards, dtype=torch.float64), of_one_group).tolist())
+    known = groups.logprobs if groups.logprobs is not None else np.full(lengths[1:].sum(), np.nan)
+    logprobs = np.split(known, np.cumsum(lengths[1:])[:-1])
+    views = []
+    for k, ids in enumerate(responses):
+        tokens = [
+            replace(token, logprob=None if np.isnan(value) else float(value))
+            for token, value in zip(view_tokens(tokenizer, prompt, ids), logprobs[k], strict=True)
+        ]
+        reward = None if np.isnan(rewards[k]) else float(rewards[k])
+        source, ends = SOURCES[groups.sequence_modes[1 + k]], ids[-1] == tokenizer.eos_id
+        views.append(ResponseView(source, reward, groups.outcomes[k], advantages[k], ends, tokens))
+    return GroupView(title, json.loads(groups.metas[0])["answer"], view_tokens(tokenizer, [], prompt), views)

@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_gft.groups import RawChunk, parse_chunk
@@ -25,19 +25,14 @@ from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
 LOGPROB_SLACK = 1e-3  # servers round: a log-prob may come out slightly above 0
 
 
-@dataclass(frozen=True)
-class EncodingOptions:
-    """What to accept.
+@dataclass(frozen=True, slots=True)
+class GroupOrigin:
+    """Where an encoded group comes from."""
 
-    Args:
-        policies: what to do with each kind of problem.
-        max_prompt_tokens: longest prompt, template included; None = any.
-        max_response_tokens: longest response, EOS included; None = any.
-    """
-
-    policies: Mapping[str, str]
-    max_prompt_tokens: int | None = None
-    max_response_tokens: int | None = None
+    id: str
+    place: str
+    lineage: dict[str, int]  # JSON of (source, model, sampling) -> responses
+    verifier: str | None  # JSON of meta["verifier"]
 
 
 @dataclass
@@ -45,78 +40,82 @@ class EncodedChunk:
     """One chunk of rows as tokens, and everything that is to be known about it."""
 
     groups: EncodedGroups
-    ids: list[str]
-    places: list[str]
+    origins: list[GroupOrigin]  # of each group
     problems: list[Problem]
-    lineages: list[dict[str, int]]  # of each group: JSON of (source, model, sampling) -> responses
-    verifiers: list[str | None]  # of each group: JSON of meta["verifier"]
     rows: int
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A response on its way: its ids are known, or its text is still to be tokenized."""
-
-    record: ResponseRecord
-    text: str = ""
-    parse_special: bool = False
-    ids: list[int] | None = None
-    logprobs: list[float] | None = None
-
-
-@dataclass(slots=True)
-class _PendingGroup:
-    record: GroupRecord
-    log: GroupProblems
-    prompt: str
-    responses: list[_Pending] = field(default_factory=list)
+# Texts of responses that are still to be tokenized: those in which special tokens are parsed, and those in which not.
+_Waiting = dict[bool, list[tuple[ResponseRecord, str]]]
 
 
 class ChunkEncoder:
-    """Encodes chunks with one tokenizer; a pure function of the chunk."""
+    """Encodes chunks with one tokenizer; a pure function of the chunk.
 
-    def __init__(self, tokenizer: Tokenizer, options: EncodingOptions):
-        self.tokenizer, self.options = tokenizer, options
+    Args:
+        tokenizer: of the model.
+        policies: what to do with each kind of problem.
+        max_prompt_tokens: longest prompt, template included; None = any.
+        max_response_tokens: longest response, EOS included; None = any.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        policies: Mapping[str, str],
+        max_prompt_tokens: int | None = None,
+        max_response_tokens: int | None = None,
+    ):
+        self.tokenizer, self._policies = tokenizer, policies
+        self._max_prompt_tokens, self._max_response_tokens = max_prompt_tokens, max_response_tokens
 
     def encode(self, chunk: RawChunk) -> EncodedChunk:
         """Tokens of the groups of a chunk, in order; what is wrong with the others is in ``problems``."""
-        log = ProblemLog(self.options.policies)
-        prepared = (self._prepare(record, log.of_group(place, record.id)) for record, place in parse_chunk(chunk, log))
-        pending = [group for group in prepared if group is not None]
-        prompts = self.tokenizer.encode_batch([group.prompt for group in pending])
-        self._tokenize_responses(pending)
-        encoder, ids, places = GroupEncoder(), [], []
-        lineages: list[dict[str, int]] = []
-        verifiers: list[str | None] = []
-        for group, prompt in zip(pending, prompts, strict=True):
-            responses = self._finish(group, prompt)
-            if responses:
-                self._add(encoder, group, prompt, responses)
-                ids.append(group.record.id)
-                places.append(group.log.place)
-                lineages.append(Counter(_lineage(response.record) for response in responses))
-                verifier = group.record.meta.get("verifier")
-                verifiers.append(None if verifier is None else json.dumps(verifier, sort_keys=True))
-        return EncodedChunk(encoder.take(), ids, places, log.take(), lineages, verifiers, len(chunk))
+        problems = ProblemLog(self._policies)
+        waiting: _Waiting = {False: [], True: []}
+        pending: list[tuple[GroupRecord, GroupProblems]] = []
+        rendered: list[str] = []
+        for record, place in parse_chunk(chunk, problems):
+            log = problems.of_group(place, record.id)
+            text = self._prepare(record, log, waiting)
+            if text is not None:
+                pending.append((record, log))
+                rendered.append(text)
+        prompts = self.tokenizer.encode_batch(rendered)
+        self._tokenize(waiting)
+        encoder, origins = GroupEncoder(), []
+        for (record, log), prompt in zip(pending, prompts, strict=True):
+            if not self._finish(record, prompt, log):
+                continue
+            responses, verifier = record.responses, record.meta.get("verifier")
+            encoder.add(
+                prompt,
+                [response.token_ids or [] for response in responses],
+                [response.source for response in responses],
+                [response.reward for response in responses],
+                group_id=record.id,
+                answer=record.answer,
+                outcomes=[response.outcome for response in responses],
+                models=[response.model for response in responses],
+                logprobs=[response.logprobs for response in responses],
+            )
+            judged_by = None if verifier is None else json.dumps(verifier, sort_keys=True)
+            origins.append(GroupOrigin(record.id, log.place, Counter(map(_lineage, responses)), judged_by))
+        return EncodedChunk(encoder.take(), origins, problems.take(), len(chunk))
 
     # --- before tokenizing ------------------------------------------------------------------------------------------
 
-    def _prepare(self, record: GroupRecord, log: GroupProblems) -> _PendingGroup | None:
+    def _prepare(self, record: GroupRecord, log: GroupProblems, waiting: _Waiting) -> str | None:
+        """The rendered prompt of a group whose responses are ``waiting`` or have ids; None when the group is lost."""
         prompt = self._checked_prompt(record, log)
         if prompt is None:
             return None
         try:
-            group = _PendingGroup(record, log, self.tokenizer.render_prompt(prompt))
+            rendered = self.tokenizer.render_prompt(prompt)
         except ChatTemplateError as error:
             log.found("template_failed", str(error))
             return None
-        for response in record.responses:
-            pending, action = self._checked_response(response, log)
-            if pending is not None:
-                group.responses.append(pending)
-            elif action != DROP:
-                return None
-        return group
+        return rendered if keep_responses(record, lambda r: self._check_response(r, log, waiting), log) else None
 
     def _checked_prompt(self, record: GroupRecord, log: GroupProblems) -> str | list[dict[str, Any]] | None:
         """The prompt without spelled special tokens, or None when they remove the group."""
@@ -131,50 +130,46 @@ class ChunkEncoder:
             return None
         return fixed
 
-    def _checked_response(self, response: ResponseRecord, log: GroupProblems) -> tuple[_Pending | None, str]:
-        """What to tokenize, or None and why not."""
-        position = response.position
+    def _check_response(self, response: ResponseRecord, log: GroupProblems, waiting: _Waiting) -> str:
+        """``keep`` when its ids are known or its text is ``waiting``, else ``drop`` or ``error``."""
         if response.token_ids is not None:
-            pending, action = self._from_token_ids(response, response.token_ids, log)
-            if pending is not None or action != KEEP:
-                return pending, action
+            action = self._check_token_ids(response, response.token_ids, log)
+            if response.token_ids is not None or action != KEEP:
+                return action
         elif response.logprobs:
-            action = log.found("bad_logprobs", "log-probs without token_ids", position)
+            action = log.found("bad_logprobs", "log-probs without token_ids", response.position)
             if action != FIX:
-                return None, action
-        pending = _Pending(response, response.text)
-        match = self.tokenizer.special_pattern.search(response.text)
+                return action
+        response.logprobs, text, parse_special = None, response.text, False
+        match = self.tokenizer.special_pattern.search(text)
         if match:
-            action = log.found("special_tokens", f"spells {match.group()!r}", position)
+            action = log.found("special_tokens", f"spells {match.group()!r}", response.position)
             if action in (ERROR, DROP):
-                return None, action
-            pending.parse_special = action == KEEP
+                return action
+            parse_special = action == KEEP
             if action == FIX:
-                pending.text = response.text.removesuffix(self.tokenizer.decode([self.tokenizer.eos_id]))
-        if not pending.text:
-            return None, log.found("empty_response", "no text", position)
-        return pending, KEEP
+                text = text.removesuffix(self.tokenizer.decode([self.tokenizer.eos_id]))
+        if not text:
+            return log.found("empty_response", "no text", response.position)
+        waiting[parse_special].append((response, text))
+        return KEEP
 
-    def _from_token_ids(
-        self, response: ResponseRecord, ids: list[int], log: GroupProblems
-    ) -> tuple[_Pending | None, str]:
-        """Ids as given; or None and ``keep`` (tokenize the text instead), ``drop`` or ``error``."""
+    def _check_token_ids(self, response: ResponseRecord, ids: list[int], log: GroupProblems) -> str:
+        """``keep`` (without ids when the text is to be tokenized instead), ``drop`` or ``error``."""
         found = self._problem_of_ids(ids, response.tokenizer)
         if found is not None:
             kind, detail = found
             action = log.found(kind, detail, response.position)
-            if kind == "foreign_token_ids":
-                return None, action
             if not (kind == "special_tokens" and action == KEEP):
-                return None, KEEP if action == FIX else action
-        logprobs = response.logprobs
-        if logprobs is not None and not _are_logprobs(logprobs, len(ids)):
-            detail = f"{len(logprobs)} log-probs for {len(ids)} token ids"
+                response.token_ids = None
+                return KEEP if action == FIX else action
+        if response.logprobs is not None and not _are_logprobs(response.logprobs, len(ids)):
+            detail = f"{len(response.logprobs)} log-probs for {len(ids)} token ids"
             action = log.found("bad_logprobs", detail, response.position)
             if action != FIX:
-                return None, action
-            logprobs = None
-        return _Pending(response, ids=list(ids), logprobs=logprobs), KEEP
+                return action
+            response.logprobs = None
+        return KEEP
 
     def _problem_of_ids(self, ids: list[int], made_by: str | None) -> tuple[str, str] | None:
         """Kind and detail of what keeps the ids of a response from being taken as they are, if anything."""
@@ -195,65 +190,38 @@ class ChunkEncoder:
 
     # --- after tokenizing -------------------------------------------------------------------------------------------
 
-    def _tokenize_responses(self, groups: list[_PendingGroup]) -> None:
-        waiting = [response for group in groups for response in group.responses if response.ids is None]
-        for parse_special in (False, True):
-            batch = [response for response in waiting if response.parse_special == parse_special]
-            if not batch:
-                continue
-            encoded = self.tokenizer.encode_responses([response.text for response in batch], parse_special)
-            for response, ids in zip(batch, encoded, strict=True):
-                response.ids = ids
+    def _tokenize(self, waiting: _Waiting) -> None:
+        for parse_special, responses in waiting.items():
+            if responses:
+                encoded = self.tokenizer.encode_responses([text for _, text in responses], parse_special)
+                for (response, _), ids in zip(responses, encoded, strict=True):
+                    response.token_ids = ids
 
-    def _finish(self, group: _PendingGroup, prompt: list[int]) -> list[_Pending]:
-        """The responses with EOS and within the limits; none when the group is lost."""
-        limit, log = self.options.max_prompt_tokens, group.log
+    def _finish(self, record: GroupRecord, prompt: list[int], log: GroupProblems) -> bool:
+        """Give the responses EOS and hold them to the limits; whether the group stays."""
+        limit = self._max_prompt_tokens
         if not prompt:
             log.found("empty_prompt", "the rendered prompt has no tokens")
-            return []
+            return False
         if limit is not None and len(prompt) > limit:
             log.found("long_prompt", f"{len(prompt)} tokens, the limit is {limit}")
-            return []
-        kept = {}
-        for response in group.responses:
-            action = self._end(response, log)
-            if action == ERROR:
-                return []
-            if action != DROP:
-                kept[response.record.position] = response
-        record = keep_responses(group.record, [response.record for response in kept.values()], log)
-        checked = None if record is None else check_group(record, log)
-        return [] if checked is None else [kept[response.position] for response in checked.responses]
+            return False
+        return keep_responses(record, lambda response: self._end(response, log), log) and check_group(record, log)
 
-    def _end(self, response: _Pending, log: GroupProblems) -> str:
-        ids, eos = response.ids or [], self.tokenizer.eos_id
-        if response.record.finish_reason != "length" and (not ids or ids[-1] != eos):
+    def _end(self, response: ResponseRecord, log: GroupProblems) -> str:
+        ids, eos, limit = response.token_ids or [], self.tokenizer.eos_id, self._max_response_tokens
+        if response.finish_reason != "length" and (not ids or ids[-1] != eos):
             ids.append(eos)
         if not ids:  # a cut-off response whose text the tokenizer maps to nothing
-            return log.found("empty_response", "no tokens", response.record.position)
-        response.ids, limit = ids, self.options.max_response_tokens
+            return log.found("empty_response", "no tokens", response.position)
+        response.token_ids = ids
         if limit is None or len(ids) <= limit:
             return KEEP
-        action = log.found("long_response", f"{len(ids)} tokens, the limit is {limit}", response.record.position)
+        action = log.found("long_response", f"{len(ids)} tokens, the limit is {limit}", response.position)
         if action == FIX:
-            response.ids = ids[:limit]
+            response.token_ids = ids[:limit]
             response.logprobs = response.logprobs and response.logprobs[:limit]
         return action
-
-    @staticmethod
-    def _add(encoder: GroupEncoder, group: _PendingGroup, prompt: list[int], responses: list[_Pending]) -> None:
-        records = [response.record for response in responses]
-        encoder.add(
-            prompt,
-            [response.ids or [] for response in responses],
-            [record.source for record in records],
-            [record.reward for record in records],
-            group_id=group.record.id,
-            answer=group.record.answer,
-            outcomes=[record.outcome for record in records],
-            models=[record.model for record in records],
-            logprobs=[response.logprobs for response in responses],
-        )
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -289,14 +257,12 @@ def _are_logprobs(values: list[float], count: int) -> bool:
 
 def _lineage(record: ResponseRecord) -> str:
     """Source, model and sampling parameters but the seed, which differs from response to response."""
-    if record.sampling is None:
-        return _lineage_text(record.source, record.model)
-    sampling = {name: value for name, value in record.sampling.items() if name != "seed"}
+    sampling = {name: value for name, value in (record.sampling or {}).items() if name != "seed"}
     return _lineage_text(record.source, record.model, json.dumps(sampling, sort_keys=True))
 
 
 @functools.lru_cache(maxsize=1024)  # one object for all that are equal: it is pickled once a chunk
-def _lineage_text(source: str, model: str | None, sampling: str = "{}") -> str:
+def _lineage_text(source: str, model: str | None, sampling: str) -> str:
     return f'{{"model": {json.dumps(model)}, "sampling": {sampling}, "source": {json.dumps(source)}}}'
 
 

@@ -33,7 +33,7 @@ from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_chunks
 from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, ProblemLog, problem_table, raise_errors
 from megatron_gft.hf.shape import read_config
-from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, EncodingOptions, id_digest
+from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, id_digest
 from megatron_gft.preprocess.staging import Staging, shard_name
 from megatron_gft.preprocess.workers import OrderedWorkers
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
@@ -115,9 +115,7 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
     existing = _existing_shards(prefix)
     if not Staging.waits_to_publish(prefix):
         _check_existing(prefix, existing, options.append, stamp)
-    encoder = ChunkEncoder(
-        tokenizer, EncodingOptions(options.policies, options.max_prompt_tokens, options.max_response_tokens)
-    )
+    encoder = ChunkEncoder(tokenizer, options.policies, options.max_prompt_tokens, options.max_response_tokens)
     with (
         writing(prefix, "finished shards are kept"),
         contextlib.closing(Staging(prefix, _plan(options, files, stamp), len(existing))) as staging,
@@ -317,9 +315,9 @@ class _ShardBuilder:
         self.next_chunk += 1
         self._problems.update((problem.kind, problem.action) for problem in chunk.problems)
         self._staging.note(chunk.problems)
-        for lineage in chunk.lineages:
-            self._lineage.update(lineage)
-        self._verifiers.update(verifier for verifier in chunk.verifiers if verifier is not None)
+        for origin in chunk.origins:
+            self._lineage.update(origin.lineage)
+        self._verifiers.update(origin.verifier for origin in chunk.origins if origin.verifier is not None)
         self._rows += chunk.rows
         if len(groups):
             self._writer = self._writer or GroupShardWriter(self._staging.next_prefix, self._stamp)
@@ -370,30 +368,26 @@ class _ShardBuilder:
 
     def _leave_duplicates_out(self, chunk: EncodedChunk) -> None:
         log = ProblemLog(self.options.policies)
-        keep = np.ones(len(chunk.ids), dtype=bool)
-        for i, group_id in enumerate(chunk.ids):
-            digest = id_digest(group_id)
+        keep = np.ones(len(chunk.origins), dtype=bool)
+        for i, origin in enumerate(chunk.origins):
+            digest = id_digest(origin.id)
             if digest in self._seen:
-                action = log.found("duplicate_id", chunk.places[i], group_id, "the id was seen before")
-                if action == FIX:
-                    digest = self._rename(chunk, i)
-                else:
+                if log.found("duplicate_id", origin.place, origin.id, "the id was seen before") != FIX:
                     keep[i] = False
                     continue
+                chunk.groups.metas[i], digest = self._renamed(chunk.groups.metas[i], digest)
             self._seen.add(digest)
         if log.problems:
             chunk.problems += log.take()
             chunk.groups = chunk.groups.select(keep)
-            chunk.lineages = [lineage for lineage, kept in zip(chunk.lineages, keep, strict=True) if kept]
-            chunk.verifiers = [verifier for verifier, kept in zip(chunk.verifiers, keep, strict=True) if kept]
+            chunk.origins = list(itertools.compress(chunk.origins, keep))
 
-    def _rename(self, chunk: EncodedChunk, i: int) -> bytes:
-        """Give group ``i`` of the chunk a free id."""
-        meta, own = json.loads(chunk.groups.metas[i]), id_digest(chunk.ids[i])
-        number = self._next_number.get(own, 2)
-        while (digest := id_digest(f"{chunk.ids[i]}#{number}")) in self._seen:
-            number += 1
+    def _renamed(self, meta: bytes, own: bytes) -> tuple[bytes, bytes]:
+        """The meta of a group whose id was seen (digest ``own``) with a free id, and the digest of that id."""
+        value = json.loads(meta)
+        for number in itertools.count(self._next_number.get(own, 2)):
+            free = f"{value['id']}#{number}"
+            if (digest := id_digest(free)) not in self._seen:
+                break
         self._next_number[own] = number + 1
-        meta["id"] = f"{chunk.ids[i]}#{number}"
-        chunk.groups.metas[i] = to_json(meta)
-        return digest
+        return to_json(value | {"id": free}), digest

@@ -124,5 +124,5 @@ def _work(
             out.send((number, None, function(item)))
         except BrokenPipeError:
             return
-        except Exception:
-            out.send((number, traceback.format_exc(), None))
+        except Exception as error:  # the parent raises it
+            out.send((number, "".join(traceback.format_exception(error)), None))

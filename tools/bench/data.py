@@ -24,7 +24,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron_gft.dataset import build_group_datasets
 from megatron_gft.groups import GroupRecord, ResponseRecord, read_chunks, write_group_file
 from megatron_gft.groups.problems import DEFAULT_POLICIES
-from megatron_gft.preprocess.encode import ChunkEncoder, EncodingOptions
+from megatron_gft.preprocess.encode import ChunkEncoder
 from megatron_gft.preprocess.run import PreprocessOptions, preprocess
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
 from megatron_gft.tokenizer import NO_TEMPLATE, HuggingFaceTokenizer
@@ -83,7 +83,7 @@ def _megatron_way(lines: Sequence[bytes], tokenizer: Any, prefix: Path, pieces: 
 
 def _our_way(path: Path, tokenizer: HuggingFaceTokenizer, prefix: Path) -> Iterator[int]:
     """What one process of preprocessing does, reading and writing included; yields the tokens of each chunk."""
-    encoder = ChunkEncoder(tokenizer, EncodingOptions(DEFAULT_POLICIES))
+    encoder = ChunkEncoder(tokenizer, DEFAULT_POLICIES)
     shutil.rmtree(prefix.parent, ignore_errors=True)
     with GroupShardWriter(prefix, tokenizer_stamp(tokenizer)) as writer:
         for chunk in read_chunks(path):
