@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")])
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 # What a user names or a tool makes: not part of the repository.
-MADE = ("data/", "runs/", "models/", "checkpoints/", "shards/", "RUN/", "problems/", "export/")
+MADE = ("tests/utils/", "data/", "runs/", "models/", "checkpoints/", "shards/", "RUN/", "problems/", "export/")
 SECTIONS = "|".join(Config.model_fields)
 
 

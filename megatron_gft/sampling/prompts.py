@@ -164,18 +164,22 @@ def prompt_files(path: str | Path, split: str = "train") -> list[str]:
     files = [file for suffix in _SUFFIXES for folder in folders for file in sorted(folder.glob("*" + suffix))]
     found = files if own_folder else _of_split(files, split)
     if not found:
-        there = ", ".join(sorted({_label(file) for file in files})) or "none"
-        inside = ", ".join(sorted(item.name for item in path.iterdir() if item.is_dir())) or "none"
-        raise InputError(
-            f"{path}: no parquet or jsonl files of the split {split!r} in this folder (files: {there}; folders: "
-            f"{inside}) -> set --split, or name files or another folder (a saved dataset: write it with to_parquet)"
-        )
+        raise _no_files(path, split, files)
     labels = sorted({_label(file) for file in found})
     if len(labels) > 1 and not own_folder:
         raise InputError(
             f"{path}: the split {split!r} may be {' or '.join(labels)} -> set --split to one of them, or name files"
         )
     return [str(file) for file in found if file.suffix == found[0].suffix]  # not the same rows in two formats
+
+
+def _no_files(path: Path, split: str, files: Sequence[Path]) -> InputError:
+    there = ", ".join(sorted({_label(file) for file in files})) or "none"
+    inside = ", ".join(sorted(item.name for item in path.iterdir() if item.is_dir())) or "none"
+    return InputError(
+        f"{path}: no parquet or jsonl files of the split {split!r} in this folder (files: {there}; folders: {inside}) "
+        "-> set --split, or name files or another folder (a saved dataset: write it with to_parquet)"
+    )
 
 
 def _of_split(files: Sequence[Path], split: str) -> list[Path]:
