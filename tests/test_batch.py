@@ -50,7 +50,7 @@ class UnscoredGroups(TinyGroups):
 def rank_of(config, dp_size=1, dp_rank=0, cp_rank=0) -> Parallel:
     """A layout without process groups: planning and packing ask for sizes and ranks alone."""
     p = config.parallel
-    groups = {name: None for name in ("tp", "pp", "cp", "dp", "dp_cp", "model", "ep", "etp")}
+    groups = {name: None for name in ("tp", "pp", "dp_cp")}
     return Parallel(
         world_size=p.tp * p.pp * p.cp * dp_size,
         rank=0,

@@ -120,6 +120,7 @@ def test_reading_is_measured_through_every_layer():
 # --- starting, and timing itself ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # starts every tool; the benchmarks are no product
 def test_help_of_every_tool_is_quick_and_a_first_row_is_timed():
     result = start_up.start_up(repeats=1)
     slow = {tool: run for tool, run in result["help"].items() if run["cpu_seconds"] > 0.6}  # the goal is 0.3

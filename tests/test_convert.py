@@ -276,6 +276,7 @@ def peak_memory(direction, source, output):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow  # half a gigabyte through processes of their own; chunks are asserted elsewhere
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Largest tensor 25 MB, model 0.45 GB: in both directions the peak is far below the model's size."""
     folder = write_synthetic_model(tmp_path / "hf", total_bytes=450 * 10**6)

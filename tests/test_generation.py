@@ -171,6 +171,7 @@ def journal_lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.slow  # 22 kills; torn journals are tested one by one
 def test_sigkill_at_random_points_loses_and_doubles_nothing(tmp_path):
     """22 kills of the real tool, against a server that fails, stalls and drops connections all the while."""
     dice = random.Random(7)

@@ -164,6 +164,7 @@ def test_two_torchrun_agents_meet(recipe, tmp_path):
     assert steps(tmp_path / "run") == [1, 2]
 
 
+@pytest.mark.slow  # three starts of torchrun; its flags are tested without starting
 def test_bare_torchrun_starts_over_with_the_sizes_of_the_environment(recipe, tmp_path):
     """On two machines: two bare torchruns become two agents that meet at the user's MASTER_ADDR."""
     variables = {"NNODES": "2", "GPUS_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

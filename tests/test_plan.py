@@ -131,6 +131,7 @@ def allocate(overrides: list[str]) -> tuple[dict, int, int]:
     return vars(static_memory(chunks, optimizer)), sum(t.numel() * t.element_size() for t in states), new
 
 
+@pytest.mark.slow  # real allocations of many layouts beside the planned ones, which the other tests pin
 def test_bytes_equal_the_real_allocation(cases, answers):
     allocated: dict[str, list] = {}
     for case, planned in zip(cases, answers["measure"], strict=False):

@@ -76,6 +76,7 @@ def test_recipe_loads_and_is_sound(recipe):
     assert config.model.fp8 == "tensorwise"
 
 
+@pytest.mark.slow  # plans of every recipe; test_plan.py plans some
 def test_every_recipe_fits_and_its_readme_says_so():
     """``parallel`` on its own GPUs, with the budget of an H100 80 GB; memory of the table in each README."""
     plans = ask(
