@@ -59,18 +59,10 @@ def imported_rooms(path: Path) -> Iterator[str]:
                 yield rest.partition(".")[0]
 
 
-def own_nodes(function: Function) -> Iterator[ast.AST]:
-    """Nodes of a function without those of functions inside it."""
-    for child in ast.iter_child_nodes(function):
-        if not isinstance(child, Function):
-            yield child
-            yield from own_nodes(child)  # type: ignore[arg-type]
-
-
 def branches(function: Function) -> int:
     """1 + if, for, while, except, conditional expression, comprehension, match case, further operands of and/or."""
     kinds = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.IfExp, ast.comprehension, ast.match_case)
-    nodes = list(own_nodes(function))
+    nodes = list(ast.walk(function))  # with those of functions inside it
     operands = sum(len(node.values) - 1 for node in nodes if isinstance(node, ast.BoolOp))
     return 1 + operands + sum(isinstance(node, kinds) for node in nodes)
 

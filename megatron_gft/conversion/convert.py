@@ -259,18 +259,12 @@ def megatron_to_hf(
             or a difference on reading back. Nothing is left behind.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    model_files = Path(hf_dir) if hf_dir is not None else checkpoint / MODEL_FILES_FOLDER
-    if not (model_files / "config.json").is_file():
-        raise InputError(f"{model_files}: no config.json -> name the Hugging Face folder of this model with --hf")
+    model_files = _model_files(checkpoint, hf_dir)
     mapping = HfMapping(read_model_shape(model_files))
     reader = TorchDistReader(checkpoint)
     places = locate_entries(reader, mapping)
     entries = list(mapping.entries.values())
-    layouts = {
-        name: (size, dtype or reader.tensors[places[entry.name][0]].properties.dtype)
-        for entry in entries
-        for name, size in zip(entry.sources, entry.source_shapes, strict=True)
-    }
+    layouts = _exported_layouts(reader, entries, places, dtype)
     rank, count = process_rank_and_count()
     runs = split_entries(entries, layouts, count)
     plans = plan_shards(
@@ -307,6 +301,27 @@ def megatron_to_hf(
             write_model_files(model_files, folder, layouts[entries[0].sources[0]][1])
             if verify == "logits":
                 run_logits_check(folder, checkpoint, text)
+
+
+def _model_files(checkpoint: Path, hf_dir: str | Path | None) -> Path:
+    folder = Path(hf_dir) if hf_dir is not None else checkpoint / MODEL_FILES_FOLDER
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json -> name the Hugging Face folder of this model with --hf")
+    return folder
+
+
+def _exported_layouts(
+    reader: TorchDistReader,
+    entries: Sequence[Entry],
+    places: Mapping[str, tuple[str, tuple[int, ...]]],
+    dtype: torch.dtype | None,
+) -> Layouts:
+    """Shape and dtype of each Hugging Face tensor that is written; the checkpoint's dtype where none is asked for."""
+    return {
+        name: (size, dtype or reader.tensors[places[entry.name][0]].properties.dtype)
+        for entry in entries
+        for name, size in zip(entry.sources, entry.source_shapes, strict=True)
+    }
 
 
 def _read_entry(
