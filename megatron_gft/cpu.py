@@ -11,9 +11,6 @@ optimizer takes the same path and writes the same checkpoint layout as on a GPU.
 from __future__ import annotations
 
 import os
-import pickle
-import queue
-import tempfile
 import warnings
 from typing import Any
 
@@ -98,24 +95,6 @@ class _Stream:
         return None
 
 
-class _ResultFile:
-    """Carries one value from a forked checkpoint writer to its parent; a pipe would block above 64 KiB."""
-
-    def __init__(self) -> None:
-        self.file = tempfile.TemporaryFile()
-
-    def put(self, value: Any) -> None:
-        pickle.dump(value, self.file)
-        self.file.flush()
-
-    def get_nowait(self) -> Any:
-        self.file.seek(0)
-        try:
-            return pickle.load(self.file)
-        except EOFError:
-            raise queue.Empty from None
-
-
 def _names_cuda(value: Any) -> bool:
     return (isinstance(value, str) and value.startswith("cuda")) or (
         isinstance(value, torch.device) and value.type == "cuda"
@@ -182,7 +161,6 @@ def _redirect_torch_cuda(device: torch.device) -> None:
 
 
 def _redirect_megatron() -> None:
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
     import megatron.core.tensor_parallel.random as random
@@ -193,10 +171,6 @@ def _redirect_megatron() -> None:
         optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
         distrib_optimizer.Adam = FusedAdam
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
-    # The checkpoint writer's spawn-Manager re-imports torch and Megatron: 3 to 13 s in every process.
-    for name in ("_get_write_results_queue", "get_write_results_queue"):  # 0.16 / >= 0.17
-        if hasattr(filesystem_async, name):
-            setattr(filesystem_async, name, lambda *_: _ResultFile())
     # all_to_all_single wants plain integers as split sizes; the GPU path makes them by a copy to the host
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor

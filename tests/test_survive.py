@@ -19,6 +19,7 @@ from test_trainer import losses
 from tiny_models import write_tiny_model
 
 from megatron_gft.checkpoints.history import find_checkpoint, find_damage, list_checkpoints
+from megatron_gft.errors import EXIT_REQUEUE
 
 OPTIONS = ["model.precision=fp32", "objective.coefficient=none"]
 
@@ -206,3 +207,29 @@ def _kill_first_writer(model: str, output: str, options: list[str]) -> dict:
     result = device_run.run(model, output, options)
     assert killed
     return result
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_to_the_process_group_costs_no_checkpoint(model, tmp_path, capfd, name):
+    """It comes during the first save in the background; the second one, which the signal asks for, is complete."""
+    output = tmp_path / "run"
+    result = run_ranks(1, _signal_first_writer, model, str(output), [*OPTIONS, "checkpoint.save_every=1"], name)[0]
+    assert result["code"] == {"SIGTERM": 0, "SIGUSR1": EXIT_REQUEUE}[name] and len(result["loss"]) == 2
+    newest = find_checkpoint(output / "checkpoints", "latest")
+    assert newest.name == "step-00000002" and find_damage(newest) == []
+    assert "once more in front" not in capfd.readouterr().err
+
+
+def _signal_first_writer(model: str, output: str, options: list[str], name: str) -> dict:
+    from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
+
+    os.setpgid(0, 0)  # what it starts belongs to this group: the writers, and a queue's server if there is one
+    original, sent = TemporalAsyncCaller.schedule_async_call, []
+
+    def schedule(self, request):
+        original(self, request)
+        if not sent:
+            sent.append(os.killpg(0, signal.Signals[name]))
+
+    TemporalAsyncCaller.schedule_async_call = schedule
+    return device_run.run(model, output, options)

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_gft.atomic import fsync_path, sha256_file, write_json
 from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
 from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, find_damage, publish
+from megatron_gft.checkpoints.torch_dist import replace_results_queue
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.shared_folder import gather_results
@@ -109,6 +110,7 @@ class Checkpointer:
         self.folder, self.chunks, self.optimizer, self.parallel = folder, chunks, optimizer, parallel
         self.keep_last, self.background = keep_last, background
         self.model_files = model_files
+        replace_results_queue()
         self.queue = AsyncCallsQueue()
         self.pending: _Pending | None = None
         self.hasher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash")

@@ -4,7 +4,8 @@
 what Megatron writes through, gets a planner whose data are made one chunk at a time, just before they are written;
 a thread makes the next chunk meanwhile. ``dist_checkpointing.load`` takes the result at any layout.
 
-Needs torch only: no megatron import, no process group for one process.
+Needs torch only: no megatron import, no process group for one process. Only :func:`replace_results_queue` is about
+Megatron's own writer, which runs use.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import io
 import json
 import os
 import pickle
+import queue
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -177,6 +179,40 @@ def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save({}, folder / "common.pt")
         (folder / "metadata.json").write_text(json.dumps(_MEGATRON_CONFIG))
+
+
+class ResultFile:
+    """The "queue" by which a forked checkpoint writer tells its parent what it wrote: one value, in memory.
+
+    A pipe would block above 64 KiB.
+    """
+
+    def __init__(self) -> None:
+        self.file = os.fdopen(os.memfd_create("checkpoint-results"), "w+b")
+
+    def put(self, value: Any) -> None:
+        pickle.dump(value, self.file)
+        self.file.flush()
+
+    def get_nowait(self) -> Any:
+        self.file.seek(0)
+        try:
+            return pickle.load(self.file)
+        except EOFError:
+            raise queue.Empty from None
+
+
+def replace_results_queue() -> None:
+    """Let Megatron's background writers answer by :class:`ResultFile`.
+
+    Its own queue lives in a server process, which a signal to the process group kills (a preemption, Ctrl-C) and the
+    next save with it; starting that process also imports torch and Megatron once more, 3 to 13 s.
+    """
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+
+    for name in ("_get_write_results_queue", "get_write_results_queue"):  # 0.16 / >= 0.17
+        if hasattr(filesystem_async, name):
+            setattr(filesystem_async, name, lambda *_, **__: ResultFile())
 
 
 class TorchDistReader:
