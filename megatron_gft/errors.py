@@ -18,6 +18,9 @@ EXIT_REQUEUE = 75
 """Exit code after a requested stop that wants to go on later (EX_TEMPFAIL); the Slurm script requeues on it."""
 
 
+TRUST_HELP = "run Python code that the folder brings along (read it before)"
+
+
 class InputError(ValueError):
     """Bad input: what is wrong, with the value and the place, then what to set instead.
 

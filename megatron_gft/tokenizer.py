@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gft.errors import InputError
+from megatron_gft.folders import from_folder
 
 NO_TEMPLATE = "none"
 # Templates that print today's date would make other shards tomorrow: they get the date that Llama 3.x falls back to.
@@ -179,8 +180,7 @@ class Tokenizer(ABC):
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face folder with a fast tokenizer."""
 
-    def __init__(self, path: str | Path, chat_template: str | None = None, add_bos: bool | None = None):
-        hf = _load_hugging_face(path)
+    def __init__(self, path: str | Path, hf: Any, chat_template: str | None = None, add_bos: bool | None = None):
         vocab = hf.backend_tokenizer.get_vocab(with_added_tokens=True)
         specials = {token.content: id_ for id_, token in hf.added_tokens_decoder.items() if token.special}
         specials |= zip(hf.all_special_tokens, hf.all_special_ids, strict=True)
@@ -264,7 +264,9 @@ class SentencePieceTokenizer(Tokenizer):
         return "".join(text)
 
 
-def load_tokenizer(path: str | Path, chat_template: str | None = None, add_bos: bool | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, chat_template: str | None = None, add_bos: bool | None = None, trust_remote_code: bool = False
+) -> Tokenizer:
     """Load a tokenizer from local files.
 
     Args:
@@ -272,13 +274,14 @@ def load_tokenizer(path: str | Path, chat_template: str | None = None, add_bos: 
         chat_template: file with a Jinja chat template; ``"none"`` for raw text; None for the folder's own template.
         add_bos: with template ``none``: put BOS before a prompt; None does what the model expects (Hugging Face: what
             its tokenizer does; SentencePiece: yes when there is a BOS).
+        trust_remote_code: run Python code of the folder.
 
     Raises:
         InputError: not a tokenizer, no EOS, no chat template given or known, or where a text is cut into prompt
             and response changes what it decodes to. What the tokenizer does to any text (lower case, NFKC) is its own.
     """
     if Path(path).is_dir():
-        return HuggingFaceTokenizer(path, chat_template, add_bos)
+        return HuggingFaceTokenizer(path, _load_hugging_face(path, trust_remote_code), chat_template, add_bos)
     if not Path(path).is_file():
         raise InputError(f"{path}: no such tokenizer -> give a Hugging Face folder or a SentencePiece .model file")
     return SentencePieceTokenizer(path, chat_template, add_bos)
@@ -307,15 +310,11 @@ def vocabulary_fingerprint(vocab: dict[str, int], eos_id: int, bos_id: int | Non
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _load_hugging_face(path: str | Path) -> Any:
+def _load_hugging_face(path: str | Path, trust: bool) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # transformers raises many kinds for unreadable folders
-        raise InputError(
-            f"{path}: no tokenizer can be loaded ({error}) -> give a folder with tokenizer.json"
-        ) from error
+    problem, remedy = "no tokenizer can be loaded", "give a folder with tokenizer.json"
+    tokenizer = from_folder(AutoTokenizer, path, problem, remedy, trust)
     if not tokenizer.is_fast:
         raise InputError(f"{path}: the tokenizer has no fast form -> save it with tokenizer.json")
     return tokenizer

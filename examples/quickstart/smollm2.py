@@ -53,8 +53,9 @@ def convert_gguf(folder: Path, name: str, output: Path) -> None:
 
     transformers refuses to save a model that it loaded from GGUF ("quantized"), so the tensors go into a fresh model.
     """
-    config = LlamaConfig.from_dict(_plain_settings(AutoConfig.from_pretrained(folder, gguf_file=name).to_dict()))
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+    config = LlamaConfig.from_dict(_plain_settings(config.to_dict()))
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     model = LlamaForCausalLM(config)
     tensors = load_gguf_checkpoint(
         str(folder / name), return_tensors=True, model_to_load=model, torch_dtype=torch.float32

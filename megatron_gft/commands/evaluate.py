@@ -6,7 +6,7 @@ import argparse
 import os
 
 from megatron_gft.atomic import check_output
-from megatron_gft.errors import command
+from megatron_gft.errors import TRUST_HELP, command
 
 EPILOG = """example:
   python tools/evaluate.py --model runs/quickstart/hf --problems heldout.jsonl --samples 8 --pass-at 1 4 \\
@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU")
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--chat-template", help="template file, or none for raw text; default: the folder's own")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     parser.add_argument("--verifier", default="math", help="name or module:function (default %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the verifier")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of the verifier")
@@ -84,7 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     columns = PromptColumns(options.prompt_column, options.answer_column, template=options.prompt_template)
     result = evaluate(
         lambda: LocalModel(
-            options.model, dtype=options.dtype, device=options.device, chat_template=options.chat_template
+            options.model,
+            dtype=options.dtype,
+            device=options.device,
+            chat_template=options.chat_template,
+            trust_remote_code=options.trust_remote_code,
         ),
         PromptSet(options.problems, columns, options.split, options.limit),
         measured,

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 
 from megatron_gft.atomic import atomic_file, check_output, writing
-from megatron_gft.errors import InputError, command
+from megatron_gft.errors import TRUST_HELP, InputError, command
 
 EXAMPLES = """examples:
   python tools/inspect_groups.py data/train                                  statistics of a shard
@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("inputs", nargs="+", metavar="PREFIX|FILE", help="shard prefixes, or group files; globs too")
     parser.add_argument("--tokenizer", help="to show groups, and to measure group files in tokens")
     parser.add_argument("--chat-template", metavar="FILE|none", help="for group files; default: the tokenizer's own")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     parser.add_argument("--group", type=int, action="append", default=[], metavar="N", help="print group N (from 0)")
     parser.add_argument("--max-tokens-per-pack", type=int, metavar="N", help="estimate packing for packs of N tokens")
     parser.add_argument("--groups-per-step", type=int, default=128, metavar="N", help="default %(default)s")
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     from megatron_gft.inspection.inputs import open_source  # imports megatron: seconds
     from megatron_gft.inspection.output import group_text, html_page, report_text
 
-    source = open_source(arguments.inputs, arguments.tokenizer, arguments.chat_template)
+    source = open_source(arguments.inputs, arguments.tokenizer, arguments.chat_template, arguments.trust_remote_code)
     if arguments.verify:
         alone = not any((arguments.group, arguments.html, arguments.json, arguments.max_tokens_per_pack))
         for prefix in source.verify():

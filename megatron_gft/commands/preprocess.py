@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 
-from megatron_gft.errors import InputError, command
+from megatron_gft.errors import TRUST_HELP, InputError, command
 from megatron_gft.groups.problems import describe_kinds, parse_policies
 
 EXAMPLES = """examples:
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder or SentencePiece .model")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="shards become P, P-00001, ...")
     parser.add_argument("--chat-template", metavar="FILE|none", help="default: the tokenizer's own; none = raw text")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     parser.add_argument("--no-bos", action="store_true", help="with --chat-template none: no BOS before a prompt")
     parser.add_argument("--model", help="Hugging Face folder of the model: its vocabulary must hold the tokenizer")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default %(default)s)")
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             output_prefix=arguments.output_prefix,
             chat_template=arguments.chat_template,
             add_bos=False if arguments.no_bos else None,
+            trust_remote_code=arguments.trust_remote_code,
             model=arguments.model,
             workers=arguments.workers,
             policies=policies,

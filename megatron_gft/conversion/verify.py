@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from megatron_gft.checkpoints.torch_dist import TorchDistReader
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.conversion.convert import locate_entries
 from megatron_gft.errors import InputError
+from megatron_gft.folders import from_folder
 from megatron_gft.hf.mapping import HfMapping
 from megatron_gft.hf.safetensors_io import SafetensorsFolder
 from megatron_gft.hf.shape import ModelShape, read_model_shape
@@ -80,10 +82,14 @@ def _tokens(hf_dir: Path, shape: ModelShape, text: str | None) -> torch.Tensor:
     """Token ids [s]."""
     if text is None:
         return torch.randint(0, shape.vocab_size, (POSITIONS,), generator=torch.Generator().manual_seed(0))
-    ids = transformers.AutoTokenizer.from_pretrained(hf_dir)(text)["input_ids"]
+    ids = _load(transformers.AutoTokenizer, hf_dir)(text)["input_ids"]
     if not ids:
         raise InputError(f"--text {text!r} has no tokens -> give some text")
     return torch.tensor(ids)
+
+
+def _load(loader: Any, hf_dir: Path) -> Any:
+    return from_folder(loader, hf_dir, "cannot be compared", "leave --verify logits and --text out", False)
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -93,7 +99,7 @@ def _hf_hidden_states(
     hf_dir: Path, shape: ModelShape, weights: SafetensorsFolder, tokens: torch.Tensor
 ) -> torch.Tensor:
     """Normalised hidden states [s, h] of transformers' class in float32."""
-    config = transformers.AutoConfig.from_pretrained(hf_dir)
+    config = _load(transformers.AutoConfig, hf_dir)
     config.num_hidden_layers, config.vocab_size, config.tie_word_embeddings = 1, 1, False
     config.pad_token_id = None
     if getattr(config, "layer_types", None):
@@ -112,6 +118,7 @@ def _hf_hidden_states(
         }
         model, loading = model_class.from_pretrained(
             None,
+            trust_remote_code=False,
             config=config,
             state_dict=state | outside,
             dtype=torch.float32,

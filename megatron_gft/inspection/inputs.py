@@ -27,7 +27,7 @@ GROUPS_PER_SLICE = 2048
 
 
 def open_source(
-    inputs: Sequence[str], tokenizer: str | None = None, chat_template: str | None = None
+    inputs: Sequence[str], tokenizer: str | None = None, chat_template: str | None = None, trust: bool = False
 ) -> ShardSource | FileSource:
     """Group files when all inputs are named like them, else shards, which any of their files may stand for.
 
@@ -38,13 +38,13 @@ def open_source(
     files = [name for name in inputs if _is_group_file(name)]
     shards = [name for name in inputs if name not in files]
     if not shards:
-        loaded = None if tokenizer is None else load_tokenizer(tokenizer, chat_template)
+        loaded = None if tokenizer is None else load_tokenizer(tokenizer, chat_template, None, trust)
         return FileSource(expand_inputs(inputs), loaded)
     if files:
         raise InputError(f"{files[0]} and {shards[0]}: a group file and a shard at once -> inspect them one by one")
     prefixes = expand_shards(list(dict.fromkeys(map(_shard_prefix, shards))))
     # The template is already in the tokens of a shard.
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer, NO_TEMPLATE, add_bos=False)
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer, NO_TEMPLATE, False, trust)
     return ShardSource(prefixes, loaded)
 
 

@@ -54,6 +54,7 @@ class PreprocessOptions:
         output_prefix: of the shards.
         chat_template: file, ``"none"``, or None for the tokenizer's own.
         add_bos: with template ``none``; None does what the model expects.
+        trust_remote_code: run Python code of the tokenizer's folder.
         model: Hugging Face folder whose vocabulary must hold the tokenizer's ids; None skips the check.
         workers: processes that tokenize; 1 works in this process.
         policies: what to do with each kind of problem.
@@ -71,6 +72,7 @@ class PreprocessOptions:
     output_prefix: str
     chat_template: str | None = None
     add_bos: bool | None = None
+    trust_remote_code: bool = False
     model: str | None = None
     workers: int = 1
     policies: Mapping[str, str] = field(default_factory=lambda: dict(DEFAULT_POLICIES))
@@ -109,7 +111,7 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
     if options.workers > 1:  # whatever the user's setting: threads of the library would hang in forked processes
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     prefix = output_prefix(options)
-    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.add_bos)
+    tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.add_bos, options.trust_remote_code)
     stamp = tokenizer_stamp(tokenizer)
     _check_vocabulary(options, stamp)
     existing = _existing_shards(prefix)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from megatron_gft.errors import InputError
+from megatron_gft.folders import from_folder
 from megatron_gft.hf.shape import DTYPES
 from megatron_gft.sampling.settings import Prompt, SamplingParams
 from megatron_gft.tokenizer import Tokenizer, load_tokenizer
@@ -47,6 +48,7 @@ class LocalModel:
         dtype: ``fp32``, ``bf16``, ``fp16``; default: fp32 on a CPU, what the folder says on a GPU.
         device: default: ``cuda`` when there is one.
         chat_template: file, ``none``, or ``None`` for the folder's own.
+        trust_remote_code: run Python code of the folder.
 
     Raises:
         InputError: no such device, or the folder holds no whole causal language model or no tokenizer.
@@ -59,12 +61,13 @@ class LocalModel:
         dtype: str | None = None,
         device: str | None = None,
         chat_template: str | None = None,
+        trust_remote_code: bool = False,
     ):
         self.path = str(path)
         self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.tokenizer: Tokenizer = load_tokenizer(path, chat_template)
+        self.tokenizer: Tokenizer = load_tokenizer(path, chat_template, None, trust_remote_code)
         chosen = getattr(torch, DTYPES[dtype]) if dtype else torch.float32 if self.device.type == "cpu" else "auto"
-        self.model = _load_model(path, chosen).eval()
+        self.model = _load_model(path, chosen, trust_remote_code).eval()
         self.model.to(self.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
         self.eos_ids = frozenset(_eos_ids(self.model)) | {self.tokenizer.eos_id}
         config = self.model.config.get_text_config()
@@ -249,20 +252,13 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
-def _load_model(path: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load_model(path: str | Path, dtype: torch.dtype | str, trust: bool) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     if not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: no config.json -> give a Hugging Face model folder")
-    try:  # what the folder lacks is refused below, by name
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except Exception as error:  # of a damaged file, whatever its reader raises: of pickle, struct, safetensors, ...
-        raise InputError(
-            f"{path}: transformers cannot load a causal language model ({error or type(error).__name__}) "
-            "-> check config.json and the weight files"
-        ) from error
-    model, found = loaded
+    problem, remedy = "transformers cannot load a causal language model", "check config.json and the weight files"
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is absent is refused below, by name
+    model, found = from_folder(AutoModelForCausalLM, path, problem, remedy, trust, dtype=dtype, **options)
     missing = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     if missing:  # tied weights are not among them
         shown = ", ".join(missing[:SHOWN_WEIGHTS]) + (", ..." if len(missing) > SHOWN_WEIGHTS else "")

@@ -77,6 +77,7 @@ class SampledSource(Source):
 
     model: str
     chat_template: str | None = Field(None, exclude=True, description="template file or none; default: the folder's")
+    trust_remote_code: bool = Field(False, exclude=True, description="run Python code of the model's folder")
     k: PositiveInt = Field(1, exclude=True, description="responses per prompt")
     temperature: NonNegativeFloat = Field(1.0, description="0: greedy")
     top_p: float = Field(1.0, gt=0, le=1)
@@ -158,7 +159,8 @@ class OpenAISource(SampledSource):
     def load_tokenizer(self) -> Tokenizer | None:
         if self.tokenizer is None:
             return None
-        return load_tokenizer(self.tokenizer, self.chat_template if self.api == "completions" else NO_TEMPLATE)
+        template = self.chat_template if self.api == "completions" else NO_TEMPLATE
+        return load_tokenizer(self.tokenizer, template, None, self.trust_remote_code)
 
     def backend(self) -> Backend:
         from megatron_gft.sampling.openai_client import OpenAIBackend
@@ -173,7 +175,7 @@ class LocalSource(SampledSource):
     model: str = Field(description="Hugging Face folder")
 
     def load_tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.model, self.chat_template)
+        return load_tokenizer(self.model, self.chat_template, None, self.trust_remote_code)
 
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"checkpoint": model_fingerprint(self.model)}
@@ -191,7 +193,13 @@ class TransformersSource(LocalSource):
         from megatron_gft.sampling.local_backends import TransformersBackend
         from megatron_gft.sampling.local_model import LocalModel
 
-        model = LocalModel(self.model, dtype=self.dtype, device=self.device, chat_template=self.chat_template)
+        model = LocalModel(
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            chat_template=self.chat_template,
+            trust_remote_code=self.trust_remote_code,
+        )
         return TransformersBackend(model, self.batch_size)
 
 

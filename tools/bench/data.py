@@ -105,7 +105,7 @@ def compare_preprocessing(
     from transformers import AutoTokenizer
 
     tokenizer = HuggingFaceTokenizer(tokenizer_folder, chat_template)
-    plain_tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    plain_tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_group_file(folder / "groups.jsonl", records)

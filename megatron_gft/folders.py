@@ -1,0 +1,78 @@
+"""Folders that come from elsewhere: nothing outside them is read, and nothing in them is run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_gft.errors import InputError, InputErrors
+
+MODEL_FILES = tuple("*.json *.jinja *.model *.tiktoken *.txt *.safetensors *.bin *.py *chat_templates".split())
+"""What transformers may open in a folder."""
+
+
+def is_inner_name(name: object) -> bool:
+    """Whether this names something below a folder: no way up, no root, nothing that a terminal would obey."""
+    return isinstance(name, str) and all(
+        part not in ("", ".", "..") and part.isprintable() and "\\" not in part for part in name.split("/")
+    )
+
+
+def file_problem(path: Path, *folders: Path) -> str | None:
+    """Why ``path`` is not read: a link that leaves ``folders`` (all of them, if several), or no regular file.
+
+    Links into the blobs beside the snapshots of Hugging Face's cache stay inside.
+    """
+    roots = [Path(os.path.realpath(folder)) for folder in folders]
+    roots += [root.parents[1] / "blobs" for root in roots if root.parent.name == "snapshots"]
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(root) for root in roots):
+        return f"{path}: a link out of its folder, to {target} -> put the file itself there"
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        return f"{path}: neither a file nor a folder -> remove it"
+    return None
+
+
+def check_folder(folder: Path, patterns: Iterable[str]) -> None:
+    """Look at what matches ``patterns`` in a folder, and at all below a folder that matches, before it is read.
+
+    Raises:
+        InputErrors: every link out of the folder, and every FIFO, device or socket.
+    """
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    problems = [file_problem(path, folder) for match in found for path in _files(match)]
+    if refused := [problem for problem in problems if problem is not None]:
+        raise InputErrors(f"{folder}: holds what is not read", refused)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    yield path
+    if not path.is_symlink():
+        for folder, folders, names in os.walk(path):  # which follows no links
+            yield from (Path(folder) / name for name in [*folders, *names])
+
+
+def from_folder(
+    loader: Any, folder: str | Path, problem: str, remedy: str, trust_remote_code: bool, **options: Any
+) -> Any:
+    """``loader.from_pretrained(folder)``, which asks nothing and runs no code of the folder unless it is trusted.
+
+    Args:
+        loader: one of transformers' ``Auto`` classes.
+        problem: what to say when it fails, and ``remedy`` what to do about it.
+
+    Raises:
+        InputError: from all that transformers raises.
+    """
+    check_folder(Path(folder), MODEL_FILES)
+    try:
+        return loader.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code, **options
+        )
+    except Exception as error:  # of a damaged file, whatever its reader raises: of pickle, struct, safetensors, ...
+        if "trust_remote_code" in str(error):
+            problem, error = f"{problem} without its own code", ValueError("auto_map names Python files")
+            remedy = "read them; to run them: --trust-remote-code (in a source: trust_remote_code=true)"
+        raise InputError(f"{folder}: {problem} ({error or type(error).__name__}) -> {remedy}") from error
