@@ -9,6 +9,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_gft.config import Config, load_config
@@ -28,6 +29,13 @@ Every key, as it stands in a file under its section, and on the command line as 
 """
 
 
+def recipes() -> Path:
+    """The folder with ``examples/`` and ``launch/``: within an installed package, or the repository's root."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent
+
+
 def read_command_line(argv: Sequence[str] | None = None) -> Config:
     """The configuration that a command line names, not yet checked against a model or a world size."""
     parser = argparse.ArgumentParser(
@@ -38,6 +46,9 @@ def read_command_line(argv: Sequence[str] | None = None) -> Config:
     )
     parser.add_argument(
         "--config", action="append", required=True, metavar="FILE", help="YAML file; later files win, key by key"
+    )
+    parser.add_argument(
+        "--recipes", action="version", version=str(recipes()), help="print the folder of examples/ and launch/"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")
     options = parser.parse_args(argv)
