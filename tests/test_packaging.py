@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from importlib.metadata import PathDistribution
 from pathlib import Path
 
 import pytest
