@@ -18,34 +18,26 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_gft.chat_template import (
+    NO_TEMPLATE,
+    PLAIN,
+    ChatTemplate,
+    ChatTemplateError,
+    Prompt,
+    TemplateOptions,
+    load_template,
+)
 from megatron_gft.errors import InputError
 from megatron_gft.folders import from_folder
+from megatron_gft.sentencepiece_model import load_sentencepiece
 
-NO_TEMPLATE = "none"
-# Templates that print today's date would make other shards tomorrow: they get the date that Llama 3.x falls back to.
-_FIXED_DATE = (("%d", "26"), ("%b", "Jul"), ("%B", "July"), ("%m", "07"), ("%Y", "2024"), ("%y", "24"))
-_FIXED_DATE_MACRO = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('{code}', '{text}')" for code, text in _FIXED_DATE)
-    + " }}{% endmacro %}"
-)
 _CACHED_WORDS = 200_000  # 10 to 15 % faster than 10000 on English text; some 20 MB
-# User-defined pieces of SentencePiece models are role markers (<start_of_turn>, [INST]), which text must not forge, but
-# also what people write: HTML, as in Gemma's vocabulary, and thoughts.
-_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_WRITTEN_TAG = re.compile(
-    r"</?(a|b|i|u|s|p|br|hr|em|strong|sub|sup|code|pre|blockquote|h[1-6]|ul|ol|li|div|span|img|think"
-    r"|table|caption|thead|tbody|tfoot|tr|th|td)>"
-)
+_CLASS_PROBES = ("What is 12 + 345?", "  two  spaces", "a\n\n b's\t<c>", "\u00e9\u6f22 1.5e-3, don't!", "HELLO World_9")
 _BOUNDARY_PROBES = (("question: 1", "2 two"), ("a b", " c"), ("x", "y"), ("Answer:\n", "\n\nz"))
-
-
-class ChatTemplateError(InputError):
-    """The chat template cannot render this prompt."""
 
 
 class Tokenizer(ABC):
@@ -60,6 +52,7 @@ class Tokenizer(ABC):
         special_pattern: matches the spelling of any special token in a text.
         fingerprint: sha256 of what ids mean (vocabulary, EOS, BOS); the same after ``save_pretrained``, on another
             machine or library version, and for a SentencePiece model and its Hugging Face twin.
+        template: renders prompts; None: they are raw text. ``own_template``: the folder's, as its server would use it.
         chat_template_fingerprint: sha256 of the chat template, or ``"none"``, or ``"none+bos"`` with BOS before raw
             text: what renders a prompt.
     """
@@ -71,7 +64,8 @@ class Tokenizer(ABC):
         specials: dict[str, int],
         names: dict[str, str],
         *,
-        template: str | None,
+        template: ChatTemplate | None,
+        own_template: ChatTemplate | None = None,
         adds_bos: bool,
     ):
         """
@@ -86,11 +80,11 @@ class Tokenizer(ABC):
         self.eos_id: int = eos_id
         self.fingerprint = vocabulary_fingerprint(vocab, eos_id, self.bos_id)
         self.special_ids, self.special_pattern = frozenset(specials.values()), _any_of(specials)
-        self.chat_template, self._names = template, names
+        self.template, self.own_template = template, own_template
         self._bos = [self.bos_id] if adds_bos and self.bos_id is not None else []  # before raw text
         self._raw_prefix = names["bos_token"] if self._bos else ""
         raw = f"{NO_TEMPLATE}+bos" if self._raw_prefix else NO_TEMPLATE
-        self.chat_template_fingerprint = raw if template is None else hashlib.sha256(template.encode()).hexdigest()
+        self.chat_template_fingerprint = raw if template is None else template.fingerprint
 
     def _check_boundary(self, unknown_id: int | None) -> None:
         """What the tokenizer itself makes of a text (lower case, spaces for line breaks) is what its model knows; where
@@ -106,29 +100,29 @@ class Tokenizer(ABC):
                     "-> the boundary between them would not be exact; use another tokenizer"
                 )
 
-    def render_prompt(self, prompt: str | list[dict[str, Any]]) -> str:
+    def render_prompt(self, prompt: Prompt, options: TemplateOptions = PLAIN) -> str:
         """Text of a prompt as the model sees it, special tokens spelled.
 
         Args:
             prompt: one user turn, or messages ``{"role", "content"}``. With template ``none``: raw text, preceded by
                 the BOS token when the tokenizer adds one by itself.
+            options: what the template gets beside it.
 
         Raises:
-            ChatTemplateError: the template raises on these messages, or there is none for messages.
+            ChatTemplateError: the template raises on these messages, or there is none for messages or options.
         """
-        if self.chat_template is None:
-            if not isinstance(prompt, str):
-                raise ChatTemplateError("the prompt is a list of messages, but the chat template is 'none'")
-            return prompt if prompt.startswith(self._raw_prefix) else self._raw_prefix + prompt
-        from transformers.utils.chat_template_utils import render_jinja_template
+        if self.template is not None:
+            return self.template.render(prompt, options)
+        if not isinstance(prompt, str):
+            raise ChatTemplateError("the prompt is a list of messages, but the chat template is 'none'")
+        if options != PLAIN:
+            raise ChatTemplateError(f"{', '.join(options.record())} would be lost, as the chat template is 'none'")
+        return prompt if prompt.startswith(self._raw_prefix) else self._raw_prefix + prompt
 
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        template = (_FIXED_DATE_MACRO if "strftime_now" in self.chat_template else "") + self.chat_template
-        options: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True}
-        try:
-            return render_jinja_template([messages], **options | self._names)[0][0]
-        except Exception as error:  # a template is a program of the user's; it may raise anything
-            raise ChatTemplateError(f"{type(error).__name__}: {error}") from error
+    def problems(self, options: TemplateOptions = PLAIN) -> Iterator[tuple[str, str]]:
+        """Kind (see ``groups.problems``) and detail of what is wrong with the tokenizer or its template as such."""
+        if self.template is not None:
+            yield from self.template.problems(self.special_pattern, self.decode([self.eos_id]), options)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered prompts; special tokens are recognised, nothing is added.
@@ -176,6 +170,15 @@ class Tokenizer(ABC):
         """Text of a response after its prompt (alone, its leading space could be lost)."""
         return self.decode([*prompt, *response])[len(self.decode(prompt)) :]
 
+    def spells(self, ids: Sequence[int], text: str) -> bool:
+        """Whether the ids of a response are this very text."""
+        return self.written(ids) == text
+
+    def written(self, ids: Sequence[int]) -> str:
+        """Text of a response after a prompt, special tokens spelled but for a final EOS."""
+        body = ids[:-1] if ids and ids[-1] == self.eos_id else ids
+        return self.decode_response(self._encode_prompts(["a"])[0], body)
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face folder with a fast tokenizer."""
@@ -184,10 +187,13 @@ class HuggingFaceTokenizer(Tokenizer):
         vocab = hf.backend_tokenizer.get_vocab(with_added_tokens=True)
         specials = {token.content: id_ for id_, token in hf.added_tokens_decoder.items() if token.special}
         specials |= zip(hf.all_special_tokens, hf.all_special_ids, strict=True)
-        template = _template_text(chat_template, path, hf)
+        template = load_template(chat_template, path, hf.chat_template, hf.special_tokens_map)
+        own = ChatTemplate(hf.chat_template, hf.special_tokens_map) if isinstance(hf.chat_template, str) else None
         if add_bos is None:
             add_bos = hf("a")["input_ids"][:1] == [hf.bos_token_id]
-        super().__init__(path, vocab, specials, hf.special_tokens_map, template=template, adds_bos=add_bos)
+        super().__init__(
+            path, vocab, specials, hf.special_tokens_map, template=template, own_template=own, adds_bos=add_bos
+        )
         pipeline = json.loads(hf.backend_tokenizer.to_str())
         unknown = pipeline["model"].get("unk_token")
         unknown_id = pipeline["model"].get("unk_id") if unknown is None else vocab.get(unknown)
@@ -202,6 +208,24 @@ class HuggingFaceTokenizer(Tokenizer):
             self._special_backend = _backend(response_pipeline)
         self._text_backend.encode_special_tokens = True  # spelled special tokens become ordinary text
         self._check_boundary(unknown_id)
+
+    def problems(self, options: TemplateOptions = PLAIN) -> Iterator[tuple[str, str]]:
+        yield from super().problems(options)
+        file = Path(self.path) / "tokenizer.json"
+        if not file.is_file():
+            return
+        trained = _backend(file.read_text(encoding="utf-8"))
+        for text in _CLASS_PROBES:  # a class of transformers may build a pipeline of its own from the same vocabulary
+            own, ids = self._encode_prompts([text])[0], trained.encode(text, add_special_tokens=False).ids
+            if own != ids:
+                yield (
+                    "tokenizer_class",
+                    (
+                        f"{text!r} is {len(ids)} tokens by tokenizer.json and {len(own)} by the class that "
+                        "transformers chose -> in tokenizer_config.json set tokenizer_class to PreTrainedTokenizerFast"
+                    ),
+                )
+                return
 
     def _encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._prompt_backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -218,8 +242,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``.model``; it has no chat template of its own."""
 
     def __init__(self, path: str | Path, chat_template: str | None = None, add_bos: bool | None = None):
-        template = _template_text(chat_template, path)
-        markers, (self._prompt_model, self._response_model, self._text_model) = _load_sentencepiece(path)
+        markers, (self._prompt_model, self._response_model, self._text_model) = load_sentencepiece(path)
         model = self._prompt_model
         vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
         self._controls = {piece: i for piece, i in vocab.items() if model.is_control(i)}
@@ -228,6 +251,7 @@ class SentencePieceTokenizer(Tokenizer):
         specials = self._controls | {piece: vocab[piece] for piece in markers}
         named = {"eos_token": model.eos_id(), "bos_token": model.bos_id()}
         names = {name: model.id_to_piece(id_) for name, id_ in named.items() if id_ >= 0}
+        template = load_template(chat_template, path, None, names)
         # Language models with a SentencePiece vocabulary and a BOS are trained with it (Llama 2, Mistral, Gemma).
         super().__init__(path, vocab, specials, names, template=template, adds_bos=add_bos is not False)
         self._check_boundary(model.unk_id())
@@ -331,56 +355,9 @@ def _backend(pipeline: str) -> Any:
     return backend
 
 
-def _load_sentencepiece(path: str | Path) -> tuple[list[str], tuple[Any, Any, Any]]:
-    """Pieces that mark roles, then the model three times, keeping every space: as it begins a text, as it continues
-    one (no dummy prefix), and as it continues one in which spelled markers are ordinary text."""
-    import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2 as protobuf
-
-    model = protobuf.ModelProto()  # type: ignore[attr-defined]
-    try:
-        model.ParseFromString(Path(path).read_bytes())
-        if not model.pieces:
-            raise ValueError("it has no pieces")
-    except Exception as error:  # protobuf's error type differs between its versions
-        raise InputError(f"{path}: not a SentencePiece model ({error}) -> give its .model file") from error
-    normal = model.normalizer_spec
-    normal.remove_extra_whitespaces = False
-    begins = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-    normal.add_dummy_prefix = False
-    continues = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-    kinds = model.SentencePiece
-    defined = [piece for piece in model.pieces if piece.type == kinds.USER_DEFINED]
-    markers = [p for p in defined if _MARKER.fullmatch(p.piece) and not _WRITTEN_TAG.fullmatch(p.piece)]
-    for piece in markers:
-        piece.type = kinds.CONTROL  # which SentencePiece never finds in a text
-    text = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()) if markers else continues
-    return [piece.piece for piece in markers], (begins, continues, text)
-
-
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
     """Matches each of the words, the longest of those that begin at one place."""
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
-
-
-def _template_text(chat_template: str | None, path: str | Path, hf: Any = None) -> str | None:
-    """The template that was asked for: raw text (None), a file's, or that of the Hugging Face tokenizer itself."""
-    if chat_template == NO_TEMPLATE:
-        return None
-    if chat_template is not None:
-        try:
-            return Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{chat_template}: chat template cannot be read ({error})") from error
-    own = None if hf is None else hf.chat_template
-    if not own:
-        raise InputError(f"{path}: the tokenizer has no chat template -> set --chat-template FILE or none (raw text)")
-    if isinstance(own, dict) and "default" not in own:
-        raise InputError(
-            f"{path}: the chat templates have names ({', '.join(sorted(own))}) and none is the default "
-            "-> save one in a file and set --chat-template FILE, or none (raw text)"
-        )
-    return hf.get_chat_template()
 
 
 def _without_dummy_prefix(part: Any) -> Any:

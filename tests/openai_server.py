@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,26 @@ def expected_text(prompt: Any, seed: int) -> str:
     """What the server says to a prompt under a seed."""
     digest = hashlib.sha256(f"{json.dumps(prompt)}|{seed}".encode()).hexdigest()
     return f"Résumé {digest[:12]} \u2028 #### {int(digest[:4], 16)}"
+
+
+def vllm_reply(written: str, parser=None, finish="stop", specials=None, **fields) -> tuple[int, bytes]:
+    """What vLLM says of what a model wrote: its reasoning parser takes thoughts out; special tokens are left out.
+
+    Args:
+        parser: ``deepseek_r1`` and ``qwen3`` cut at </think>, ``openai_gptoss`` reads channels; None: all is the text.
+        specials: pattern of special tokens.
+    """
+    message: dict[str, Any] = {"role": "assistant", "content": written, "reasoning_content": None}
+    if parser == "openai_gptoss":
+        parts = re.findall(r"<\|channel\|>(\w+)<\|message\|>(.*?)(?:<\|end\|>|<\|return\|>|$)", written, re.DOTALL)
+        said = {name: text for name, text in parts}
+        message |= {"content": said.get("final"), "reasoning_content": said.get("analysis")}
+    elif parser is not None:
+        thoughts, closing, content = written.removeprefix("<think>").partition("</think>")
+        message |= {"content": content or None, "reasoning_content": thoughts}
+    elif specials is not None:
+        message["content"] = specials.sub("", written)
+    return 200, json.dumps({"choices": [{"message": message, "finish_reason": finish} | fields]}).encode()
 
 
 class FaultyServer:

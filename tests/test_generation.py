@@ -278,7 +278,8 @@ def test_vllm_is_called_as_it_wants_to_be(tmp_path, monkeypatch):
         calls.append(len(prompts))
         return list(map(reply, prompts, params))
 
-    def engine(model, *, max_model_len):
+    def engine(model, *, max_model_len, trust_remote_code):
+        assert not trust_remote_code
         config = Namespace(max_model_len=max_model_len)
         return Namespace(llm_engine=Namespace(model_config=config), generate=generate)
 

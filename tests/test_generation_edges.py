@@ -299,7 +299,7 @@ def test_log_probs_that_a_server_cannot_give_end_the_run_at_once(tokenizer_folde
 def test_responses_without_their_log_probs_are_counted(tmp_path, tokenizer_folder):
     prompts, output = write_prompts(tmp_path / "p.jsonl", 2), tmp_path / "g.jsonl"
     two_for_one = {"token_ids": [5], "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -2.0}]}}
-    with FaultyServer(answer=lambda body: reply(**two_for_one)) as server:
+    with FaultyServer(answer=lambda body: reply("#", **two_for_one)) as server:
         summary = run(prompts, output, served(server, f"token_ids=true logprobs=true tokenizer={tokenizer_folder}"))
     assert summary.notes == {"teacher: without log-probs": 2}
     assert [(r.token_ids, r.logprobs) for r in responses(output)] == [([5], None)] * 2
@@ -308,10 +308,9 @@ def test_responses_without_their_log_probs_are_counted(tmp_path, tokenizer_folde
 @pytest.mark.parametrize(
     "answer, result, requests",
     [
-        (reply(None, "length", message={"reasoning_content": "hm"}), Sample("0", "", "length", None, None, True), 1),
         (reply(None, "length"), Sample("0", "", "length"), 1),
-        (reply("4", message={"reasoning": "2+2"}, token_ids=[5]), Sample("0", "4", "stop", None, None, True), 1),
-        (reply("4", message={"reasoning_content": None}, token_ids=[5]), Sample("0", "4", "stop", [5]), 1),
+        (reply("#", message={"reasoning_content": None}, token_ids=[5]), Sample("0", "#", "stop", [5]), 1),
+        (reply("4", message={"reasoning_content": {"text": "2"}}), "content '4', reasoning", 2),
         (reply("4", "content_filter"), "finish_reason 'content_filter'", 1),
         (reply("4", token_ids=[10**9]), "token id 1000000000, unknown to tokenizer", 1),
         (reply(None), "content None", 2),
@@ -348,7 +347,7 @@ def test_what_a_reasoning_model_does_not_say_is_counted(tmp_path):
         return reply("#### 2", message=thoughts)
 
     with FaultyServer(answer=answer) as server:
-        summary = run(prompts, output, served(server))
+        summary = run(prompts, output, served(server, "thoughts=none"))
     assert summary.dropped == {"reasoning without an answer": 1, "group without responses": 1}
     assert summary.notes == {"teacher: reasoning, which the server kept apart, left out": 1}
     assert json.loads(summary_path(output).read_text())["notes"] == summary.notes

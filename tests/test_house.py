@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megatron_gft"
 # Lowest first. A file imports files of its own floor and of lower ones.
 FLOORS = (
     "errors atomic folders journal objectives parallel cpu runtime gft pack_layout balancing",
-    "config tokenizer groups",
+    "config chat_template sentencepiece_model tokenizer groups",
     "hf validation",
     "shards",
     "attention backend vocab_parallel model optimizer planning packing dataset batch timing step",

@@ -62,10 +62,10 @@ def generated(tmp_path_factory, case):
     base, (_, folder, _) = tmp_path_factory.mktemp("generated"), case
     tokenizer = load_tokenizer(folder)
     known, records = [], []
-    for g, texts in enumerate((["one", "two \ufffd \ufffd"], ["three four", "", ""])):
+    for g, texts in enumerate((["one", "two \ufffd \ufffd"], ["three four", "\ufffd", ""])):
         responses = []
         for k, text in enumerate(texts):
-            ids = tokenizer.encode_response(text) or tokenizer.encode("漢")[:1]
+            ids = tokenizer.encode("漢")[:1] if text == "\ufffd" else tokenizer.encode_response(text)
             cut_off = k == 1
             ids = ids if cut_off else [*ids, tokenizer.eos_id] if text else [tokenizer.eos_id]
             known.append([-(100 * g + 10 * k + i + 1) / 1000 for i in range(len(ids))])

@@ -101,14 +101,14 @@ def test_token_ids_of_the_same_tokenizer_are_taken_as_they_are(tmp_path, folder,
     ids = tokenizer.encode_response("answ") + tokenizer.encode_response("er")  # not how it would tokenize "answer"
     assert ids != tokenizer.encode_response("answer")
     same = {"tokenizer": tokenizer.fingerprint}
-    group = made(tmp_path, folder, group_of(token_ids=ids, logprobs=[-0.5] * len(ids), **same))
+    group = made(tmp_path, folder, group_of("answer", token_ids=ids, logprobs=[-0.5] * len(ids), **same))
     assert group.responses[1].tolist() == [*ids, tokenizer.eos_id]
     assert group.logprobs[1][:-1].tolist() == [-0.5] * len(ids) and np.isnan(group.logprobs[1][-1])
     assert np.isnan(group.logprobs[0]).all()
     ended = [*ids, tokenizer.eos_id]
-    group = made(tmp_path, folder, group_of(token_ids=ended, logprobs=[-1.0] * len(ended), **same))
+    group = made(tmp_path, folder, group_of("answer", token_ids=ended, logprobs=[-1.0] * len(ended), **same))
     assert group.responses[1].tolist() == ended and group.logprobs[1][-1] == -1.0
-    group = made(tmp_path, folder, group_of(token_ids=ids, finish_reason="length", **same))
+    group = made(tmp_path, folder, group_of("answer", token_ids=ids, finish_reason="length", **same))
     assert group.responses[1].tolist() == ids
 
 
@@ -134,7 +134,8 @@ BAD_TOKENS = [
 
 @pytest.mark.parametrize("kind,changes,message", BAD_TOKENS)
 def test_bad_tokens_are_refused_or_mended_or_dropped(kind, changes, message, tmp_path, folder, tokenizer):
-    record = group_of(**changes, tokenizer=tokenizer.fingerprint)
+    text = tokenizer.written(changes["token_ids"]) if kind == "bad_logprobs" and "token_ids" in changes else "plain"
+    record = group_of(text, **changes, tokenizer=tokenizer.fingerprint)
     with pytest.raises(InputError, match=message):
         run(tmp_path, folder, [record])
     fixed = made(tmp_path, folder, record, f"{kind}=fix")
@@ -143,6 +144,7 @@ def test_bad_tokens_are_refused_or_mended_or_dropped(kind, changes, message, tmp
     assert fixed.responses[1].tolist() == [*expected, tokenizer.eos_id] and fixed.logprobs is None
     assert len(made(tmp_path, folder, record, f"{kind}=drop").responses) == 1
     if kind == "special_tokens":
+        record = group_of(tokenizer.written(changes["token_ids"]), **changes, tokenizer=tokenizer.fingerprint)
         kept = made(tmp_path, folder, record, f"{kind}=keep")
         assert kept.responses[1].tolist() == [*changes["token_ids"], tokenizer.eos_id]
 
@@ -220,7 +222,7 @@ LATE_DROPS = {
     "long_response": ({"text": "word " * 60}, {"max_response_tokens": 50}),
     "special_tokens": ({"text": "a <|im_start|> b"}, {}),
     "bad_token_ids": ({"token_ids": [-1]}, {}),
-    "bad_logprobs": ({"token_ids": [7], "logprobs": [1.0]}, {}),
+    "bad_logprobs": ({"text": "%", "token_ids": [7], "logprobs": [1.0]}, {}),
     "foreign_token_ids": ({"token_ids": [7], "tokenizer": "0" * 64}, {}),
 }
 
@@ -262,7 +264,9 @@ def test_the_report_counts_responses_as_they_were_read(tmp_path, folder):
 
 def test_failing_chat_template(tmp_path, folder):
     template = tmp_path / "t.jinja"
-    template.write_text("{% if messages[0]['content'] == 'prompt' %}{{ raise_exception('no') }}{% endif %}x")
+    template.write_text(
+        "{% if messages[0]['content'] == 'prompt' %}{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}"
+    )
     records = [group_of(), *random_records(3)]
     with pytest.raises(InputError, match="template_failed: TemplateError: no"):
         run(tmp_path, folder, records, chat_template=str(template))

@@ -159,10 +159,10 @@ def test_named_chat_templates_without_a_default_are_refused(files, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"names \(rag, tool_use\) and none is the default.*set --chat-template FILE"):
         load_tokenizer(tmp_path)
-    assert load_tokenizer(tmp_path, "none").chat_template is None
+    assert load_tokenizer(tmp_path, "none").template is None
     tokenizer.chat_template = {"rag": "{{ 1 }}", "default": CHATML}
     tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(tmp_path).chat_template == CHATML
+    assert load_tokenizer(tmp_path).template.text == CHATML
 
 
 def _changed(files, folder, **parts):
@@ -227,4 +227,4 @@ def test_what_cannot_be_used_is_refused(files, tmp_path):
         load_tokenizer(tmp_path / "empty")
     with pytest.raises(InputError, match="chat template cannot be read"):
         load_tokenizer(files["byte_level"], str(tmp_path / "absent.jinja"))
-    assert load_tokenizer(files["byte_level"]).chat_template == CHATML
+    assert load_tokenizer(files["byte_level"]).template.text == CHATML

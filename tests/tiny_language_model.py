@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tiny_tokenizers import byte_level_folder
+from tiny_tokenizers import CHATML, byte_level_folder
 
 from megatron_gft.tokenizer import load_tokenizer
 
 
-def language_model_folder(folder: Path, seed: int = 0, positions: int = 512) -> Path:
+def language_model_folder(folder: Path, seed: int = 0, positions: int = 512, template: str = CHATML) -> Path:
     """Write the model; its weights are large enough that its distributions are far from uniform."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    byte_level_folder(folder)
+    byte_level_folder(folder, template=template)
     tokenizer = load_tokenizer(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -8,6 +8,23 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+# Thoughts as DeepSeek-R1's template opens them, and as Qwen3's leaves them out on request.
+THINKING = TURN + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+SWITCHED = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    + TURN
+    + "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [
     f"Question {i}: what is {i} plus {i * 7}? Let us think step by step. The answer is {i * 8}.\n#### {i * 8}"
@@ -25,8 +42,10 @@ def _save(backend, folder: Path, bos: str | None, eos: str, template: str | None
     return folder
 
 
-def byte_level_folder(folder: Path, vocab_size: int = 400, template: str | None = CHATML) -> Path:
-    """Byte-level BPE with ChatML specials; EOS <|im_end|>, BOS <|endoftext|>, which it does not add by itself."""
+def byte_level_folder(
+    folder: Path, vocab_size: int = 400, template: str | None = CHATML, eos: str = SPECIALS[2], more: tuple = ()
+) -> Path:
+    """Byte-level BPE with ChatML specials and ``more``; BOS <|endoftext|>, which it does not add by itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -34,10 +53,10 @@ def byte_level_folder(folder: Path, vocab_size: int = 400, template: str | None 
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[*SPECIALS, *more], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(CORPUS, trainer)
-    return _save(backend, folder, SPECIALS[0], SPECIALS[2], template)
+    return _save(backend, folder, SPECIALS[0], eos, template)
 
 
 def metaspace_folder(folder: Path, template: str | None = None) -> Path:

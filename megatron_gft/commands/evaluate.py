@@ -6,6 +6,7 @@ import argparse
 import os
 
 from megatron_gft.atomic import check_output
+from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
 from megatron_gft.errors import TRUST_HELP, command
 
 EPILOG = """example:
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--chat-template", help="template file, or none for raw text; default: the folder's own")
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
+    parser.add_argument("--template-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=TEMPLATE_KWARGS_HELP)
     parser.add_argument("--verifier", default="math", help="name or module:function (default %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the verifier")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of the verifier")
@@ -80,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=options.batch_size,
         reference_logprobs=not options.no_reference,
         reference_column=options.reference_column,
+        template_kwargs=template_kwargs(options.template_kwargs),
         scoring=scoring,
     )
     columns = PromptColumns(options.prompt_column, options.answer_column, template=options.prompt_template)

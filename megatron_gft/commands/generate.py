@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
 from megatron_gft.errors import command
 
 EPILOG = """examples:
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         default="error",
         help="rows with an id (without ids: a prompt) that came before: refuse, leave out, or append #2 to the id",
     )
+    parser.add_argument("--template-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=TEMPLATE_KWARGS_HELP)
     parser.add_argument("--prompt-template", help="text with {prompt} in it, put around every prompt")
     parser.add_argument("--allow-failures", action="store_true", help="write the file without responses given up")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         duplicates=options.duplicates,
     )
     prompts = PromptSet(options.input, columns, options.split, options.limit)
-    run = GenerationRun(prompts, options.output, sources, options.seed)
+    run = GenerationRun(prompts, options.output, sources, options.seed, template_kwargs(options.template_kwargs))
     summary = run.execute(allow_failures=options.allow_failures, progress=not options.quiet)
     counts = ", ".join(f"{name} {sum(by.values())}" for name, by in summary.responses.items())
     print(f"{summary.output}: {summary.groups} groups; responses: {counts}; dropped: {dict(summary.dropped) or 'none'}")

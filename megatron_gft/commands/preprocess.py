@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 
+from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
 from megatron_gft.errors import TRUST_HELP, InputError, command
 from megatron_gft.groups.problems import describe_kinds, parse_policies
 
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-prefix", required=True, metavar="P", help="shards become P, P-00001, ...")
     parser.add_argument("--chat-template", metavar="FILE|none", help="default: the tokenizer's own; none = raw text")
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
+    parser.add_argument("--template-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=TEMPLATE_KWARGS_HELP)
     parser.add_argument("--no-bos", action="store_true", help="with --chat-template none: no BOS before a prompt")
     parser.add_argument("--model", help="Hugging Face folder of the model: its vocabulary must hold the tokenizer")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default %(default)s)")
@@ -76,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer=arguments.tokenizer,
             output_prefix=arguments.output_prefix,
             chat_template=arguments.chat_template,
+            template_kwargs=template_kwargs(arguments.template_kwargs),
             add_bos=False if arguments.no_bos else None,
             trust_remote_code=arguments.trust_remote_code,
             model=arguments.model,

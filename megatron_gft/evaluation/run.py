@@ -16,13 +16,14 @@ import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tqdm import tqdm
 
 from megatron_gft import __version__
+from megatron_gft.chat_template import TemplateOptions
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.evaluation.intervals import mean_interval, pass_at_k_summary, ratio_interval, wilson_interval
 from megatron_gft.sampling.local_backends import TransformersBackend, encode_prompt
@@ -36,6 +37,7 @@ from megatron_gft.sampling.settings import (
     model_fingerprint,
     sample_seed,
 )
+from megatron_gft.sampling.written import prompt_opens
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case, Verdict
@@ -55,6 +57,7 @@ class EvaluationOptions:
         pass_at: the k of pass@k, each at most ``samples``.
         reference_logprobs: teacher-force the reference answers.
         reference_column: of the worked solution; default ``solution``, else an ``answer`` that holds ``####``.
+        template_kwargs: variables of the chat template; those of a row go before.
         scoring: verifier, workers and limits.
 
     Raises:
@@ -72,7 +75,12 @@ class EvaluationOptions:
     batch_size: int = 16
     reference_logprobs: bool = True
     reference_column: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
+
+    def of_row(self, row: PromptRow) -> TemplateOptions:
+        """What the chat template gets for a problem."""
+        return TemplateOptions.of_row(row.meta, self.template_kwargs)
 
     def __post_init__(self) -> None:
         needs = f"pass@{list(self.pass_at)} with {self.samples} samples -> each k in 1..samples"
@@ -122,12 +130,13 @@ def evaluate(
             "problems": [str(path) for path in problems.inputs],
             "num_problems": len(rows),
             "version": __version__,
+            "findings": [f"{kind}: {detail}" for kind, detail in model.tokenizer.problems()],
             "options": asdict(options) | {"scoring": options.scoring.description() if options.judges else None},
         }
         if pool is not None:
             result |= _judge(_Responses(model, rows, pool, options, progress))
     if options.reference_logprobs:
-        result["reference"] = _reference(model, rows, options.reference_column, progress)
+        result["reference"] = _reference(model, rows, options, progress)
     return result
 
 
@@ -160,6 +169,10 @@ def _prepare(
 
 
 def _row_problems(row: PromptRow, options: EvaluationOptions) -> Iterator[str]:
+    try:
+        options.of_row(row)
+    except InputError as error:
+        yield f"{row.place}: {error}"
     if options.judges and not options.scoring.can_judge(row.answer):
         yield f"{row.place}: id {row.id!r} has no gold answer -> set --answer-column, or measure log-probs only"
     if options.reference_logprobs:
@@ -205,20 +218,23 @@ class _Responses:
     progress: bool
 
     def check_lengths(self) -> None:
-        longest = self.model.max_positions - self.options.max_tokens
+        longest, tokenizer = self.model.max_positions - self.options.max_tokens, self.model.tokenizer
         problems = (
             f"{row.place}: {problem} -> lower --max-tokens or leave the problem out"
             for row in self.rows
-            if (problem := encode_prompt(self.model.tokenizer, row.prompt, longest)[1]) is not None
+            if (problem := encode_prompt(tokenizer, row.prompt, longest, self.options.of_row(row))[1]) is not None
         )
         if shown := list(itertools.islice(problems, SHOWN_PROBLEMS)):
             raise InputErrors("problems that the model cannot be asked", shown)
+
+    def _opens(self, row: PromptRow) -> str:
+        return prompt_opens(self.model.tokenizer, row.prompt, self.options.of_row(row), by_server=False)
 
     def judged(self, name: str, params: SamplingParams, count: int) -> tuple[list[Verdict], list[Sample]]:
         """``count`` responses for each problem and their verdicts, in the problems' order."""
         owners = [(row, k) for row in self.rows for k in range(count)]
         requests = [
-            SampleRequest(str(i), row.prompt, sample_seed(self.options.seed, row.id, name, k))
+            SampleRequest(str(i), row.prompt, sample_seed(self.options.seed, row.id, name, k), self.options.of_row(row))
             for i, (row, k) in enumerate(owners)
         ]
         found: dict[str, Sample] = {}
@@ -232,7 +248,8 @@ class _Responses:
                 bar.update()
         samples = [found[request.key] for request in requests]
         cases = (
-            Case(said.text, row.answer, row.prompt, row.meta) for said, (row, _) in zip(samples, owners, strict=True)
+            Case(said.text, row.answer, row.prompt, row.meta, self._opens(row))
+            for said, (row, _) in zip(samples, owners, strict=True)
         )
         judged = self.pool.judge(cases)
         return list(tqdm(judged, "judging", len(samples), unit="response", disable=not self.progress)), samples
@@ -252,14 +269,14 @@ def _outcomes(verdicts: Sequence[Verdict], samples: Sequence[Sample]) -> dict[st
 
 
 def _reference(
-    model: LocalModel, rows: Sequence[PromptRow], column: str | None, progress: bool
+    model: LocalModel, rows: Sequence[PromptRow], options: EvaluationOptions, progress: bool
 ) -> dict[str, Any] | None:
     """Teacher-forced log-probs of reference answers, EOS included; ``None`` when the problems have none."""
     pairs: list[tuple[list[int], list[int]]] = []
     too_long = 0
     for row in rows:
-        prompt = model.prompt_ids(row.prompt)
-        for text in reference_texts(row, column):
+        prompt = model.prompt_ids(row.prompt, options.of_row(row))
+        for text in reference_texts(row, options.reference_column):
             response = [*model.tokenizer.encode_response(text), model.tokenizer.eos_id]
             if len(prompt) + len(response) > model.max_positions:
                 too_long += 1
@@ -307,7 +324,7 @@ def reference_texts(row: PromptRow, column: str | None) -> Iterator[str]:
 
 def result_table(result: dict[str, Any]) -> str:
     """The result of :func:`evaluate` for people."""
-    lines = [f"{result['model']} on {result['num_problems']} problems"]
+    lines = [f"{result['model']} on {result['num_problems']} problems", *(f"  {it}" for it in result["findings"])]
 
     def line(name: str, value: float, interval: Sequence[float] | None, note: str) -> None:
         span = f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "-"

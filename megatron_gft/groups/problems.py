@@ -76,7 +76,39 @@ KINDS: dict[str, Kind] = {
         "a prompt loses it, a response loses a final EOS and the rest becomes ordinary text, in place of such "
         "token_ids too; keep: encode as special tokens",
     ),
-    "template_failed": Kind("the chat template raised on this prompt", ERROR, (ERROR, DROP)),
+    "template_failed": Kind(
+        "the chat template cannot render this prompt, its tools or its kwargs", ERROR, (ERROR, DROP)
+    ),
+    "lost_prompt": Kind("the chat template leaves out text of the prompt", ERROR, (ERROR, DROP, KEEP)),
+    "bad_template": Kind(
+        "the chat template ignores add_generation_prompt, or has a byte-order mark", ERROR, (ERROR, KEEP), "nothing"
+    ),
+    "turn_end": Kind(
+        "the chat template ends turns with another token than the tokenizer's EOS", ERROR, (ERROR, KEEP), "nothing"
+    ),
+    "tokenizer_class": Kind(
+        "the class that transformers chose gives other tokens than tokenizer.json", ERROR, (ERROR, KEEP), "nothing"
+    ),
+    "thoughts_twice": Kind(
+        "the rendered prompt opens thoughts and the response opens them again",
+        ERROR,
+        (ERROR, DROP, FIX, KEEP),
+        "response",
+        "the response loses its opening tag",
+    ),
+    "thoughts_open": Kind(
+        "the rendered prompt opens thoughts, which a finished response never closes",
+        ERROR,
+        (ERROR, DROP, KEEP),
+        "response",
+    ),
+    "other_rendering": Kind(
+        "the response was sampled after a prompt with other tools or template kwargs, or, of source self, with "
+        "another template or tokenizer",
+        ERROR,
+        (ERROR, DROP, KEEP),
+        "response",
+    ),
     "bad_token_ids": Kind(
         "token_ids outside of the vocabulary, or with BOS or EOS inside",
         ERROR,
@@ -90,6 +122,12 @@ KINDS: dict[str, Kind] = {
         (ERROR, DROP, FIX),
         "response",
         "leave them out",
+    ),
+    "mismatched_token_ids": Kind(
+        "token_ids spell something else than the text: the text is tokenized, log-probs are left out",
+        KEEP,
+        (ERROR, DROP, KEEP),
+        "response",
     ),
     "foreign_token_ids": Kind(
         "token_ids of another or an unknown tokenizer: the text is tokenized, log-probs are left out",
@@ -222,5 +260,5 @@ def describe_kinds() -> str:
     for name, kind in KINDS.items():
         choices = "|".join([kind.default, *(c for c in kind.choices if c != kind.default)])
         fix = f"; fix: {kind.fix}" if kind.fix else ""
-        rows.append(f"  {name:19} {choices:22} {kind.meaning} (drops the {kind.drops}{fix})")
+        rows.append(f"  {name:20} {choices:22} {kind.meaning} (drops the {kind.drops}{fix})")
     return "\n".join(rows)

@@ -267,6 +267,17 @@ def _finding(error: ValidationError) -> tuple[str, str, int | None]:
     return "wrong_type", f"{name!r} {verb} {short(first['input'])}, {expected}", position
 
 
+def recorded_rendering(response: ResponseRecord) -> dict[str, Any]:
+    """What generation recorded of how the response's prompt was rendered."""
+    recorded = response.extra.get("rendering")
+    return recorded if isinstance(recorded, dict) and "add_generation_prompt" in recorded else {}
+
+
+def opened_tag(response: ResponseRecord) -> str:
+    """The tag of thoughts that the rendered prompt ended with, if generation recorded one."""
+    return str(recorded_rendering(response).get("opens") or "")
+
+
 def has_text(prompt: str | list[dict[str, Any]]) -> bool:
     if isinstance(prompt, str):
         return bool(prompt.strip())

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_gft.chat_template import PLAIN, Prompt, TemplateOptions
 from megatron_gft.groups import GroupRecord
 from megatron_gft.groups.problems import DROP, KEEP, KINDS, GroupProblems
 from megatron_gft.preprocess.encode import ChunkEncoder
@@ -22,15 +23,18 @@ class CharacterTokenizer(Tokenizer):
         self.path, self.vocab_size, self.eos_id, self.bos_id = "", 0x110002, 0x110001, None
         self.special_ids, self.special_pattern = frozenset(), re.compile(r"(?!)")
         self.fingerprint = "characters"
-        self._bos, self._raw_prefix = [], ""
+        self._bos, self._raw_prefix, self.template, self.chat_template_fingerprint = [], "", None, ""
 
-    def render_prompt(self, prompt: str | list[dict[str, Any]]) -> str:
+    def render_prompt(self, prompt: Prompt, options: TemplateOptions = PLAIN) -> str:
         return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
 
     def encode_responses(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         return [list(map(ord, text)) for text in texts]
 
     _encode_prompts = encode_responses
+
+    def spells(self, ids: Sequence[int], text: str) -> bool:
+        return True  # they come from it
 
     def _decode(self, ids: list[int]) -> str:
         return "".join(chr(i) for i in ids if i != self.eos_id)
@@ -41,6 +45,9 @@ class CharacterEncoder(ChunkEncoder):
 
     def __init__(self) -> None:
         super().__init__(CharacterTokenizer(), LENIENT)
+
+    def _check_rendering(self, *_: object) -> str:
+        return KEEP
 
     def _prepare(self, record: GroupRecord, log: GroupProblems, waiting: Any) -> str | None:
         for response in record.responses:

@@ -192,6 +192,8 @@ class FileSource:
         statistics = Statistics(encoder.tokenizer.eos_id, encoder.tokenizer.bos_id)
         problems: Counter[str] = Counter()
         examples: dict[str, list[str]] = {}
+        for kind, detail in encoder.tokenizer.problems():
+            problems[kind], examples[kind] = 1, [detail]
         for name in self.files:
             for chunk in read_chunks(name):
                 encoded = encoder.encode(chunk)

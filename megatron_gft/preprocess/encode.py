@@ -1,7 +1,8 @@
 """From rows of a group file to tokens: parse, check, render, tokenize. Runs in worker processes.
 
 All texts of a chunk are tokenized in two calls (prompts, responses). A prompt is tokenized once for its group;
-``token_ids`` made by the same tokenizer are taken as they are. EOS follows a response unless it was cut off.
+``token_ids`` made by the same tokenizer are taken as they are, if they spell the text. EOS follows a response unless it
+was cut off. What generation recorded of a prompt's rendering (``rendering`` of a response) is followed, or a finding.
 """
 
 from __future__ import annotations
@@ -16,11 +17,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_gft.chat_template import KWARGS, TOOLS, ChatTemplateError, Prompt, TemplateOptions, lost_text
 from megatron_gft.groups import RawChunk, parse_chunk
-from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, GroupProblems, Problem, ProblemLog
-from megatron_gft.groups.records import GroupRecord, ResponseRecord, check_group, has_text, keep_responses
+from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, GroupProblems, Problem, ProblemLog, raise_errors
+from megatron_gft.groups.records import (
+    GroupRecord,
+    ResponseRecord,
+    check_group,
+    has_text,
+    keep_responses,
+    recorded_rendering,
+)
+from megatron_gft.scoring.thoughts import opened_by
 from megatron_gft.shards.encoded import EncodedGroups, GroupEncoder
-from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
+from megatron_gft.tokenizer import Tokenizer
 
 LOGPROB_SLACK = 1e-3  # servers round: a log-prob may come out slightly above 0
 
@@ -57,6 +67,7 @@ class ChunkEncoder:
         policies: what to do with each kind of problem.
         max_prompt_tokens: longest prompt, template included; None = any.
         max_response_tokens: longest response, EOS included; None = any.
+        template_kwargs: of every prompt; without any, those that its responses were sampled with.
     """
 
     def __init__(
@@ -65,9 +76,11 @@ class ChunkEncoder:
         policies: Mapping[str, str],
         max_prompt_tokens: int | None = None,
         max_response_tokens: int | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ):
         self.tokenizer, self._policies = tokenizer, policies
         self._max_prompt_tokens, self._max_response_tokens = max_prompt_tokens, max_response_tokens
+        self._template_kwargs = template_kwargs or {}
 
     def encode(self, chunk: RawChunk) -> EncodedChunk:
         """Tokens of the groups of a chunk, in order; what is wrong with the others is in ``problems``."""
@@ -107,28 +120,83 @@ class ChunkEncoder:
 
     def _prepare(self, record: GroupRecord, log: GroupProblems, waiting: _Waiting) -> str | None:
         """The rendered prompt of a group whose responses are ``waiting`` or have ids; None when the group is lost."""
-        prompt = self._checked_prompt(record, log)
-        if prompt is None:
-            return None
         try:
-            rendered = self.tokenizer.render_prompt(prompt)
+            options = self._options(record)
+            prompt, given = self._checked_prompt(record, options, log)
+            if prompt is None:
+                return None
+            rendered = self.tokenizer.render_prompt(prompt, given)
         except ChatTemplateError as error:
             log.found("template_failed", str(error))
             return None
-        return rendered if keep_responses(record, lambda r: self._check_response(r, log, waiting), log) else None
+        if (lost := lost_text(prompt, rendered)) and log.found("lost_prompt", lost) != KEEP:
+            return None
 
-    def _checked_prompt(self, record: GroupRecord, log: GroupProblems) -> str | list[dict[str, Any]] | None:
-        """The prompt without spelled special tokens, or None when they remove the group."""
-        prompt, pattern = record.prompt, self.tokenizer.special_pattern
-        spelled = next((match.group() for match in map(pattern.search, _texts(prompt)) if match), None)
+        def check(response: ResponseRecord) -> str:
+            actions = [self._check_rendering(response, options, log), self._check_thoughts(response, rendered, log)]
+            dropped = next((action for action in (ERROR, DROP) if action in actions), None)
+            return dropped or self._check_response(response, log, waiting)
+
+        return rendered if keep_responses(record, check, log) else None
+
+    def _options(self, record: GroupRecord) -> TemplateOptions:
+        """What the template gets: of the row, and of the run or else what the responses were sampled with."""
+        own_first = sorted(record.responses, key=lambda response: response.source != "self")
+        recorded = next(filter(None, map(self._recorded_kwargs, own_first)), {})
+        return TemplateOptions.of_row(record.meta, self._template_kwargs or recorded)
+
+    def _recorded_kwargs(self, response: ResponseRecord) -> dict[str, Any]:
+        """Template kwargs that a response was sampled with, as far as this template knows them."""
+        kwargs, template = recorded_rendering(response).get(KWARGS), self.tokenizer.template
+        if template is None or not isinstance(kwargs, dict):
+            return {}
+        return {name: value for name, value in kwargs.items() if template.reads(name)}
+
+    def _check_rendering(self, response: ResponseRecord, options: TemplateOptions, log: GroupProblems) -> str:
+        """Whether the response was sampled after the prompt as it is rendered here, as far as that is recorded."""
+        recorded, here = recorded_rendering(response), options.record()
+        if not recorded:
+            return KEEP
+        pairs = {TOOLS: (recorded.get(TOOLS), here.get(TOOLS))}
+        pairs[KWARGS] = self._recorded_kwargs(response), dict(options.kwargs)
+        if response.source == "self":  # a teacher has its own
+            own = {"tokenizer": self.tokenizer.fingerprint, "chat_template": self.tokenizer.chat_template_fingerprint}
+            pairs |= {name: (recorded[name], value) for name, value in own.items() if recorded.get(name)}
+        wrong = [f"{name} was {str(old)[:60]}, is {str(new)[:60]}" for name, (old, new) in pairs.items() if old != new]
+        return log.found("other_rendering", "; ".join(wrong), response.position) if wrong else KEEP
+
+    def _check_thoughts(self, response: ResponseRecord, rendered: str, log: GroupProblems) -> str:
+        """Thoughts that the prompt opens are closed by the response, not opened again."""
+        tags, said = opened_by(rendered), response.text.lstrip()
+        if tags is None:
+            return KEEP
+        if said.startswith(tags[0]):
+            detail = f"the prompt ends with {tags[0]!r} and the response begins with it -> a template without it"
+            action = log.found("thoughts_twice", detail, response.position)
+            if action == FIX:
+                after = rendered[rendered.rindex(tags[0]) + len(tags[0]) :]
+                response.text = said.removeprefix(tags[0]).removeprefix(after)
+                response.token_ids = response.logprobs = None
+            return action
+        if response.finish_reason == "length" or tags[1] in said:
+            return KEEP
+        detail = f"no {tags[1]!r} after the prompt's {tags[0]!r} -> a template or --template-kwargs without thoughts"
+        return log.found("thoughts_open", detail, response.position)
+
+    def _checked_prompt(
+        self, record: GroupRecord, options: TemplateOptions, log: GroupProblems
+    ) -> tuple[Prompt | None, TemplateOptions]:
+        """Prompt and options without spelled special tokens; None when they remove the group."""
+        pattern, given = self.tokenizer.special_pattern, [record.prompt, options.tools, dict(options.kwargs)]
+        spelled = next((match.group() for match in map(pattern.search, _texts(given)) if match), None)
         action = KEEP if spelled is None else log.found("special_tokens", f"the prompt spells {spelled!r}")
         if action != FIX:
-            return prompt if action == KEEP else None
-        fixed = _without(pattern, prompt)
+            return record.prompt if action == KEEP else None, options
+        fixed, tools, kwargs = _without(pattern, given)
         if not has_text(fixed):
             log.found("empty_prompt", "no text in the prompt without its special tokens")
-            return None
-        return fixed
+            return None, options
+        return fixed, TemplateOptions(tools, kwargs)
 
     def _check_response(self, response: ResponseRecord, log: GroupProblems, waiting: _Waiting) -> str:
         """``keep`` when its ids are known or its text is ``waiting``, else ``drop`` or ``error``."""
@@ -156,9 +224,7 @@ class ChunkEncoder:
 
     def _check_token_ids(self, response: ResponseRecord, ids: list[int], log: GroupProblems) -> str:
         """``keep`` (without ids when the text is to be tokenized instead), ``drop`` or ``error``."""
-        found = self._problem_of_ids(ids, response.tokenizer)
-        if found is not None:
-            kind, detail = found
+        for kind, detail in self._problems_of_ids(ids, response):
             action = log.found(kind, detail, response.position)
             if not (kind == "special_tokens" and action == KEEP):
                 response.token_ids = None
@@ -171,22 +237,25 @@ class ChunkEncoder:
             response.logprobs = None
         return KEEP
 
-    def _problem_of_ids(self, ids: list[int], made_by: str | None) -> tuple[str, str] | None:
-        """Kind and detail of what keeps the ids of a response from being taken as they are, if anything."""
-        tokenizer = self.tokenizer
+    def _problems_of_ids(self, ids: list[int], response: ResponseRecord) -> Iterator[tuple[str, str]]:
+        """Kind and detail of what keeps the ids of a response from being taken as they are; the first tells all but
+        special tokens, which may be kept."""
+        tokenizer, made_by = self.tokenizer, response.tokenizer
         if made_by != tokenizer.fingerprint:
-            return "foreign_token_ids", f"tokenizer is {'an unknown one' if made_by is None else made_by[:12]}"
-        if not ids:
-            return "bad_token_ids", "no token ids"
-        body = ids[:-1] if ids[-1] == tokenizer.eos_id else ids
-        ends = {tokenizer.eos_id, tokenizer.bos_id}
-        if body and (min(body) < 0 or max(body) >= tokenizer.vocab_size or not ends.isdisjoint(body)):
-            wrong = next(i for i in body if not 0 <= i < tokenizer.vocab_size or i in ends)
-            return "bad_token_ids", f"token id {wrong}"
-        if not tokenizer.special_ids.isdisjoint(body):
-            special = next(i for i in body if i in tokenizer.special_ids)
-            return "special_tokens", f"token_ids hold {tokenizer.decode([special])!r} ({special})"
-        return None
+            yield "foreign_token_ids", f"tokenizer is {'an unknown one' if made_by is None else made_by[:12]}"
+        elif not ids:
+            yield "bad_token_ids", "no token ids"
+        else:
+            body = ids[:-1] if ids[-1] == tokenizer.eos_id else ids
+            ends = {tokenizer.eos_id, tokenizer.bos_id}
+            if wrong := [i for i in body if not 0 <= i < tokenizer.vocab_size or i in ends]:
+                yield "bad_token_ids", f"token id {wrong[0]}"
+                return
+            if special := [i for i in body if i in tokenizer.special_ids]:
+                yield "special_tokens", f"token_ids hold {tokenizer.decode(special[:1])!r} ({special[0]})"
+            if not tokenizer.spells(body, response.text):
+                spelled = tokenizer.decode(body)
+                yield "mismatched_token_ids", f"token_ids spell {spelled[-40:]!r}, the text is {response.text[-40:]!r}"
 
     # --- after tokenizing -------------------------------------------------------------------------------------------
 
@@ -222,6 +291,19 @@ class ChunkEncoder:
             response.token_ids = ids[:limit]
             response.logprobs = response.logprobs and response.logprobs[:limit]
         return action
+
+
+def tokenizer_problems(tokenizer: Tokenizer, policies: Mapping[str, str]) -> list[Problem]:
+    """Findings about the tokenizer and its template as such.
+
+    Raises:
+        InputErrors: the policy of one is ``error``.
+    """
+    log = ProblemLog(policies)
+    for kind, detail in tokenizer.problems():
+        log.found(kind, tokenizer.path, None, detail)
+    raise_errors(log.problems)
+    return log.take()
 
 
 def _texts(value: Any) -> Iterator[str]:

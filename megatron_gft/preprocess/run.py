@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,13 +30,12 @@ import megatron_gft
 from megatron_gft.atomic import sha256_json, writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_chunks
-from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, ProblemLog, problem_table, raise_errors
+from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, Problem, ProblemLog, problem_table, raise_errors
 from megatron_gft.hf.shape import read_config
-from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, id_digest
-from megatron_gft.preprocess.staging import Staging, shard_name
+from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, id_digest, tokenizer_problems
+from megatron_gft.preprocess.staging import Staging, check_existing, existing_shards
 from megatron_gft.preprocess.workers import OrderedWorkers
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
-from megatron_gft.shards.manifest import manifest_path
 from megatron_gft.shards.writer import check_prefix
 from megatron_gft.tokenizer import NO_TEMPLATE, load_tokenizer
 
@@ -53,6 +51,7 @@ class PreprocessOptions:
         tokenizer: Hugging Face folder or SentencePiece model.
         output_prefix: of the shards.
         chat_template: file, ``"none"``, or None for the tokenizer's own.
+        template_kwargs: of the chat template; without any, those that generation recorded.
         add_bos: with template ``none``; None does what the model expects.
         trust_remote_code: run Python code of the tokenizer's folder.
         model: Hugging Face folder whose vocabulary must hold the tokenizer's ids; None skips the check.
@@ -71,6 +70,7 @@ class PreprocessOptions:
     tokenizer: str
     output_prefix: str
     chat_template: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_bos: bool | None = None
     trust_remote_code: bool = False
     model: str | None = None
@@ -114,10 +114,13 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
     tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.add_bos, options.trust_remote_code)
     stamp = tokenizer_stamp(tokenizer)
     _check_vocabulary(options, stamp)
-    existing = _existing_shards(prefix)
+    existing = existing_shards(prefix)
     if not Staging.waits_to_publish(prefix):
-        _check_existing(prefix, existing, options.append, stamp)
-    encoder = ChunkEncoder(tokenizer, options.policies, options.max_prompt_tokens, options.max_response_tokens)
+        check_existing(prefix, existing, options.append, stamp)
+    found = tokenizer_problems(tokenizer, options.policies)
+    encoder = ChunkEncoder(
+        tokenizer, options.policies, options.max_prompt_tokens, options.max_response_tokens, options.template_kwargs
+    )
     with (
         writing(prefix, "finished shards are kept"),
         contextlib.closing(Staging(prefix, _plan(options, files, stamp), len(existing))) as staging,
@@ -125,6 +128,8 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
         unwritten: dict[str, dict[str, int]] = {}  # problems of rows of which no shard was made
         if not staging.publishing:
             builder = _ShardBuilder(options, files, stamp, staging, existing[: staging.first_index])
+            if not staging.done:
+                builder.note(found)
             unwritten = _write_shards(builder, encoder, progress)
         report = str(staging.report_path)
         prefixes = staging.publish() if staging.publishing else []
@@ -191,37 +196,11 @@ def _check_vocabulary(options: PreprocessOptions, stamp: TokenizerStamp) -> None
         )
 
 
-def _existing_shards(prefix: Path) -> list[GroupShard]:
-    """Shards 0, 1, ... of the prefix."""
-    shards: list[GroupShard] = []
-    while manifest_path(name := prefix.with_name(shard_name(prefix, len(shards)))).exists():
-        shards.append(GroupShard(name))
-    return shards
-
-
-def _check_existing(prefix: Path, shards: Sequence[GroupShard], append: bool, stamp: TokenizerStamp) -> None:
-    """There are none, or they are of the same tokenizer and ``append`` is set; none is after a gap."""
-    taken = re.compile(re.escape(prefix.name) + r"-(\d{5,})\.json")
-    names = os.listdir(prefix.parent) if prefix.parent.is_dir() else []
-    later = sorted(name for name in names if (match := taken.fullmatch(name)) and int(match[1]) >= len(shards))
-    if later:
-        raise InputError(
-            f"{prefix.with_name(later[0])}: left of an earlier run, a shard before it is missing -> remove all shards "
-            "of the prefix, or choose another"
-        )
-    if shards and not append:
-        raise InputError(f"{shards[0].prefix}: the shard exists already -> append, choose another prefix, or remove it")
-    for shard in shards:
-        if shard.manifest.tokenizer != stamp:
-            raise InputError(
-                f"{shard.prefix}: made with another tokenizer, chat template or choice of BOS -> append with the same"
-            )
-
-
 def _plan(options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStamp) -> str:
     """Hash of everything that decides the content of the shards; an interrupted run continues only when it is equal."""
     inputs = [[name, os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in files]
     limits = [options.max_prompt_tokens, options.max_response_tokens, dict(options.policies), options.part]
+    limits += filter(None, [dict(options.template_kwargs)])
     sizes = [options.max_groups_per_shard, options.max_bytes_per_shard, options.rows_per_chunk, BYTES_PER_CHUNK]
     return sha256_json([megatron_gft.__version__, inputs, stamp.model_dump(), limits, sizes, options.append])
 
@@ -315,8 +294,7 @@ class _ShardBuilder:
         ):
             self._close(writer)
         self.next_chunk += 1
-        self._problems.update((problem.kind, problem.action) for problem in chunk.problems)
-        self._staging.note(chunk.problems)
+        self.note(chunk.problems)
         for origin in chunk.origins:
             self._lineage.update(origin.lineage)
         self._verifiers.update(origin.verifier for origin in chunk.origins if origin.verifier is not None)
@@ -324,6 +302,11 @@ class _ShardBuilder:
         if len(groups):
             self._writer = self._writer or GroupShardWriter(self._staging.next_prefix, self._stamp)
             self._writer.add(groups)
+
+    def note(self, problems: Sequence[Problem]) -> None:
+        """Count findings in the shard that is being written."""
+        self._problems.update((problem.kind, problem.action) for problem in problems)
+        self._staging.note(problems)
 
     def finish(self) -> dict[str, dict[str, int]]:
         """No more chunks: close the last shard. When there is none, the problems that left none.
@@ -364,6 +347,7 @@ class _ShardBuilder:
             "responses": [{**json.loads(text), "count": count} for text, count in listed],
             "responses_unlisted": sum(self._lineage.values()) - sum(count for _, count in listed),
             "policies": {kind: way for kind, way in options.policies.items() if way != DEFAULT_POLICIES[kind]},
+            "template_kwargs": dict(options.template_kwargs),
             "limits": {"prompt": options.max_prompt_tokens, "response": options.max_response_tokens},
             "problems": problem_table(self._problems),
         }

@@ -10,14 +10,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_gft.atomic import fsync_path, sha256_json, write_json
 from megatron_gft.errors import InputError
 from megatron_gft.groups.problems import Problem, report_lines
+from megatron_gft.shards import GroupShard, TokenizerStamp
 from megatron_gft.shards.manifest import (
     ShardSet,
     empty_part_path,
@@ -193,3 +195,30 @@ class Staging:
 def shard_name(prefix: Path, index: int) -> str:
     """``PREFIX`` for 0, then ``PREFIX-00001``, ..."""
     return prefix.name if index == 0 else f"{prefix.name}-{index:05d}"
+
+
+def existing_shards(prefix: Path) -> list[GroupShard]:
+    """Shards 0, 1, ... of the prefix."""
+    shards: list[GroupShard] = []
+    while manifest_path(name := prefix.with_name(shard_name(prefix, len(shards)))).exists():
+        shards.append(GroupShard(name))
+    return shards
+
+
+def check_existing(prefix: Path, shards: Sequence[GroupShard], append: bool, stamp: TokenizerStamp) -> None:
+    """There are none, or they are of the same tokenizer and ``append`` is set; none is after a gap."""
+    taken = re.compile(re.escape(prefix.name) + r"-(\d{5,})\.json")
+    names = os.listdir(prefix.parent) if prefix.parent.is_dir() else []
+    later = sorted(name for name in names if (match := taken.fullmatch(name)) and int(match[1]) >= len(shards))
+    if later:
+        raise InputError(
+            f"{prefix.with_name(later[0])}: left of an earlier run, a shard before it is missing -> remove all shards "
+            "of the prefix, or choose another"
+        )
+    if shards and not append:
+        raise InputError(f"{shards[0].prefix}: the shard exists already -> append, choose another prefix, or remove it")
+    for shard in shards:
+        if shard.manifest.tokenizer != stamp:
+            raise InputError(
+                f"{shard.prefix}: made with another tokenizer, chat template or choice of BOS -> append with the same"
+            )

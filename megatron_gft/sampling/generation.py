@@ -16,8 +16,9 @@ import json
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -46,14 +47,23 @@ class GenerationRun:
         output: group file (``.jsonl``, ``.jsonl.gz``).
         sources: in the order their responses stand in a group.
         seed: of the whole run.
+        template_kwargs: variables of the chat template; those of a source's extra_body or of a row go before.
 
     Raises:
         InputErrors: whatever can be known before the first request: an output that cannot be written or is an input,
             missing models or packages, bad urls, no prompts, an id twice, rows that a source cannot use.
     """
 
-    def __init__(self, prompts: PromptSet, output: str | Path, sources: Sequence[Source], seed: int = 0):
+    def __init__(
+        self,
+        prompts: PromptSet,
+        output: str | Path,
+        sources: Sequence[Source],
+        seed: int = 0,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self._prompts, self._output, self._seed = prompts, Path(output), seed
+        self._template_kwargs = template_kwargs
         self._responses: list[ColumnResponses | SampledResponses] = []
         self._num_prompts = self._num_samples = self._num_duplicates = 0
         problems = output_problems(self._output)
@@ -76,7 +86,7 @@ class GenerationRun:
                 if isinstance(source, ColumnSource):
                     self._responses.append(ColumnResponses(source, self._seed))
                 elif isinstance(source, SampledSource):
-                    self._responses.append(SampledResponses(source, self._seed))
+                    self._responses.append(SampledResponses(source, self._seed, self._template_kwargs))
             except InputError as error:
                 yield f"source {source.name}: {error}"
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from megatron_gft.chat_template import PLAIN, ChatTemplateError, TemplateOptions
 from megatron_gft.sampling.local_model import Decoded, LocalModel
 from megatron_gft.sampling.settings import (
     Outcome,
@@ -17,7 +18,8 @@ from megatron_gft.sampling.settings import (
     with_own_eos,
 )
 from megatron_gft.sampling.sources import VllmSource
-from megatron_gft.tokenizer import ChatTemplateError, Tokenizer
+from megatron_gft.sampling.written import written_sample
+from megatron_gft.tokenizer import Tokenizer
 
 BATCHES_PER_WINDOW = 64  # requests are sorted by length within so many batches
 
@@ -62,13 +64,15 @@ def as_sample(key: str, model: LocalModel, prompt: Sequence[int], result: Decode
     ids, logprobs = with_own_eos(
         result.ids, result.logprobs if params.logprobs else None, model.eos_ids, model.tokenizer.eos_id
     )
-    return Sample(key, text, result.finish_reason, ids, logprobs)
+    return written_sample(key, result.finish_reason, model.tokenizer, text, ids, logprobs)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, longest: int) -> tuple[list[int], str | None]:
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, longest: int, options: TemplateOptions = PLAIN
+) -> tuple[list[int], str | None]:
     """Ids of a rendered prompt, or why it cannot be sampled from."""
     try:
-        ids = tokenizer.encode(tokenizer.render_prompt(prompt))
+        ids = tokenizer.encode(tokenizer.render_prompt(prompt, options))
     except ChatTemplateError as error:
         return [], f"chat template: {error}"
     if len(ids) > longest:
@@ -82,7 +86,7 @@ def _fitting(
     """The requests with the ids of their prompts, and those that cannot be sampled from."""
     fitting, failures = [], []
     for request in requests:
-        ids, problem = encode_prompt(tokenizer, request.prompt, longest)
+        ids, problem = encode_prompt(tokenizer, request.prompt, longest, request.options)
         if problem is None:
             fitting.append((request, ids))
         else:
@@ -141,6 +145,5 @@ class VllmBackend:
         if params.logprobs:
             logprobs = [step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)]
         end = self._tokenizer.special_ids if completion.finish_reason == "stop" else frozenset()
-        return Sample(
-            key, completion.text, completion.finish_reason, *with_own_eos(ids, logprobs, end, self._tokenizer.eos_id)
-        )
+        known = with_own_eos(ids, logprobs, end, self._tokenizer.eos_id)
+        return written_sample(key, completion.finish_reason, self._tokenizer, completion.text, *known)

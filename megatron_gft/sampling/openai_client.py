@@ -7,9 +7,8 @@ answer that is not what the interface says. Other HTTP errors, redirects among t
 and a row of requests that were given up after all their tries end the run, because every further request would fail
 too. Proxies, ``NO_PROXY`` and certificates of the environment hold as they do for other programs.
 
-Of a reasoning model behind a server that parses its thoughts out (``reasoning_content``), the answer alone becomes the
-response: how the thoughts were spelled is not known here, so ids and log-probs are dropped with them and the summary
-counts such responses. A server without a reasoning parser leaves the thoughts in the text, as the model wrote them.
+A server without a reasoning parser leaves thoughts in the text, as the model wrote them; those that a parser took out
+(``reasoning_content``) are put back (:mod:`megatron_gft.sampling.written`).
 """
 
 from __future__ import annotations
@@ -24,10 +23,12 @@ from typing import Any
 
 import httpx2
 
+from megatron_gft.chat_template import KWARGS, ChatTemplateError
 from megatron_gft.errors import InputError
 from megatron_gft.sampling.settings import Outcome, Sample, SampleFailure, SampleRequest, SamplingParams, with_own_eos
 from megatron_gft.sampling.sources import OpenAISource
-from megatron_gft.tokenizer import ChatTemplateError
+from megatron_gft.sampling.written import BY_TAGS, PUT_BACK, prompt_opens, server_tags, with_thoughts, written_sample
+from megatron_gft.scoring.thoughts import lost_tags
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
 FATAL_STATUS = frozenset({401, 403, 404})
@@ -61,6 +62,7 @@ class OpenAIBackend:
 
     def __init__(self, source: OpenAISource):
         self._source, self._tokenizer = source, source.load_tokenizer()
+        self._tags = server_tags(source.thoughts, self._tokenizer)
         self._url = _endpoint(source.url, "chat/completions" if source.api == "chat" else "completions")
         self._headers = {"Content-Type": "application/json", **_authorization(source.api_key_env)}
         self._certificates = httpx2.create_ssl_context()
@@ -118,7 +120,7 @@ class OpenAIBackend:
         for attempt in range(self._source.attempts):
             await asyncio.sleep(pause)
             try:
-                return self._read_sample(request.key, await self._post(client, body), params)
+                return self._read_sample(request, await self._post(client, body), params)
             except _Refused as refused:
                 return SampleFailure(request.key, str(refused))
             except _Transient as transient:
@@ -168,51 +170,81 @@ class OpenAIBackend:
         if self._source.api == "chat":
             prompt = request.prompt
             body["messages"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            if request.options.tools:  # in the prompt; a call of one stays in the text
+                body |= {"tools": request.options.tools, "tool_choice": "none"}
             if params.logprobs:
                 body["logprobs"] = True
         else:
             assert self._tokenizer is not None
-            body["prompt"] = self._tokenizer.encode(self._tokenizer.render_prompt(request.prompt))
+            body["prompt"] = self._tokenizer.encode(self._tokenizer.render_prompt(request.prompt, request.options))
             if params.logprobs:
                 body["logprobs"] = 1
         if self._source.token_ids:
             body["return_token_ids"] = True
-        return body | self._source.extra_body
+        kwargs = {KWARGS: dict(request.options.kwargs)} if request.options.kwargs else {}  # with those of extra_body
+        return body | self._source.extra_body | kwargs
 
-    def _read_sample(self, key: str, reply: Any, params: SamplingParams) -> Sample:
+    def _read_sample(self, request: SampleRequest, reply: Any, params: SamplingParams) -> Sample:
         """Check the reply field by field: a proxy's or a dying server's answer must not become a response.
 
         Raises:
-            InputError: the server cannot give the log-probs that were asked for.
+            InputError: the server cannot give the log-probs that were asked for, or hides what the model wrote.
         """
         choice, text, thoughts = self._choice(reply)
         finish = choice["finish_reason"]
-        if text is None and (thoughts or finish == "length"):
-            text = ""  # all its tokens went into the thoughts; the same seed would do it again
-        if not isinstance(text, str):
-            raise _Transient(f"reply with content {text!r}")
         missing = [name for name in ("token_ids", "logprobs") if choice.get(name) is None]
         if params.logprobs and text and missing:
             raise InputError(
                 f"{self._url}: the reply has no {missing[0]}, which log-probs need -> use a server that gives "
                 "them (vLLM with return_token_ids), or set logprobs=false"
             )
-        ids, logprobs = (None, None) if thoughts else self._ids_and_logprobs(choice, finish, params)
-        return Sample(key, text, finish, ids, logprobs, without_reasoning=bool(thoughts))
+        ids, logprobs = self._ids_and_logprobs(choice, finish, params)
+        if not thoughts:
+            sample = written_sample(request.key, finish, self._tokenizer, text, ids, logprobs)
+            if sample.token_ids is None and lost_tags(text):
+                raise InputError(
+                    f"{self._url}: the server leaves out the special tokens around thoughts ({text[:20]!r}...) -> set "
+                    "extra_body='{skip_special_tokens: false}', or use its reasoning parser"
+                )
+            return sample
+        spelled = None if ids is None or self._tokenizer is None else self._tokenizer.written(ids)
+        whole = self._with_thoughts(request, thoughts, text, spelled)
+        if self._source.thoughts == "none" or (not text and finish == "stop" and whole != spelled):
+            return Sample(request.key, text, finish, without_reasoning=True)  # or are the thoughts never closed?
+        return written_sample(
+            request.key, finish, self._tokenizer, whole, ids, logprobs, PUT_BACK if whole == spelled else BY_TAGS
+        )
 
-    def _choice(self, reply: Any) -> tuple[dict[str, Any], Any, Any]:
+    def _with_thoughts(self, request: SampleRequest, thoughts: str, answer: str, spelled: str | None) -> str:
+        if self._source.thoughts == "none":
+            return answer
+        opened = prompt_opens(self._tokenizer, request.prompt, request.options, self._source.api == "chat")
+        try:
+            return with_thoughts(thoughts, answer, spelled, self._tags, bool(opened))
+        except InputError as error:
+            raise InputError(f"{self._url}: {error}") from None
+
+    def _choice(self, reply: Any) -> tuple[dict[str, Any], str, str]:
         """The one choice of a reply that ended as a response may, its text and the thoughts that were kept apart."""
         try:
             choice = reply["choices"][0]
             finish = choice["finish_reason"]
             message = choice["message"] if self._source.api == "chat" else {"content": choice["text"]}
-            text, thoughts = message["content"], message.get("reasoning_content") or message.get("reasoning")
+            text, thoughts = message["content"], message.get("reasoning_content") or message.get("reasoning") or ""
+            calls = message.get("tool_calls") or message.get("function_call")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise _Transient(f"reply without {error}") from error
+        said = next((f": {str(part['error'])[:200]}" for part in (choice, reply) if part.get("error")), "")
         if finish in REFUSED_FINISH:
-            raise _Refused(f"reply with finish_reason {finish!r}")
+            raise _Refused(f"reply with finish_reason {finish!r}{said}")
+        if calls:
+            raise _Refused("reply with tool calls taken out of the text: start the server without a tool parser")
         if finish not in ("stop", "length"):
-            raise _Transient(f"reply with finish_reason {finish!r}")
+            raise _Transient(f"reply with finish_reason {finish!r}{said}")
+        if text is None and (thoughts or finish == "length"):
+            text = ""  # all its tokens went into the thoughts; the same seed would do it again
+        if not isinstance(text, str) or not isinstance(thoughts, str):
+            raise _Transient(f"reply with content {text!r}, reasoning {str(thoughts)[:60]!r}")
         return choice, text, thoughts
 
     def _ids_and_logprobs(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
+from megatron_gft.chat_template import TemplateOptions
 from megatron_gft.groups.records import ResponseRecord
 from megatron_gft.journal import Journal
 from megatron_gft.sampling.prompts import PromptRow
-from megatron_gft.sampling.settings import Outcome, Prompt, Sample, SampleRequest, sample_seed
+from megatron_gft.sampling.settings import Outcome, Prompt, Sample, SampleFailure, SampleRequest, sample_seed
 from megatron_gft.sampling.sources import ColumnSource, OpenAISource, SampledSource
+from megatron_gft.sampling.written import prompt_opens
 
 FAILED = "request failed"
 
@@ -50,6 +52,7 @@ class SampledResponses:
     Args:
         source: as the user describes it.
         seed: of the run.
+        template_kwargs: variables of the chat template, of all sources.
 
     Attributes:
         identity: all that decides what is sampled; its hash goes into every record as ``sampling["settings"]``.
@@ -58,8 +61,13 @@ class SampledResponses:
         InputError: what the source needs is not there.
     """
 
-    def __init__(self, source: SampledSource, seed: int):
+    def __init__(self, source: SampledSource, seed: int, template_kwargs: Mapping[str, Any]):
         self.source, self.identity = source, source.identity() | {"seed": seed}
+        if template_kwargs:
+            self.identity["template_kwargs"] = dict(template_kwargs)
+        self.failures: dict[str, str] = {}  # reasons by key
+        self._tokenizer = source.load_tokenizer()
+        self._template_kwargs = {**template_kwargs, **source.template_kwargs()}
         self._server = source.backend() if isinstance(source, OpenAISource) else None
         self._sampling = source.params().as_dict() | {"backend": source.kind, "name": source.name}
         if "checkpoint" in self.identity:
@@ -76,37 +84,61 @@ class SampledResponses:
         """In the order of the rows; the key names a response in the journal."""
         for row in rows:
             prompt = _with_system(row.prompt, self.source.system)
+            options = self._options(row)
             for k, seed in self.wanted(row).items():
-                yield SampleRequest(self._key(row, k), prompt, seed)
+                yield SampleRequest(self._key(row, k), prompt, seed, options)
+
+    def _options(self, row: PromptRow) -> TemplateOptions:
+        return TemplateOptions.of_row(row.meta, self._template_kwargs)
+
+    def _rendering(self, row: PromptRow) -> dict[str, Any]:
+        """How the row's prompt was rendered, as each response keeps it; a chat server's template is not known."""
+        options, tokenizer = self._options(row), self._tokenizer
+        by_server = isinstance(self.source, OpenAISource) and self.source.api == "chat"
+        value = options.record() | {"add_generation_prompt": True}
+        if tokenizer is not None:
+            value["tokenizer"] = tokenizer.fingerprint
+            value |= {} if by_server else {"chat_template": tokenizer.chat_template_fingerprint}
+        opens = prompt_opens(tokenizer, _with_system(row.prompt, self.source.system), options, by_server)
+        return value | ({"opens": opens} if opens else {})
 
     def _key(self, row: PromptRow, k: int) -> str:
-        return f"{self.source.name}/{k}/{row.digest()}/{row.id}"
+        own = TemplateOptions.of_row(row.meta, {}).record()
+        digest = row.digest() + (f"-{sha256_json(own)[:12]}" if own else "")
+        return f"{self.source.name}/{k}/{digest}/{row.id}"
 
     def outcomes(self, rows: Iterable[PromptRow], journal: Journal) -> Iterator[Outcome]:
         """Ask for what the journal lacks; a model is loaded when the first outcome is wanted."""
         backend = self._server or self.source.backend()
-        yield from backend.generate(self.requests(rows), self.source.params(), journal.__contains__)
+        for outcome in backend.generate(self.requests(rows), self.source.params(), journal.__contains__):
+            if isinstance(outcome, SampleFailure):
+                self.failures[outcome.key] = outcome.reason
+            yield outcome
 
     def records(self, row: PromptRow, journal: Journal, summary: Summary) -> Iterator[ResponseRecord]:
         """The row's new responses; those that are missing or empty are counted, and what they lack."""
         wanted = self.wanted(row)
         if len(wanted) < self.source.k:
             summary.notes[f"{self.source.name}: in the input already"] += self.source.k - len(wanted)
+        rendering: dict[str, Any] = {}
         for k, seed in wanted.items():
             key = self._key(row, k)
             if key not in journal:
+                reason = self.failures.get(key, "not asked again").partition(": ")[0]
                 summary.dropped[FAILED] += 1
+                summary.notes[f"{self.source.name}: {FAILED}: {reason}"] += 1
                 continue
             sample = Sample(key, **journal[key])
             if not sample.text and not sample.token_ids:
                 summary.dropped["reasoning without an answer" if sample.without_reasoning else "empty response"] += 1
                 continue
-            record = self._record(sample, seed)
+            rendering = rendering or self._rendering(row)
+            record = self._record(sample, seed, rendering)
             for note in self._notes(sample, record):
                 summary.notes[f"{self.source.name}: {note}"] += 1
             yield record
 
-    def _record(self, sample: Sample, seed: int) -> ResponseRecord:
+    def _record(self, sample: Sample, seed: int, rendering: dict[str, Any]) -> ResponseRecord:
         text = _whole_characters(sample.text)
         ids = sample.token_ids if text == sample.text else None  # else they spell something else now
         return ResponseRecord(
@@ -118,11 +150,14 @@ class SampledResponses:
             token_ids=ids,
             logprobs=sample.logprobs if ids is not None else None,
             sampling=self._sampling | {"seed": seed},
+            extra={"rendering": rendering},
         )
 
     def _notes(self, sample: Sample, record: ResponseRecord) -> Iterator[str]:
         if record.text != sample.text:
             yield "half a character replaced by U+FFFD"
+        if sample.note:
+            yield sample.note
         if sample.without_reasoning:
             yield "reasoning, which the server kept apart, left out"
         if self.source.logprobs and record.logprobs is None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_gft.chat_template import PLAIN, Prompt, TemplateOptions
 from megatron_gft.errors import InputError
-
-Prompt = str | list[dict[str, Any]]
 
 WEIGHT_STRIDE = 16 << 20
 MODEL_FILES = (  # beside the weights, what decides the tokens that a model samples
@@ -52,6 +51,7 @@ class SampleRequest:
     key: str
     prompt: Prompt
     seed: int
+    options: TemplateOptions = PLAIN
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sample:
 
     ``token_ids`` are the ids that were sampled (a final EOS included), or ``None`` when they are unknown or do not
     spell ``text``; ``logprobs`` are the model's at temperature 1, one per id. ``without_reasoning``: the server kept
-    the model's thoughts apart from the text, and they were left out.
+    the model's thoughts apart from the text, and they were left out. ``note``: what else the summary should count.
     """
 
     key: str
@@ -69,6 +69,7 @@ class Sample:
     token_ids: list[int] | None = None
     logprobs: list[float] | None = None
     without_reasoning: bool = False
+    note: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What a journal keeps under ``key``: all fields that say something."""

@@ -24,11 +24,12 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megatron_gft.chat_template import KWARGS, NO_TEMPLATE, TemplateOptions
 from megatron_gft.config import Section, read_yaml
 from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.sampling.prompts import PromptRow, scalar_text
 from megatron_gft.sampling.settings import Backend, SamplingParams, model_fingerprint
-from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
+from megatron_gft.tokenizer import Tokenizer, load_tokenizer
 
 Role = Literal["expert", "teacher", "self"]
 
@@ -95,6 +96,10 @@ class SampledSource(Source):
             raise ValueError("stop holds an empty text")
         return self
 
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the chat template for this source only."""
+        return {}
+
     def params(self) -> SamplingParams:
         """The sampling parameters as backends take them."""
         return SamplingParams(
@@ -121,6 +126,10 @@ class SampledSource(Source):
         return super().identity() | own
 
     def problems(self, row: PromptRow) -> Iterator[str]:
+        try:
+            TemplateOptions.of_row(row.meta, {})
+        except InputError as error:
+            yield f"{row.place}: {error}"
         if self.system is not None and not isinstance(row.prompt, str) and row.prompt[0]["role"] == "system":
             yield (
                 f"{row.place}: the prompt begins with a system message, source {self.name} would add another "
@@ -131,8 +140,8 @@ class SampledSource(Source):
 class OpenAISource(SampledSource):
     """A server with the OpenAI interface: vLLM, SGLang, a hosted one.
 
-    Thoughts that the server keeps apart from the answer (``reasoning_content``) are left out, and counted in the
-    summary; to keep them in the responses as the model wrote them, start the server without a reasoning parser.
+    Thoughts that the server keeps apart from the answer (``reasoning_content``) are put back with the model's tags,
+    which ``tokenizer`` knows or ``thoughts`` names.
     """
 
     kind: Literal["openai"]
@@ -146,6 +155,7 @@ class OpenAISource(SampledSource):
     attempts: PositiveInt = Field(8, exclude=True, description="tries of one request")
     backoff: PositiveFloat = Field(1.0, exclude=True, description="seconds; longest first pause, doubled each time")
     token_ids: bool = Field(False, description="ask for the sampled ids (vLLM); needs tokenizer")
+    thoughts: str | None = Field(None, description="tags of thoughts: a family, OPENING...CLOSING; none: left out")
     extra_body: dict[str, Any] = Field(default_factory=dict, description="further fields of each request")
 
     @pydantic.model_validator(mode="after")
@@ -155,6 +165,12 @@ class OpenAISource(SampledSource):
         if self.logprobs and not self.token_ids:
             raise ValueError("logprobs are kept beside token ids only: set token_ids=true (vLLM) and tokenizer=DIR")
         return self
+
+    def template_kwargs(self) -> dict[str, Any]:
+        return self.extra_body.get(KWARGS, {})
+
+    def identity(self) -> dict[str, Any]:
+        return {name: value for name, value in super().identity().items() if (name, value) != ("thoughts", None)}
 
     def load_tokenizer(self) -> Tokenizer | None:
         if self.tokenizer is None:

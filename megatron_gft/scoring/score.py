@@ -23,6 +23,7 @@ from tqdm import tqdm
 from megatron_gft.atomic import writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import SOURCES, GroupRecord, iter_group_file, output_problems, write_group_file
+from megatron_gft.groups.records import opened_tag
 from megatron_gft.journal import Journal
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifier_pool import VerifierPool
@@ -156,7 +157,7 @@ def _read(inputs: Sequence[str | Path], options: ScoringOptions) -> Iterator[_Gr
         for record, place in iter_group_file(path):
             key = ""
             if options.can_judge(record.answer):
-                texts = [response.text for response in record.responses]
+                texts = [response.text + opened_tag(response) for response in record.responses]
                 content = json.dumps([record.answer, record.prompt, record.meta, texts], sort_keys=True, default=str)
                 key = f"{hashlib.blake2b(content.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}/{record.id}"
             elif options.missing_answer == "error":
@@ -182,7 +183,8 @@ def _judged(
             elif group.key in journal:
                 yield from (Verdict(*said) for said in journal[group.key])
             else:
-                yield from (Case(said.text, record.answer, record.prompt, record.meta) for said in record.responses)
+                for said in record.responses:
+                    yield Case(said.text, record.answer, record.prompt, record.meta, opened_tag(said))
 
     verdicts = pool.judge(cases())
     with tqdm(desc="scoring", unit="response", disable=not progress) as bar:

@@ -26,6 +26,7 @@ TAGS = {
     "openthoughts": ("<|begin_of_thought|>", "<|end_of_thought|>"),
     "reasoning": ("<reasoning>", "</reasoning>"),
 }
+_HARMONY = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>")  # written out
 _HARMONY_TOKEN = re.compile(r"<\|(?:return|end|call)\|>.*", re.DOTALL)
 _HARMONY_WITHOUT_TOKENS = re.compile(r"analysis(?=[A-Z]).*?(?:assistant(final)|\Z)", re.DOTALL)
 
@@ -50,6 +51,36 @@ def after_thoughts(text: str, tags: str = "all", before: str = "") -> str | None
     if not opened or opening.search(said):
         return None
     return _HARMONY_TOKEN.sub("", said) if harmony else said
+
+
+def opened_by(prompt: str) -> tuple[str, str] | None:
+    """The tags (opening, closing) of the thoughts that a rendered prompt leaves open at its end, if it does."""
+    end = prompt.rstrip()
+    return next((pair for pair in TAGS.values() if end.endswith(pair[0])), None)
+
+
+def thought_tags(name: str) -> tuple[str, str] | None:
+    """Opening and closing tag of a family, or of ``OPENING...CLOSING``, as the model writes them; None of ``none``.
+
+    Raises:
+        InputError: ``name`` is neither, or several.
+    """
+    if _patterns(name) == (None, None):
+        return None
+    if "..." not in name and name not in TAGS:
+        raise InputError(f"thoughts={name!r}: several families -> one of {', '.join(TAGS)}, or none")
+    opening, _, closing = name.partition("...")
+    return _HARMONY if name == "gpt-oss" else TAGS.get(name, (opening, closing))
+
+
+def tags_named_in(text: str) -> list[str]:
+    """Families whose tags a text (of a chat template) names, one of those with the same tags."""
+    return list({pair: name for name, pair in TAGS.items() if pair[0] in text or pair[1] in text}.values())
+
+
+def lost_tags(text: str) -> bool:
+    """Whether these are thoughts and answer of a model whose tags are special tokens that were left out."""
+    return text.startswith("analysis") and "assistantfinal" in text
 
 
 def _families(tags: str) -> list[str]:

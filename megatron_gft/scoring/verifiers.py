@@ -39,12 +39,13 @@ OUTCOMES: tuple[str, ...] = get_args(Outcome)
 
 @dataclass(frozen=True)
 class Case:
-    """One response to judge, with all that is known of its problem."""
+    """One response to judge, with all that is known of its problem; ``opens``: what the rendered prompt left open."""
 
     response: str
     answer: str | None
     prompt: str | list[dict[str, Any]] = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    opens: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ class _AfterThoughts:
     def said(self, case: Case) -> str:
         """The response after its thoughts; "" where they never end."""
         prompt = case.prompt if isinstance(case.prompt, str) else (case.prompt or [{}])[-1].get("content")
-        return after_thoughts(case.response, self.thoughts, prompt if isinstance(prompt, str) else "") or ""
+        return (
+            after_thoughts(case.response, self.thoughts, case.opens or (prompt if isinstance(prompt, str) else ""))
+            or ""
+        )
 
 
 @dataclass(frozen=True)
