@@ -20,6 +20,13 @@ from megatron_gft.atomic import atomic_file
 from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.objectives import OBJECTIVES, Advantage, Coefficient, Normalize, Source, ZeroVariance
 
+# fmt: off
+FunctionKey = Literal[
+    "objective.name", "objective.coefficient", "objective.advantage", "objective.sources", "objective.tau",
+    "objective.advantage_eps", "objective.normalize", "objective.zero_variance",
+]  # fmt: on
+"""What a step's loss depends on besides weights and data. All else changes how fast or how long a run goes on."""
+
 
 class Section(pydantic.BaseModel):
     """A section of the tree: unknown keys are errors, values are fixed once read."""
@@ -81,7 +88,7 @@ class DataConfig(Section):
     train: list[str] = Field(default_factory=list, description="shard prefixes or globs")
     train_weights: list[PositiveFloat] | None = Field(None, description="one per entry of train; default: all groups")
     valid: list[str] = Field(default_factory=list, description="shards to validate on; default: split of train")
-    split: str = Field("100,0,0", description="train,valid,test shares of every train shard, in order of groups")
+    split: str = Field("100,0", description="train,valid shares of every train shard, in order of groups")
     groups_per_step: PositiveInt = Field(128, description="whole groups per optimizer step")
     max_tokens_per_pack: PositiveInt = Field(8192, description="tokens of one microbatch, padding included")
     packing: Literal["auto", "packed", "shared_prefix"] = Field(
@@ -169,6 +176,9 @@ class CheckpointConfig(Section):
     init_from: str | None = Field(None, description="hf:DIR or a Megatron checkpoint: start from its weights")
     resume: Literal["latest", "previous", "never"] = Field(
         "latest", description="continue the run in train.output; previous: the last but one checkpoint"
+    )
+    allow_changes: list[FunctionKey] = Field(
+        default_factory=list, description="keys of the objective that may differ on resume; name stands for its preset"
     )
     load_optimizer: bool = Field(True, description="on resume, false keeps only weights and data position")
     save_every: PositiveInt | None = Field(None, description="steps between checkpoints; the last step always saves")

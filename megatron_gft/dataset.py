@@ -1,6 +1,6 @@
-"""Groups as Megatron datasets: blends with weights, train/valid/test splits, nothing tokenized on the fly.
+"""Groups as Megatron datasets: blends with weights, train/valid splits, nothing tokenized on the fly.
 
-    data = build_group_datasets(["data/math*", "data/code"], weights=[0.7, 0.3], split="98,2,0", seed=1)
+    data = build_group_datasets(["data/math*", "data/code"], weights=[0.7, 0.3], split="98,2", seed=1)
     group = data.train[0]                     # prompt, responses, sources, rewards, logprobs
     table = data.train.table([5, 3, 8])       # lengths, sources and rewards for planning, no token is read
 
@@ -30,6 +30,7 @@ from megatron.core.datasets.utils import Split
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.shards import Group, GroupShard, GroupTable, check_sets, expand_shards
 from megatron_gft.shards.limited import LengthLimits, LimitedCounts, LimitedGroups
+from megatron_gft.validation import split_problem
 
 __all__ = ["GroupDataset", "GroupDatasets", "GroupSplit", "LengthLimits", "build_group_datasets"]
 _ALL = "all shards"  # the one entry of a blend without weights
@@ -102,7 +103,7 @@ class GroupSplit(torch.utils.data.Dataset):
     """One split of the blend that Megatron built: its groups in order, and bulk access for planning.
 
     Attributes:
-        name: ``train``, ``valid`` or ``test``.
+        name: ``train`` or ``valid``.
         fingerprint: sha256 of the content of the shards, weights, split, limits and seed. Paths are not part of it.
         limited: what the length limits changed in the entries of this split.
     """
@@ -148,7 +149,6 @@ class GroupDatasets(NamedTuple):
 
     train: GroupSplit
     valid: GroupSplit | None
-    test: GroupSplit | None
 
 
 def build_group_datasets(
@@ -156,7 +156,7 @@ def build_group_datasets(
     *,
     weights: Sequence[float] | None = None,
     valid: Sequence[str] = (),
-    split: str = "100,0,0",
+    split: str = "100,0",
     seed: int = 1234,
     cache: str | None = None,
     tokenizer_fingerprint: str | None = None,
@@ -170,7 +170,7 @@ def build_group_datasets(
         weights: share of each entry in the blend, which then has as many groups as all entries together: an entry
             below its size leaves groups out, one above repeats them. None: every group once.
         valid: shards to validate on, none of them in ``train``; the split must then give everything to train.
-        split: train, valid and test shares of every entry, contiguous in the order of its groups.
+        split: train and valid shares of every entry, contiguous in the order of its groups; a third one must be 0.
         seed: of the choice and order within a weighted entry.
         cache: folder for Megatron's blend indices; used only with torch.distributed (which Megatron needs for it).
         tokenizer_fingerprint: of the model's tokenizer; None skips the check.
@@ -184,6 +184,7 @@ def build_group_datasets(
     limits = limits or LengthLimits()
     entries = _open_entries(train, tokenizer_fingerprint, vocab_size)
     held_out = [*itertools.chain(*_open_entries(valid, tokenizer_fingerprint, vocab_size))]
+    split = _three_shares(split)
     _check(entries, held_out, weights, split)
     if weights is None or len(entries) == 1:
         weights, entries = None, [[*itertools.chain(*entries)]]
@@ -193,7 +194,7 @@ def build_group_datasets(
     content = [
         [[shard.manifest.fingerprint for shard in shards] for shards in [*entries, held_out]],
         None if weights is None else list(weights),
-        split,
+        split,  # with its third share
         seed,
         {"max_prompt_tokens": None, **asdict(limits)} if limits_bite else None,  # as earlier versions spelled it
     ]
@@ -253,18 +254,15 @@ def _check(
         raise InputError(
             f"data.train_weights: {list(weights)} for {len(entries)} entries -> one positive, finite weight each"
         )
-    if any(_shares(split)[1:]) and held_out:
-        raise InputError(f"data.split: {split!r} beside data.valid -> set 100,0,0, or leave data.valid empty")
+    if held_out and float(split.split(",")[1]):
+        raise InputError(f"data.split: {split!r} beside data.valid -> set 100,0, or leave data.valid empty")
 
 
-def _shares(split: str) -> list[float]:
-    try:
-        shares = [float(share) for share in split.split(",")]
-    except ValueError:
-        shares = []
-    if not 1 <= len(shares) <= 3 or min(shares) < 0 or shares[0] <= 0 or not math.isfinite(sum(shares)):
-        raise InputError(f"data.split: {split!r} -> three shares train,valid,test such as 98,2,0, train > 0")
-    return shares
+def _three_shares(split: str) -> str:
+    """As Megatron's builder, earlier versions, and therefore fingerprints of data spell it."""
+    if problem := split_problem(split):
+        raise InputError(problem)
+    return split if split.count(",") == 2 else f"{split},0"
 
 
 def _limited(shards: list[GroupShard], limits: LengthLimits) -> LimitedGroups:
@@ -321,4 +319,4 @@ def _build(
         raise InputErrors(f"data.split: {split!r} leaves splits empty -> give them a larger share, or 0", problems)
     wanted = sizes if weights is not None else [None] * len(sizes)
     built = BlendedMegatronDatasetBuilder(GroupDataset, wanted, lambda: True, config).build()
-    return dict(zip(GroupDatasets._fields, built, strict=True))
+    return dict(zip(GroupDatasets._fields, built[:2], strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,14 +15,15 @@ from megatron_gft.batch import Groups, StepLoader, StepPrefetcher, open_groups
 from megatron_gft.checkpoints.checkpointer import (
     Checkpointer,
     RunState,
-    SaveFailed,
     load_weights,
 )
 from megatron_gft.checkpoints.history import find_checkpoint, list_checkpoints, newest_checkpoint
+from megatron_gft.checkpoints.starts import DATA_KEYS, Changes, check_same_function, keep_config
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.shape import ModelShape, read_model_shape, shape_differences
+from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.metrics import Reporter
 from megatron_gft.model import build_model
@@ -59,6 +59,10 @@ def build_trainer(
     resume_from = found[0]
 
     _check_function(config, shape, _weights_folder(config, resume_from))
+    changed, said = check_same_function(config, resume_from, run_folder) if resume_from else ({}, [])
+    kept = gather_results(lambda: [] if parallel.rank else keep_config(config, run_folder), run_folder)
+    for line in [*said, *kept[0]]:
+        logger.info("%s", line)
     seed_everything(config.train.seed, parallel)
     transformer, modules = build_model(shape, config.model, config.objective, config.parallel, parallel)
     if resume_from is None:
@@ -70,15 +74,17 @@ def build_trainer(
         chunks,
         optimizer,
         parallel,
-        keep_last=config.checkpoint.keep_last,
-        background=config.checkpoint.async_save,
+        config=config,
         model_files=_model_files(config, resume_from),
     )
     state = RunState(data_fingerprint=train_groups.fingerprint, groups_per_step=config.data.groups_per_step)
     if resume_from is not None:
         stored = checkpointer.load(resume_from, with_optimizer=config.checkpoint.load_optimizer)
-        _check_same_data(stored, state, config, resume_from)
+        _check_same_data(stored, state, config, resume_from, changed)
         state = replace(stored, data_fingerprint=state.data_fingerprint, groups_per_step=state.groups_per_step)
+    reporters: list[Reporter] = []  # of rank 0; all ranks end when its files cannot be written
+    progress = {"world_size": parallel.world_size, "first_step": state.step, "total_steps": total_steps}
+    gather_results(lambda: None if parallel.rank else reporters.append(Reporter(config, **progress)), run_folder)
     return Trainer(
         config=config,
         parallel=parallel,
@@ -90,9 +96,7 @@ def build_trainer(
         prefetcher=StepPrefetcher(loader, total_steps),
         validation=StepLoader(valid_groups, config, shape, parallel, validation=True) if valid_groups else None,
         checkpointer=checkpointer,
-        reporter=Reporter(config, world_size=parallel.world_size, first_step=state.step, total_steps=total_steps)
-        if parallel.rank == 0
-        else None,
+        reporter=reporters[0] if reporters else None,
         state=state,
         total_steps=total_steps,
         stop=StopRequest(),
@@ -175,29 +179,28 @@ def _initial_weights(config: Config, shape: ModelShape, parallel: Parallel, modu
         load_weights(newest_checkpoint(Path(origin), "checkpoint.init_from"), modules, parallel)
 
 
-def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path) -> None:
+def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path, changed: Changes) -> None:
     """The order of groups is a function of these two; with others, "continue at step n" means other groups."""
-    if config.data.allow_changed_data:
+    if stored.data_fingerprint == now.data_fingerprint and stored.groups_per_step == now.groups_per_step:
         return
-    if stored.data_fingerprint != now.data_fingerprint or stored.groups_per_step != now.groups_per_step:
-        raise InputError(
-            f"{path}: was trained on other data (shards, weights, split, seed or groups_per_step "
-            f"{stored.groups_per_step}, now {now.groups_per_step}) -> restore them, or set "
-            "data.allow_changed_data=true to go on from the same step number in the new order"
-        )
+    lines = [f"{key}: {changed[key][0]!r} then, {changed[key][1]!r} now" for key in DATA_KEYS if key in changed]
+    problem = InputErrors(
+        f"{path}: was trained on other data -> restore it, or set data.allow_changed_data=true to go on from the same "
+        "step number in the new order",
+        lines
+        or [f"the content of the shards: fingerprint {stored.data_fingerprint[:12]}, {now.data_fingerprint[:12]}"],
+    )
+    if not config.data.allow_changed_data:
+        raise problem
+    logger.warning("allowed by data.allow_changed_data: %s", "; ".join(problem.problems))
 
 
 @contextlib.contextmanager
 def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
     """The run on this process: data, process group, trainer; ended in order when the block is left.
 
-    A run that stopped or could not save says why; its exception goes no further.
+    A run that stopped says why; its exception goes no further.
     """
-    if os.environ.get("RANK", "0") == "0":
-        try:
-            config.write(Path(config.train.output) / "config.yaml")
-        except OSError as error:
-            raise InputError(f"train.output={config.train.output}: cannot be written ({error.strerror})") from None
     files = _model_files(config, _resume_point(config, Path(config.train.output) / "checkpoints")).folder
     data = None if config.data.cache else open_groups(config, shape, files)  # Megatron's cache needs the process group
     device = start_process_group(config.parallel.collective_timeout_minutes)
@@ -223,7 +226,7 @@ def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
     )
     try:
         yield trainer
-    except (TrainingStopped, SaveFailed) as error:
+    except TrainingStopped as error:
         if parallel.rank == 0:
             logger.error("%s", error)
     finally:

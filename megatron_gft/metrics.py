@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -102,8 +103,9 @@ def step_record(batch: StepBatch, outcome: StepOutcome, *, world_size: int, peak
 
 def _json_lines(path: Path, resume_step: int, closing: ExitStack) -> Sink:
     """``metrics.jsonl``; on resume, lines of steps that will be run again are dropped first."""
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+    if path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        kept = [line for line in text.splitlines() if _step_of(line) <= resume_step]
         with atomic_file(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept))
     file = closing.enter_context(open(path, "a", encoding="utf-8"))
@@ -131,27 +133,35 @@ def _tensorboard(folder: Path, resume_step: int, closing: ExitStack) -> Sink:
 
 
 def _weights_and_biases(project: str, run_folder: Path, config: dict[str, Any], closing: ExitStack) -> Sink:
-    """A run that continues under the run folder's name."""
+    """A run that later starts in the same folder continue; its id lies there, its name is the folder's."""
     try:
         import wandb  # optional dependency
     except ImportError:
         raise InputError(
             f"logging.wandb_project={project}: the package wandb is not installed -> pip install wandb"
         ) from None
-    name = run_folder.name
-    run = wandb.init(project=project, dir=str(run_folder), name=name, id=name, config=config, resume="allow")
+    kept = run_folder / "wandb_id.txt"
+    if not kept.exists():
+        with atomic_file(kept) as temporary:
+            temporary.write_text(f"{secrets.token_hex(8)}\n")
+    options = {"name": run_folder.resolve().name, "id": kept.read_text().strip(), "config": config, "resume": "allow"}
+    run = wandb.init(project=project, dir=str(run_folder), **options)
     closing.callback(run.finish)
     return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
 
 
 class Reporter:
-    """Everything a person sees of a run. Make one on rank 0; other ranks stay silent."""
+    """Everything a person sees of a run. Make one on rank 0; other ranks stay silent.
+
+    Attributes:
+        problem: why a record could not be written, "" as long as all were; the run then stops, its checkpoint written.
+    """
 
     def __init__(self, run: Config, *, world_size: int, first_step: int, total_steps: int):
         config, run_folder = run.logging, Path(run.train.output)
         self.config, self.with_entropy, self.world_size = config, run.objective.entropy, world_size
         self.total_steps = total_steps
-        self.slow_steps = 0
+        self.slow_steps, self.problem, self.run_folder = 0, "", run_folder
         run_folder.mkdir(parents=True, exist_ok=True)
         self.closing = ExitStack()
         self.sinks = [_json_lines(run_folder / "metrics.jsonl", first_step, self.closing)]
@@ -197,8 +207,17 @@ class Reporter:
         self.say(f"valid {step}/{self.total_steps} | loss {record['valid/loss']:.4f} | nll {', '.join(sources)}")
 
     def _write(self, record: Record) -> None:
-        for sink in self.sinks:
-            sink(record)
+        try:
+            for sink in self.sinks:
+                sink(record)
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        self.problem = self.problem or (
+            f"{self.run_folder}: metrics cannot be written ({error.strerror or error}) -> see to it (room on the disk, "
+            "limits, rights), then run the same command again"
+        )
 
     def say(self, text: str) -> None:
         """A line on stderr that does not tear the progress bar."""
@@ -224,4 +243,7 @@ class Reporter:
 
     def close(self) -> None:
         self.bar.close()
-        self.closing.close()
+        try:
+            self.closing.close()
+        except OSError as error:
+            self._failed(error)

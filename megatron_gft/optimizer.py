@@ -103,28 +103,16 @@ def build_scheduler(
     return scheduler
 
 
-_SETTINGS = {"max_lr": "lr", "min_lr": "min_lr", "betas": "beta1, beta2", "eps": "eps", "weight_decay": "weight_decay"}
-
-
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> list[str]:
-    """Restore moments and step counts; learning rate, betas, eps and weight decay stay those of the configuration.
-
-    Returns:
-        A line for each setting that was another one when the state was saved.
-    """
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Restore moments and step counts; learning rate, betas, eps and weight decay stay those of the configuration."""
     wanted = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
     with torch.no_grad():  # the loader of one of Megatron's formats writes into leaf views
         optimizer.load_state_dict(state)
-    changed: dict[str, str] = {}
     for group, settings in zip(optimizer.param_groups, wanted, strict=True):
-        for name, now in settings.items():
-            stored = type(now)(group.get(name, now))  # betas come back as a list
-            if stored != now:
-                changed[_SETTINGS[name]] = (
-                    f"optimizer.{_SETTINGS[name]}: {stored} in the checkpoint, {now} from here on"
-                )
         group.update(settings)
-    return list(changed.values())
+
+
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:

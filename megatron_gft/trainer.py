@@ -20,6 +20,7 @@ from megatron_gft.batch import StepBatch, StepLoader, StepPrefetcher
 from megatron_gft.checkpoints.checkpointer import Checkpointer, RunState
 from megatron_gft.config import Config
 from megatron_gft.conversion.convert import megatron_to_hf
+from megatron_gft.errors import EXIT_BAD_INPUT, InputError
 from megatron_gft.metrics import Reporter
 from megatron_gft.optimizer import apply_gradients, gathered_parameters, learning_rate, reduce_gradients
 from megatron_gft.packing import Pack
@@ -66,6 +67,7 @@ class Trainer:
             SaveFailed: a checkpoint could not be written.
         """
         settings = self.config.train
+        self._export()  # what an earlier start was not asked for, or did not come to
         while self.state.step < self.total_steps:
             self.watchdog.doing(f"training step {self.state.step + 1}")
             started = time.perf_counter()
@@ -78,13 +80,22 @@ class Trainer:
                 self.reporter.step(self.state.step, batch, outcome, self.state.skipped_steps)
             if settings.validate_every and self.state.step % settings.validate_every == 0:
                 self.validate()
+            if self.reporter is not None and self.reporter.problem:
+                self.stop.received = Signals.SIGTERM  # on all ranks, as a request to stop is
             signal = self.stop.agreed(self.device)
             self._save(last=self.state.step == self.total_steps or bool(signal))
             if signal:
-                self._log(f"stopped by signal {signal} after step {self.state.step}; the checkpoint is complete")
-                return StopRequest.CODES[Signals(signal)]
+                return self._stopped(signal)
         self._log(f"finished {self.total_steps} steps; run folder {settings.output}")
         return 0
+
+    def _stopped(self, signal: int) -> int:
+        after = f"after step {self.state.step}; the checkpoint is complete"
+        if self.reporter is not None and self.reporter.problem:
+            self._log(f"error: {self.reporter.problem}; stopped {after}")
+            return EXIT_BAD_INPUT
+        self._log(f"stopped by signal {signal} {after}")
+        return StopRequest.CODES[Signals(signal)]
 
     @property
     def output(self) -> Path:
@@ -193,31 +204,43 @@ class Trainer:
     def _save(self, *, last: bool) -> None:
         started = time.perf_counter()
         settings, step = self.config.checkpoint, self.state.step
-        due = last or (settings.save_every is not None and step % settings.save_every == 0)
-        export = settings.export_hf is not None and step == self.total_steps
-        if isinstance(settings.export_hf, int):
-            export = export or step % settings.export_hf == 0
+        due = last or self._export_due or (settings.save_every is not None and step % settings.save_every == 0)
         self.watchdog.doing(f"saving after step {step}")
-        if self.checkpointer.poll() or due or export:  # a background save that failed is made good at once
+        if self.checkpointer.poll() or due:  # a background save that failed is made good at once
             with gathered_parameters(self.chunks):
                 self.checkpointer.save(self.state)
-                if (last or export) and self.checkpointer.wait():
+                if (last or self._export_due) and self.checkpointer.wait():
                     self.checkpointer.save(self.state)
-        folder = self.output / "export" / f"step-{step:08d}"
-        if export and not folder.exists():
-            self.watchdog.doing(f"exporting after step {step}")
-            # from the checkpoint: no weights are gathered on a device, and every rank writes a part
-            megatron_to_hf(self.checkpointer.folder / f"step-{step:08d}", folder)
-            self._log(f"exported to {folder}")
+        self._export()
         self.save_seconds = time.perf_counter() - started
+
+    @property
+    def _export_due(self) -> bool:
+        every, step = self.config.checkpoint.export_hf, self.state.step
+        return every is not None and step > 0 and (step >= self.total_steps or (every != "last" and step % every == 0))
+
+    def _export(self) -> None:
+        """From the checkpoint of this step: no weights are gathered on a device, and every rank writes a part."""
+        folder = self.output / "export" / f"step-{self.state.step:08d}"
+        if self._export_due and not folder.exists():
+            self.watchdog.doing(f"exporting after step {self.state.step}")
+            megatron_to_hf(self.checkpointer.folder / f"step-{self.state.step:08d}", folder)
+            self._log(f"exported to {folder}")
 
     def _log(self, text: str) -> None:
         if self.reporter is not None:
             self.reporter.say(text)
 
     def close(self) -> None:
-        """End background work; safe to call after a failure."""
+        """End background work; safe to call after a failure.
+
+        Raises:
+            InputError: the last lines of the metrics could not be written.
+        """
         self.prefetcher.close()
         self.watchdog.stop()
         if self.reporter is not None:
+            said = self.reporter.problem
             self.reporter.close()
+            if self.reporter.problem != said:
+                raise InputError(self.reporter.problem)

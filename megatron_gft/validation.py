@@ -104,14 +104,23 @@ def _data(config: Config, shape: ModelShape, training: bool) -> Iterator[str]:
 
 def _split(config: Config) -> Iterator[str]:
     d = config.data
+    if problem := split_problem(d.split):
+        yield problem
+    elif config.train.validate_every and not d.valid and float(d.split.split(",")[1]) == 0:
+        yield "train.validate_every is set and there is no validation data -> set data.valid, or data.split to 98,2"
+
+
+def split_problem(split: str) -> str | None:
+    """What is wrong with ``data.split``; a third share, which earlier versions asked for, must be 0."""
     try:
-        train, valid, test = map(float, d.split.split(","))
+        train, valid, *rest = map(float, split.split(","))
     except ValueError:
-        train = valid = test = -1
-    if train <= 0 or valid < 0 or test < 0:
-        yield f'data.split={d.split!r}: not three shares -> for example "98,2,0" (train, valid, test)'
-    elif config.train.validate_every and not d.valid and valid == 0:
-        yield "train.validate_every is set and there is no validation data -> set data.valid, or data.split to 98,2,0"
+        train, valid, rest = -1.0, -1.0, []
+    if len(rest) == 1 and rest[0] != 0:
+        return f"data.split={split!r}: nothing reads a third share, its groups would be lost -> two shares, train,valid"
+    if not (0 < train < math.inf and 0 <= valid < math.inf) or len(rest) > 1:
+        return f'data.split={split!r}: not two shares -> for example "98,2" (train, valid)'
+    return None
 
 
 def _objective(config: Config) -> Iterator[str]:

@@ -55,7 +55,7 @@ def check_table(split) -> None:
 
 def test_without_weights_every_group_comes_once_in_order(shards):
     data = build_group_datasets([str(shards / "math*"), str(shards / "code")])
-    assert data.valid is None and data.test is None
+    assert data.valid is None
     assert prompts(data.train) == shard_prompts(shards / "math", shards / "math-00001", shards / "code")
     check_table(data.train)
     assert data.train.table().offsets[-1] == sum(len(data.train[i].responses) for i in range(45))
@@ -65,11 +65,11 @@ def test_without_weights_every_group_comes_once_in_order(shards):
 
 
 def test_splits_are_disjoint_and_complete(shards):
-    data = build_group_datasets([str(shards / "math*")], split="80,10,10")
+    data = build_group_datasets([str(shards / "math*")], split="80,20")
     parts = [prompts(split) for split in data]
-    assert [len(part) for part in parts] == [24, 3, 3]
+    assert [len(part) for part in parts] == [24, 6]
     assert sum(parts, []) == shard_prompts(shards / "math", shards / "math-00001")
-    assert len({split.fingerprint for split in data}) == 3
+    assert len({split.fingerprint for split in data}) == 2
     check_table(data.valid)
 
 
@@ -96,7 +96,7 @@ def test_one_weighted_entry_is_that_entry(shards):
 def test_separate_validation_shards(shards):
     write_groups(shards / "fits", *[([3, 4], [5, 2])] * 2)
     data = build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")])
-    assert len(data.train) == 30 and prompts(data.valid) == shard_prompts(shards / "code") and data.test is None
+    assert len(data.train) == 30 and prompts(data.valid) == shard_prompts(shards / "code")
     check_table(data.valid)
     limits = LengthLimits(max_response_tokens=5, policy="drop")
     limited = build_group_datasets([str(shards / "math*")], valid=[str(shards / "code")], limits=limits)
@@ -129,6 +129,7 @@ def test_fingerprint_is_of_content_not_of_paths(shards, tmp_path_factory):
         fingerprint([str(shards / "code"), str(shards / "math")], weights=[1, 2]),
     }
     assert len(different) == 7
+    assert fingerprint([str(shards / "code")], split="90,10") in different  # as when a third share was asked for
     assert fingerprint([str(shards / "code")], limits=LengthLimits(max_response_tokens=50)) == first  # changes nothing
     with GroupShardWriter(other / "rescored", STAMP) as writer:
         for group in content:
@@ -246,9 +247,8 @@ def test_what_does_not_fit_is_refused(shards):
         (dict(train=code, valid=[str(shards / "foreign")]), "different tokenizers"),
         (dict(train=[str(shards / "set")]), "1 of its 2 shards are given"),
         (dict(train=code, split="98,2,0"), "leaves splits empty"),
-        (dict(train=code, split="0,1,0"), "train > 0"),
-        (dict(train=code, split="a,b"), "train > 0"),
-        (dict(train=code, split="1,1,1,1"), "train > 0"),
+        *((dict(train=code, split=split), "not two shares") for split in ("0,1", "a,b", "100", "1,1,0,0", "1,inf")),
+        (dict(train=code, split="80,10,10"), "nothing reads a third share"),
         *(
             (dict(train=code + [str(shards / "math")], weights=w), "one positive, finite weight each")
             for w in BAD_WEIGHTS

@@ -78,6 +78,18 @@ def test_a_damaged_pointer_is_refused(tmp_path, text):
         find_checkpoint(tmp_path, "latest")
 
 
+def test_a_pointer_that_cannot_be_read_is_not_a_missing_one(tmp_path):
+    (made(tmp_path, 3) / "latest").mkdir()
+    with pytest.raises(InputError, match="latest: cannot be read .*-> correct that, or remove it"):
+        find_checkpoint(tmp_path, "latest")
+
+
+@pytest.mark.parametrize("text", ['{"weights": ', "[]", '{"weights": 3}', '{"weights": {"bytes": 1}}', "\xff"])
+def test_a_damaged_list_of_files_is_damage(tmp_path, text):
+    (made(tmp_path, 3) / "step-00000003" / "files.json").write_text(text, encoding="latin-1")
+    assert find_damage(tmp_path / "step-00000003")[0].startswith("files.json: damaged")
+
+
 def test_half_a_checkpoint_is_refused_before_it_could_be_overwritten(tmp_path):
     (tmp_path / "step-00000004").mkdir()
     with pytest.raises(InputError, match="step-00000004: incomplete"):

@@ -346,7 +346,7 @@ def test_shards_are_planned_as_they_will_be_trained(tmp_path):
     ("arguments", "code", "messages"),
     [
         (
-            ["--config", LLAMA_70B, "--world-size", "50", "parallel.tp=3", "optimizer.min_lr=1", "data.split=1,1"],
+            ["--config", LLAMA_70B, "--world-size", "50", "parallel.tp=3", "optimizer.min_lr=1", "data.split=1,1,1"],
             2,
             [
                 *("does not divide the world size 50", "64 attention heads do not divide by TP 3"),

@@ -7,7 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from test_plan import ask
+from test_train_cli import train_command, write_shard
+from tiny_models import write_tiny_tokenizer
 
 from megatron_gft.config import load_config
 from megatron_gft.hf.mapping import parameter_count
@@ -102,3 +106,48 @@ def test_configs_are_plain_hugging_face_files():
     for path in (ROOT / "examples").glob("*/config.json"):
         config = json.loads(path.read_text())
         assert config["architectures"][0].endswith("ForCausalLM") and config["torch_dtype"] == "bfloat16"
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 503}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2}
+SMALL |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ON_ONE_CPU = ["tp=1", "pp=1", "vpp=null", "cp=1", "ep=1", "etp=null", "sequence_parallel=false"]
+
+
+@pytest.mark.slow  # a training process for each recipe
+@pytest.mark.parametrize("name", WORLD_SIZES)
+def test_what_a_recipe_exports_is_what_transformers_loads(name, tmp_path):
+    """The recipe's own settings and config.json, with fewer and smaller layers, and weights as they come from the hub.
+    Everything that is not in the recipe's folder comes from that of the weights."""
+    recipe, weights, run = tmp_path / "recipe", tmp_path / "weights", tmp_path / "run"
+    recipe.mkdir()
+    config = json.loads((ROOT / "examples" / name / "config.json").read_text())
+    config |= {key: value for key, value in SMALL.items() if key in config or key[:4] in ("bos_", "eos_")}
+    (recipe / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(recipe))
+    model.generation_config.update(do_sample=True, temperature=0.625, top_k=7)
+    model.to(torch.bfloat16).save_pretrained(weights)
+    write_tiny_tokenizer(weights)
+
+    files = min((ROOT / "examples" / name).glob("gpus-*.yaml"), key=lambda path: world_size(str(path)))
+    arguments = [f"model.config={recipe}", f"checkpoint.init_from=hf:{weights}", f"train.output={run}"]
+    arguments += [f"parallel.{setting}" for setting in ON_ONE_CPU]
+    arguments += ["train.max_steps=1", f"data.train=[{write_shard(tmp_path / 'train', weights)}]"]
+    done = train_command(files, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (export,) = (run / "export").iterdir()
+    options = {"trust_remote_code": False, "local_files_only": True}
+    exported = transformers.AutoModelForCausalLM.from_pretrained(export, **options)
+    assert exported.state_dict().keys() == model.state_dict().keys()
+    assert not all(torch.equal(exported.state_dict()[key], value) for key, value in model.state_dict().items())
+    assert (exported.generation_config.temperature, exported.generation_config.top_k) == (0.625, 7)
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(folder, **options) for folder in (weights, export)]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    assert tokenizers[0].chat_template and tokenizers[0].chat_template == tokenizers[1].chat_template
+
+    tokenizers[0].add_tokens(["<more>"])
+    tokenizers[0].save_pretrained(tmp_path / "other")
+    foreign = write_shard(tmp_path / "foreign", tmp_path / "other")
+    refused = train_command(files, *arguments, f"data.train=[{foreign}]", f"train.output={tmp_path / 'refused'}")
+    assert refused.returncode == 2 and "made with tokenizer" in refused.stderr

@@ -135,7 +135,7 @@ def _settings_after_resume(model: str, output: str, options: list[str]) -> list[
 
 @pytest.mark.parametrize("options", [(), ("optimizer.distributed=false",), ("model.precision=bf16",)])
 def test_the_configuration_wins_over_the_optimizer_settings_of_a_checkpoint(model, tmp_path, options):
-    output, first = tmp_path / "run", ("model.precision=fp32", *options)
+    output, first = tmp_path / "run", ("model.precision=fp32", "objective.coefficient=none", *options)
     train(model, output, *first, "train.max_steps=2")
     changed = [*first, "optimizer.lr=5e-4", "optimizer.min_lr=1e-5", "optimizer.beta1=0.8", "optimizer.beta2=0.9"]
     changed += ["optimizer.eps=1e-6", "optimizer.weight_decay=0.1"]
@@ -162,6 +162,23 @@ def test_every_update_has_a_rate_above_the_end_of_the_decay(model, tmp_path, sch
     assert len(found) == 4 and found == sorted(found, reverse=True) and min(found) > 0
     if schedule == "linear":
         assert found == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("first", ["true", "false"])
+def test_another_kind_of_optimizer_is_refused_with_its_settings(model, tmp_path, first, precision):
+    """Megatron's optimizers store different things; weights and place can go on all the same."""
+    output, second = tmp_path / "run", "false" if first == "true" else "true"
+    options = [f"model.precision={precision}"]
+    train(model, output, *options, f"optimizer.distributed={first}", "train.max_steps=1", world_size=2)
+    with pytest.raises(
+        RuntimeError, match=f"(?s)InputError.*holds .*distributed={first}.* needs .*distributed={second}"
+    ):
+        train(model, output, *options, f"optimizer.distributed={second}", world_size=2)
+    options += [f"optimizer.distributed={second}", "checkpoint.load_optimizer=false"]
+    train(model, output, *options, "train.max_steps=2", world_size=2)
+    train(model, output, f"model.precision={precision}", f"optimizer.distributed={second}", world_size=1)
+    assert set(losses(output)) == {1, 2, 3, 4}
 
 
 def test_resume_never_does_not_overwrite(model, tmp_path):
@@ -320,8 +337,16 @@ def _with_fake_wandb(model: str, output: str, options: list[str]) -> dict:
 
 
 def test_weights_and_biases_gets_every_record_when_asked_for(model, tmp_path):
-    options = ["model.precision=fp32", "logging.wandb_project=gft", "train.max_steps=2"]
-    calls = run_ranks(1, _with_fake_wandb, model, str(tmp_path / "run"), options)[0]["calls"]
+    options = ["model.precision=fp32", "logging.wandb_project=gft"]
+    runs = [
+        run_ranks(1, _with_fake_wandb, model, str(tmp_path / folder), [*options, f"train.max_steps={steps}"])[0][
+            "calls"
+        ]
+        for folder, steps in (("a/run", 2), ("b/run", 1), ("a/run", 3))
+    ]
+    ids = [calls[0][1]["id"] for calls in runs]
+    assert ids[0] == ids[2] != ids[1], "of a folder, not of its name"
+    calls = runs[0]
     started, arguments = calls[0]
     assert started == "init" and arguments["project"] == "gft" and arguments["config"]["train"]["max_steps"] == 2
     assert [call[0] for call in calls[1:]] == [1, 2, "finish"]

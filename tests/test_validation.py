@@ -83,9 +83,10 @@ RULES = [
     # data
     (["data.train=[]"], DENSE, 1, ["data.train: missing", "tools/preprocess_groups.py"]),
     (["data.train_weights=[1.0,2.0]"], DENSE, 1, ["data.train_weights has 2 entries for 1"]),
-    (["data.split='100'"], DENSE, 1, ["data.split='100'", '"98,2,0"']),
+    (["data.split='100'"], DENSE, 1, ["data.split='100'", '"98,2"']),
     (["data.split='0,100,0'"], DENSE, 1, ["data.split="]),
     (["data.split='a,b,c'"], DENSE, 1, ["data.split="]),
+    (["data.split='80,10,10'"], DENSE, 1, ["data.split='80,10,10'", "its groups would be lost"]),
     (["train.validate_every=5"], DENSE, 1, ["train.validate_every", "set data.valid"]),
     (["parallel.cp=4", "data.max_tokens_per_pack=7"], DENSE, 4, ["data.max_tokens_per_pack=7", "at least 8"]),
     (

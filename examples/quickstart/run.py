@@ -223,7 +223,7 @@ def train_stage(quick: Quickstart) -> Stage:
             f"model.tokenizer={quick.hf}",
             f"checkpoint.init_from={quick.megatron}",
             f"data.train=[{quick.output / 'shards' / 'train'}]",
-            f"data.split={quick.sizes.train},{quick.sizes.valid},0",
+            f"data.split={quick.sizes.train},{quick.sizes.valid}",
             f"train.output={quick.output}",
             f"train.seed={quick.seed}",
             *quick.overrides,

@@ -35,7 +35,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_gft.atomic import fsync_path, sha256_file, write_json
 from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
 from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, find_damage, publish
+from megatron_gft.checkpoints.starts import CONFIG_FILE
 from megatron_gft.checkpoints.torch_dist import replace_results_queue
+from megatron_gft.config import Config
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.shared_folder import gather_results
@@ -64,7 +66,7 @@ class RunState:
     skipped_steps: int = 0
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(InputError):
     """A checkpoint could not be written; earlier ones are as they were."""
 
 
@@ -97,18 +99,18 @@ class Checkpointer:
         optimizer: MegatronOptimizer | None,
         parallel: Parallel,
         *,
-        keep_last: int,
-        background: bool,
+        config: Config,
         model_files: ModelFiles,
     ):
         """
         Args:
             folder: ``RUN/checkpoints``.
+            config: of this start; goes into each checkpoint.
             model_files: configuration and tokenizer that go into each checkpoint, so that an export needs nothing
                 else.
         """
         self.folder, self.chunks, self.optimizer, self.parallel = folder, chunks, optimizer, parallel
-        self.keep_last, self.background = keep_last, background
+        self.config, self.background = config, config.checkpoint.async_save
         self.model_files = model_files
         replace_results_queue()
         self.queue = AsyncCallsQueue()
@@ -199,6 +201,7 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / MODEL_FILES_FOLDER).mkdir(parents=True)
             self.model_files.write(partial / MODEL_FILES_FOLDER)
+            self.config.write(partial / CONFIG_FILE)
 
     def _start_hashing(self, folder: Path) -> concurrent.futures.Future[Files]:
         """Size and sha256 of this rank's share of the files, in a thread; all files are there and complete."""
@@ -209,14 +212,21 @@ class Checkpointer:
     def _commit(self) -> None:
         pending, self.pending = self.pending, None
         assert pending is not None and pending.hashes is not None
-        shares = gather_results(pending.hashes.result, pending.folder)
-        if self.parallel.rank == 0:
-            partial = pending.folder
-            write_json(partial / STATE_FILE, asdict(pending.state))
-            files = {name: entry for share in shares for name, entry in share.items()}
-            write_json(partial / FILES_FILE, files | _describe_files(partial, [partial / STATE_FILE]))
-            publish(partial, pending.state.step, self.keep_last)
-        dist.barrier()
+        folder, hashes = pending.folder, pending.hashes
+        try:
+            shares = gather_results(hashes.result, folder)
+            gather_results(lambda: self._publish(pending, shares) if self.parallel.rank == 0 else None, folder)
+        except InputError as error:
+            if self.parallel.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise SaveFailed(f"checkpoint of step {pending.state.step}: {error}") from error
+
+    def _publish(self, pending: _Pending, shares: list[Files]) -> None:
+        partial = pending.folder
+        write_json(partial / STATE_FILE, asdict(pending.state))
+        files = {name: entry for share in shares for name, entry in share.items()}
+        write_json(partial / FILES_FILE, files | _describe_files(partial, [partial / STATE_FILE]))
+        publish(partial, pending.state.step, self.config.checkpoint.keep_last)
 
     def _sharded_state(self, *, loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
         state = model_state(self.chunks)
@@ -240,8 +250,7 @@ class Checkpointer:
         state = self._sharded_state(loading=True, with_optimizer=with_optimizer)
         loaded = _load(path, state, self.chunks, self.parallel)
         if with_optimizer and self.optimizer is not None:
-            for line in load_optimizer_state(self.optimizer, loaded["optimizer"]):
-                logger.info("%s", line)
+            load_optimizer_state(self.optimizer, loaded["optimizer"])
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
         return RunState(**json.loads((path / STATE_FILE).read_text()))

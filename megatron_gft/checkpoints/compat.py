@@ -13,11 +13,13 @@ ones, which is said in so many words.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import megatron.core
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from packaging.version import Version
 
 from megatron_gft.checkpoints.torch_dist import TorchDistReader
@@ -36,7 +38,8 @@ def loadable_sharded_state_dict(state: dict[str, Any], checkpoint: str | Path) -
             place.
 
     Raises:
-        InputError: the folder is not a ``torch_dist`` checkpoint, or one of a later Megatron-Core.
+        InputError: the folder is not a ``torch_dist`` checkpoint, or one of a later Megatron-Core; it holds the state
+            of another kind of optimizer.
     """
     reader = TorchDistReader(checkpoint)
     installed = megatron.core.__version__
@@ -47,7 +50,25 @@ def loadable_sharded_state_dict(state: dict[str, Any], checkpoint: str | Path) -
             f"{checkpoint}: no common.pt there, so megatron-core 0.19 or later wrote it, and {installed} cannot load "
             "it -> install megatron-core>=0.19"
         )
+    wanted = {value.key for value in nested_values(state) if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+    stored_form, wanted_form = _optimizer_form(reader.tensors), _optimizer_form(wanted)
+    if wanted_form not in (None, stored_form):
+        raise InputError(
+            f"{checkpoint}: holds {stored_form or 'weights without an optimizer'}, this run needs {wanted_form} -> set "
+            "these as they were, or checkpoint.load_optimizer=false: weights and place go on, Adam begins afresh"
+        )
     return _loadable(state, set(reader.tensors), reader.objects)
+
+
+def _optimizer_form(keys: Collection[str]) -> str | None:
+    """Which of Megatron's optimizers state of these keys belongs to, as settings; None without any."""
+    forms = {
+        "param": "optimizer.distributed=true",
+        "fp32_param": "optimizer.distributed=false, model.precision=bf16",
+        "exp_avg": "optimizer.distributed=false, model.precision=fp32",
+    }
+    kinds = {key.split(".")[2] for key in keys if key.startswith("optimizer.state.")}
+    return next((f"the state of {form}" for kind, form in forms.items() if kind in kinds), None)
 
 
 def _loadable(state: dict[str, Any], tensors: set[str], objects: set[str]) -> dict[str, Any]:

@@ -101,7 +101,14 @@ def publish(partial: Path, step: int, keep_last: int) -> None:
 def _named(folder: Path) -> str | None:
     """What ``latest`` says; None without that file."""
     pointer = folder / LATEST_FILE
-    return pointer.read_bytes().decode("utf-8", "replace").strip() if pointer.is_file() else None
+    try:
+        return pointer.read_bytes().decode("utf-8", "replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise InputError(
+            f"{pointer}: cannot be read ({error.strerror}) -> correct that, or remove it: then the newest one counts"
+        ) from None
 
 
 def _point_to(path: Path) -> None:
@@ -119,7 +126,11 @@ def _remove(path: Path) -> None:
 
 def find_damage(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     """Compare part ``part`` of ``parts`` of a checkpoint's files with their recorded size and sha256."""
-    expected: Files = json.loads((path / FILES_FILE).read_text())
+    try:
+        expected: Files = json.loads((path / FILES_FILE).read_text(encoding="utf-8"))
+        expected = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in expected.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [f"{FILES_FILE}: damaged ({error!r})"]
     problems = []
     for name in sorted(expected)[part::parts]:
         file, entry = path / name, expected[name]

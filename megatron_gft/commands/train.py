@@ -6,7 +6,9 @@ Configuration problems end the program with exit code 2 before torch is imported
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 # The same bad input stops every rank. Ranks other than a machine's first wait so long with their message, by when
 # torchrun has ended them because of the first one's exit code; what only they saw is still said.
 QUIET_SECONDS = 3.0
+
+FEWEST_OPEN_FILES = 256  # one process alone has some 120
+SYSTEM_LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE)
 
 EXAMPLE = """example: torchrun --nproc-per-node 8 -m megatron_gft.train --config FILE optimizer.lr=2e-6 train.output=RUN
 
@@ -70,18 +75,27 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
     return config, shape
 
 
+def _check_open_files() -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= limit < FEWEST_OPEN_FILES:
+        raise InputError(f"ulimit -n: {limit} open files are too few for a process of the run -> ulimit -n 4096")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; the exit code is 0, 2 for bad input, or that of the stop that was asked for."""
     try:
         config, shape = parse(argv)
+        _check_open_files()
         from megatron_gft.job import open_run  # torch and Megatron: seconds, and only for a sound configuration
 
         with open_run(config, shape) as trainer:
             return trainer.run()
         return EXIT_FAILED  # it stopped, and has said why
-    except InputError as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in SYSTEM_LIMITS:
             raise
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            raise InputError(str(error)) from None
         time.sleep(QUIET_SECONDS)
         raise InputError(f"rank {os.environ['RANK']}: {error}") from None

@@ -24,9 +24,9 @@ from megatron_gft.tokenizer import tokenizer_fingerprint
 CARRIED_PATTERNS = (
     *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template*"),
-    *("additional_chat_templates", "LICENSE*", "NOTICE*"),
+    *("additional_chat_templates", "LICENSE*", "NOTICE*", "*.py"),
 )
-"""What transformers, vLLM and a lawyer need beside the weights."""
+"""What transformers, vLLM and a lawyer need beside the weights. Code (of ``auto_map``) is carried and never run."""
 
 _IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers that old checkpoints stored; transformers computes them."""

@@ -103,8 +103,18 @@ def shape_differences(one: ModelShape, other: ModelShape) -> dict[str, tuple[obj
     return {HF_KEYS.get(name, name): pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def refuse_adapter(folder: str | os.PathLike) -> None:
+    """Raise InputError for a folder with a LoRA adapter: its weights alone are not the model that people mean by it."""
+    if (Path(folder) / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder}: adapter_config.json is there, so this is a LoRA adapter and its base model -> merge the two "
+            "(peft: merge_and_unload, save_pretrained) and name the merged folder"
+        )
+
+
 def _config_file(model: str | os.PathLike) -> Path:
     path = Path(model)
+    refuse_adapter(path)
     return path / "config.json" if path.is_dir() else path
 
 

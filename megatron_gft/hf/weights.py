@@ -18,7 +18,7 @@ from megatron_gft.errors import InputError
 from megatron_gft.hf.files import check_tensors
 from megatron_gft.hf.mapping import Entry, HfMapping, Shard
 from megatron_gft.hf.safetensors_io import SafetensorsFolder
-from megatron_gft.hf.shape import ModelShape
+from megatron_gft.hf.shape import ModelShape, refuse_adapter
 from megatron_gft.parallel import Parallel
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -79,6 +79,7 @@ def load_hf_weights(
     Raises:
         InputError: weights that are damaged, incomplete, or of another model.
     """
+    refuse_adapter(hf_dir)
     mapping = HfMapping(shape)
     weights = SafetensorsFolder(hf_dir)
     check_tensors(weights, mapping)

@@ -20,7 +20,8 @@ HEAD = """# Configuration
 `python -m megatron_gft.train --config FILE [section.key=value ...]` reads one tree of settings. Several
 `--config` files are laid over each other, and the later one wins key by key; an override on the command line
 wins over all files. An unknown key is an error that names the nearest known one. All problems are reported at
-once, before any process starts. The resolved tree is written to `RUN/config.yaml`. In YAML:
+once, before any process starts. The resolved tree is written to `RUN/config.yaml`, that of a later start to
+`config-0002.yaml` and so on. In YAML:
 
 ```yaml
 model: {config: models/Qwen2.5-1.5B}
