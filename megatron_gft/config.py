@@ -20,13 +20,6 @@ from megatron_gft.atomic import atomic_file
 from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.objectives import OBJECTIVES, Advantage, Coefficient, Normalize, Source, ZeroVariance
 
-# fmt: off
-FunctionKey = Literal[
-    "objective.name", "objective.coefficient", "objective.advantage", "objective.sources", "objective.tau",
-    "objective.advantage_eps", "objective.normalize", "objective.zero_variance",
-]  # fmt: on
-"""What a step's loss depends on besides weights and data. All else changes how fast or how long a run goes on."""
-
 
 class Section(pydantic.BaseModel):
     """A section of the tree: unknown keys are errors, values are fixed once read."""
@@ -177,8 +170,8 @@ class CheckpointConfig(Section):
     resume: Literal["latest", "previous", "never"] = Field(
         "latest", description="continue the run in train.output; previous: the last but one checkpoint"
     )
-    allow_changes: list[FunctionKey] = Field(
-        default_factory=list, description="keys of the objective that may differ on resume; name stands for its preset"
+    allow_changes: list[str] = Field(
+        default_factory=list, description="keys such as objective.tau whose value may be another one on resume"
     )
     load_optimizer: bool = Field(True, description="on resume, false keeps only weights and data position")
     save_every: PositiveInt | None = Field(None, description="steps between checkpoints; the last step always saves")

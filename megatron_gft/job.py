@@ -184,15 +184,14 @@ def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path
     if stored.data_fingerprint == now.data_fingerprint and stored.groups_per_step == now.groups_per_step:
         return
     lines = [f"{key}: {changed[key][0]!r} then, {changed[key][1]!r} now" for key in DATA_KEYS if key in changed]
-    problem = InputErrors(
-        f"{path}: was trained on other data -> restore it, or set data.allow_changed_data=true to go on from the same "
-        "step number in the new order",
-        lines
-        or [f"the content of the shards: fingerprint {stored.data_fingerprint[:12]}, {now.data_fingerprint[:12]}"],
-    )
+    lines = lines or [f"shards: {stored.data_fingerprint[:12]} then, {now.data_fingerprint[:12]} now (fingerprints)"]
     if not config.data.allow_changed_data:
-        raise problem
-    logger.warning("allowed by data.allow_changed_data: %s", "; ".join(problem.problems))
+        raise InputErrors(
+            f"{path}: was trained on other data -> restore it, or set data.allow_changed_data=true to go on from the "
+            "same step number in the new order",
+            lines,
+        )
+    logger.warning("allowed by data.allow_changed_data: %s", "; ".join(lines))
 
 
 @contextlib.contextmanager

@@ -10,16 +10,17 @@ import json
 import logging
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from megatron_gft.atomic import atomic_file
+from megatron_gft.atomic import atomic_file, write_json, writing
 from megatron_gft.batch import StepBatch
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError
@@ -122,6 +123,11 @@ def _step_of(line: str) -> float:
 def _tensorboard(folder: Path, resume_step: int, closing: ExitStack) -> Sink:
     from torch.utils.tensorboard import SummaryWriter  # optional dependency
 
+    def once(failure: threading.ExceptHookArgs) -> None:
+        if not isinstance(failure.exc_value, OSError):  # such an error of the writer's thread comes from its next call
+            threading.__excepthook__(failure)
+
+    threading.excepthook = once
     writer = closing.enter_context(SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None))
 
     def write(record: Record) -> None:
@@ -140,12 +146,10 @@ def _weights_and_biases(project: str, run_folder: Path, config: dict[str, Any], 
         raise InputError(
             f"logging.wandb_project={project}: the package wandb is not installed -> pip install wandb"
         ) from None
-    kept = run_folder / "wandb_id.txt"
-    if not kept.exists():
-        with atomic_file(kept) as temporary:
-            temporary.write_text(f"{secrets.token_hex(8)}\n")
-    options = {"name": run_folder.resolve().name, "id": kept.read_text().strip(), "config": config, "resume": "allow"}
-    run = wandb.init(project=project, dir=str(run_folder), **options)
+    if not (file := run_folder / "wandb_id.json").exists():
+        write_json(file, secrets.token_hex(8))
+    name, known = run_folder.resolve().name, json.loads(file.read_text())
+    run = wandb.init(project=project, dir=str(run_folder), name=name, id=known, config=config, resume="allow")
     closing.callback(run.finish)
     return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
 
@@ -154,17 +158,17 @@ class Reporter:
     """Everything a person sees of a run. Make one on rank 0; other ranks stay silent.
 
     Attributes:
-        problem: why a record could not be written, "" as long as all were; the run then stops, its checkpoint written.
+        problem: why a record could not be written; "" as long as all were.
     """
 
     def __init__(self, run: Config, *, world_size: int, first_step: int, total_steps: int):
         config, run_folder = run.logging, Path(run.train.output)
         self.config, self.with_entropy, self.world_size = config, run.objective.entropy, world_size
         self.total_steps = total_steps
-        self.slow_steps, self.problem, self.run_folder = 0, "", run_folder
+        self.slow_steps, self.problem, self.place = 0, "", run_folder / "metrics.jsonl"
         run_folder.mkdir(parents=True, exist_ok=True)
         self.closing = ExitStack()
-        self.sinks = [_json_lines(run_folder / "metrics.jsonl", first_step, self.closing)]
+        self.sinks = [_json_lines(self.place, first_step, self.closing)]
         if config.tensorboard:
             try:
                 self.sinks.append(_tensorboard(run_folder / "tensorboard", first_step, self.closing))
@@ -208,16 +212,11 @@ class Reporter:
 
     def _write(self, record: Record) -> None:
         try:
-            for sink in self.sinks:
-                sink(record)
-        except OSError as error:
-            self._failed(error)
-
-    def _failed(self, error: OSError) -> None:
-        self.problem = self.problem or (
-            f"{self.run_folder}: metrics cannot be written ({error.strerror or error}) -> see to it (room on the disk, "
-            "limits, rights), then run the same command again"
-        )
+            with writing(self.place):
+                for sink in self.sinks:
+                    sink(record)
+        except InputError as error:
+            self.problem = str(error)
 
     def say(self, text: str) -> None:
         """A line on stderr that does not tear the progress bar."""
@@ -242,8 +241,10 @@ class Reporter:
         return " | ".join(parts)
 
     def close(self) -> None:
+        """
+        Raises:
+            InputError: the last records could not be written, and no problem was known so far.
+        """
         self.bar.close()
-        try:
+        with suppress(OSError) if self.problem else writing(self.place):
             self.closing.close()
-        except OSError as error:
-            self._failed(error)

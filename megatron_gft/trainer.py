@@ -20,7 +20,7 @@ from megatron_gft.batch import StepBatch, StepLoader, StepPrefetcher
 from megatron_gft.checkpoints.checkpointer import Checkpointer, RunState
 from megatron_gft.config import Config
 from megatron_gft.conversion.convert import megatron_to_hf
-from megatron_gft.errors import EXIT_BAD_INPUT, InputError
+from megatron_gft.errors import EXIT_BAD_INPUT
 from megatron_gft.metrics import Reporter
 from megatron_gft.optimizer import apply_gradients, gathered_parameters, learning_rate, reduce_gradients
 from megatron_gft.packing import Pack
@@ -85,17 +85,12 @@ class Trainer:
             signal = self.stop.agreed(self.device)
             self._save(last=self.state.step == self.total_steps or bool(signal))
             if signal:
-                return self._stopped(signal)
+                failed = self.reporter.problem if self.reporter is not None else ""
+                why = f"error: {failed}; stopped" if failed else f"stopped by signal {signal}"
+                self._log(f"{why} after step {self.state.step}; the checkpoint is complete")
+                return EXIT_BAD_INPUT if failed else StopRequest.CODES[Signals(signal)]
         self._log(f"finished {self.total_steps} steps; run folder {settings.output}")
         return 0
-
-    def _stopped(self, signal: int) -> int:
-        after = f"after step {self.state.step}; the checkpoint is complete"
-        if self.reporter is not None and self.reporter.problem:
-            self._log(f"error: {self.reporter.problem}; stopped {after}")
-            return EXIT_BAD_INPUT
-        self._log(f"stopped by signal {signal} {after}")
-        return StopRequest.CODES[Signals(signal)]
 
     @property
     def output(self) -> Path:
@@ -232,15 +227,8 @@ class Trainer:
             self.reporter.say(text)
 
     def close(self) -> None:
-        """End background work; safe to call after a failure.
-
-        Raises:
-            InputError: the last lines of the metrics could not be written.
-        """
+        """End background work; safe to call after a failure. Raises InputError as :meth:`Reporter.close` does."""
         self.prefetcher.close()
         self.watchdog.stop()
         if self.reporter is not None:
-            said = self.reporter.problem
             self.reporter.close()
-            if self.reporter.problem != said:
-                raise InputError(self.reporter.problem)

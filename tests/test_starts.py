@@ -79,8 +79,6 @@ def test_the_name_of_the_preset_stands_for_what_it_sets(tmp_path, checkpoint):
         check_same_function(config("objective=sft", "objective.tau=0.5", allow), checkpoint, tmp_path)
     same = ["objective.name=dft", "objective.coefficient=rectified", "objective.advantage=std"]
     check_same_function(config(*same, "objective.sources=[expert,teacher,self]"), checkpoint, tmp_path)
-    with pytest.raises(InputError, match="allow_changes"):
-        config("checkpoint.allow_changes=[optimizer.lr]")
 
 
 def test_the_checkpoint_counts_and_not_a_start_that_came_to_nothing(tmp_path, checkpoint):

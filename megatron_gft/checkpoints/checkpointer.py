@@ -128,7 +128,7 @@ class Checkpointer:
         try:
             gather_results(lambda: self._prepare(partial), partial)
         except InputError as error:
-            raise SaveFailed(f"checkpoint of step {state.step}: {error}") from error
+            raise self._failed(state, partial, error) from error
         request = dist_checkpointing.save(
             self._sharded_state(),
             str(partial),
@@ -212,21 +212,24 @@ class Checkpointer:
     def _commit(self) -> None:
         pending, self.pending = self.pending, None
         assert pending is not None and pending.hashes is not None
-        folder, hashes = pending.folder, pending.hashes
         try:
-            shares = gather_results(hashes.result, folder)
-            gather_results(lambda: self._publish(pending, shares) if self.parallel.rank == 0 else None, folder)
+            shares = gather_results(pending.hashes.result, pending.folder)
+            gather_results(lambda: self._publish(pending, shares), pending.folder)
         except InputError as error:
-            if self.parallel.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise SaveFailed(f"checkpoint of step {pending.state.step}: {error}") from error
+            raise self._failed(pending.state, pending.folder, error) from error
+
+    def _failed(self, state: RunState, partial: Path, error: InputError) -> SaveFailed:
+        if self.parallel.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        return SaveFailed(f"checkpoint of step {state.step}: {error}")
 
     def _publish(self, pending: _Pending, shares: list[Files]) -> None:
-        partial = pending.folder
-        write_json(partial / STATE_FILE, asdict(pending.state))
-        files = {name: entry for share in shares for name, entry in share.items()}
-        write_json(partial / FILES_FILE, files | _describe_files(partial, [partial / STATE_FILE]))
-        publish(partial, pending.state.step, self.config.checkpoint.keep_last)
+        if self.parallel.rank == 0:
+            partial = pending.folder
+            write_json(partial / STATE_FILE, asdict(pending.state))
+            files = {name: entry for share in shares for name, entry in share.items()}
+            write_json(partial / FILES_FILE, files | _describe_files(partial, [partial / STATE_FILE]))
+            publish(partial, pending.state.step, self.config.checkpoint.keep_last)
 
     def _sharded_state(self, *, loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
         state = model_state(self.chunks)

@@ -38,8 +38,7 @@ def loadable_sharded_state_dict(state: dict[str, Any], checkpoint: str | Path) -
             place.
 
     Raises:
-        InputError: the folder is not a ``torch_dist`` checkpoint, or one of a later Megatron-Core; it holds the state
-            of another kind of optimizer.
+        InputError: no ``torch_dist`` checkpoint, one of a later Megatron-Core, or of another kind of optimizer.
     """
     reader = TorchDistReader(checkpoint)
     installed = megatron.core.__version__
@@ -61,14 +60,12 @@ def loadable_sharded_state_dict(state: dict[str, Any], checkpoint: str | Path) -
 
 
 def _optimizer_form(keys: Collection[str]) -> str | None:
-    """Which of Megatron's optimizers state of these keys belongs to, as settings; None without any."""
-    forms = {
-        "param": "optimizer.distributed=true",
-        "fp32_param": "optimizer.distributed=false, model.precision=bf16",
-        "exp_avg": "optimizer.distributed=false, model.precision=fp32",
-    }
+    """The optimizer whose state has such keys, as settings; None without one."""
     kinds = {key.split(".")[2] for key in keys if key.startswith("optimizer.state.")}
-    return next((f"the state of {form}" for kind, form in forms.items() if kind in kinds), None)
+    if not kinds:
+        return None
+    other = f"optimizer.distributed=false, model.precision={'bf16' if 'fp32_param' in kinds else 'fp32'}"
+    return f"the state of {'optimizer.distributed=true' if 'param' in kinds else other}"
 
 
 def _loadable(state: dict[str, Any], tensors: set[str], objects: set[str]) -> dict[str, Any]:

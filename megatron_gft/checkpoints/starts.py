@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from megatron_gft.config import Config, FunctionKey, read_yaml
+from megatron_gft.config import Config, read_yaml
 from megatron_gft.errors import InputErrors
 
 CONFIG_FILE = "config.yaml"
@@ -17,6 +17,8 @@ DATA_KEYS = (
 )
 """What the order and the content of the steps come from, beside the shards."""
 
+# How the loss is computed and what is measured on the way; all else of the objective says which loss it is.
+_SAME_LOSS = {"objective.fused_head", "objective.head_chunk_tokens", "objective.entropy"}
 _OF_THE_PRESET = {"objective.coefficient", "objective.advantage", "objective.sources"}
 
 Changes = dict[str, tuple[Any, Any]]
@@ -50,15 +52,13 @@ def changes(file: Path, config: Config) -> Changes:
     Raises:
         InputError: the file cannot be read.
     """
-    stored, found = read_yaml(file), {}
-    for name, values in config.model_dump(mode="json").items():
-        section = stored.get(name)
-        fields = type(getattr(config, name)).model_fields
-        for key, now in values.items():
-            default = fields[key].get_default(call_default_factory=True)
-            before = section.get(key, default) if isinstance(section, dict) else default
-            if before != now:
-                found[f"{name}.{key}"] = (before, now)
+    stored = read_yaml(file)
+    found: Changes = {}
+    for name, section in config:
+        now, before = section.model_dump(mode="json"), stored.get(name) or {}
+        for key, field in type(section).model_fields.items():
+            pair = before.get(key, field.get_default(call_default_factory=True)), now[key]
+            found |= {f"{name}.{key}": pair} if pair[0] != pair[1] else {}
     return found
 
 
@@ -76,12 +76,11 @@ def check_same_function(config: Config, checkpoint: Path, run_folder: Path) -> t
     if file is None:
         return {}, [f"{checkpoint}: has no {CONFIG_FILE}, so the settings are not compared with those it was made with"]
     changed = changes(file, config)
-    others = [key for key in get_args(FunctionKey) if key in changed]
-    if not _OF_THE_PRESET & set(others):
+    others = [key for key in changed if key.startswith("objective.") and key not in _SAME_LOSS]
+    if _OF_THE_PRESET.isdisjoint(others):
         others = [key for key in others if key != "objective.name"]  # a preset's name computes nothing
-    allowed: set[str] = {*config.checkpoint.allow_changes}
-    if "objective.name" in allowed:
-        allowed |= _OF_THE_PRESET
+    allowed = set(config.checkpoint.allow_changes)
+    allowed |= _OF_THE_PRESET if "objective.name" in allowed else set()
     lines = {key: f"{key}: {changed[key][0]!r} in {file}, {changed[key][1]!r} now" for key in others}
     if refused := [key for key in others if key not in allowed]:
         raise InputErrors(

@@ -75,18 +75,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
     return config, shape
 
 
-def _check_open_files() -> None:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if 0 <= limit < FEWEST_OPEN_FILES:
-        raise InputError(f"ulimit -n: {limit} open files are too few for a process of the run -> ulimit -n 4096")
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; the exit code is 0, 2 for bad input, or that of the stop that was asked for."""
     try:
         config, shape = parse(argv)
-        _check_open_files()
+        if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < FEWEST_OPEN_FILES:
+            raise InputError(f"ulimit -n: {limit} open files are too few -> ulimit -n 4096")
         from megatron_gft.job import open_run  # torch and Megatron: seconds, and only for a sound configuration
 
         with open_run(config, shape) as trainer:

@@ -16,6 +16,7 @@ import torch
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.folders import check_folder
 from megatron_gft.hf.mapping import HfMapping, Shard
 from megatron_gft.hf.safetensors_io import SafetensorsFolder, tensor_bytes
 from megatron_gft.hf.shape import read_config
@@ -56,6 +57,7 @@ class ModelFiles:
 
 
 def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:
+    check_folder(source, patterns)
     for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
         if path.is_dir():
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
