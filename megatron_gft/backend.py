@@ -75,14 +75,15 @@ def build_transformer_config(
         "pipeline_dtype": dtype,
         "bf16": model.precision == "bf16",
         "calculate_per_token_loss": True,  # False averages over microbatches and ranks
-        # Packs differ in length; on this setting Megatron sends shapes ahead, and asks for the alltoall
-        # dispatcher even where the model is dense.
+        # Packs differ in length; on this setting Megatron asks its communicator for the shape of each transfer
+        # (pipeline.py knows it), and for the alltoall dispatcher even where the model is dense.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
         # With batch_p2p_comm the interleaved schedule swaps two transfers between the same pair of ranks
         # (wrong losses, or a hang); Megatron does not check.
         "overlap_p2p_comm": parallel.vpp is not None,
         "batch_p2p_comm": parallel.vpp is None,
+        "batch_p2p_sync": False,  # a device synchronisation after each transfer, against a race of torch before 2.0
         "use_cpu_initialization": not on_gpu,
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,

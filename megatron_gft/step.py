@@ -22,6 +22,7 @@ from megatron_gft.model import LossOutput, unwrap
 from megatron_gft.objectives import SOURCES, HeadSettings
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
+from megatron_gft.pipeline import schedule_arguments
 from megatron_gft.timing import ForwardTimer, RankTimes
 
 SIGNS = ("positive", "negative")
@@ -105,6 +106,8 @@ class StepRunner:
         total = torch.zeros(len(SOURCES), len(SIGNS), len(STATISTICS), dtype=torch.float64, device=torch.device(device))
         self.loss_sums = []
         if packs:
+            rows = [pack.tokens.numel() for pack in packs]
+            config = unwrap(self.chunks[0]).config
             data = [enumerate(packs) for _ in self.chunks]
             # Megatron's schedules leave this to the caller, and the head makes its gradients in forward.
             with torch.set_grad_enabled(not forward_only):
@@ -113,9 +116,10 @@ class StepRunner:
                     data_iterator=data if len(data) > 1 else data[0],
                     model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                     num_microbatches=len(packs),
-                    seq_length=max(pack.tokens.numel() for pack in packs),
+                    seq_length=max(rows),
                     micro_batch_size=1,
                     forward_only=forward_only,
+                    **schedule_arguments(self.parallel, config, rows),
                 )
             for report in reports:
                 total += report["token_sums"]

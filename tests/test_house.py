@@ -17,7 +17,7 @@ FLOORS = (
     "config chat_template sentencepiece_model tokenizer groups",
     "hf validation",
     "shards",
-    "attention backend vocab_parallel model optimizer planning packing dataset batch timing step",
+    "attention backend vocab_parallel model optimizer planning packing dataset batch pipeline row_kernels timing step",
     "preprocess sampling scoring inspection evaluation",
     "checkpoints conversion",
     "metrics reports trainer job sizing",
