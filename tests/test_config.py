@@ -158,7 +158,13 @@ def test_every_key_has_a_place_and_help_is_complete():
         (["parallel.cp=2"], 4, 2),
         (["parallel.cp=2", "parallel.tp=4", "parallel.sequence_parallel=true"], 4, 8),
         (["model.fp8=delayed"], 1, 16),
+        (["model.fp8=delayed", "parallel.tp=4"], 1, 16),
         (["model.fp8=delayed", "parallel.tp=6", "parallel.sequence_parallel=true", "parallel.cp=2"], 4, 96),
+        (["model.fp8=tensorwise", "parallel.tp=4", "parallel.sequence_parallel=true"], 1, 32),
+        (["model.fp8=tensorwise", "parallel.tp=8", "parallel.sequence_parallel=true", "parallel.cp=2"], 4, 128),
+        (["model.fp8=mxfp8"], 1, 32),
+        (["model.fp8=mxfp8", "parallel.tp=2", "parallel.sequence_parallel=true"], 1, 64),
+        (["model.fp8=blockwise", "parallel.tp=4", "parallel.sequence_parallel=true"], 1, 512),
     ],
 )
 def test_rows_are_multiples_of_what_the_layout_cuts(overrides, segment, pack):
