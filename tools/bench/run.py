@@ -19,6 +19,7 @@ from megatron_gft.errors import InputError, command
 BENCHMARKS = {
     "head_time": "tools.bench.head:head_time",
     "head_memory": "tools.bench.head:head_memory",
+    "kernels": "tools.bench.kernels:kernels",
     "planner": "tools.bench.packing:bench_planner",
     "step_ratio": "tools.bench.step:step_ratio",
     "dead_groups": "tools.bench.step:dead_groups",

@@ -1,0 +1,92 @@
+"""The head's Triton kernels in Triton's interpreter on the CPU, against float64 of the formulas and the eager passes.
+
+The interpreter truncates where a GPU rounds to half precision, so a stored half-precision gradient may be off by one
+unit in the last place, and not by half of one.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from megatron_gft import row_kernels
+
+LAST_PLACE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+DTYPES = list(LAST_PLACE)
+
+
+def formulas(logits, labels, start, valid):
+    """Maximum, sum, target, sum of e log e of one rank's columns [T, valid] in float64."""
+    x = logits[:, :valid].double()
+    top = x.amax(1)
+    e = (x - top[:, None]).exp()
+    columns = labels - start
+    owned = (columns >= 0) & (columns < valid)
+    target = torch.where(owned, x.gather(1, columns.clamp(0, valid - 1)[:, None])[:, 0], -torch.inf)
+    return torch.stack([top, e.sum(1), target, torch.xlogy(e, e).sum(1)])
+
+
+def random_rows(columns, dtype, *, spread=3.0, rows=5):
+    generator = torch.Generator().manual_seed(columns)
+    return (torch.randn(rows, columns, generator=generator) * spread).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 7, 2047, 2048, 4099])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_statistics_equal_the_formulas(columns, padding, dtype):
+    logits = random_rows(columns + padding, dtype)
+    logits[:, columns:] = 1e4  # padding is never read
+    start = 100
+    labels = torch.tensor([start, start + columns - 1, start + columns // 2, start - 1, start + columns])
+    before = logits.clone()
+    found = row_kernels.row_statistics(logits, labels, start, columns, entropy=True).double()
+    torch.testing.assert_close(found, formulas(logits, labels, start, columns), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits, before)
+    without = row_kernels.row_statistics(logits, labels, start, columns)
+    assert torch.equal(without.double(), found[:3])
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4])
+def test_extreme_logits_stay_finite(value):
+    logits = random_rows(3000, torch.float32)
+    logits[0] = value
+    logits[1, 2500] = value
+    logits[2, :2048], logits[2, 2048:] = -value, value  # a lane that rises, or falls, after its first block
+    labels = torch.tensor([0, 2500, 2100, 5, 6])
+    found = row_kernels.row_statistics(logits, labels, 0, 3000, entropy=True).double()
+    torch.testing.assert_close(found, formulas(logits, labels, 0, 3000), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_finite_shows():
+    logits = random_rows(2100, torch.float32)
+    logits[0, 2099], logits[1, 3], logits[2, 7] = torch.nan, torch.inf, -torch.inf
+    sums = row_kernels.row_statistics(logits, torch.zeros(5, dtype=torch.long), 0, 2100)[1]
+    assert sums.isnan().tolist() == [True, True, False, False, False]
+
+
+def test_a_shard_of_padding_adds_nothing():
+    statistics = row_kernels.row_statistics(torch.ones(2, 64), torch.tensor([3, 70]), 128, 0, entropy=True)
+    assert statistics[0].tolist() == [torch.finfo(torch.float32).min] * 2
+    assert statistics[1:].tolist() == [[0.0, 0.0], [-torch.inf] * 2, [0.0, 0.0]]
+    assert row_kernels.row_statistics(torch.ones(0, 64), torch.tensor([], dtype=torch.long), 0, 64).shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("columns", "padding"), [(1, 0), (7, 0), (4096, 0), (4099, 5)])
+def test_gradient_equals_the_formula(columns, padding, dtype):
+    logits, start = random_rows(columns + padding, dtype), 10
+    labels = torch.tensor([start, start + columns - 1, start - 1, start + columns, start + columns // 2])
+    weights = torch.tensor([1.0, -2.5, 0.3, 1e-3, 0.0])  # the last row is masked
+    x = logits[:, :columns].double()
+    top, sums, *_ = formulas(logits, labels, start, columns)
+    partition = sums * 1.25  # other ranks hold the rest of it
+    softmax = (x - top[:, None]).exp() / partition[:, None]
+    owned = (labels >= start) & (labels < start + columns)
+    logprobs = torch.where(owned, x.gather(1, (labels - start).clamp(0, columns - 1)[:, None])[:, 0] - top, 0.0)
+    label_gradient = weights.double() * torch.expm1(logprobs - partition.log())
+    expected = weights.double()[:, None] * softmax
+    expected[owned, (labels - start)[owned]] = label_gradient[owned]
+    arguments = (top.float(), (weights.double() / partition).float(), label_gradient.float())
+    found = row_kernels.row_gradient_(logits, labels, start, columns, *arguments)
+    assert found is logits and not found[:, columns:].any() and not found[4].any()
+    torch.testing.assert_close(found[:, :columns].double(), expected, rtol=LAST_PLACE[dtype], atol=1e-6)
