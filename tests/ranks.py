@@ -28,8 +28,10 @@ from tqdm import tqdm
 torch.set_num_threads(1)
 
 from megatron_gft import cpu  # noqa: E402
+from megatron_gft.checkpoints.torch_dist import replace_results_queue  # noqa: E402
 
 cpu.install()
+replace_results_queue()  # Megatron's server process would outlive a rank for ever, with 200 MB
 
 
 def _child(rank: int, world_size: int, folder: Path, fn: Callable, args: tuple, timeout: float) -> None:
