@@ -31,7 +31,8 @@ _OURS = frozenset({"messages", "conversations", "tools", "add_generation_prompt"
 _OURS |= {"continue_final_message", "return_assistant_tokens_mask"}
 _MARKER = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
 _ASKED, _SAID = "2 plus 3?", "It is 5."  # a conversation to try a template with
-_CLOSED_THOUGHTS = re.compile(r".*</think>", re.DOTALL)  # of earlier turns, which templates leave out on purpose
+# Thoughts of earlier turns, which templates leave out on purpose.
+_CLOSED_THOUGHTS = re.compile(r".*(</think>|</seed:think>|\[/THINK\]|<\|END_THINKING\|>)", re.DOTALL)
 
 Prompt = str | list[dict[str, Any]]
 
@@ -108,7 +109,7 @@ class ChatTemplate:
             ChatTemplateError: the template raises, does not read an option, or the last turn is the assistant's.
         """
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if messages and messages[-1].get("role") == "assistant":
+        if messages and messages[-1].get("role") in ("assistant", "model"):
             raise ChatTemplateError(
                 "the prompt ends with a turn of the assistant, after which another would begin -> make that turn a "
                 "response, or leave it out"
@@ -183,7 +184,7 @@ def lost_text(prompt: Prompt, rendered: str) -> str | None:
         texts += re.findall(r'"name": "([^"]+)"', json.dumps(calls)) if calls else []
         for text in (text.strip() for text in texts if isinstance(text, str)):
             if text not in rendered and json.dumps(text, ensure_ascii=False)[1:-1] not in rendered:
-                return f"message {number} ({role}): {text[:40]!r}"
+                return f"of message {number} ({role}): {text[:40]!r} -> correct the template"
     return None
 
 

@@ -12,6 +12,7 @@ from megatron_gft.errors import InputError
 from megatron_gft.sampling.local_backends import TransformersBackend
 from megatron_gft.sampling.local_model import LocalModel, pick_tokens, token_logprobs
 from megatron_gft.sampling.settings import SampleFailure, SampleRequest, SamplingParams, model_fingerprint, sample_seed
+from megatron_gft.sampling.written import MISMATCH
 
 PROMPTS = ["1 plus 7?", "Question 12: what is 12 plus 84? Let us think.", "a", "Let us think step by step about 9."]
 
@@ -138,10 +139,14 @@ def test_the_backend_gives_every_request_its_sample_with_ids_that_spell_the_text
     assert samples.keys() == {r.key for r in requests_for(PROMPTS)}
     for request in requests_for(PROMPTS):
         sample = samples[request.key]
+        assert "<|im_end|>" not in sample.text
+        if sample.token_ids is None:  # special tokens inside, which the text leaves out
+            assert sample.note == MISMATCH and sample.logprobs is None
+            continue
         assert (sample.finish_reason == "stop") == (sample.token_ids[-1] == local.tokenizer.eos_id)
         assert len(sample.logprobs) == len(sample.token_ids) <= 30
-        assert local.response_text(local.prompt_ids(request.prompt), sample.token_ids) == sample.text
-        assert "<|im_end|>" not in sample.text
+        assert local.tokenizer.written(sample.token_ids) == sample.text
+    assert sum(sample.token_ids is not None for sample in samples.values()) > len(samples) / 2
 
 
 def test_a_continued_run_samples_what_an_undisturbed_one_would_have(local):

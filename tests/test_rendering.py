@@ -25,7 +25,7 @@ from tiny_tokenizers import (
 
 from megatron_gft.chat_template import PLAIN, ChatTemplateError, TemplateOptions, template_kwargs
 from megatron_gft.errors import InputError
-from megatron_gft.evaluation.run import EvaluationOptions, evaluate
+from megatron_gft.evaluation.run import EvaluationOptions, evaluate, result_table
 from megatron_gft.groups import iter_group_file
 from megatron_gft.groups.problems import parse_policies
 from megatron_gft.preprocess.run import PreprocessOptions, preprocess
@@ -147,6 +147,9 @@ def test_a_model_in_this_process_is_trained_on_what_it_wrote(tmp_path):
     ):
         with pytest.raises(InputError, match=f"other_rendering: .*{message}"):
             preprocessed(output, model, "special_tokens=fix", **changes)
+    teachers = output.read_text().replace('"source": "self"', '"source": "teacher"')
+    _, problems = preprocessed(_file(tmp_path / "teacher.jsonl", teachers), model, "special_tokens=fix", **changes)
+    assert problems["foreign_rendering"] == {"keep": 16}
     other = byte_level_folder(tmp_path / "other", 390, template=SWITCHED)
     with pytest.raises(InputError, match="other_rendering: tokenizer was"):
         preprocessed(output, other)
@@ -301,7 +304,7 @@ def test_responses_that_do_not_fit_a_template_that_opens_thoughts(response, kind
         ("turn_end", "'<end_of_turn>'", GEMMA, {}),  # not even a token
         ("bad_template", "byte-order mark", "\ufeff" + CHATML, {}),
         ("bad_template", "ignores add_generation_prompt.*im_start", TURN, {}),
-        ("lost_prompt", "message 0 .user.: '1.1", CHATML.replace("['content']", "['contents']"), {}),
+        ("lost_prompt", "of message 0 .user.: '1.1", CHATML.replace("['content']", "['contents']"), {}),
         ("lost_prompt", "message 0", "Question: {% if add_generation_prompt %}Answer:{% endif %}", {}),
     ],
 )
@@ -475,3 +478,21 @@ def test_the_tools_take_template_kwargs(tool, capsys):
     with pytest.raises(SystemExit):
         tool.main(["--help"])
     assert "--template-kwargs" in capsys.readouterr().out
+
+
+def test_reference_answers_that_do_not_fit_are_told(tmp_path):
+    model = language_model_folder(tmp_path / "model", template=THINKING)
+    problems = _file(tmp_path / "p.jsonl", json.dumps({"question": "1+1?", "solution": "2", "answer": "2"}) + "\n")
+    options = EvaluationOptions(greedy=False)
+    result = evaluate(lambda: LocalModel(model, device="cpu"), PromptSet([problems]), options, progress=False)
+    assert result["reference"]["unfit"] == {"thoughts_open": 1}
+    assert "thoughts_open: 1 reference answers do not fit" in result_table(result)
+
+
+def test_findings_about_a_template_are_in_the_summary(tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", 1)
+    folder = byte_level_folder(tmp_path / "t", eos="<|endoftext|>")
+    with FaultyServer(answer=lambda body: (200, _completion("4"))) as server:
+        source = f"kind=openai api=completions url={server.url} model=m tokenizer={folder}"
+        summary = run(prompts, tmp_path / "g.jsonl", source)
+    assert any(note.startswith("teacher: turn_end: the chat template ends turns") for note in summary.notes)

@@ -39,6 +39,7 @@ from megatron_gft.sampling.settings import (
 )
 from megatron_gft.sampling.written import prompt_opens
 from megatron_gft.scoring.judging import ScoringOptions
+from megatron_gft.scoring.thoughts import unfit_thoughts
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import Case, Verdict
 
@@ -273,10 +274,12 @@ def _reference(
 ) -> dict[str, Any] | None:
     """Teacher-forced log-probs of reference answers, EOS included; ``None`` when the problems have none."""
     pairs: list[tuple[list[int], list[int]]] = []
-    too_long = 0
+    too_long, unfit = 0, Counter[str]()
     for row in rows:
-        prompt = model.prompt_ids(row.prompt, options.of_row(row))
+        rendered = model.tokenizer.render_prompt(row.prompt, options.of_row(row))
+        prompt = model.tokenizer.encode(rendered)
         for text in reference_texts(row, options.reference_column):
+            unfit.update(filter(None, [unfit_thoughts(rendered, text)]))
             response = [*model.tokenizer.encode_response(text), model.tokenizer.eos_id]
             if len(prompt) + len(response) > model.max_positions:
                 too_long += 1
@@ -298,6 +301,7 @@ def _reference(
         "num_tokens": sum(lengths),
         "by_answer": [{"logprob": total, "tokens": length} for total, length in zip(sums, lengths, strict=True)],
         "too_long": too_long,
+        "unfit": dict(unfit),
     }
 
 
@@ -342,6 +346,8 @@ def result_table(result: dict[str, Any]) -> str:
             key = f"logprob_per_{unit}"
             note = f"{reference[f'num_{unit}s']} {unit}s"
             line(f"reference log-prob/{unit}", reference[key], reference[f"{key}_interval"], note)
+        for kind, count in reference["unfit"].items():
+            lines.append(f"  {kind}: {count} reference answers do not fit the thoughts that the prompt opens")
         if reference["too_long"]:
             lines.append(f"  reference answers too long for the model, left out: {reference['too_long']}")
     return "\n".join(lines)

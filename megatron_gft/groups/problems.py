@@ -123,6 +123,12 @@ KINDS: dict[str, Kind] = {
         "response",
         "leave them out",
     ),
+    "foreign_rendering": Kind(
+        "an expert's or teacher's prompt was rendered by another template or tokenizer",
+        KEEP,
+        (ERROR, DROP, KEEP),
+        "response",
+    ),
     "mismatched_token_ids": Kind(
         "token_ids spell something else than the text: the text is tokenized, log-probs are left out",
         KEEP,

@@ -28,7 +28,7 @@ from megatron_gft.groups.records import (
     keep_responses,
     recorded_rendering,
 )
-from megatron_gft.scoring.thoughts import opened_by
+from megatron_gft.scoring.thoughts import opened_by, unfit_thoughts
 from megatron_gft.shards.encoded import EncodedGroups, GroupEncoder
 from megatron_gft.tokenizer import Tokenizer
 
@@ -157,31 +157,30 @@ class ChunkEncoder:
         recorded, here = recorded_rendering(response), options.record()
         if not recorded:
             return KEEP
-        pairs = {TOOLS: (recorded.get(TOOLS), here.get(TOOLS))}
-        pairs[KWARGS] = self._recorded_kwargs(response), dict(options.kwargs)
-        if response.source == "self":  # a teacher has its own
-            own = {"tokenizer": self.tokenizer.fingerprint, "chat_template": self.tokenizer.chat_template_fingerprint}
-            pairs |= {name: (recorded[name], value) for name, value in own.items() if recorded.get(name)}
-        wrong = [f"{name} was {str(old)[:60]}, is {str(new)[:60]}" for name, (old, new) in pairs.items() if old != new]
-        return log.found("other_rendering", "; ".join(wrong), response.position) if wrong else KEEP
+        own = {"tokenizer": self.tokenizer.fingerprint, "chat_template": self.tokenizer.chat_template_fingerprint}
+        foreign = _changes({name: recorded[name] for name in own if recorded.get(name)}, own)
+        sampled = {KWARGS: self._recorded_kwargs(response), TOOLS: recorded.get(TOOLS)}
+        other = _changes(sampled, {KWARGS: dict(options.kwargs), TOOLS: here.get(TOOLS)})
+        if response.source == "self":
+            other += foreign
+        elif foreign and (action := log.found("foreign_rendering", "; ".join(foreign), response.position)) != KEEP:
+            return action
+        return log.found("other_rendering", "; ".join(other), response.position) if other else KEEP
 
     def _check_thoughts(self, response: ResponseRecord, rendered: str, log: GroupProblems) -> str:
         """Thoughts that the prompt opens are closed by the response, not opened again."""
-        tags, said = opened_by(rendered), response.text.lstrip()
-        if tags is None:
+        kind, tags = unfit_thoughts(rendered, response.text, response.finish_reason == "length"), opened_by(rendered)
+        if kind is None or tags is None:
             return KEEP
-        if said.startswith(tags[0]):
-            detail = f"the prompt ends with {tags[0]!r} and the response begins with it -> a template without it"
-            action = log.found("thoughts_twice", detail, response.position)
-            if action == FIX:
-                after = rendered[rendered.rindex(tags[0]) + len(tags[0]) :]
-                response.text = said.removeprefix(tags[0]).removeprefix(after)
-                response.token_ids = response.logprobs = None
-            return action
-        if response.finish_reason == "length" or tags[1] in said:
-            return KEEP
-        detail = f"no {tags[1]!r} after the prompt's {tags[0]!r} -> a template or --template-kwargs without thoughts"
-        return log.found("thoughts_open", detail, response.position)
+        said = {"thoughts_twice": f"begins with {tags[0]!r}", "thoughts_open": f"has no {tags[1]!r}"}[kind]
+        remedy = "another template, or --template-kwargs that open no thoughts"
+        detail = f"the prompt ends with {tags[0]!r}, the response {said} -> {remedy}"
+        action = log.found(kind, detail, response.position)
+        if action == FIX:
+            after = rendered[rendered.rindex(tags[0]) + len(tags[0]) :]
+            response.text = response.text.lstrip().removeprefix(tags[0]).removeprefix(after)
+            response.token_ids = response.logprobs = None
+        return action
 
     def _checked_prompt(
         self, record: GroupRecord, options: TemplateOptions, log: GroupProblems
@@ -293,15 +292,19 @@ class ChunkEncoder:
         return action
 
 
-def tokenizer_problems(tokenizer: Tokenizer, policies: Mapping[str, str]) -> list[Problem]:
-    """Findings about the tokenizer and its template as such.
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [f"{name} was {str(old[name])[:60]}, is {str(new[name])[:60]}" for name in old if old[name] != new[name]]
+
+
+def tokenizer_problems(tokenizer: Tokenizer, place: str, policies: Mapping[str, str]) -> list[Problem]:
+    """Findings about the tokenizer and its template as such, which come from ``place``.
 
     Raises:
         InputErrors: the policy of one is ``error``.
     """
     log = ProblemLog(policies)
     for kind, detail in tokenizer.problems():
-        log.found(kind, tokenizer.path, None, detail)
+        log.found(kind, place, None, detail)
     raise_errors(log.problems)
     return log.take()
 

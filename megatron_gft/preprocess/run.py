@@ -117,7 +117,7 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
     existing = existing_shards(prefix)
     if not Staging.waits_to_publish(prefix):
         check_existing(prefix, existing, options.append, stamp)
-    found = tokenizer_problems(tokenizer, options.policies)
+    found = tokenizer_problems(tokenizer, options.chat_template or options.tokenizer, options.policies)
     encoder = ChunkEncoder(
         tokenizer, options.policies, options.max_prompt_tokens, options.max_response_tokens, options.template_kwargs
     )

@@ -201,6 +201,8 @@ class GenerationRun:
             summary.notes["damaged lines of the journal, sampled again"] = journal.damaged
         if journal.torn:
             summary.notes["bytes of a torn last line of the journal, sampled again"] = journal.torn
+        for responses in self._sampled:
+            summary.notes |= responses.findings
         summary.responses = {responses.source.name: Counter() for responses in self._responses}
 
         def groups() -> Iterator[GroupRecord]:

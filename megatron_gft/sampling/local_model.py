@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from megatron_gft.chat_template import PLAIN, Prompt, TemplateOptions
+from megatron_gft.chat_template import Prompt
 from megatron_gft.errors import InputError
 from megatron_gft.folders import from_folder
 from megatron_gft.hf.shape import DTYPES
@@ -80,9 +80,9 @@ class LocalModel:
             )
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
-    def prompt_ids(self, prompt: Prompt, options: TemplateOptions = PLAIN) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt as the model's chat template renders it, generation prompt included."""
-        return self.tokenizer.encode(self.tokenizer.render_prompt(prompt, options))
+        return self.tokenizer.encode(self.tokenizer.render_prompt(prompt))
 
     def response_text(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """Text of sampled ids, without special tokens."""

@@ -67,6 +67,8 @@ class SampledResponses:
             self.identity["template_kwargs"] = dict(template_kwargs)
         self.failures: dict[str, str] = {}  # reasons by key
         self._tokenizer = source.load_tokenizer()
+        found = [] if self._tokenizer is None else self._tokenizer.problems()
+        self.findings = {f"{source.name}: {kind}: {detail}": 1 for kind, detail in found}  # preprocessing refuses them
         self._template_kwargs = {**template_kwargs, **source.template_kwargs()}
         self._server = source.backend() if isinstance(source, OpenAISource) else None
         self._sampling = source.params().as_dict() | {"backend": source.kind, "name": source.name}

@@ -59,6 +59,14 @@ def opened_by(prompt: str) -> tuple[str, str] | None:
     return next((pair for pair in TAGS.values() if end.endswith(pair[0])), None)
 
 
+def unfit_thoughts(prompt: str, response: str, cut_off: bool = False) -> str | None:
+    """``thoughts_twice`` or ``thoughts_open`` of a response that opens, or never closes, what its prompt left open."""
+    tags = opened_by(prompt)
+    if tags is not None and response.lstrip().startswith(tags[0]):
+        return "thoughts_twice"
+    return None if tags is None or cut_off or tags[1] in response else "thoughts_open"
+
+
 def thought_tags(name: str) -> tuple[str, str] | None:
     """Opening and closing tag of a family, or of ``OPENING...CLOSING``, as the model writes them; None of ``none``.
 
