@@ -38,7 +38,9 @@ def test_no_start_overwrites_the_configuration_of_another(tmp_path):
 
 def test_keys_that_an_earlier_version_did_not_have(tmp_path):
     """They had their defaults; keys of its own say nothing any more."""
-    (tmp_path / "config.yaml").write_text("model: {config: somewhere}\ntrain: {old: 1}\nobjective: {tau: 0.2}\ngone: 3")
+    (tmp_path / "config.yaml").write_text(
+        "model: {config: somewhere}\ntrain: {old: 1}\nobjective: {tau: 0.2}\ngone: 3\ndata: 4"
+    )
     assert set(changes(tmp_path / "config.yaml", config("train.seed=7"))) == {
         *("objective.tau", "train.seed", "objective.coefficient", "objective.advantage", "objective.sources"),
     }

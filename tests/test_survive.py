@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -132,6 +133,30 @@ def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(model, tmp_path, b
     assert find_damage(good) == []
     assert not list((output / "checkpoints").glob(".step-*"))
     assert run_ranks(2, device_run.run, model, str(output), options)[0]["code"] == 0
+
+
+def _no_room_for(model: str, output: str, options: list[str], writer: str) -> dict:
+    """A run whose disk is full when the first rank writes one of Megatron's small files."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import common, filesystem_async
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    places = {"common.pt": (common.torch, "save"), "metadata.json": (serialization, "save_config")}
+    places[".metadata"] = (filesystem_async.FileSystemWriterAsync, "finish")
+    setattr(*places[writer], full)
+    return device_run.run(model, output, options)
+
+
+@pytest.mark.parametrize(
+    ("writer", "background"), [("common.pt", "true"), ("metadata.json", "true"), (".metadata", "false")]
+)
+def test_a_disk_that_is_full_for_one_small_file(model, tmp_path, writer, background):
+    output, options = tmp_path / "run", [*OPTIONS, "train.max_steps=1", f"checkpoint.async_save={background}"]
+    with pytest.raises(RuntimeError, match="SaveFailed: checkpoint of step 1: .*No space left on device"):
+        run_ranks(2, _no_room_for, model, str(output), options, writer)
+    assert [path.name for path in (output / "checkpoints").iterdir()] == []
 
 
 def _hang_at(model: str, output: str, options: list[str], step: int) -> dict:

@@ -316,6 +316,7 @@ def test_weights_of_another_function_are_refused(workspace, recipe, tmp_path, va
     assert allowed.returncode == 0 and f"{key}: " in allowed.stderr, "it is said all the same"
 
 
+@pytest.mark.slow  # four processes; test_starts.py has the parts
 def test_a_run_goes_on_with_the_objective_that_it_had(workspace, tmp_path):
     """Both values and the key that allows another one; every start keeps its configuration and says what changed."""
     run = tmp_path / "run"
@@ -341,63 +342,3 @@ def test_a_run_goes_on_with_the_objective_that_it_had(workspace, tmp_path):
     other_data = refused(workspace, f"train.output={run}", "data.groups_per_step=3", "data.split=100,0", "train.seed=9")
     for part in ("groups_per_step: 4 then, 3 now", "split: '80,20' then", "seed: 1234 then, 9 now", "allow_changed"):
         assert part in other_data
-
-
-def test_an_export_that_is_asked_for_after_the_end(workspace, tmp_path):
-    """The run is finished; the same command with one more key exports it. Code beside the weights goes along."""
-    model, run = tmp_path / "model", tmp_path / "run"
-    shutil.copytree(workspace / "model", model)
-    (model / "tokenization_own.py").write_text("raise SystemExit('this is data')\n")
-    start = [f"checkpoint.init_from=hf:{model}", f"train.output={run}", "train.max_steps=1"]
-    assert command(workspace, *start).returncode == 0
-    assert not (run / "export").exists()
-    done = command(workspace, *start, "checkpoint.export_hf=last")
-    assert done.returncode == 0 and "1 steps from 1" in done.stderr, done.stderr[-3000:]
-    (export,) = (run / "export").iterdir()
-    AutoModelForCausalLM.from_pretrained(export)
-    for folder in (export, run / "checkpoints" / "step-00000001" / "hf"):
-        assert (folder / "tokenization_own.py").read_bytes() == (model / "tokenization_own.py").read_bytes()
-
-
-@pytest.mark.parametrize("beside", [True, False])
-def test_a_lora_folder_is_refused(workspace, recipe, tmp_path, beside):
-    adapter = tmp_path / "adapter"
-    if beside:
-        shutil.copytree(workspace / "model", adapter)
-    adapter.mkdir(exist_ok=True)
-    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere"}')
-    start = [f"model.config={recipe}", f"checkpoint.init_from=hf:{adapter}", f"train.output={tmp_path / 'run'}"]
-    assert f"{adapter}: adapter_config.json is there" in refused(workspace, *start)
-
-
-def test_metrics_that_cannot_be_written_end_the_run_with_a_checkpoint(workspace, tmp_path):
-    """A full disk for the metrics alone: the step is finished and saved; nothing of the weights is lost."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "metrics.jsonl").symlink_to("/dev/full")
-    done = command(workspace, f"train.output={run}", "parallel.tp=2", processes=2)
-    assert "Traceback" not in done.stderr.split("torch.distributed.elastic")[0], done.stderr[-5000:]
-    assert f"error: {run}: metrics cannot be written (No space left on device)" in done.stderr
-    (run / "metrics.jsonl").unlink()
-    done = command(workspace, f"train.output={run}", "parallel.tp=2", processes=2)
-    assert done.returncode == 0 and "3 steps from 1" in done.stderr, done.stderr[-3000:]
-    alone = command(workspace, f"train.output={run}")
-    assert alone.returncode == 0
-
-
-@pytest.mark.parametrize(
-    "damage", ["files.json", "metadata.json", "state.json", ".metadata", "common.pt", "config.yaml"]
-)
-def test_half_a_file_of_a_checkpoint(workspace, trained, tmp_path, damage):
-    shutil.copytree(trained, tmp_path / "run")
-    file = tmp_path / "run" / "checkpoints" / "step-00000001" / damage
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert damage in refused(workspace, f"train.output={tmp_path / 'run'}")
-
-
-@pytest.fixture(scope="module")
-def trained(workspace, tmp_path_factory) -> Path:
-    """A run of one step."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    assert command(workspace, f"train.output={run}", "train.max_steps=1").returncode == 0
-    return run

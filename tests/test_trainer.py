@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -15,7 +16,10 @@ from ranks import RankGroup, run_ranks
 from tiny_models import write_tiny_model
 
 from megatron_gft.checkpoints.history import find_checkpoint, list_checkpoints
-from megatron_gft.errors import EXIT_REQUEUE
+from megatron_gft.conversion.convert import hf_to_megatron
+from megatron_gft.errors import EXIT_REQUEUE, InputError
+from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.hf.weights import load_hf_weights
 from tools import convert_checkpoint
 
 VOCAB = 503
@@ -164,21 +168,20 @@ def test_every_update_has_a_rate_above_the_end_of_the_decay(model, tmp_path, sch
         assert found == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("first", ["true", "false"])
+@pytest.mark.parametrize(("first", "precision"), [("true", "fp32"), ("false", "bf16")])
 def test_another_kind_of_optimizer_is_refused_with_its_settings(model, tmp_path, first, precision):
     """Megatron's optimizers store different things; weights and place can go on all the same."""
     output, second = tmp_path / "run", "false" if first == "true" else "true"
     options = [f"model.precision={precision}"]
-    train(model, output, *options, f"optimizer.distributed={first}", "train.max_steps=1", world_size=2)
+    train(model, output, *options, f"optimizer.distributed={first}", "train.max_steps=1")
     with pytest.raises(
         RuntimeError, match=f"(?s)InputError.*holds .*distributed={first}.* needs .*distributed={second}"
     ):
-        train(model, output, *options, f"optimizer.distributed={second}", world_size=2)
-    options += [f"optimizer.distributed={second}", "checkpoint.load_optimizer=false"]
-    train(model, output, *options, "train.max_steps=2", world_size=2)
-    train(model, output, f"model.precision={precision}", f"optimizer.distributed={second}", world_size=1)
-    assert set(losses(output)) == {1, 2, 3, 4}
+        train(model, output, *options, f"optimizer.distributed={second}")
+    options += [f"optimizer.distributed={second}"]
+    train(model, output, *options, "checkpoint.load_optimizer=false", "train.max_steps=2", world_size=2)
+    train(model, output, *options, "train.max_steps=3")
+    assert set(losses(output)) == {1, 2, 3}
 
 
 def test_resume_never_does_not_overwrite(model, tmp_path):
@@ -288,6 +291,78 @@ def test_export_during_the_run_loads_in_transformers(model, tmp_path):
     assert all(torch.equal(back[key], after[key]) for key in after)
     assert convert_checkpoint.main([*arguments[:2], str(tmp_path), *arguments[3:4], str(tmp_path / "none")]) == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_an_export_that_is_asked_for_after_the_end(model, tmp_path):
+    """Code beside the weights goes along as data."""
+    import transformers
+
+    folder, output = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(model, folder)
+    (folder / "tokenization_own.py").write_text("raise SystemExit('this is data')\n")
+    train(str(folder), output, "train.max_steps=1")
+    assert not (output / "export").exists()
+    train(str(folder), output, "train.max_steps=1", "checkpoint.export_hf=last")
+    export = output / "export" / "step-00000001"
+    transformers.AutoModelForCausalLM.from_pretrained(export)
+    for place in (export, output / "checkpoints" / "step-00000001" / "hf"):
+        assert (place / "tokenization_own.py").read_bytes() == (folder / "tokenization_own.py").read_bytes()
+
+
+def _metrics_fail(model: str, output: str, options: list[str], at: int) -> dict:
+    """``device_run.run`` with a disk that is full for the metrics of a step (0: for closing their file)."""
+    from megatron_gft import metrics
+
+    original = metrics._json_lines
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def sink(path, resume_step, closing):
+        write = original(path, resume_step, closing)
+        if not at:
+            closing.callback(full)
+        return lambda record: full() if record["step"] == at else write(record)
+
+    metrics._json_lines = sink
+    return {"code": device_run.run(model, output, options)["code"]}
+
+
+def test_metrics_that_cannot_be_written_end_the_run_with_a_checkpoint(model, whole, tmp_path, capfd):
+    """On all ranks: one message, nothing lost but the record."""
+    output, options = tmp_path / "run", ["model.precision=fp32", "objective.coefficient=none"]
+    results = run_ranks(2, _metrics_fail, model, str(output), options, 2)
+    assert [result["code"] for result in results] == [2, 0], "the first one speaks for all"
+    error = capfd.readouterr().err
+    assert error.count("metrics.jsonl: cannot be written (No space left on device)") == 1
+    assert "stopped after step 2; the checkpoint is complete" in error
+    train(model, output)
+    assert {step: pytest.approx(loss, rel=1e-5) for step, loss in losses(whole).items() if step != 2} == losses(output)
+    with pytest.raises(RuntimeError, match="InputError: .*metrics.jsonl: cannot be written"):
+        run_ranks(1, _metrics_fail, model, str(tmp_path / "other"), [*options, "train.max_steps=1"], 0)
+
+
+def test_half_a_file_of_a_checkpoint_is_named(model, tmp_path):
+    output = tmp_path / "run"
+    train(model, output, "train.max_steps=1")
+    for name in ("files.json", "state.json", ".metadata", "common.pt", "config.yaml"):
+        file = output / "checkpoints" / "step-00000001" / name
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(RuntimeError, match=rf"(?s)InputErrors?: .*step-00000001.*{name}"):
+            train(model, output)
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["beside weights", "alone"])
+def test_a_lora_folder_is_refused(model, tmp_path, weights):
+    adapter, message = tmp_path / "adapter", "adapter: adapter_config.json is there.*merge_and_unload"
+    shutil.copytree(model, adapter) if weights else adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=message):
+        hf_to_megatron(adapter, tmp_path / "checkpoint")
+    with pytest.raises(InputError, match=message):
+        load_hf_weights([], read_model_shape(model), adapter, None)
 
 
 def test_profile_writes_a_trace(model, tmp_path):

@@ -7,6 +7,7 @@ A save is written to a hidden folder, in the background by default. When every r
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import inspect
 import json
 import logging
@@ -129,21 +130,23 @@ class Checkpointer:
             gather_results(lambda: self._prepare(partial), partial)
         except InputError as error:
             raise self._failed(state, partial, error) from error
-        request = dist_checkpointing.save(
-            self._sharded_state(),
-            str(partial),
-            FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.parallel.dp_cp_group),
-            async_sharded_save=True,
-            content_metadata=OPTIMIZER_METADATA,
-            **_async_strategy(dist_checkpointing.save),
-        )
+        with self._alone(state, partial):
+            request = dist_checkpointing.save(
+                self._sharded_state(),
+                str(partial),
+                FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.parallel.dp_cp_group),
+                async_sharded_save=True,
+                content_metadata=OPTIMIZER_METADATA,
+                **_async_strategy(dist_checkpointing.save),
+            )
         assert request is not None
         self.pending = _Pending(state, partial)
         if self.background:
             self.queue.schedule_async_request(request)
             return
         try:
-            request.execute_sync()
+            with self._alone(state, partial):
+                request.execute_sync()
         except CheckpointException as error:
             cause = self._abandon(error)
             raise SaveFailed(f"checkpoint of step {state.step} could not be written: {cause}") from error
@@ -164,8 +167,9 @@ class Checkpointer:
             return False
         if pending.hashes is None:
             try:
-                if not self.queue.maybe_finalize_async_calls(blocking=blocking):
-                    return False
+                with self._alone(pending.state, pending.folder):
+                    if not self.queue.maybe_finalize_async_calls(blocking=blocking):
+                        return False
             except CheckpointException as error:  # raised on all ranks when a writer failed on one
                 cause = self._abandon(error)
                 if self.parallel.rank == 0:
@@ -217,6 +221,17 @@ class Checkpointer:
             gather_results(lambda: self._publish(pending, shares), pending.folder)
         except InputError as error:
             raise self._failed(pending.state, pending.folder, error) from error
+
+    @contextlib.contextmanager
+    def _alone(self, state: RunState, partial: Path) -> Iterator[None]:
+        """Of common.pt, .metadata and metadata.json, which one rank writes, it alone sees the failure; others die
+        with it."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writer of files
+                raise
+            raise self._failed(state, partial, InputError(f"{error} -> free space")) from error
 
     def _failed(self, state: RunState, partial: Path, error: InputError) -> SaveFailed:
         if self.parallel.rank == 0:

@@ -55,9 +55,10 @@ def changes(file: Path, config: Config) -> Changes:
     stored = read_yaml(file)
     found: Changes = {}
     for name, section in config:
-        now, before = section.model_dump(mode="json"), stored.get(name) or {}
+        now, before = section.model_dump(mode="json"), stored.get(name)
         for key, field in type(section).model_fields.items():
-            pair = before.get(key, field.get_default(call_default_factory=True)), now[key]
+            default = field.get_default(call_default_factory=True)
+            pair = before.get(key, default) if isinstance(before, dict) else default, now[key]
             found |= {f"{name}.{key}": pair} if pair[0] != pair[1] else {}
     return found
 
