@@ -91,6 +91,7 @@ class DataConfig(Section):
         "error", description="a response that does not fit max_tokens_per_pack or max_response_tokens"
     )
     max_response_tokens: PositiveInt | None = Field(None, description="limit of one response, EOS included")
+    verify: bool = Field(True, description="compare shards with their hashes at the start; unchanged files only once")
     cache: str | None = Field(None, description="folder for Megatron's blend indices")
     allow_tokenizer_mismatch: bool = Field(False, description="train on shards tokenized for another model")
     allow_changed_data: bool = Field(False, description="resume although the shards, seed or split changed")

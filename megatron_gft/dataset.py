@@ -30,6 +30,7 @@ from megatron.core.datasets.utils import Split
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.shards import Group, GroupShard, GroupTable, check_sets, expand_shards
 from megatron_gft.shards.limited import LengthLimits, LimitedCounts, LimitedGroups
+from megatron_gft.shards.verification import check_repeated_groups
 from megatron_gft.validation import split_problem
 
 __all__ = ["GroupDataset", "GroupDatasets", "GroupSplit", "LengthLimits", "build_group_datasets"]
@@ -123,6 +124,11 @@ class GroupSplit(torch.utils.data.Dataset):
                 self._group[mine] = part.order[dataset.dataset_sample_index[mine]]
         else:
             self._owner, self._group = np.zeros(len(dataset), np.int16), dataset.order
+
+    @property
+    def shards(self) -> list[GroupShard]:
+        """Where the groups come from."""
+        return [shard for entry in self._entries for shard in entry.shards]
 
     def __len__(self) -> int:
         return len(self._group)
@@ -233,12 +239,13 @@ def _open_entries(
 def _check(
     entries: list[list[GroupShard]], held_out: list[GroupShard], weights: Sequence[float] | None, split: str
 ) -> None:
-    """What the arguments say together: no shard twice, one tokenizer, a weight each, one way to validate."""
+    """What the arguments say together: no shard or group twice, one tokenizer, a weight each, one way to validate."""
     if not entries:
         raise InputError("data.train: no shards -> set at least one prefix or glob")
     by_content: dict[str, str] = {}  # neither another spelling of a path nor a copy passes
     by_tokenizer: dict[str, str] = {}
-    for shard in [*itertools.chain(*entries), *held_out]:
+    shards = [*itertools.chain(*entries), *held_out]
+    for shard in shards:
         content = shard.manifest.fingerprint
         if content in by_content:
             raise InputError(
@@ -250,6 +257,7 @@ def _check(
     if len(by_tokenizer) > 1:  # whatever the model's is
         found = [f"{prefix}: tokenizer {fingerprint[:12]}" for fingerprint, prefix in by_tokenizer.items()]
         raise InputErrors("shards of different tokenizers -> preprocess them with one", found)
+    check_repeated_groups(shards)
     if weights is not None and not (len(weights) == len(entries) and min(weights) > 0 and math.isfinite(sum(weights))):
         raise InputError(
             f"data.train_weights: {list(weights)} for {len(entries)} entries -> one positive, finite weight each"

@@ -34,6 +34,7 @@ from megatron_gft.optimizer import (
 )
 from megatron_gft.parallel import Parallel, destroy_parallel, initialize_parallel, seed_everything
 from megatron_gft.runtime import StopRequest, Watchdog, set_up_logging, start_process_group
+from megatron_gft.shards.verification import verify_at_start
 from megatron_gft.step import StepRunner
 from megatron_gft.tokenizer import has_tokenizer
 from megatron_gft.trainer import Trainer, TrainingStopped
@@ -212,6 +213,9 @@ def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
     for split in filter(None, (train_groups, valid_groups)):
         if any(asdict(split.limited).values()):
             logger.info("%s data: %s (data.overlong=%s)", split.name, split.limited, config.data.overlong)
+    if config.data.verify:
+        shards = {shard.prefix: shard for split in filter(None, (train_groups, valid_groups)) for shard in split.shards}
+        verify_at_start([*shards.values()], Path(config.train.output) / "verified.json")
     trainer = build_trainer(config, shape, parallel, train_groups, valid_groups)
     layout = f"tp {parallel.tp_size}, pp {parallel.pp_size}, cp {parallel.cp_size}, dp {parallel.dp_size}"
     if parallel.ep_size > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import hf_tensors, write_tiny_model
 
 from megatron_gft.checkpoints import torch_dist
+from megatron_gft.checkpoints.checkpointer import load_weights
 from megatron_gft.checkpoints.torch_dist import TorchDistReader
+from megatron_gft.checkpoints.verification import write_file_hashes
 from megatron_gft.conversion import convert
 from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_gft.errors import InputError
@@ -156,6 +159,7 @@ def test_bits_that_change_on_the_way_fail_the_conversion(tiny, tmp_path, monkeyp
         hf_to_megatron(folder, tmp_path / "unverified", verify="off")
     assert not (tmp_path / "other").exists()
     shutil.copy(tmp_path / "ckpt" / "hf_source.json", tmp_path / "unverified")
+    write_file_hashes(tmp_path / "unverified")
     with pytest.raises(InputError, match=r"o_proj\.weight read back differs"):
         megatron_to_hf(tmp_path / "unverified", tmp_path / "back")
     write = convert.write_shard
@@ -173,20 +177,87 @@ def test_bits_that_change_on_the_way_fail_the_conversion(tiny, tmp_path, monkeyp
 def test_damaged_checkpoints_are_named(tiny, tmp_path):
     folder, checkpoint = tiny("llama3"), tmp_path / "ckpt"
     hf_to_megatron(folder, checkpoint)
-    data = checkpoint / "__0_0.distcp"
+    data, metadata = checkpoint / "__0_0.distcp", checkpoint / ".metadata"
     content = data.read_bytes()
-    data.write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=r"__0_0\.distcp: damaged or missing"):
-        megatron_to_hf(checkpoint, tmp_path / "back")
-    data.unlink()
-    with pytest.raises(InputError, match=r"__0_0\.distcp: damaged or missing"):
-        megatron_to_hf(checkpoint, tmp_path / "back")
-    (checkpoint / ".metadata").write_bytes(b"\x80")
-    with pytest.raises(InputError, match=r"\.metadata: damaged"):
-        megatron_to_hf(checkpoint, tmp_path / "back")
+    loose = tmp_path / "loose"  # as earlier versions converted: nothing but reading tells
+    for folder in (checkpoint, loose):
+        if folder == loose:
+            shutil.copytree(checkpoint, loose)
+            (loose / "files.json").unlink()
+            set_format(loose, 1)
+        data, metadata = folder / data.name, folder / metadata.name
+        data.write_bytes(content[: len(content) // 2])
+        with pytest.raises(InputError, match=r"__0_0\.distcp( has|: damaged or missing)"):
+            megatron_to_hf(folder, tmp_path / "back")
+        data.unlink()
+        with pytest.raises(InputError, match=r"__0_0\.distcp( is missing|: damaged or missing)"):
+            megatron_to_hf(folder, tmp_path / "back")
+        metadata.write_bytes(b"\x80")
+        with pytest.raises(InputError, match=r"\.metadata(: damaged| has 1 bytes)"):
+            megatron_to_hf(folder, tmp_path / "back")
     with pytest.raises(InputError, match=r"no \.metadata there"):
         TorchDistReader(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"ckpt", "loose"}
+
+
+def set_format(checkpoint, number):
+    path = checkpoint / "hf_source.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": number}))
+
+
+def test_every_changed_byte_of_a_checkpoint_is_found(tiny, tmp_path):
+    """On both ways in: by the converter, and as ``checkpoint.init_from``. A change of files.json may be one of a name
+    or a number that is then wrong, or leave its meaning."""
+    checkpoint = tmp_path / "ckpt"
+    hf_to_megatron(tiny("llama3"), checkpoint)
+    written = json.loads((checkpoint / "files.json").read_text())
+    ways = (lambda: megatron_to_hf(checkpoint, tmp_path / "out"), lambda: load_weights(checkpoint, [], None))
+    rng = random.Random(1)
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    assert set(written) == {str(path.relative_to(checkpoint)) for path in files} - {"files.json"}
+    for path in files:
+        content = path.read_bytes()
+        damages = [content[:-1], content + b"\n", b"", *(None for _ in ways)]
+        for position in [0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(8))]:
+            flipped = content[position] ^ 1 << rng.randrange(8)
+            damages.append(content[:position] + bytes([flipped]) + content[position + 1 :])
+        for number, damage in enumerate(damages):
+            path.unlink() if damage is None else path.write_bytes(damage)
+            if damage is not None and path.name == "files.json" and same_json(damage, written):
+                continue
+            with pytest.raises(InputError) as caught:
+                ways[number % 2]()
+            assert path.name in str(caught.value) or path.name == "files.json"
+            path.write_bytes(content)
+        path.write_bytes(content)
+    ways[0]()
+
+
+def same_json(text: bytes, value) -> bool:
+    try:
+        return json.loads(text) == value
+    except ValueError:
+        return False
+
+
+def test_files_of_a_checkpoint_that_changed_places_are_found(tiny, tmp_path):
+    checkpoint = tmp_path / "ckpt"
+    hf_to_megatron(tiny("llama3"), checkpoint)
+    one, two = checkpoint / "common.pt", checkpoint / "metadata.json"
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    with pytest.raises(InputError, match=r"common\.pt has(?s:.)*metadata\.json has"):
+        load_weights(checkpoint, [], None)
+
+
+@pytest.mark.parametrize("text", ["[]", '"x"', "{}", '{"format": "2", "tensors_sha256": {}}', '{"format": 1}', "\x00"])
+def test_a_source_record_that_is_none_is_refused(tiny, tmp_path, text):
+    hf_to_megatron(tiny("llama3"), tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "files.json").unlink()
+    (tmp_path / "ckpt" / "hf_source.json").write_text(text)
+    with pytest.raises(InputError, match=r"hf_source\.json: not a source record"):
+        megatron_to_hf(tmp_path / "ckpt", tmp_path / "back")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path):

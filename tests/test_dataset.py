@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -296,6 +297,40 @@ def test_regenerated_shards_never_meet_a_stale_cache(tmp_path):
     assert results[0][0] != results[1][0] and len(results[1][1]) == 24
     assert all(prompt in shard_prompts(tmp_path / "a", tmp_path / "b") for prompt in results[1][1])
     assert cached[0] and len(cached[1]) == 2 * len(cached[0])
+
+
+@pytest.mark.parametrize("where", ["train", "weighted", "valid"])
+@pytest.mark.parametrize("prompt", [[3, 4], [3, 5], [3]], ids=["same prompt", "another prompt", "a shorter prompt"])
+def test_a_group_is_in_one_shard_only(tmp_path, where, prompt, caplog):
+    """By id and prompt, with other responses and at another place; an id alone may be a number in two data sets."""
+    write_groups(tmp_path / "a", ([9], [2]), ([8], [2]), ([3, 4], [5, 2]))
+    write_groups(tmp_path / "b", ([1], [7, 2]), ([2], [2]), (prompt, [7, 2]))
+    write_groups(tmp_path / "c", ([6], [2]), ([7], [2]), ([6, 6], [2]))
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    arguments = {
+        "train": dict(train=[a, c, b]),
+        "weighted": dict(train=[a, c, b], weights=[2, 1, 1]),
+        "valid": dict(train=[a, c], valid=[b]),
+    }[where]
+    if prompt == [3, 4]:
+        with pytest.raises(InputError, match=rf"{b}: group 2 \(id '2'\) is in {a}, too, with the same prompt"):
+            build_group_datasets(**arguments)
+    else:
+        build_group_datasets(**arguments)
+        assert re.search(rf"{a} and {c}: the same ids with other prompts, such as '\d'", caplog.text)
+
+
+def test_ids_are_compared_as_text(tmp_path):
+    """Quotes, backslashes and other writing of the same text."""
+    odd = ['a"b', "a\\", 'a\\","answer":', "é\u2028", "", "12"]
+    for name in "ab":
+        with GroupShardWriter(tmp_path / name, STAMP) as writer:
+            for n, group_id in enumerate(odd if name == "a" else ["x", odd[2]]):
+                prompt, answer = [3, n if name == "a" else 2], '","answer":'
+                writer.add_group(prompt, [[2]], ["self"], [None], group_id=group_id, answer=answer)
+    assert GroupShard(tmp_path / "a").ids() == odd
+    with pytest.raises(InputError, match=r"b: group 1 \(id .* is in .*a, too"):
+        build_group_datasets([str(tmp_path / "a"), str(tmp_path / "b")])
 
 
 def test_a_shard_with_one_group(tmp_path):

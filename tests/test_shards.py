@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import logging
+import os
 import pickle
 import re
+import struct
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from group_shards import STAMP, write_shard
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from ranks import run_ranks
 
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import SOURCES
@@ -19,10 +26,13 @@ from megatron_gft.shards import (
     GroupShardWriter,
     check_sets,
     expand_shards,
+    verification,
     verify_shards,
 )
-from megatron_gft.shards.encoded import GroupEncoder
-from megatron_gft.shards.manifest import ShardSet, read_manifest
+from megatron_gft.shards import manifest as manifests
+from megatron_gft.shards.encoded import EncodedGroups, GroupEncoder
+from megatron_gft.shards.manifest import ShardSet, file_entry, read_manifest, write_manifest
+from megatron_gft.shards.verification import verify_at_start
 
 
 def nan_equal(array: np.ndarray, expected: list) -> bool:
@@ -197,8 +207,10 @@ def test_reading_a_damaged_shard_names_it(tmp_path):
                 assert str(tmp_path / "a") in str(error)
             path.write_bytes(content)
     assert all(refused.values())
-    flip_bit(tmp_path / "a.meta.bin", 3)  # in the name of a key
-    for read in (lambda: GroupShard(tmp_path / "a").meta(0), lambda: GroupShard(tmp_path / "a").encoded(0, 5)):
+    shard = GroupShard(tmp_path / "a")
+    flip_bit(tmp_path / "a.meta.bin", 3)  # in the name of a key, after the shard was opened
+    flip_bit(tmp_path / "a.bin", 3, 7)
+    for read in (lambda: shard.meta(0), lambda: shard.encoded(0, 5), lambda: shard[0]):
         with pytest.raises(InputError, match="damaged shard .*inspect_groups.py .*a --verify"):
             read()
 
@@ -366,3 +378,279 @@ def test_select_keeps_whole_groups():
     assert chosen.group_sizes.tolist() == [3, 3] and nan_equal(chosen.rewards, [np.nan, 0, np.nan, 2])
     assert nan_equal(chosen.logprobs, [np.nan] * 2 + [0, -2, np.nan] + [np.nan] * 2 + [-2, -2, np.nan])
     assert [b'"g0"' in chosen.metas[0], b'"g2"' in chosen.metas[1]] == [True, True]
+
+
+def verify_all(prefix: Path, stamps: Path | None = None) -> None:
+    """What a start of training does; alone, without a process group."""
+    verify_at_start([GroupShard(prefix)], stamps or prefix.with_name("stamps.json"))
+
+
+def contents(prefix: Path) -> list:
+    shard = GroupShard(prefix)
+    return [[np.asarray(part).tobytes() for part in (shard[i].prompt, *shard[i].responses)] for i in range(len(shard))]
+
+
+@pytest.mark.parametrize("check", [verify_all, lambda prefix: verify_shards([prefix])], ids=["start", "inspect"])
+def test_every_flipped_byte_of_every_file_is_found(tmp_path, check):
+    write_shard(tmp_path / "a", groups=2)
+    rng = np.random.default_rng(3)
+    for path in sorted(tmp_path.glob("a.*")):
+        content = path.read_bytes()
+        for position in range(len(content)):
+            flip_bit(path, position, int(rng.integers(8)))
+            with pytest.raises(InputError, match=re.escape(str(tmp_path / "a"))) as caught:
+                check(tmp_path / "a")
+            assert path.name in str(caught.value) or path.suffix == ".json"
+        path.write_bytes(content)
+    check(tmp_path / "a")
+
+
+def reseal(prefix: Path, **counts) -> None:
+    """A manifest whose hashes are those of the files as they are now: only contents can tell that they are damaged."""
+    old = read_manifest(prefix)
+    files = {name: file_entry(prefix.with_name(name)) for name in old.files}
+    new = {"files": files, "counts": old.counts.model_copy(update=counts)}
+    write_manifest(prefix, old.model_copy(update=new))
+
+
+def edit_index(path: Path, part: str, change) -> None:
+    """Let ``change`` edit one array of an ``.idx``: lengths, pointers, documents or modes."""
+    content = bytearray(path.read_bytes())
+    sequences, documents = struct.unpack_from("<QQ", content, 18)
+    starts = np.cumsum([34, 4 * sequences, 8 * sequences, 8 * documents]).tolist()
+    kinds = {"lengths": "<i4", "pointers": "<i8", "documents": "<i8", "modes": "<i1"}
+    number = list(kinds).index(part)
+    change(np.frombuffer(content, kinds[part], documents if part == "documents" else sequences, starts[number]))
+    path.write_bytes(content)
+
+
+def swap(array: np.ndarray) -> None:
+    other = int(np.flatnonzero(array != array[1])[-1])
+    array[[1, other]] = array[[other, 1]]
+
+
+def setting(where, value):
+    return lambda array: array.__setitem__(where, value)
+
+
+def shift(array: np.ndarray) -> None:
+    array[2:] += 4
+
+
+def save(name: str, change):
+    def damage(prefix: Path) -> None:
+        path = prefix.with_name(f"{prefix.name}.{name}.npy")
+        np.save(path, change(np.load(path)))
+
+    return damage
+
+
+def in_index(suffix: str, part: str, change):
+    return lambda prefix: edit_index(prefix.with_name(f"{prefix.name}{suffix}.idx"), part, change)
+
+
+def add_meta(prefix: Path) -> None:
+    """One more group in the sidecar of ids."""
+    data = IndexedDataset(f"{prefix}.meta")
+    texts = [data[i].copy() for i in range(len(data))] + [np.frombuffer(b'{"id":"more","answer":null}', np.uint8)]
+    builder = IndexedDatasetBuilder(f"{prefix}.meta.bin", dtype=np.uint8)
+    for text in texts:
+        builder.add_document(text, [len(text)])
+    builder.finalize(f"{prefix}.meta.idx")
+
+
+def large_token(prefix: Path) -> None:
+    tokens = np.fromfile(f"{prefix}.bin", "<i4")
+    tokens[-1] = 10**9
+    tokens.tofile(f"{prefix}.bin")
+
+
+DAMAGES = {
+    "ptrshift": (in_index("", "pointers", shift), r"a\.idx: .*pointers"),
+    "pointers backwards": (in_index("", "pointers", swap), r"a\.idx: .*pointers"),
+    "pointer below 0": (in_index("", "pointers", setting(0, -4)), r"a\.idx: .*pointers"),
+    "lenswap": (in_index("", "lengths", swap), r"a\.idx: .*pointers"),
+    "length 0": (in_index("", "lengths", setting(0, 0)), r"a\.idx: .*without length"),
+    "last length": (in_index("", "lengths", setting(-1, 10**6)), r"a\.idx: .*pointers"),
+    "modeswap": (in_index("", "modes", swap), r"a\.idx: (modes|holds)"),
+    "mode 5": (in_index("", "modes", setting(-1, 5)), r"a\.idx: modes"),
+    "a second prompt": (in_index("", "modes", setting(-1, -1)), r"a\.idx: modes"),
+    "another source": (in_index("", "modes", lambda m: m.__setitem__(-1, (m[-1] + 1) % 3)), r"a\.idx: holds"),
+    "documents": (in_index("", "documents", setting(1, 10**9)), r"a\.idx: .*documents"),
+    "documents backwards": (in_index("", "documents", swap), r"a\.idx: .*documents"),
+    "meta pointers": (in_index(".meta", "pointers", shift), r"a\.meta\.idx: .*pointers"),
+    "meta lengths": (in_index(".meta", "lengths", swap), r"a\.meta\.idx: .*pointers"),
+    "one more group": (add_meta, r"a\.meta\.idx: .*documents"),
+    "one more reward": (save("rewards", lambda r: np.append(r, r[:1])), r"a\.rewards\.npy: .*expected float32"),
+    "infinite reward": (save("rewards", lambda r: np.where(np.arange(len(r)) == 2, np.inf, r)), "infinite rewards"),
+    "rewards float64": (save("rewards", lambda r: r.astype(np.float64)), r"a\.rewards\.npy: float64"),
+    "outcome codes": (save("outcomes", lambda o: o + np.int8(9)), r"codes in a\.outcomes\.npy"),
+    "logprobs cut": (save("logprobs", lambda v: v[:-1]), r"a\.logprobs\.npy: float32"),
+    "token id 1e9": (large_token, r"a\.bin: has token id 1000000000, the manifest says at most"),
+}
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["", "resealed"])
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_named_even_under_right_hashes(tmp_path, damage, message, sealed):
+    write_shard(tmp_path / "a", groups=6)
+    damage(tmp_path / "a")
+    if sealed:
+        reseal(tmp_path / "a")
+    with pytest.raises(InputError) as caught:
+        verify_all(tmp_path / "a")
+    if sealed and "infinite" not in message:
+        assert re.search(message, str(caught.value))
+    with pytest.raises(InputError):
+        verify_shards([tmp_path / "a"])
+
+
+def test_files_that_changed_places_are_found(tmp_path):
+    """Of one shard, of two shards, and other values of the same size."""
+    for seed, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "a", groups=3, seed=seed)
+    first, second = tmp_path / "a", tmp_path / "b"
+    for path in sorted(first.iterdir()):
+        content = path.read_bytes()
+        others = [other for other in (*first.iterdir(), second / path.name) if other != path]
+        for other in others:
+            path.write_bytes(other.read_bytes())
+            with pytest.raises(InputError, match=re.escape(str(first / "a"))):
+                verify_all(first / "a", tmp_path / "stamps")
+        path.write_bytes(content)
+    verify_all(first / "a", tmp_path / "stamps")
+
+
+@pytest.mark.parametrize("name", ["../a.bin", "a.\0", "b.bin", "a.rewards.npy"])
+def test_a_manifest_of_odd_or_absent_names_is_refused(tmp_path, name):
+    write_shard(tmp_path / "a", groups=1)
+    manifest = read_manifest(tmp_path / "a")
+    files = {known: entry for known, entry in manifest.files.items() if known != name}
+    if len(files) == len(manifest.files):
+        files[name] = manifest.files["a.bin"]
+    write_manifest(tmp_path / "a", manifest.model_copy(update={"files": files}))
+    with pytest.raises(InputError, match=r"a\.json: lists no file"):
+        GroupShard(tmp_path / "a")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".rewards.npy", ".json"])
+def test_a_pipe_is_no_file_of_a_shard(tmp_path, suffix):
+    write_shard(tmp_path / "a", groups=1)
+    path = tmp_path / f"a{suffix}"
+    path.unlink()
+    os.mkfifo(path)
+    for check in (verify_all, lambda prefix: verify_shards([prefix])):
+        with pytest.raises(InputError, match=rf"a{re.escape(suffix)}: not a file"):
+            check(tmp_path / "a")
+
+
+def start(prefixes: list[str], stamps: str) -> tuple[str, str]:
+    """Error and log of a start on this rank, with blocks of 64 bytes."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    verification.logger.addHandler(handler)
+    verification.logger.setLevel(logging.INFO)
+    verification.BLOCK_BYTES = manifests.BLOCK_BYTES = 64
+    try:
+        verify_at_start([GroupShard(prefix) for prefix in prefixes], Path(stamps))
+    except InputError as error:
+        return str(error), ""
+    return "", said[0]
+
+
+def test_ranks_share_the_blocks_and_stop_together(tmp_path, monkeypatch):
+    for module in (verification, manifests):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 64)
+    prefixes = [str(tmp_path / "s" / name) for name in ("a", "b")]
+    for seed, prefix in enumerate(prefixes):
+        write_shard(Path(prefix), groups=12, seed=seed)
+    assert read_manifest(prefixes[0]).bulk_files == ["a.bin", "a.logprobs.npy"]
+    blocks = len(read_manifest(prefixes[0]).files["a.bin"].blocks)
+    assert blocks > 4
+    verify_shards(prefixes)
+    stamps = str(tmp_path / "stamps.json")
+    (tmp_path / "s").chmod(0o555)  # where the shards are nothing need be written
+    first, second = (run_ranks(2, start, prefixes, stamps) for _ in range(2))
+    (tmp_path / "s").chmod(0o755)
+    size = sum(path.stat().st_size for path in (tmp_path / "s").glob("*") if re.search(r"/.\.(bin|logp)", str(path)))
+    for results, now, before in ((first, size, 0), (second, 0, size)):
+        assert [error for error, _ in results] == ["", ""]
+        assert all(f"{now / 1e9:.3f} GB are as written, {before / 1e9:.3f} GB unchanged" in log for _, log in results)
+    content = Path(f"{prefixes[0]}.bin").read_bytes()
+    swapped = content[64:128] + content[:64] + content[128:]  # two blocks
+    Path(f"{prefixes[0]}.bin").write_bytes(swapped)
+    flip_bit(Path(f"{prefixes[1]}.logprobs.npy"), 200)
+    results = run_ranks(2, start, prefixes, stamps)
+    assert results[0] == results[1]
+    for place in ("a.bin: content differs from the manifest in block 0", "a.bin: content .* in block 1 of"):
+        assert re.search(place + (r" of \d+ \(bytes 0 to 64\)" if place.endswith("0") else ""), results[0][0])
+    assert re.search(r"b\.logprobs\.npy: content differs from the manifest in block 3 of", results[0][0])
+    os.utime(f"{prefixes[0]}.bin", ns=(0, 0))
+    with pytest.raises(InputErrors, match=r"a\.bin: content differs .* block 0 of(?s:.)*block 1 of"):
+        verify_shards(prefixes)
+
+
+def test_copies_on_machines_are_each_read_whole(tmp_path, monkeypatch):
+    """Two ranks that see other inodes: the damage of the second one's copy is found, whoever would share that block."""
+    for name in ("0", "1"):
+        write_shard(tmp_path / name / "a", groups=12)
+    flip_bit(tmp_path / "1" / "a.bin", 3)
+    results = run_ranks(2, own_copy, str(tmp_path))
+    assert results[0] == results[1] and "1/a.bin: content differs" in results[0]
+
+
+def own_copy(folder: str) -> str:
+    prefix = Path(folder) / os.environ["RANK"] / "a"
+    return start([str(prefix)], f"{folder}/stamps.json")[0]
+
+
+@pytest.mark.parametrize("stamps", ["", "[", "{}", "[1]", "\udcff"])
+def test_damaged_stamps_spare_nothing(tmp_path, stamps):
+    write_shard(tmp_path / "a", groups=2)
+    (tmp_path / "stamps.json").write_text(stamps, encoding="utf-8", errors="surrogateescape")
+    flip_bit(tmp_path / "a.bin", 5)
+    with pytest.raises(InputError, match=r"a\.bin: content differs"):
+        verify_all(tmp_path / "a")
+
+
+def test_a_change_of_the_same_size_and_time_is_found(tmp_path):
+    write_shard(tmp_path / "a", groups=2)
+    verify_all(tmp_path / "a")
+    times = (tmp_path / "a.bin").stat()
+    flip_bit(tmp_path / "a.bin", 5)
+    os.utime(tmp_path / "a.bin", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(InputError, match=r"a\.bin: content differs"):
+        verify_all(tmp_path / "a")
+
+
+def paces(prefix: str, stamps: str) -> tuple[float, float]:
+    """Seconds of verifying a shard on two ranks, and those that hashing as many bytes in memory takes; best of 3."""
+    shard, memory = GroupShard(prefix), bytes(16 << 20)
+    share = shard.manifest.files[shard.manifest.tokens_file].bytes / dist.get_world_size()
+    verified, hashed = [], []
+    for attempt in range(3):
+        dist.barrier()
+        begin = time.perf_counter()
+        verify_at_start([shard], Path(f"{stamps}-{attempt}"))
+        verified.append(time.perf_counter() - begin)
+        dist.barrier()
+        begin = time.perf_counter()
+        for _ in range(8):
+            hashlib.sha256(memory)
+        dist.barrier()
+        hashed.append((time.perf_counter() - begin) / (8 * len(memory)) * share)
+    return min(verified), min(hashed)
+
+
+@pytest.mark.slow
+def test_verification_takes_as_long_as_hashing(tmp_path):
+    tokens = np.arange(128 << 20, dtype=np.int32) % 90  # 512 MiB: 8 blocks
+    lengths, modes = np.array([1, len(tokens) - 1], np.int32), np.array([-1, 2], np.int8)
+    meta, reward = [b'{"id":"x","answer":null}'], np.array([1.0], np.float32)
+    with GroupShardWriter(tmp_path / "a", STAMP) as writer:
+        writer.add(EncodedGroups(tokens, lengths, modes, np.array([2], np.int32), reward, [None], None, meta))
+    for verified, hashed in run_ranks(2, paces, str(tmp_path / "a"), str(tmp_path / "stamps")):
+        print(f"verified in {verified:.3f} s, sha256 alone {hashed:.3f} s, ratio {verified / hashed:.2f}")
+        assert verified <= 1.2 * hashed

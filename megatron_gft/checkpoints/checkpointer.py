@@ -12,7 +12,7 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,14 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_gft.atomic import fsync_path, sha256_file, write_json
+from megatron_gft.atomic import write_json
 from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
-from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, find_damage, publish
+from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, publish
 from megatron_gft.checkpoints.starts import CONFIG_FILE
 from megatron_gft.checkpoints.torch_dist import replace_results_queue
+from megatron_gft.checkpoints.verification import describe_files, verify_checkpoint
 from megatron_gft.config import Config
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.model import unwrap
@@ -211,7 +212,7 @@ class Checkpointer:
         """Size and sha256 of this rank's share of the files, in a thread; all files are there and complete."""
         dist.barrier()
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return self.hasher.submit(_describe_files, folder, files[self.parallel.rank :: self.parallel.world_size])
+        return self.hasher.submit(describe_files, folder, files[self.parallel.rank :: self.parallel.world_size])
 
     def _commit(self) -> None:
         pending, self.pending = self.pending, None
@@ -243,7 +244,7 @@ class Checkpointer:
             partial = pending.folder
             write_json(partial / STATE_FILE, asdict(pending.state))
             files = {name: entry for share in shares for name, entry in share.items()}
-            write_json(partial / FILES_FILE, files | _describe_files(partial, [partial / STATE_FILE]))
+            write_json(partial / FILES_FILE, files | describe_files(partial, [partial / STATE_FILE]))
             publish(partial, pending.state.step, self.config.checkpoint.keep_last)
 
     def _sharded_state(self, *, loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
@@ -261,10 +262,7 @@ class Checkpointer:
             InputErrors: a file is missing or differs from what was written.
             InputError: the checkpoint does not hold what this model needs.
         """
-        # every rank reads its share of the files; all raise when one finds damage
-        found = gather_results(lambda: find_damage(path, part=self.parallel.rank, parts=self.parallel.world_size))
-        if problems := [problem for share in found for problem in share]:
-            raise InputErrors(f"{path}: damaged -> set checkpoint.resume=previous, or restore these files", problems)
+        verify_checkpoint(path, "set checkpoint.resume=previous, or restore these files")
         state = self._sharded_state(loading=True, with_optimizer=with_optimizer)
         loaded = _load(path, state, self.chunks, self.parallel)
         if with_optimizer and self.optimizer is not None:
@@ -278,8 +276,9 @@ def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) 
     """Weights only, from a checkpoint of any layout: a run's, a converted one, or one with another layer spec.
 
     Raises:
-        InputError: the checkpoint does not hold what this model needs.
+        InputError: the checkpoint is damaged, or does not hold what this model needs.
     """
+    verify_checkpoint(path)
     _load(path, model_state(chunks), chunks, parallel)
 
 
@@ -298,12 +297,3 @@ def _load(path: Path, state: dict[str, Any], chunks: list[torch.nn.Module], para
 def _async_strategy(save: Any) -> dict[str, str]:
     """From 0.17 on the default asks for NVIDIA's resiliency extension; Megatron's own needs nothing."""
     return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
-
-
-def _describe_files(folder: Path, files: Sequence[Path]) -> Files:
-    """Size and sha256 of ``files``, flushed to the disk, by their names within ``folder``."""
-    described = {}
-    for path in files:
-        fsync_path(path)
-        described[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    return described

@@ -28,6 +28,7 @@ import torch
 
 from megatron_gft.atomic import write_json
 from megatron_gft.checkpoints.torch_dist import CHUNK_BYTES, StoredTensor, TorchDistReader, prefetch, write_torch_dist
+from megatron_gft.checkpoints.verification import verify_checkpoint, write_file_hashes
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.files import (
     MODEL_FILES_FOLDER,
@@ -166,14 +167,18 @@ def hf_to_megatron(
         return given
 
     with shared_directory(output) as folder:
-        results = gather_results(write, output)
-        if rank == 0:
-            if verify == "logits":
-                run_logits_check(hf_dir, folder, text)
-            given = {name: digest for result in results for name, digest in result.items()}
-            (folder / MODEL_FILES_FOLDER).mkdir()
-            write_model_files(hf_dir, folder / MODEL_FILES_FOLDER, dtype)
-            write_json(folder / SOURCE_FILE, source_record(hf_dir, given))
+        given = {name: digest for share in gather_results(write, output) for name, digest in share.items()}
+
+        def finish() -> None:
+            if rank == 0:
+                if verify == "logits":
+                    run_logits_check(hf_dir, folder, text)
+                (folder / MODEL_FILES_FOLDER).mkdir()
+                write_model_files(hf_dir, folder / MODEL_FILES_FOLDER, dtype)
+                write_json(folder / SOURCE_FILE, source_record(hf_dir, given))
+
+        gather_results(finish, output)
+        write_file_hashes(folder)
 
 
 def _check_one_dtype_per_key(hf_dir: Path, entries: Sequence[Entry], layouts: Layouts) -> None:
@@ -259,6 +264,7 @@ def megatron_to_hf(
             or a difference on reading back. Nothing is left behind.
     """
     checkpoint, output = Path(checkpoint), Path(output)
+    verify_checkpoint(checkpoint)
     model_files = _model_files(checkpoint, hf_dir)
     mapping = HfMapping(read_model_shape(model_files))
     reader = TorchDistReader(checkpoint)

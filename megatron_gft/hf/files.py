@@ -34,6 +34,7 @@ _IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
 
 MODEL_FILES_FOLDER = "hf"
 SOURCE_FILE = "hf_source.json"
+HASHED_SINCE = 2  # format of that file from which on the checkpoint has hashes of its files, too
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def source_record(hf_dir: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
     except InputError:
         fingerprint = None
     return {
-        "format": 1,
+        "format": HASHED_SINCE,
         "tool": f"megatron_gft {__version__}",
         "config_sha256": sha256_json(read_config(hf_dir)),
         "tokenizer_fingerprint": fingerprint,
@@ -168,6 +169,9 @@ def read_source_record(checkpoint: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}) -> convert again") from error
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record["format"], int) and isinstance(record["tensors_sha256"], dict):
+            return record
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a source record ({error!r}) -> convert again") from error
+    raise InputError(f"{path}: not a source record -> convert again")

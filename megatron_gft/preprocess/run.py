@@ -266,7 +266,7 @@ class _ShardBuilder:
         self._begin()
         finished = (GroupShard(staging.folder / name) for name in staging.done)
         for shard in (*existing, *finished):  # ids of groups that are in a shard already are duplicates from now on
-            self._seen.update(id_digest(shard.meta(i)["id"]) for i in range(len(shard)))
+            self._seen.update(map(id_digest, shard.ids()))
 
     def _begin(self) -> None:
         self._problems: Counter[tuple[str, str]] = Counter()  # by kind and action

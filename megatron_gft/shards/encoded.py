@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import to_json
 
-from megatron_gft.objectives import SOURCE_CODES
+from megatron_gft.objectives import SOURCE_CODES, SOURCES
 
 PROMPT_MODE = -1  # mode of the prompt's sequence; a response has its source's code
 UNKNOWN_OUTCOME = -1
@@ -128,3 +128,25 @@ class GroupEncoder:
                 values[start : start + len(known)] = known
             start += length
         return values
+
+
+def sequence_counts(lengths: np.ndarray, modes: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
+    """What a manifest's counts say of sequences.
+
+    Args:
+        lengths, modes: int [S], int8 [S], of the sequences.
+        starts: int [G]: first sequence of each group.
+    """
+    responses, prompts = lengths[modes != PROMPT_MODE], lengths[starts]
+    sizes = np.diff(np.append(starts, len(lengths))) - 1
+    return {
+        "groups": len(starts),
+        "responses": len(responses),
+        "prompt_tokens": int(prompts.sum(dtype=np.int64)),
+        "response_tokens": int(responses.sum(dtype=np.int64)),
+        "by_source": {name: int((modes == code).sum()) for code, name in enumerate(SOURCES)},
+        "max_prompt_tokens": int(prompts.max()),
+        "max_response_tokens": int(responses.max()),
+        "max_sequence_tokens": int((responses.astype(np.int64) + np.repeat(prompts, sizes)).max()),
+        "max_responses": int(sizes.max()),
+    }

@@ -2,7 +2,8 @@
 
 A shard is what its manifest says: a reader opens no file that the manifest does not list with this size, and nothing
 exists before the manifest does (it is written last). Its text is canonical and ends with its own hash, so any changed
-byte of it is found when it is read. Nothing here needs torch or megatron.
+byte of it is found when it is read. Files of more than one block have the hash of each block, too, so that several
+processes can share the work of :mod:`megatron_gft.shards.verification`. Nothing here needs torch or megatron.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,7 +24,8 @@ from megatron_gft.atomic import atomic_file, sha256_file, sha256_json
 from megatron_gft.errors import InputError, InputErrors
 
 FORMAT: Final = "megatron_gft.group_shard"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2  # 1 has no hashes of blocks
+BLOCK_BYTES: Final = 64 << 20
 
 
 class _Part(pydantic.BaseModel):
@@ -32,8 +35,14 @@ class _Part(pydantic.BaseModel):
 class FileEntry(_Part):
     """Size and content of one file beside the manifest."""
 
-    bytes: int
+    bytes: int = pydantic.Field(ge=0)
     sha256: str
+    blocks: list[str] | None = None  # sha256 of each BLOCK_BYTES, of a file that has more
+
+    @pydantic.model_serializer(mode="wrap")
+    def _as_written(self, write: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``blocks`` where there are none, as earlier versions wrote it."""
+        return {name: value for name, value in write(self).items() if value is not None}
 
 
 class Counts(_Part):
@@ -97,7 +106,7 @@ class ShardManifest(_Part):
     """Contents of ``PREFIX.json``."""
 
     format: Literal["megatron_gft.group_shard"]
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     tool_version: str
     files: dict[str, FileEntry]
     counts: Counts
@@ -113,11 +122,22 @@ class ShardManifest(_Part):
         return self.judgements[-1]
 
     @property
+    def tokens_file(self) -> str:
+        """``PREFIX.bin``."""
+        return min((name for name in self.files if name.endswith(".bin")), key=len)  # not .meta.bin
+
+    @property
+    def bulk_files(self) -> list[str]:
+        """What is too large to be hashed whenever the shard is opened: tokens, and log-probs of more than a block."""
+        if self.logprobs is None or self.files[self.logprobs].bytes <= BLOCK_BYTES:
+            return [self.tokens_file]
+        return [self.tokens_file, self.logprobs]
+
+    @property
     def fingerprint(self) -> str:
         """Hex sha256 of what training reads: tokens, index, rewards in force, log-probs. No names, no provenance."""
-        names = {"rewards": self.judgement.rewards_file, "logprobs": self.logprobs}
-        for kind in ("bin", "idx"):
-            names[kind] = min((name for name in self.files if name.endswith(f".{kind}")), key=len)  # not .meta.bin
+        names = {"rewards": self.judgement.rewards_file, "logprobs": self.logprobs, "bin": self.tokens_file}
+        names["idx"] = self.tokens_file.removesuffix("bin") + "idx"
         hashes = {role: self.files[name].sha256 for role, name in names.items() if name}
         return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
@@ -150,6 +170,8 @@ def read_manifest(prefix: str | Path) -> ShardManifest:
         InputError: it is missing, not a manifest, of another version, or was changed after it was written.
     """
     path = manifest_path(prefix)
+    if path.exists() and not path.is_file():  # reading a pipe would wait
+        raise InputError(f"{path}: not a file -> give the prefix of a shard")
     try:
         text = path.read_bytes().decode("ascii")  # text mode would let a changed line end pass
         value = json.loads(text)
@@ -166,9 +188,9 @@ def read_manifest(prefix: str | Path) -> ShardManifest:
         raise InputError(f"{path}: not a shard manifest ({error}) -> preprocess again") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise InputError(f"{path}: not the manifest of a group shard -> give the prefix of one")
-    if value.get("format_version") != FORMAT_VERSION:
+    if value.get("format_version") not in (1, FORMAT_VERSION):
         raise InputError(
-            f"{path}: format version {value.get('format_version')!r}, this program reads {FORMAT_VERSION} "
+            f"{path}: format version {value.get('format_version')!r}, this program reads 1 to {FORMAT_VERSION} "
             "-> preprocess again, or use the version that wrote it"
         )
     value.pop("sha256", None)
@@ -178,61 +200,66 @@ def read_manifest(prefix: str | Path) -> ShardManifest:
         raise InputError(f"{path}: damaged manifest ({error}) -> preprocess again") from error
     if manifest_text(manifest) != text or not manifest.judgements:
         raise InputError(f"{path}: the manifest does not match its own hash -> preprocess again, do not edit it")
-    if not {f"{Path(prefix).name}.bin", f"{Path(prefix).name}.idx"} <= manifest.files.keys():
-        raise InputError(f"{path}: lists the files of another prefix -> give it its name back, shards keep theirs")
+    _check_names(prefix, manifest)
     return manifest
 
 
+def _check_names(prefix: str | Path, manifest: ShardManifest) -> None:
+    """Raise InputError unless the manifest lists what it needs, and files of this prefix only."""
+    path = manifest_path(prefix)
+    stem, files = Path(prefix).name, manifest.files
+    if not {f"{stem}.bin", f"{stem}.idx"} <= files.keys():
+        raise InputError(f"{path}: lists the files of another prefix -> give it its name back, shards keep theirs")
+    sidecars = [manifest.logprobs, manifest.judgement.outcomes_file, *(of.rewards_file for of in manifest.judgements)]
+    needed = {f"{stem}.meta.bin", f"{stem}.meta.idx", *(name for name in sidecars if name is not None)}
+    odd = {name for name in files if not name.startswith(f"{stem}.") or "/" in name or "\0" in name}
+    if wrong := sorted((needed - files.keys()) | odd):
+        raise InputError(f"{path}: lists no file {wrong[0]!r}, or one that is none of {stem}.* -> preprocess again")
+    for name, entry in files.items():
+        if entry.blocks is not None and len(entry.blocks) != -(-entry.bytes // BLOCK_BYTES):
+            raise InputError(f"{path}: {len(entry.blocks)} blocks of {name} ({entry.bytes} bytes) -> preprocess again")
+
+
 def file_entry(path: Path) -> FileEntry:
-    return FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+    """Describe a file as it is."""
+    if (size := path.stat().st_size) <= BLOCK_BYTES:
+        return FileEntry(bytes=size, sha256=sha256_file(path))
+    whole, blocks = hashlib.sha256(), []
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            whole.update(block)
+            blocks.append(hashlib.sha256(block).hexdigest())
+    return FileEntry(bytes=size, sha256=whole.hexdigest(), blocks=blocks)
 
 
-def check_sizes(prefix: str | Path, manifest: ShardManifest) -> None:
-    """Compare the size of every file with the manifest: cheap, finds missing and truncated files.
+def file_problem(path: Path, entry: FileEntry, *, contents: bool) -> str | None:
+    """What is wrong with a file: missing, of another size or, when asked, with other contents."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return f"{path}: not a file"
+        if found.st_size != entry.bytes:
+            return f"{path}: {found.st_size} bytes, the manifest says {entry.bytes}"
+        if contents and sha256_file(path) != entry.sha256:
+            return f"{path}: content differs from the manifest"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return None
+
+
+def check_files(prefix: str | Path, manifest: ShardManifest) -> None:
+    """Compare every file with the manifest: the sizes of all, the contents of those that are small.
 
     Raises:
         InputErrors: names each file that differs.
     """
-    if problems := _file_problems(prefix, manifest, contents=False):
+    bulk = manifest.bulk_files
+    checks = ((Path(prefix).with_name(name), entry, name not in bulk) for name, entry in manifest.files.items())
+    found = (file_problem(path, entry, contents=contents) for path, entry, contents in checks)
+    if problems := [problem for problem in found if problem is not None]:
         raise InputErrors(f"{prefix}: damaged shard -> copy it again or preprocess again", problems)
-
-
-def verify_shards(prefixes: Iterable[str | Path]) -> None:
-    """Read every byte of shards and compare with their manifests; sets of shards must be complete.
-
-    Raises:
-        InputErrors: one line for each damaged manifest, damaged file and incomplete set, of all shards.
-    """
-    problems, shards = [], []
-    for prefix in prefixes:
-        try:
-            manifest = read_manifest(prefix)
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        shards.append((str(prefix), manifest))
-        problems += _file_problems(prefix, manifest, contents=True)
-    problems += _incomplete_sets(shards)
-    if problems:
-        raise InputErrors("damaged or incomplete shards -> copy them again or preprocess again", problems)
-
-
-def _file_problems(prefix: str | Path, manifest: ShardManifest, contents: bool) -> list[str]:
-    """A line for each file that is missing or has another size or, when asked, other contents."""
-    problems = []
-    for name, entry in manifest.files.items():
-        path = Path(prefix).with_name(name)
-        try:
-            size = path.stat().st_size
-            if size != entry.bytes:
-                problems.append(f"{path}: {size} bytes, the manifest says {entry.bytes}")
-            elif contents and sha256_file(path) != entry.sha256:
-                problems.append(f"{path}: content differs from the manifest")
-        except FileNotFoundError:
-            problems.append(f"{path}: missing")
-        except OSError as error:
-            problems.append(f"{path}: cannot be read ({error.strerror})")
-    return problems
 
 
 def expand_shards(patterns: Sequence[str | Path] | str | Path) -> list[str]:
@@ -275,6 +302,8 @@ def _glob_shards(pattern: str) -> list[str]:
 
 def _is_manifest(path: str) -> bool:
     """Whether a file begins as a shard manifest does."""
+    if not os.path.isfile(path):  # reading a pipe would wait
+        return False
     try:
         with open(path, "rb") as file:
             return FORMAT.encode() in file.read(100)
@@ -309,7 +338,7 @@ def check_sets(shards: Iterable[tuple[str, ShardManifest]]) -> None:
         InputErrors: names each incomplete set; or parts (``--part I/N``) that are not of the same input.
     """
     shards = list(shards)
-    if problems := _incomplete_sets(shards):
+    if problems := incomplete_sets(shards):
         raise InputErrors("incomplete sets of shards -> name them all, e.g. PREFIX*", problems)
     # Parts share the rows of one input: of two inputs, some rows would be in no part. What was appended is apart.
     seen: dict[str, dict[str, str]] = {}
@@ -322,7 +351,8 @@ def check_sets(shards: Iterable[tuple[str, ShardManifest]]) -> None:
         raise InputErrors("parts of different inputs: rows may be missing -> make all parts with the same input", mixed)
 
 
-def _incomplete_sets(shards: Iterable[tuple[str, ShardManifest]]) -> list[str]:
+def incomplete_sets(shards: Iterable[tuple[str, ShardManifest]]) -> list[str]:
+    """A line for each set of which a shard is missing."""
     seen: dict[str, tuple[str, int, set[int]]] = {}
     for prefix, manifest in shards:
         part = manifest.shard_set

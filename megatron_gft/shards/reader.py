@@ -13,6 +13,7 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 import struct
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_gft.errors import InputError
 from megatron_gft.groups import SOURCES
-from megatron_gft.shards.encoded import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups
-from megatron_gft.shards.manifest import ShardManifest, check_sizes, read_manifest
+from megatron_gft.shards.encoded import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups, sequence_counts
+from megatron_gft.shards.manifest import ShardManifest, check_files, read_manifest
+
+_ID = re.compile(rb'{"id":("(?:[^"\\]|\\.)*"),"answer":')  # in a group's JSON as GroupEncoder writes it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,29 +114,55 @@ def _runs(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 class GroupShard:
-    """Reads one shard. Opening maps files and compares their sizes with the manifest; no token is read.
+    """Reads one shard. Opening maps its files, hashes all but the tokens (and log-probs of more than a block) and
+    checks that they are groups; no token is read. :mod:`megatron_gft.shards.verification` hashes the rest.
 
     Args:
         prefix: of the shard's files.
 
     Raises:
-        InputError: a file is missing, truncated or does not match the manifest.
+        InputError: a file is missing, damaged or does not match the manifest.
     """
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix).removesuffix(".json")
         self.manifest: ShardManifest = read_manifest(self.prefix)
-        check_sizes(self.prefix, self.manifest)
+        check_files(self.prefix, self.manifest)
         self._data = _open_indexed(self.prefix, multimodal=True)
-        counts, index = self.manifest.counts, self._data.index
-        found = (len(index.document_indices) - 1, len(index.sequence_lengths) - counts.groups, index.dtype)
-        if found != (counts.groups, counts.responses, np.int32):
-            raise InputError(f"{self.prefix}.idx: holds {found}, the manifest says {counts} -> preprocess again")
+        index, counts, judgement = self._data.index, self.manifest.counts, self.manifest.judgement
         self._documents = index.document_indices  # int64 [G + 1]: first sequence of each group
         self._lengths = index.sequence_lengths  # int32 [S]
         self._pointers = index.sequence_pointers  # int64 [S]: bytes
         self._modes = index.sequence_modes  # int8 [S]
-        self.rewards = self._sidecar(self.manifest.judgement.rewards_file, counts.responses, np.float32)
+        self._check_index()
+        self.rewards = self._sidecar(judgement.rewards_file, counts.responses, np.float32)
+        if np.isinf(self.rewards).any():
+            raise InputError(f"{self.prefix}: infinite rewards in {judgement.rewards_file} -> preprocess again")
+        codes = self._sidecar(judgement.outcomes_file, counts.responses, np.int8)
+        if codes is not None and not -1 <= codes.min() <= codes.max() < len(judgement.outcome_names):
+            raise InputError(f"{self.prefix}: unknown codes in {judgement.outcomes_file} -> preprocess again")
+        self._sidecar(self.manifest.logprobs, counts.response_tokens, np.float32)  # mapped when it is used
+
+    def _check_index(self) -> None:
+        """The index describes groups, those that the manifest counts, and nothing but them.
+
+        Raises:
+            InputError: names the file and what is wrong with it.
+        """
+        counts, documents, modes = self.manifest.counts, self._documents, self._modes
+        _check_layout(self.prefix, self._data.index, np.int32, counts.groups, 2)
+        metas = _open_indexed(f"{self.prefix}.meta", multimodal=False)
+        _check_layout(f"{self.prefix}.meta", metas.index, np.uint8, counts.groups, 1)
+        if len(metas.index) != counts.groups:
+            raise InputError(f"{self.prefix}.meta.idx: damaged index, {len(metas.index)} ids -> preprocess again")
+        is_prompt = np.zeros(len(modes), dtype=bool)
+        is_prompt[documents[:-1]] = True
+        if not np.array_equal(modes == PROMPT_MODE, is_prompt) or not -1 <= modes.min() <= modes.max() < len(SOURCES):
+            raise InputError(f"{self.prefix}.idx: modes that are no prompts and sources -> preprocess again")
+        found = sequence_counts(self._lengths, modes, documents[:-1])
+        told = counts.model_dump(include=set(found))
+        if found != told:
+            raise InputError(f"{self.prefix}.idx: holds {found}, the manifest says {told} -> preprocess again")
 
     def __reduce__(self) -> tuple[type[GroupShard], tuple[str]]:
         return GroupShard, (self.prefix,)  # data-loader workers open the files themselves
@@ -141,15 +170,26 @@ class GroupShard:
     def __len__(self) -> int:
         return self.manifest.counts.groups
 
-    def _sidecar(self, name: str, size: int, dtype: type) -> np.ndarray:
+    def _sidecar(self, name: str | None, size: int, dtype: type) -> Any:
+        """The array of ``size`` values in a file, None without one."""
+        if name is None:
+            return None
         path = Path(self.prefix).with_name(name)
         try:
             values = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, EOFError, ValueError, SyntaxError, tokenize.TokenError) as error:  # numpy parses its header
+        except (OSError, EOFError, ValueError, OverflowError, SyntaxError, tokenize.TokenError) as error:  # its header
             raise InputError(f"{path}: cannot be read ({error}) -> preprocess again") from error
         if values.shape != (size,) or values.dtype != dtype:
             raise InputError(f"{path}: {values.dtype} {values.shape}, expected {dtype.__name__} ({size},)")
         return values.view(np.ndarray)  # a plain array slices faster than numpy.memmap; it keeps the map alive
+
+    def _tokens(self, first: int, count: int) -> np.ndarray:
+        """int32 [count]: tokens from sequence ``first`` on. A copy, because Megatron unmaps the file when its dataset
+        goes, whoever still looks at it."""
+        tokens = self._data.bin_reader.read(np.int32, count, int(self._pointers[first])).copy()
+        if int(tokens.view(np.uint32).max()) > self.manifest.counts.max_token_id:  # unsigned: a negative one is large
+            raise ValueError(f"{self.prefix}.bin has a token id outside 0 to {self.manifest.counts.max_token_id}")
+        return tokens
 
     def __getitem__(self, i: int) -> Group:
         first, end = self._bounds(i)
@@ -157,8 +197,7 @@ class GroupShard:
         with self._reading():
             lengths = self._lengths[first:end].tolist()
             pointer = int(self._pointers[first])
-            # A copy, because Megatron unmaps the file when its dataset goes, whoever still looks at it.
-            tokens = self._data.bin_reader.read(np.int32, sum(lengths), pointer).copy()
+            tokens = self._tokens(first, sum(lengths))
             prompt, *responses = _pieces(tokens, lengths)
             logprobs = None
             if self._logprobs is not None:
@@ -190,6 +229,19 @@ class GroupShard:
         self._bounds(i)
         with self._reading():
             return _parse_meta(self._metas[i].tobytes())
+
+    def ids(self) -> list[str]:
+        """Of all groups, in order."""
+        with self._reading():
+            found = _ID.findall(Path(f"{self.prefix}.meta.bin").read_bytes())
+            if len(found) == len(self):
+                return json.loads(b"[" + b",".join(found) + b"]")
+            return [self.meta(i)["id"] for i in range(len(self))]
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int32 [G]."""
+        return self._lengths[self._documents[:-1]]
 
     @functools.cached_property
     def _metas(self) -> IndexedDataset:
@@ -227,15 +279,11 @@ class GroupShard:
             begin, stop = int(self._documents[first]), int(self._documents[end])
             lengths, modes = self._lengths[begin:stop].copy(), self._modes[begin:stop].copy()
             sizes = np.diff(self._documents[first : end + 1]).astype(np.int32)
-            prompts, known = np.flatnonzero(modes == PROMPT_MODE), (modes >= PROMPT_MODE) & (modes < len(SOURCES))
-            if not (np.array_equal(prompts, np.cumsum(sizes) - sizes) and known.all() and (lengths > 0).all()):
-                raise ValueError("sequences that are no groups")
-            tokens = self._data.bin_reader.read(np.int32, int(lengths.sum()), int(self._pointers[begin]))
             metas = [self._metas[i].tobytes() for i in range(first, end)]
             for meta in metas:
                 _parse_meta(meta)
             return EncodedGroups(
-                tokens.copy(),
+                self._tokens(begin, int(lengths.sum())),
                 lengths,
                 modes,
                 sizes,
@@ -248,18 +296,18 @@ class GroupShard:
     @functools.cached_property
     def _outcome_codes(self) -> np.ndarray:
         """int8 [M]: index into ``manifest.judgement.outcome_names``, -1 = unknown."""
-        name, count = self.manifest.judgement.outcomes_file, self.manifest.counts.responses
-        return np.full(count, UNKNOWN_OUTCOME, np.int8) if name is None else self._sidecar(name, count, np.int8)
+        count = self.manifest.counts.responses
+        codes = self._sidecar(self.manifest.judgement.outcomes_file, count, np.int8)
+        return np.full(count, UNKNOWN_OUTCOME, np.int8) if codes is None else codes
 
     @functools.cached_property
     def _logprobs(self) -> np.ndarray | None:
-        name = self.manifest.logprobs
-        return None if name is None else self._sidecar(name, self.manifest.counts.response_tokens, np.float32)
+        return self._sidecar(self.manifest.logprobs, self.manifest.counts.response_tokens, np.float32)
 
     @functools.cached_property
     def _prompt_tokens_before(self) -> np.ndarray:
         """int64 [G]: prompt tokens of all earlier groups; log-probs are stored of response tokens only."""
-        prompts = self._lengths[self._documents[:-1]].astype(np.int64)
+        prompts = self.prompt_lengths.astype(np.int64)
         return np.cumsum(prompts) - prompts
 
 
@@ -276,6 +324,31 @@ def _parse_meta(text: bytes) -> dict[str, Any]:
     return meta
 
 
+def _check_layout(prefix: str, index: Any, dtype: type, groups: int, fewest: int) -> None:
+    """One sequence follows another through all of ``PREFIX.bin``, and ``groups`` documents have ``fewest`` or more.
+
+    Raises:
+        InputError: they do not.
+    """
+    lengths, pointers, documents = index.sequence_lengths, index.sequence_pointers, index.document_indices
+    ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(dtype).itemsize
+    size = Path(f"{prefix}.bin").stat().st_size
+    rules = {
+        f"its dtype is not {dtype.__name__}": index.dtype == dtype,
+        "sequences without length": (lengths > 0).all(),
+        "pointers that are not those of one sequence after another": np.array_equal(pointers[1:], ends[:-1])
+        and pointers[0] == 0
+        and ends[-1] == size,
+        f"documents that are not {groups} groups": len(documents) == groups + 1
+        and documents[0] == 0
+        and documents[-1] == len(lengths)
+        and (np.diff(documents) >= fewest).all(),
+    }
+    for problem, holds in rules.items():
+        if not holds:
+            raise InputError(f"{prefix}.idx: damaged index, {problem} -> preprocess again")
+
+
 class _Indexed(IndexedDataset):
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # Megatron's expects that opening the files went well
@@ -285,7 +358,9 @@ class _Indexed(IndexedDataset):
 def _open_indexed(prefix: str, multimodal: bool) -> IndexedDataset:
     try:
         return _Indexed(prefix, multimodal=multimodal)
-    except (AssertionError, IndexError, KeyError, ValueError, OSError, struct.error) as error:
+    except OSError as error:  # such as too many open files
+        raise InputError(f"{prefix}: cannot be opened ({error.strerror}) -> see to it, then start again") from error
+    except (AssertionError, IndexError, KeyError, OverflowError, ValueError, struct.error) as error:
         raise InputError(
             f"{prefix}.idx: damaged index ({error or type(error).__name__}) -> preprocess again"
         ) from error

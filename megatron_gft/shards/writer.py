@@ -26,7 +26,7 @@ import megatron_gft
 from megatron_gft.atomic import fsync_path, temporary_name
 from megatron_gft.errors import InputError
 from megatron_gft.objectives import SOURCES
-from megatron_gft.shards.encoded import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups, GroupEncoder
+from megatron_gft.shards.encoded import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups, GroupEncoder, sequence_counts
 from megatron_gft.shards.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -192,19 +192,8 @@ class GroupShardWriter:
         rewards = np.concatenate(self._rewards)
         starts = np.array(self._tokens.document_indices[:-1], dtype=np.int64)
         sizes = np.diff(np.append(starts, len(lengths)))
-        responses = lengths[modes != PROMPT_MODE]
         counts = Counts(
-            groups=self.groups,
-            responses=len(responses),
-            prompt_tokens=int(lengths[starts].sum()),
-            response_tokens=self._response_tokens,
-            truncated=self._truncated,
-            by_source={name: int((modes == code).sum()) for code, name in enumerate(SOURCES)},
-            max_prompt_tokens=int(lengths[starts].max()),
-            max_response_tokens=int(responses.max()),
-            max_sequence_tokens=int((responses + np.repeat(lengths[starts], sizes - 1)).max()),
-            max_responses=int(sizes.max()) - 1,
-            max_token_id=self._max_token,
+            **sequence_counts(lengths, modes, starts), truncated=self._truncated, max_token_id=self._max_token
         )
         judgement = self._judgement(rewards, reward_stats(rewards, modes[modes != PROMPT_MODE], sizes - 1))
         logprobs = None

@@ -1,0 +1,59 @@
+"""Whether a checkpoint's files are what was written: the one check on every way in (resume, init_from, conversion)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_gft.atomic import fsync_path, sha256_file, write_json
+from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, find_damage
+from megatron_gft.errors import InputErrors
+from megatron_gft.hf.files import HASHED_SINCE, read_source_record
+from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count
+
+logger = logging.getLogger(__name__)
+
+
+def describe_files(folder: Path, files: Sequence[Path]) -> Files:
+    """Size and sha256 of ``files``, flushed to the disk, by their names within ``folder``."""
+    described = {}
+    for path in files:
+        fsync_path(path)
+        described[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return described
+
+
+def write_file_hashes(folder: Path) -> None:
+    """Write ``files.json`` of a folder that is complete, every process hashing a share of its files. Collective."""
+    rank, count = process_rank_and_count()
+    listed = gather_results(lambda: sorted(path for path in folder.rglob("*") if path.is_file() and rank == 0))
+    files = listed[0]  # another machine may not see all of them yet
+    shares = gather_results(lambda: describe_files(folder, files[rank::count]), folder)
+    if rank == 0:
+        write_json(folder / FILES_FILE, {name: entry for share in shares for name, entry in share.items()})
+
+
+def verify_checkpoint(path: Path, remedy: str = "restore these files, or take another checkpoint") -> None:
+    """Compare a checkpoint with its ``files.json``, every process a share of the files. Collective.
+
+    A checkpoint without that file, from another program or converted by an earlier version, passes with a warning.
+
+    Raises:
+        InputErrors: on all processes, with each file that is missing or differs.
+    """
+    rank, count = process_rank_and_count()
+    found = gather_results(lambda: _damages(path, rank, count))
+    if problems := list(dict.fromkeys(problem for share in found for problem in share)):
+        raise InputErrors(f"{path}: damaged -> {remedy}", problems)
+
+
+def _damages(path: Path, rank: int, count: int) -> list[str]:
+    if (path / FILES_FILE).is_file():
+        return find_damage(path, part=rank, parts=count)
+    record = read_source_record(path)
+    if (path / STATE_FILE).exists() or (record is not None and record.get("format", 1) >= HASHED_SINCE):
+        return [f"{FILES_FILE} is missing"]
+    if rank == 0 and path.is_dir():
+        logger.warning("%s: has no %s, so its bytes are taken as they are", path, FILES_FILE)
+    return []
