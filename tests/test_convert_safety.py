@@ -177,15 +177,12 @@ def test_bits_that_change_on_the_way_fail_the_conversion(tiny, tmp_path, monkeyp
 def test_damaged_checkpoints_are_named(tiny, tmp_path):
     folder, checkpoint = tiny("llama3"), tmp_path / "ckpt"
     hf_to_megatron(folder, checkpoint)
-    data, metadata = checkpoint / "__0_0.distcp", checkpoint / ".metadata"
-    content = data.read_bytes()
-    loose = tmp_path / "loose"  # as earlier versions converted: nothing but reading tells
+    content = (checkpoint / "__0_0.distcp").read_bytes()
+    loose = Path(shutil.copytree(checkpoint, tmp_path / "loose"))  # as earlier versions converted: only reading tells
+    (loose / "files.json").unlink()
+    set_format(loose, 1)
     for folder in (checkpoint, loose):
-        if folder == loose:
-            shutil.copytree(checkpoint, loose)
-            (loose / "files.json").unlink()
-            set_format(loose, 1)
-        data, metadata = folder / data.name, folder / metadata.name
+        data, metadata = folder / "__0_0.distcp", folder / ".metadata"
         data.write_bytes(content[: len(content) // 2])
         with pytest.raises(InputError, match=r"__0_0\.distcp( has|: damaged or missing)"):
             megatron_to_hf(folder, tmp_path / "back")

@@ -27,8 +27,8 @@ def describe_files(folder: Path, files: Sequence[Path]) -> Files:
 def write_file_hashes(folder: Path) -> None:
     """Write ``files.json`` of a folder that is complete, every process hashing a share of its files. Collective."""
     rank, count = process_rank_and_count()
-    listed = gather_results(lambda: sorted(path for path in folder.rglob("*") if path.is_file() and rank == 0))
-    files = listed[0]  # another machine may not see all of them yet
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILES_FILE)
+    files = gather_results(lambda: found)[0]  # another machine may not see all of them yet
     shares = gather_results(lambda: describe_files(folder, files[rank::count]), folder)
     if rank == 0:
         write_json(folder / FILES_FILE, {name: entry for share in shares for name, entry in share.items()})

@@ -35,7 +35,7 @@ class _Part(pydantic.BaseModel):
 class FileEntry(_Part):
     """Size and content of one file beside the manifest."""
 
-    bytes: int = pydantic.Field(ge=0)
+    bytes: int = pydantic.Field(gt=0)
     sha256: str
     blocks: list[str] | None = None  # sha256 of each BLOCK_BYTES, of a file that has more
 
