@@ -360,8 +360,8 @@ def test_verify_names_every_damage_and_leaves_stdout_to_the_json(case, tool, cap
     assert json.loads(captured.out)["groups"] == 22 and "every byte is as written" in captured.err
     for i in range(3):
         write_shard(tmp_path / f"s-{i}", groups=3, seed=i, shard_set=ShardSet(id="s", index=i, count=4))
-    _flip(tmp_path / "s-0.bin", 10)
-    assert tool([str(tmp_path / "s-0")]) == 0  # sizes agree, so it opens
+    _flip(tmp_path / "s-0.bin", 8, 0x01)
+    assert tool([str(tmp_path / "s-0")]) == 0  # another token: only hashing tells
     assert "missing number 1, 2, 3" in capsys.readouterr().out
     (tmp_path / "s-1.meta.bin").write_bytes(b"")
     assert tool([str(tmp_path / "s-*"), "--verify"]) == 2
@@ -374,9 +374,9 @@ def copy_shard(base: Path, target: Path) -> None:
         (target / path.name).write_bytes(path.read_bytes())
 
 
-def _flip(path: Path, position: int) -> None:
+def _flip(path: Path, position: int, bits: int = 0xC0) -> None:
     content = bytearray(path.read_bytes())
-    content[position] ^= 0xC0
+    content[position] ^= bits
     path.write_bytes(content)
 
 

@@ -94,10 +94,9 @@ class ShardSource:
         shards = [GroupShard(prefix) for prefix in self.prefixes]
         try:
             yield shards
-        except InputError:
-            raise
-        except Exception:  # tokens and codes out of range raise anything; where no byte is damaged, it is a bug of ours
-            verify_shards(self.prefixes)
+        except Exception as error:  # bytes out of range raise anything; where none is damaged, it is a bug of ours
+            if error.__cause__ is not None or not isinstance(error, InputError):
+                verify_shards(self.prefixes)
             raise
 
     def verify(self) -> list[str]:

@@ -259,7 +259,8 @@ def check_files(prefix: str | Path, manifest: ShardManifest) -> None:
     checks = ((Path(prefix).with_name(name), entry, name not in bulk) for name, entry in manifest.files.items())
     found = (file_problem(path, entry, contents=contents) for path, entry, contents in checks)
     if problems := [problem for problem in found if problem is not None]:
-        raise InputErrors(f"{prefix}: damaged shard -> copy it again or preprocess again", problems)
+        tool = f"tools/inspect_groups.py {prefix} --verify"
+        raise InputErrors(f"{prefix}: damaged shard -> copy it or preprocess again; all damage: {tool}", problems)
 
 
 def expand_shards(patterns: Sequence[str | Path] | str | Path) -> list[str]:

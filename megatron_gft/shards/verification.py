@@ -57,7 +57,7 @@ class _Block:
             return f"{self.path}: cannot be read ({error})"
         for start in range(0, self.bytes, _PIECE_BYTES):
             piece = data[start : start + _PIECE_BYTES]
-            digest.update(piece)
+            digest.update(piece.data)
             if self.largest_token is not None:  # unsigned: negative ids are large ones
                 largest = max(largest, int(piece[: len(piece) // 4 * 4].view(np.uint32).max(initial=0)))
         if digest.hexdigest() != self.sha256:
