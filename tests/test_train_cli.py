@@ -339,6 +339,6 @@ def test_a_run_goes_on_with_the_objective_that_it_had(workspace, tmp_path):
     assert (run / "config.yaml").read_bytes() == kept
     assert yaml.safe_load((run / "config-0002.yaml").read_text())["objective"]["normalize"] == "tokens"
     # from here on it is the run's own
-    other_data = refused(workspace, f"train.output={run}", "data.groups_per_step=3", "data.split=100,0", "train.seed=9")
+    other_data = refused(workspace, f"train.output={run}", "data.groups_per_step=3", "data.split=70,30", "train.seed=9")
     for part in ("groups_per_step: 4 then, 3 now", "split: '80,20' then", "seed: 1234 then, 9 now", "allow_changed"):
         assert part in other_data
