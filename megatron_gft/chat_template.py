@@ -60,6 +60,7 @@ class TemplateOptions:
         if not are_tools or not isinstance(own, dict):
             name, value = (KWARGS, own) if are_tools else (TOOLS, tools)
             raise ChatTemplateError(f"{name} is {str(value)[:60]!r}, no JSON for it -> correct or rename the field")
+        own = {name: value for name, value in own.items() if value is not None}  # as parquet fills rows without it
         return cls(tools or None, {**kwargs, **own})
 
     def record(self) -> dict[str, Any]:

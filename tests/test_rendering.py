@@ -352,6 +352,7 @@ def switched(tmp_path_factory):
         ({"tools": json.dumps(TOOLS)}, {}, TemplateOptions(TOOLS)),
         ({"chat_template_kwargs": {"enable_thinking": False}}, {}, TemplateOptions(None, {"enable_thinking": False})),
         ({"chat_template_kwargs": {"enable_thinking": True}}, {"enable_thinking": False}, PLAIN),
+        ({"chat_template_kwargs": {"enable_thinking": None}, "tools": []}, {}, PLAIN),
         ({}, {"enable_thinking": False}, TemplateOptions(None, {"enable_thinking": False})),
         ({"tools": 5}, {}, "tools is '5', no JSON for it"),
         ({"chat_template_kwargs": [1]}, {}, "no JSON for it"),
