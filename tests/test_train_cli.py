@@ -342,3 +342,29 @@ def test_a_run_goes_on_with_the_objective_that_it_had(workspace, tmp_path):
     other_data = refused(workspace, f"train.output={run}", "data.groups_per_step=3", "data.split=70,30", "train.seed=9")
     for part in ("groups_per_step: 4 then, 3 now", "split: '80,20' then", "seed: 1234 then, 9 now", "allow_changed"):
         assert part in other_data
+
+
+@pytest.mark.slow  # four starts of processes; what they call is tested in test_shards.py and test_convert_safety.py
+def test_damage_ends_a_start_with_one_message(workspace, tmp_path):
+    """Other tokens of the same size; a checkpoint to begin with whose weights are another's."""
+    prefix = write_shard(tmp_path / "train", workspace / "model", groups=8)
+    options = [f"data.train=[{prefix}]", "data.split=100,0", "train.validate_every=null", "train.max_steps=1"]
+    first = command(workspace, *options, f"train.output={tmp_path / 'first'}", processes=2)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert first.stderr.count("data.verify: 0.000 GB are as written") == 1
+    assert len(json.loads((tmp_path / "first" / "verified.json").read_text())) == 1
+    tokens = np.fromfile(f"{prefix}.bin", "<i4")
+    np.roll(tokens, 1).tofile(f"{prefix}.bin")
+    damaged = command(workspace, *options, f"train.output={tmp_path / 'first'}", processes=2)
+    assert damaged.returncode != 0 and "megatron_gft/" not in damaged.stderr, damaged.stderr[-3000:]
+    assert f"{prefix}.bin: content differs from the manifest" in damaged.stderr
+    unverified = command(workspace, *options, f"train.output={tmp_path / 'second'}", "data.verify=false")
+    assert unverified.returncode == 0, unverified.stderr[-3000:]
+    weights = next((tmp_path / "second" / "checkpoints").glob("step-*/*.distcp"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 0x40
+    weights.write_bytes(content)
+    origin = f"checkpoint.init_from={tmp_path / 'second'}"
+    refused = command(workspace, *options, f"train.output={tmp_path / 'third'}", "data.verify=false", origin)
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr[-3000:]
+    assert f"{weights.name}: the content differs from what was written" in refused.stderr
