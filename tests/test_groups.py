@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import decimal
 import gzip
 import itertools
 import json
@@ -197,8 +198,8 @@ def test_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     found, problems = parse(b"\xef\xbb\xbf" + line() + line(id="g2"), tmp_path)
     assert [record.id for record in found] == ["g1", "g2"] and not problems
     assert parse(b"\xef\xbb\xbf", tmp_path) == ([], [])
-    found, problems = parse(line() + b"\xef\xbb\xbf" + line(id="g2"), tmp_path)
-    assert [record.id for record in found] == ["g1"] and [problem.kind for problem in problems] == ["invalid_json"]
+    found, problems = parse(line() + b"\xef\xbb\xbf" + line(id="g2"), tmp_path)  # of files put one behind the other
+    assert [record.id for record in found] == ["g1", "g2"] and not problems
 
 
 def test_plain_rows_from_parquet(tmp_path):
@@ -316,7 +317,7 @@ DEEP: list = []
 for _ in range(MAX_DEPTH + 1):
     DEEP = [DEEP]
 BAD_LINES = {
-    "invalid_json": [b"{nope\n", b"[1]\n", b"[" * 100_000 + b"\n", b'{"id": ' + b"9" * 5000 + b"}\n"],
+    "invalid_json": [b"{nope\n", b"[1]\n", b'{"a": ' + b"[" * 100_000 + b"\n", b'{"id": ' + b"9" * 5000 + b"}\n"],
     "invalid_utf8": [b'{"id": "\xff"}\n', line(prompt="half \ud800 pair")],
     "wrong_type": [
         line(prompt=3),
@@ -460,3 +461,202 @@ def test_gold_numbers_of_parquet_are_the_shortest_of_their_own_type(bits, tmp_pa
     parquet.write_table(table, tmp_path / "in.parquet")
     found = [r for chunk in read_chunks(tmp_path / "in.parquet") for r, _ in parse_chunk(chunk, ProblemLog())]
     assert [record.answer for record in found] == ["0.1", "2.5", None, "1000.0"]
+
+
+# --- rows as people have them ----------------------------------------------------------------------------------------
+
+
+def read_bytes(path, content) -> list[GroupRecord]:
+    path.write_bytes(content)
+    return [record for record, _ in iter_group_file(path)]
+
+
+LINES = [json.loads(line(id=f"g{i}", prompt=f'a "quote", ] }} é \\ {i}' + "x" * 40_000 * (i == 1))) for i in range(3)]
+JSONL = "\n".join(json.dumps(row, ensure_ascii=False) for row in LINES)
+
+
+@pytest.mark.parametrize(
+    "name,text",
+    {
+        "lines": JSONL,
+        "crlf": JSONL.replace("\n", "\r\n") + "\r\n",
+        "a mark before every line": "\ufeff" + JSONL.replace("\n", "\n\ufeff"),
+        "array": json.dumps(LINES),
+        "array, indented": "\ufeff \n" + json.dumps(LINES, indent=2, ensure_ascii=False),
+        "array, a row a line": "[" + JSONL.replace("\n", ",\n") + "]\n",
+        "arrays joined": f"[{json.dumps(LINES[0])}]\n[{json.dumps(LINES[1])}, {json.dumps(LINES[2])}]",
+    }.items(),
+    ids=lambda value: value if "{" not in value else "text",
+)
+def test_text_files_of_other_shapes_are_the_same_rows(name, text, tmp_path):
+    expected = [record_from_json(json.dumps(row)) for row in LINES]
+    for encoding in ("utf-8", "utf-16", "utf-16-le", "utf-16-be"):
+        stored = text.lstrip("\ufeff \n") if encoding != "utf-8" else text  # the codec utf-16 writes its own mark
+        assert read_bytes(tmp_path / "in.json", stored.encode(encoding)) == expected, encoding
+        assert read_bytes(tmp_path / "in.json.gz", gzip.compress(stored.encode(encoding))) == expected, encoding
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        (
+            '[{"id": "a"',
+            "in.json:1: element of a JSON array: Expecting ',' delimiter -> correct the file",
+        ),
+        (f"[{json.dumps(LINES[0])},\n", "in.json:2: element of a JSON array: the array does not end"),
+        (
+            f"[{json.dumps(LINES[0])}, nope, {json.dumps(LINES[1])}]",
+            "in.json:2: element of a JSON array: Expecting value",
+        ),
+        ('[{"id": "a' + "x" * 200_000, "in.json:1: element of a JSON array: Unterminated string"),
+        ("[" * 200_000, "in.json:1: element of a JSON array: nested too deep"),
+        ("[[1], 2]", "in.json:1: invalid_json: a JSON list, not an object"),
+    ],
+)
+def test_a_broken_array_is_refused_whole(text, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read_bytes(tmp_path / "in.json", text.encode())
+
+
+def test_rows_of_an_array_are_judged_one_by_one(tmp_path):
+    """Policies hold for each element; a place is the element's number; text stays as it was stored."""
+    (tmp_path / "in.json").write_bytes(b"[" + line(id="a") + b", 5, " + line(id="b").replace(b"1+1", b"\xff") + b"]")
+    log = ProblemLog({"invalid_json": "drop", "invalid_utf8": "fix"})
+    found = [pair for chunk in read_chunks(tmp_path / "in.json") for pair in parse_chunk(chunk, log)]
+    assert [(r.id, place.rpartition(":")[2]) for r, place in found] == [("a", "1"), ("b", "3")]
+    assert found[1][0].prompt == "What is \ufffd?"
+    assert [problem.kind for problem in log.problems] == ["invalid_json", "invalid_utf8"]
+
+
+def test_utf16_cut_off_is_refused(tmp_path):
+    with pytest.raises(InputError, match="in.json: cannot be read .*truncated data"):
+        read_bytes(tmp_path / "in.json", line().decode().encode("utf-16")[:-1])
+
+
+CALL = {"id": "c1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+SUNNY = {"role": "tool", "content": "sunny", "tool_call_id": "c1"}
+ASK = {"role": "user", "content": "Is it?"}
+
+
+def test_structs_of_parquet_hold_the_fields_of_their_own_row(tmp_path):
+    """Null fields that other rows brought are absent, at every depth; a list keeps its nulls, a map its keys."""
+    other = {
+        "id": "c2",
+        "function": {"name": "date", "arguments": {"day": "monday", "deep": [{"a": 1}, None, {"b": 2}]}},
+    }
+    rows = [
+        line(id="a", prompt=[ASK, CALLED, SUNNY], mine={"x": 1, "list": [1, None]}),
+        line(id="b", prompt=[ASK, {**CALLED, "tool_calls": [other, CALL]}, SUNNY, ASK], mine={"y": {"z": 2}}),
+        response_line(id="c", extra_field={"q": 1}),
+    ]
+    rows = [json.loads(row) for row in rows]
+    rows[2]["prompt"] = [ASK]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+    expected = [record_from_json(json.dumps(row)) for row in rows]
+    assert [record for record, _ in iter_group_file(tmp_path / "in.parquet")] == expected
+    nulls = json.dumps(record_to_json(expected[0])), json.dumps(record_to_json(expected[2]))
+    assert "day" not in nulls[0] and "q" not in nulls[0] and "tool_calls" not in nulls[1]
+
+
+def test_cells_of_every_type_are_as_json_would_hold_them(tmp_path):
+    f32, f16, text = pyarrow.float32(), pyarrow.float16(), pyarrow.string()
+    cells = [
+        ("list", pyarrow.list_(f32), [0.1, None], [0.1, None]),
+        ("fixed", pyarrow.list_(f32, 2), [0.1, 0.2], [0.1, 0.2]),
+        ("struct", pyarrow.struct([("a", f32), ("b", pyarrow.list_(f32)), ("c", text)]), {"a": 0.3}, {"a": 0.3}),
+        ("map", pyarrow.map_(text, f32), [("k", 0.7), ("none", None)], {"k": 0.7, "none": None}),
+        ("maps", pyarrow.large_list(pyarrow.map_(pyarrow.int32(), text)), [[(1, "one")]], [{"1": "one"}]),
+        ("coded", pyarrow.dictionary(pyarrow.int8(), text), "x", "x"),
+        ("large", pyarrow.large_string(), "y", "y"),
+        ("view", pyarrow.string_view(), "z", "z"),
+        ("tiny", f32, 1e-40, 1e-40),
+        ("big", pyarrow.uint64(), 2**64 - 1, 2**64 - 1),
+        ("decimal", pyarrow.decimal128(38, 20), decimal.Decimal("0.1"), "0.10000000000000000000"),
+        ("flag", pyarrow.bool_(), True, True),
+        ("day", pyarrow.date32(), datetime.date(2020, 1, 2), "2020-01-02"),
+    ]
+    group = json.loads(line())
+    responses = pyarrow.array([[{"text": "5", "source": "expert", "reward": 1.0}]])
+    columns = {name: pyarrow.array([value], kind) for name, kind, value, _ in cells}
+    columns |= {"half": pyarrow.array([0.1]).cast(f32).cast(f16)}
+    table = pyarrow.table({"id": [group["id"]], "prompt": [group["prompt"]], "responses": responses} | columns)
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    ((record, _),) = iter_group_file(tmp_path / "in.parquet")
+    assert record.meta == {name: expected for name, _, _, expected in cells} | {"half": 0.1}
+
+
+@pytest.mark.parametrize(
+    "value,expected",
+    [
+        (pyarrow.array([7], pyarrow.int64()), "7"),
+        (pyarrow.array([2**63], pyarrow.uint64()), str(2**63)),
+        (pyarrow.array([decimal.Decimal("1.10")]), "1.10"),
+        (pyarrow.array([datetime.date(2020, 1, 2)]), "2020-01-02"),
+        (pyarrow.array([None], pyarrow.timestamp("ns")), None),
+        (pyarrow.array([float("nan")], pyarrow.float32()), None),
+        (pyarrow.array(["nan"]).cast(pyarrow.float64()).cast(pyarrow.float32()), None),
+        (pyarrow.array([None], pyarrow.null()), None),
+        (pyarrow.array([True]), InputError),
+        (pyarrow.array([["4"]]), InputError),
+    ],
+    ids=[str(i) for i in range(10)],
+)
+def test_a_gold_answer_of_parquet_is_exact_absent_or_refused(value, expected, tmp_path):
+    columns = {"id": ["a"], "prompt": ["p"], "responses": [[{"text": "5", "source": "expert"}]], "answer": value}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+    if expected is InputError:
+        with pytest.raises(InputError, match="in.parquet:1: id 'a' wrong_type: 'answer' is"):
+            list(iter_group_file(tmp_path / "in.parquet"))
+    else:
+        assert [record.answer for record, _ in iter_group_file(tmp_path / "in.parquet")] == [expected]
+
+
+def user(content) -> list[dict]:
+    return [{"role": "user", "content": content}]
+
+
+HI = user("hi")
+
+
+@pytest.mark.parametrize(
+    "prompt,expected",
+    [
+        (json.dumps(HI), HI),
+        (" " + json.dumps(HI, indent=1) + "\n", HI),
+        (str(HI), HI),
+        ("[{'content': 'it\\'s', 'role': 'user', 'name': None}]", [{"content": "it's", "role": "user", "name": None}]),
+        (
+            "[{'content': 'hi', 'role': 'user'}\n {'content': 'ho', 'role': 'user'}]",
+            "printed as text -> store it as a list",
+        ),
+        (json.dumps(HI) + " What does this say?", json.dumps(HI) + " What does this say?"),
+        ('[{"a": 1}]', '[{"a": 1}]'),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+            [{"role": "user", "content": "ab"}],
+        ),
+        (
+            [{"role": "user", "content": ["a", {"text": "b", "type": "input_text"}]}],
+            [{"role": "user", "content": "ab"}],
+        ),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "u"}]}], "a part that is no text"),
+        ([ASK, CALLED, SUNNY], [ASK, CALLED, SUNNY]),
+        ([ASK, {"role": "assistant", "tool_calls": [CALL]}, SUNNY], [ASK, CALLED, SUNNY]),
+        ([{"role": "user", "content": None}, ASK], "a message has content null, and no tool_calls beside it"),
+        ([ASK, {"role": "assistant", "content": None, "tool_calls": []}, ASK], "a message has content null"),
+        ([ASK, {"role": "assistant", "content": "The"}], "ends with the assistant's answer"),
+        (json.dumps([ASK, CALLED]), "ends with the assistant's answer"),
+    ],
+    ids=[str(i) for i in range(16)],
+)
+def test_prompts_in_the_forms_that_people_store(prompt, expected, tmp_path):
+    for row in (line(prompt=prompt), line(prompt=None, messages=prompt)):
+        (tmp_path / "in.jsonl").write_bytes(row)
+        if isinstance(expected, str) and expected != prompt:
+            with pytest.raises(InputError, match=f"in.jsonl:1: id 'g1' wrong_type: .*{expected}"):
+                list(iter_group_file(tmp_path / "in.jsonl"))
+        else:
+            ((record, _),) = iter_group_file(tmp_path / "in.jsonl")
+            assert record.prompt == expected and "messages" not in record.meta
+            assert record_from_json(record_to_json(record)) == record

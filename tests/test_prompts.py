@@ -13,8 +13,11 @@ import pytest
 from group_files import write_parquet
 
 from megatron_gft.errors import InputError
+from megatron_gft.evaluation.run import reference_texts
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
 from megatron_gft.sampling.prompts import PromptColumns, PromptSet, prompt_files
+from megatron_gft.sampling.responses import ColumnResponses
+from megatron_gft.sampling.sources import load_sources
 
 USER = {"role": "user", "content": "2+2?"}
 EXPERT = {"text": "It is 4.", "source": "expert"}
@@ -83,11 +86,20 @@ ANSWER = {"role": "assistant", "content": "The answer is 4."}
 @pytest.mark.parametrize(
     "row,message",
     [
-        ({"messages": [USER, ANSWER]}, "messages ends with the assistant's answer"),
-        ({"id": "1", "prompt": [USER, ANSWER], "responses": []}, "prompt ends with the assistant's answer"),
-        ({"id": "1", "prompt": [USER, ANSWER], "responses": [EXPERT]}, "prompt ends with the assistant's answer"),
+        ({"messages": [USER, ANSWER]}, "messages .* ends with the assistant's answer"),
+        (
+            {"id": "1", "prompt": [USER, ANSWER], "responses": []},
+            "prompt .* ends with the assistant's answer",
+        ),
+        (
+            {"id": "1", "prompt": [USER, ANSWER], "responses": [EXPERT]},
+            "id '1' wrong_type: .* ends with the assistant",
+        ),
         ({"messages": [{"role": "user", "content": None}]}, "messages is neither text nor messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}, "messages is neither text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "hi"}]}]},
+            "messages is .* a part that",
+        ),
         ({"messages": [{"role": None, "content": "hi"}]}, "messages is neither text nor messages"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages is neither text nor messages"),
         ({"messages": [USER, "text"]}, "messages is neither text nor messages"),
@@ -145,6 +157,48 @@ def test_columns_template_and_messages(tmp_path):
         read_rows(tmp_path, *rows)
     with pytest.raises(InputError, match=r"p.jsonl:1: no column anser -> set --answer-column"):
         read_rows(tmp_path, *rows, prompt="text", answer="anser")
+
+
+VERL = {
+    "prompt": [USER],
+    "reward_model": {"style": "rule", "ground_truth": 0.5},
+    "extra_info": {"index": 3, "said": "so"},
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_column_may_be_a_field_inside_of_another(tmp_path, suffix):
+    path = tmp_path / f"verl{suffix}"
+    if suffix == ".jsonl":
+        rows_file(path, [VERL, {**VERL, "reward_model.ground_truth": "exact name"}])
+    else:
+        structs = pyarrow.struct([("style", pyarrow.string()), ("ground_truth", pyarrow.float32())])
+        schema = pyarrow.Table.from_pylist([VERL]).schema
+        schema = schema.set(schema.get_field_index("reward_model"), pyarrow.field("reward_model", structs))
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([VERL], schema=schema), path)
+    named = {"answer": "reward_model.ground_truth", "id": "extra_info.index"}
+    first, *rest = read(path, **named)
+    assert (first.id, first.prompt, first.answer) == ("3", [USER], "0.5")
+    assert [row.answer for row in rest] == ["exact name"] * (suffix == ".jsonl")
+    (source,) = load_sources(["kind=column column=extra_info.said"])
+    assert not list(source.problems(first))
+    (response,) = ColumnResponses(source, 0).records(first, None, None)
+    assert response.text == "so"
+    assert list(reference_texts(first, "extra_info.said")) == ["so"]
+    (again,) = [row for row in read(path, **named, prompt="prompt.0.content")][:1]
+    assert again.prompt == "2+2?"
+    for wrong in ("reward_model.gold", "reward_model.style.x", "prompt.1.content", "prompt.x"):
+        with pytest.raises(InputError, match=f"verl{suffix}:1: no column {wrong} -> set --answer-column"):
+            read(path, answer=wrong)
+        with pytest.raises(InputError, match=f"verl{suffix}:1: no column '{wrong}'"):
+            list(reference_texts(first, wrong))
+
+
+def test_an_empty_cell_is_no_worked_answer(tmp_path):
+    (row,) = read_rows(tmp_path, {"prompt": "a", "said": math.nan})
+    assert row.meta == {}
+    with pytest.raises(InputError, match="no column 'said'"):
+        list(reference_texts(row, "said"))
 
 
 def test_a_template_without_the_prompt_is_refused():

@@ -26,9 +26,10 @@ from megatron_gft import __version__
 from megatron_gft.chat_template import TemplateOptions
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.evaluation.intervals import mean_interval, pass_at_k_summary, ratio_interval, wilson_interval
+from megatron_gft.groups import cell
 from megatron_gft.sampling.local_backends import TransformersBackend, encode_prompt
 from megatron_gft.sampling.local_model import LocalModel
-from megatron_gft.sampling.prompts import PromptRow, PromptSet
+from megatron_gft.sampling.prompts import PromptRow, PromptSet, scalar_text
 from megatron_gft.sampling.settings import (
     Sample,
     SampleFailure,
@@ -315,9 +316,9 @@ def reference_texts(row: PromptRow, column: str | None) -> Iterator[str]:
         yield from (response.text for response in row.responses if response.source == "expert")
         return
     if column is not None:
-        if not row.columns.get(column):
+        if not (text := scalar_text(cell(row.columns, column), row.place, column)):
             raise InputError(f"{row.place}: no column {column!r} -> set --reference-column")
-        yield str(row.columns[column])
+        yield text
         return
     for name in REFERENCE_COLUMNS:
         text = row.columns.get(name)

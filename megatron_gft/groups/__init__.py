@@ -19,7 +19,7 @@ from megatron_gft.groups.records import (
     record_to_dict,
     record_to_json,
 )
-from megatron_gft.groups.rows import iter_rows, parse_json_line, record_from_json
+from megatron_gft.groups.rows import cell, iter_rows, parse_json_line, record_from_json
 from megatron_gft.objectives import SOURCE_CODES, SOURCES
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "GroupRecord",
     "RawChunk",
     "ResponseRecord",
+    "cell",
     "expand_inputs",
     "gold_answer",
     "iter_group_file",

@@ -11,9 +11,13 @@ tool that reads and writes groups loses nothing. Plain rows ``{question, answer}
 are read as groups with one expert response; the gold answer is what follows ``####``, or the ``answer`` beside a
 ``solution``.
 
-Parquet files are read, too. A prompt of messages is in the column ``messages``; ``meta``, ``sampling`` and ``extra``
-(further fields of a response or message) are JSON text, as an earlier version wrote them. Cells that JSON cannot hold
-are read as text (dates and the like) or as ``{"base64": "..."}`` (bytes).
+A file that begins with ``[`` is one JSON array of rows, read element by element; a place is then ``file:element``. Text
+is UTF-8, or UTF-16 as some tools of Windows write it; byte-order marks are no part of it, wherever files were joined.
+
+Parquet files are read, too, as the same rows in JSONL: a null field of a struct is absent, a map is an object. A prompt
+of messages is in the column ``messages``; ``meta``, ``sampling`` and ``extra`` (further fields of a response or
+message) are JSON text, as an earlier version wrote them. Cells that JSON cannot hold are read as text (dates and the
+like) or as ``{"base64": "..."}`` (bytes).
 """
 
 from __future__ import annotations
@@ -22,11 +26,14 @@ import codecs
 import contextlib
 import glob
 import gzip
+import io
+import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TextIO, cast
 
 from megatron_gft.atomic import atomic_file, check_output
 from megatron_gft.errors import InputError, InputErrors
@@ -35,6 +42,7 @@ from megatron_gft.groups.records import GroupRecord, parse_group, record_to_json
 from megatron_gft.groups.rows import RawChunk, iter_rows
 
 GROUP_FILE_SUFFIXES = (".jsonl", ".jsonl.gz")  # that can be written
+_TEXT_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 _ROWS_AT_ONCE = 1024
 _PARTS_PER_READ = 16  # of many parts, chunks get smaller instead of reads larger
 # A worker holds some 40 times the text while it tokenizes, and the last chunk is worked on alone: keep chunks small.
@@ -60,7 +68,7 @@ def expand_inputs(patterns: Sequence[str | Path]) -> list[str]:
 
 
 def read_chunks(path: str | Path, rows_per_chunk: int = 256, *, part: int = 0, parts: int = 1) -> Iterator[RawChunk]:
-    """Yield a group file (``.jsonl``, ``.json``, ``.jsonl.gz``, ``.parquet``) in chunks of rows.
+    """Yield a group file (``.jsonl``, ``.json``, either with ``.gz``, ``.parquet``) in chunks of rows.
 
     Args:
         path: of the file.
@@ -76,7 +84,7 @@ def read_chunks(path: str | Path, rows_per_chunk: int = 256, *, part: int = 0, p
     try:
         if path.endswith(".parquet"):
             batches = _parquet_batches(path, read_rows, read_bytes)
-        elif path.endswith((".jsonl", ".json", ".jsonl.gz")):
+        elif path.endswith(_TEXT_SUFFIXES):
             batches = _line_batches(path, read_rows, read_bytes)
         else:
             raise InputError(f"{path}: unknown kind of group file -> use .jsonl, .jsonl.gz or .parquet")
@@ -87,7 +95,7 @@ def read_chunks(path: str | Path, rows_per_chunk: int = 256, *, part: int = 0, p
                 mine = rows if parts == 1 else _every(rows, start, parts)
                 yield RawChunk(path, first_row + start, mine, parts, fraction)
             first_row += len(rows)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}) -> check the file") from error
 
 
@@ -98,12 +106,9 @@ def _every(rows: Any, start: int, step: int) -> Any:
 def _line_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple[list[bytes], float]]:
     size = max(os.path.getsize(path), 1)
     with open(path, "rb") as stored:
-        lines = gzip.GzipFile(fileobj=stored) if path.endswith(".gz") else stored
         batch: list[bytes] = []
         held = 0
-        for number, line in enumerate(lines):
-            if number == 0:  # a byte-order mark, as editors on Windows write it, is no part of the text
-                line = line.removeprefix(codecs.BOM_UTF8) or b"\n"
+        for line in _lines(gzip.GzipFile(fileobj=stored) if path.endswith(".gz") else stored, path):
             batch.append(line)
             held += len(line)
             if len(batch) == max_rows or held >= max_bytes:
@@ -111,6 +116,63 @@ def _line_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple[li
                 batch, held = [], 0
         if batch:
             yield batch, 1.0
+
+
+def _lines(file: Any, path: str) -> Iterator[bytes]:
+    """Lines of a binary file, or the elements of its JSON array: UTF-8 without byte-order marks, none of them empty."""
+    head = file.peek(64)
+    wide = _WIDE.match(head) is not None
+    encoding = json.detect_encoding(head[:4]) if wide else "utf-8-sig"
+    if _ARRAY.match(head):
+        text = io.TextIOWrapper(file, encoding, "strict" if wide else "surrogateescape", newline="")
+        yield from (element.encode("utf-8", "surrogateescape") for element in _elements(text, path))
+    elif wide:
+        text = io.TextIOWrapper(file, encoding, newline="\n")
+        yield from (line.lstrip("\ufeff").encode("utf-8") or b"\n" for line in text)
+    else:
+        yield from (line.removeprefix(codecs.BOM_UTF8) or b"\n" for line in file)
+
+
+_WIDE = re.compile(rb"\xff\xfe|\xfe\xff|[{\[]\0|\0[{\[]")  # UTF-16, by its mark or by the first character
+_ARRAY = re.compile(rb"(\xef\xbb\xbf|\xff\xfe|\xfe\xff)?[\0\s]*\[")
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")
+_CHARACTERS_PER_READ = 1 << 16
+_LONGEST_TOKEN = 12  # a pair of escapes: an error so near to the end of what was read may be no error of the text
+
+
+def _elements(text: TextIO, path: str) -> Iterator[str]:
+    """Texts of the elements of a JSON array (or of several, one behind the other).
+
+    Raises:
+        InputError: an element is no JSON, or the array does not end: what follows cannot be told apart, so no policy
+            may leave it out.
+    """
+    decode = json.JSONDecoder().raw_decode
+    held, at, number, inside = "", 0, 1, False
+    while True:
+        at = _SPACE.match(held, at).end()  # type: ignore[union-attr]
+        mark = held[at : at + 1]
+        if mark and mark in ("],", "[")[not inside]:
+            inside, at = mark != "]", at + 1
+            continue
+        try:
+            _, end = decode(held, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deep")
+            cut = reason.startswith("Unterminated string") or getattr(error, "pos", 0) >= len(held) - _LONGEST_TOKEN
+            more = text.read(max(_CHARACTERS_PER_READ, len(held) - at)) if cut else ""
+            if not more and not inside and at == len(held):
+                return
+            if not more:
+                reason = "the array does not end" if at == len(held) else reason
+                raise InputError(
+                    f"{path}:{number}: element of a JSON array: {reason} -> correct the file, or write one object a "
+                    "line (.jsonl), where a bad one costs no other"
+                ) from None
+            held, at = held[at:] + more, 0
+            continue
+        yield held[at:end]
+        at, number = end, number + 1
 
 
 def _parquet_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple[Any, float]]:

@@ -33,6 +33,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from megatron_gft.groups.messages import as_prompt, message_text
 from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, GroupProblems, ProblemLog
 from megatron_gft.objectives import SOURCE_CODES
 
@@ -64,7 +65,8 @@ def _not_deep(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt(value: Any) -> Any:
-    """The prompt as it was read (a copy would have its fields in another order)."""
+    """The prompt as it was read, in one form (pydantic's copy would have its fields in another order)."""
+    value = as_prompt(value)
     if isinstance(value, list):
         _MESSAGES.validate_python(value)
     elif not isinstance(value, str):
@@ -72,7 +74,15 @@ def _prompt(value: Any) -> Any:
     return value
 
 
+def _has_content(message: Any) -> Any:
+    if message["content"] is None and not message.get("tool_calls"):
+        raise PydanticCustomError("content", "a message has content null, and no tool_calls beside it")
+    return message
+
+
 def _own_group(value: dict[str, Any]) -> dict[str, Any]:
+    if value.get("prompt") is None and "messages" in value:
+        value = {"prompt" if name == "messages" else name: item for name, item in value.items() if name != "prompt"}
     return _own_fields(value, GROUP_FIELDS, "meta")
 
 
@@ -127,7 +137,7 @@ _Object = Annotated[dict[str, Any], AfterValidator(_not_deep)]
 @with_config(extra="allow")
 class _Message(TypedDict):
     role: StrictStr
-    content: StrictStr
+    content: StrictStr | None
 
 
 @with_config(extra="allow")
@@ -145,7 +155,7 @@ class _ProblemRow(TypedDict):
     answer: NotRequired[_Answer]
 
 
-_MESSAGES = TypeAdapter(list[Annotated[_Message, AfterValidator(_not_deep)]])
+_MESSAGES = TypeAdapter(list[Annotated[_Message, AfterValidator(_has_content), AfterValidator(_not_deep)]])
 
 
 @dataclass(slots=True)
@@ -185,6 +195,7 @@ _PLAIN_ROWS: dict[tuple[str, str], TypeAdapter] = {
     ("question", "answer"): TypeAdapter(Annotated[_QuestionRow, AfterValidator(_not_deep)]),
     ("problem", "solution"): TypeAdapter(Annotated[_ProblemRow, AfterValidator(_not_deep)]),
 }
+PROMPT = TypeAdapter(Annotated[str | list[dict[str, Any]], PlainValidator(_prompt)])
 _GROUP = TypeAdapter(Annotated[GroupRecord, BeforeValidator(_own_group)])
 
 
@@ -281,7 +292,7 @@ def opened_tag(response: ResponseRecord) -> str:
 def has_text(prompt: str | list[dict[str, Any]]) -> bool:
     if isinstance(prompt, str):
         return bool(prompt.strip())
-    return any(message["content"].strip() for message in prompt)
+    return any(message_text(message).strip() for message in prompt)
 
 
 def gold_answer(text: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,11 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 class RawChunk:
     """Rows of a group file, not parsed yet; cheap to send to a worker process.
 
-    ``rows`` holds lines of a JSONL file (bytes) or a pyarrow RecordBatch.
+    ``rows`` holds lines of a JSONL file or elements of a JSON array (bytes), or a pyarrow RecordBatch.
     """
 
     path: str
-    first_row: int  # 1-based line (JSONL) or row (parquet)
+    first_row: int  # 1-based line (JSONL), element (JSON array) or row (parquet)
     rows: Any
     step: int = 1  # rows from one to the next
     read_fraction: float = 1.0  # of the file, after this chunk
@@ -41,11 +41,13 @@ def iter_rows(chunk: RawChunk, problems: ProblemLog) -> Iterator[tuple[dict[str,
 
     A row with ``responses`` in parquet is a group (columns: :mod:`megatron_gft.groups.files`), and reads as in JSONL.
     """
-    rows = chunk.rows if isinstance(chunk.rows, list) else _parquet_rows(chunk.rows)
+    lines = isinstance(chunk.rows, list)
+    rows = chunk.rows if lines else _parquet_rows(chunk.rows)
+    readers = {} if lines else {field.name: read for field in chunk.rows.schema if (read := _reader(field.type))}
     for offset, row in enumerate(rows):
         place = f"{chunk.path}:{chunk.first_row + offset * chunk.step}"
         if not isinstance(row, bytes):
-            value = _parquet_row(row, place, problems)
+            value = _parquet_row(row, readers, place, problems)
         else:
             value = None if row.isspace() else parse_json_line(row, place, problems)
         if value is not None:
@@ -117,26 +119,42 @@ def _without_surrogates(text: str, place: str, problems: ProblemLog) -> Any:
 def _parquet_rows(batch: Any) -> list[Any]:
     """Rows of a batch as dicts; one with cells that Python cannot hold stays a batch of one row."""
     try:
-        rows = batch.to_pylist()
+        return batch.to_pylist()
     except (ValueError, OverflowError):  # bad UTF-8, nanoseconds, dates beyond the year 9999
         if len(batch) == 1:
             return [batch]
         return [row for i in range(len(batch)) for row in _parquet_rows(batch.slice(i, 1))]
-    _shorten_decimals(rows, batch.schema)
-    return rows
 
 
-def _shorten_decimals(rows: list[dict[str, Any]], schema: Any) -> None:
-    """Numbers of 16 and 32 bits as their own type spells them: 0.1, not 0.10000000149011612."""
-    narrow = {"float": numpy.float32, "halffloat": numpy.float16}
-    for field in schema:
-        if kind := narrow.get(str(field.type)):
-            for row in rows:
-                if row[field.name] is not None:
-                    row[field.name] = float(str(kind(row[field.name])))
+def _reader(kind: Any) -> Callable[[Any], Any] | None:
+    """What turns a cell of a pyarrow type into what JSON would hold; None where it is so already.
+
+    Numbers of 16 and 32 bits are as their own type spells them: 0.1, not 0.10000000149011612. A struct has every field
+    that one of all rows has: null ones are left out. A map is an object, and keeps them.
+    """
+    from pyarrow import types
+
+    if types.is_float32(kind) or types.is_float16(kind):
+        narrow = numpy.float32 if types.is_float32(kind) else numpy.float16
+        return lambda value: float(str(narrow(value)))
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _reader(kind.value_type)
+    if types.is_map(kind):
+        item = _reader(kind.item_type)
+        return lambda pairs: {str(key): _read(item, value) for key, value in pairs}
+    if types.is_struct(kind):
+        fields = {field.name: _reader(field.type) for field in kind}
+        return lambda row: {name: _read(fields[name], item) for name, item in row.items() if item is not None}
+    if hasattr(kind, "value_type") and (inner := _reader(kind.value_type)):  # every kind of list
+        return lambda items: [_read(inner, item) for item in items]
+    return None
 
 
-def _parquet_row(row: Any, place: str, problems: ProblemLog) -> dict[str, Any] | None:
+def _read(reader: Callable[[Any], Any] | None, value: Any) -> Any:
+    return value if reader is None or value is None else reader(value)
+
+
+def _parquet_row(row: Any, readers: Mapping[str, Any], place: str, problems: ProblemLog) -> dict[str, Any] | None:
     """One row as the same group in JSONL; None when a problem removes it.
 
     Cells that JSON cannot hold become text; bytes become an object, lest they pass for somebody's text.
@@ -145,7 +163,9 @@ def _parquet_row(row: Any, place: str, problems: ProblemLog) -> dict[str, Any] |
     if read is None:
         return None
     try:
+        read |= {name: _read(reader, read[name]) for name, reader in readers.items()}
         if "responses" in read:
+            read = {name: value for name, value in read.items() if value is not None or name == "responses"}
             _unpack_group(read)
         return _without_surrogates(json.dumps(read, default=_json_twin, ensure_ascii=False), place, problems)
     except (ValueError, RecursionError) as error:
@@ -187,20 +207,32 @@ def _mended(cell: Any) -> Any:
 
 
 def _unpack_group(row: dict[str, Any]) -> None:
-    """Put the values of JSON text in the place of the text, and messages into ``prompt``.
+    """Put the values of JSON text in the place of the text.
 
     Raises:
         ValueError: a text is not JSON.
     """
-    messages = row.pop("messages", None)
-    if row.get("prompt") is None and messages is not None:
-        row["prompt"] = messages
-    row["meta"] = _unpacked(row.get("meta"))
-    for message in _objects(row.get("prompt")):
+    if "meta" in row:
+        row["meta"] = _unpacked(row["meta"])
+    for message in _objects(row.get("prompt")) + _objects(row.get("messages")):
         _add_extra(message, ("role", "content"))
     for response in _objects(row["responses"]):
         response["sampling"] = _unpacked(response.get("sampling"))
         _add_extra(response, RESPONSE_FIELDS)
+
+
+def cell(row: dict[str, Any], column: str, absent: Any = None) -> Any:
+    """Cell of a column; ``reward_model.ground_truth`` is a field in one, ``turns.-1`` an item of a list."""
+    value: Any = row
+    parts = [column] if column in row else column.split(".")
+    for part in parts:
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.removeprefix("-").isdecimal() and -len(value) <= int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return absent
+    return value
 
 
 def _objects(items: Any) -> list[dict[str, Any]]:

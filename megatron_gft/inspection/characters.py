@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_gft.chat_template import PLAIN, Prompt, TemplateOptions
 from megatron_gft.groups import GroupRecord
+from megatron_gft.groups.messages import message_text
 from megatron_gft.groups.problems import DROP, KEEP, KINDS, GroupProblems
 from megatron_gft.preprocess.encode import ChunkEncoder
 from megatron_gft.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ class CharacterTokenizer(Tokenizer):
         self._bos, self._raw_prefix, self.template, self.chat_template_fingerprint = [], "", None, ""
 
     def render_prompt(self, prompt: Prompt, options: TemplateOptions = PLAIN) -> str:
-        return prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        return prompt if isinstance(prompt, str) else "\n".join(map(message_text, prompt))
 
     def encode_responses(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
         return [list(map(ord, text)) for text in texts]

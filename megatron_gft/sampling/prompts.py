@@ -17,22 +17,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from megatron_gft.atomic import sha256_file, sha256_json
 from megatron_gft.errors import InputError
-from megatron_gft.groups import iter_rows, read_chunks, refuse_problems
+from megatron_gft.groups import cell, iter_rows, read_chunks, refuse_problems
 from megatron_gft.groups.problems import ProblemLog
-from megatron_gft.groups.records import ResponseRecord, gold_answer, number_text, parse_group
+from megatron_gft.groups.records import PROMPT, ResponseRecord, gold_answer, has_text, number_text, parse_group
 from megatron_gft.sampling.settings import Prompt
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
 _SUFFIXES = (".parquet", ".jsonl")
 _FILE_NUMBER = re.compile(r"[-._]?(part|shard)?[-._]?\d+([-._]of[-._]\d+)?(-[0-9a-f]{16})?$")
 _ROWS_PER_CHUNK = 512
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
 class PromptColumns:
     """Where things are in a row; ``None`` finds them by the usual names. Rows of a group file allow only ``None``.
+
+    ``reward_model.ground_truth`` names a field inside of a column (see :func:`megatron_gft.groups.cell`).
 
     Args:
         prompt: column of the prompt; default: the first present of ``prompt, question, problem, messages``.
@@ -209,20 +214,19 @@ def _group_row(value: dict[str, Any], place: str, columns: PromptColumns) -> Pro
     record = parse_group(value, place, problems)
     refuse_problems(problems)
     assert record is not None  # under the default policies only an error loses a group
-    _refuse_answered(record.prompt, place, "prompt")
     return PromptRow(record.id, record.prompt, record.answer, place, {}, record.responses, record.meta)
 
 
 def _prompt_row(row: dict[str, Any], place: str, columns: PromptColumns) -> PromptRow:
     name = _prompt_column(row, place, columns.prompt)
-    prompt = _checked_prompt(row[name], place, name)
+    prompt = _checked_prompt(cell(row, name), place, name)
     if columns.template is not None and isinstance(prompt, str):
         prompt = columns.template.replace("{prompt}", prompt)
-    if columns.answer and columns.answer not in row:
+    if columns.answer and cell(row, columns.answer, _ABSENT) is _ABSENT:
         raise InputError(f"{place}: no column {columns.answer} -> set --answer-column")
     answer_column, id_column = columns.answer or "answer", columns.id or "id"
-    answer = scalar_text(row.get(answer_column), place, answer_column)
-    group_id = scalar_text(row.get(id_column), place, id_column)
+    answer = scalar_text(cell(row, answer_column), place, answer_column)
+    group_id = scalar_text(cell(row, id_column), place, id_column)
     if columns.id and not group_id:
         raise InputError(f"{place}: no id in column {columns.id} -> set --id-column")
     return PromptRow(
@@ -237,7 +241,7 @@ def _prompt_row(row: dict[str, Any], place: str, columns: PromptColumns) -> Prom
 
 def _prompt_column(row: dict[str, Any], place: str, name: str | None) -> str:
     found = name or next((column for column in PROMPT_COLUMNS if row.get(column) is not None), None)
-    if found in row:
+    if found is not None and cell(row, found, _ABSENT) is not _ABSENT:
         return found
     wanted = name or ", ".join(PROMPT_COLUMNS)
     raise InputError(f"{place}: no column {wanted} (there are {', '.join(row)}) -> set --prompt-column")
@@ -245,7 +249,7 @@ def _prompt_column(row: dict[str, Any], place: str, name: str | None) -> str:
 
 def _meta(row: dict[str, Any], used: set[str]) -> dict[str, Any]:
     """What is in no column that was used; a ``meta`` among it is opened, as in a group file."""
-    meta = {key: value for key, value in row.items() if key not in used and value is not None}
+    meta = {key: value for key, value in row.items() if key not in used and number_text(value) is not None}
     return meta.pop("meta") | meta if isinstance(meta.get("meta"), dict) else meta
 
 
@@ -265,24 +269,14 @@ def scalar_text(value: Any, place: str, column: str) -> str | None:
 
 
 def _checked_prompt(value: Any, place: str, name: str) -> Prompt:
-    if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
-        # Every message of a parquet column has all fields that one of them has.
-        messages = [{key: item for key, item in message.items() if item is not None} for message in value]
-        texts = [message.get(key) for message in messages for key in ("role", "content")]
-        if all(isinstance(text, str) for text in texts) and any(message["content"].strip() for message in messages):
-            _refuse_answered(messages, place, name)
-            return messages
+    try:
+        prompt = PROMPT.validate_python(value)
+        if has_text(prompt):
+            return prompt
+        reason = "no text in it"
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
     raise InputError(
-        f"{place}: {name} is neither text nor messages with a text as role and as content ({str(value)[:60]!r}) "
-        "-> correct it or set --prompt-column"
+        f"{place}: {name} is neither text nor messages with a text as role and as content, to answer "
+        f"({str(value)[:60]!r}: {reason}) -> correct it or set --prompt-column"
     )
-
-
-def _refuse_answered(prompt: Prompt, place: str, name: str) -> None:
-    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        raise InputError(
-            f"{place}: {name} ends with the assistant's answer, which a model would then continue -> leave the last "
-            "message out (as a column of its own it can be the expert's response), or set --prompt-column"
-        )

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
 from megatron_gft.chat_template import TemplateOptions
+from megatron_gft.groups import cell
 from megatron_gft.groups.records import ResponseRecord
 from megatron_gft.journal import Journal
 from megatron_gft.sampling.prompts import PromptRow
@@ -43,7 +44,7 @@ class ColumnResponses:
         self.source, self.identity = source, source.identity() | {"seed": seed}
 
     def records(self, row: PromptRow, journal: Journal, summary: Summary) -> Iterator[ResponseRecord]:
-        yield ResponseRecord(str(row.columns[self.source.column]), self.source.source, finish_reason="stop")
+        yield ResponseRecord(str(cell(row.columns, self.source.column)), self.source.source, finish_reason="stop")
 
 
 class SampledResponses:

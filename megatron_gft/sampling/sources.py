@@ -27,6 +27,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from megatron_gft.chat_template import KWARGS, NO_TEMPLATE, TemplateOptions
 from megatron_gft.config import Section, read_yaml
 from megatron_gft.errors import InputError, InputErrors, nearest
+from megatron_gft.groups import cell
 from megatron_gft.sampling.prompts import PromptRow, scalar_text
 from megatron_gft.sampling.settings import Backend, SamplingParams, model_fingerprint
 from megatron_gft.tokenizer import Tokenizer, load_tokenizer
@@ -62,12 +63,13 @@ class ColumnSource(Source):
     column: str = Field(description="column with the whole answer")
 
     def problems(self, row: PromptRow) -> Iterator[str]:
-        if self.column not in row.columns:
+        answer = cell(row.columns, self.column, row)  # the row itself: no such column
+        if answer is row:
             names = ", ".join(row.columns) or "none: it is a group already"
             yield f"{row.place}: no column {self.column!r} for source {self.name} (columns: {names})"
             return
         try:
-            if not (scalar_text(row.columns[self.column], row.place, self.column) or "").strip():
+            if not (scalar_text(answer, row.place, self.column) or "").strip():
                 yield f"{row.place}: column {self.column!r} is empty, there is no answer of source {self.name}"
         except InputError as error:
             yield str(error)
