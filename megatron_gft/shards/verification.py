@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import heapq
+import itertools
 import json
 import logging
 import os
@@ -80,17 +80,6 @@ def _blocks(prefix: str, manifest: ShardManifest, name: str) -> Iterator[_Block]
         yield _Block(path, place, start, end - start, sha256, largest)
 
 
-def _share(blocks: Iterable[_Block], part: int, parts: int) -> list[_Block]:
-    """Part ``part`` of ``parts`` of about equal bytes: each block, the largest first, to who has least."""
-    loads, mine = [(0, number) for number in range(parts)], []
-    for block in sorted(blocks, key=lambda block: -block.bytes):
-        load, number = loads[0]
-        heapq.heapreplace(loads, (load + block.bytes, number))
-        if number == part:
-            mine.append(block)
-    return mine
-
-
 def verify_shards(prefixes: Iterable[str | Path]) -> None:
     """Read every byte of shards and compare with their manifests; sets of shards must be complete.
 
@@ -105,18 +94,15 @@ def verify_shards(prefixes: Iterable[str | Path]) -> None:
             problems.append(str(error))
             continue
         shards.append((prefix, manifest))
-        found = []
-        for name, entry in manifest.files.items():
-            problem = file_problem(Path(prefix).with_name(name), entry, contents=False)
-            blocks = [] if problem else _blocks(prefix, manifest, name)
-            found += [problem, *(block.problem() for block in blocks)]
-        damages = [problem for problem in found if problem is not None]
-        if not damages:  # its bytes are what was written; was that a shard?
-            try:
-                GroupShard(prefix)
-            except InputError as error:
-                damages = [str(error)]
-        problems += damages
+        try:
+            GroupShard(prefix)
+        except InputErrors as error:
+            problems += error.problems
+        except InputError as error:
+            problems.append(str(error))
+        for name in manifest.bulk_files:
+            if file_problem(Path(prefix).with_name(name), manifest.files[name], contents=False) is None:
+                problems += filter(None, (block.problem() for block in _blocks(prefix, manifest, name)))
     problems += incomplete_sets(shards)
     if problems:
         raise InputErrors(f"damaged or incomplete shards -> {_REMEDY}", problems)
@@ -143,8 +129,12 @@ def verify_at_start(shards: Sequence[GroupShard], stamps: Path) -> None:
         if mark not in known
         for block in _blocks(shard.prefix, shard.manifest, name)
     ]
-    _check_together(_share(blocks, peers.index(rank), len(peers)))
-    if rank == 0 and (new := {mark for of_rank in marks for mark in of_rank}) - known:
+    # Of blocks by size every so-manyth: shares differ by one block at most.
+    mine = sorted(blocks, key=lambda block: -block.bytes)[peers.index(rank) :: len(peers)]
+    found = gather_results(lambda: [*filter(None, (block.problem() for block in mine))])
+    if problems := sorted(set(itertools.chain(*found))):
+        raise InputErrors(f"damaged shards -> {_REMEDY}", problems)
+    if rank == 0 and (new := set(itertools.chain(*marks))) - known:
         with contextlib.suppress(OSError):  # the next start reads them again
             write_json(stamps, sorted(new))
     logger.info(
@@ -154,13 +144,6 @@ def verify_at_start(shards: Sequence[GroupShard], stamps: Path) -> None:
         time.perf_counter() - started,
         processes,
     )
-
-
-def _check_together(mine: Sequence[_Block]) -> None:
-    """Raise on all processes what is wrong with the blocks of each."""
-    found = gather_results(lambda: [block.problem() for block in mine])
-    if problems := sorted({problem for share in found for problem in share if problem is not None}):
-        raise InputErrors(f"damaged shards -> {_REMEDY}", problems)
 
 
 def _mark(shard: GroupShard, name: str) -> str:
