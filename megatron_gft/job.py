@@ -43,7 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_trainer(
-    config: Config, shape: ModelShape, parallel: Parallel, train_groups: Groups, valid_groups: Groups | None
+    config: Config,
+    shape: ModelShape,
+    parallel: Parallel,
+    train_groups: Groups,
+    valid_groups: Groups | None,
+    stop: StopRequest | None = None,
 ) -> Trainer:
     """Model, optimizer, data and outputs of a run, with weights loaded and the run's state restored.
 
@@ -86,7 +91,7 @@ def build_trainer(
     reporters: list[Reporter] = []  # of rank 0; all ranks end when its files cannot be written
     progress = {"world_size": parallel.world_size, "first_step": state.step, "total_steps": total_steps}
     gather_results(lambda: None if parallel.rank else reporters.append(Reporter(config, **progress)), run_folder)
-    return Trainer(
+    trainer = Trainer(
         config=config,
         parallel=parallel,
         chunks=chunks,
@@ -100,11 +105,13 @@ def build_trainer(
         reporter=reporters[0] if reporters else None,
         state=state,
         total_steps=total_steps,
-        stop=StopRequest(),
+        stop=stop or StopRequest(),
         watchdog=Watchdog(
             config.train.watchdog_minutes, parallel.coordinates, run_folder / "doing" / f"rank-{parallel.rank}.txt"
         ),
     )
+    trainer.stop.training_begins()
+    return trainer
 
 
 def _resume_point(config: Config, checkpoints: Path) -> Path | None:
@@ -196,14 +203,14 @@ def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path
 
 
 @contextlib.contextmanager
-def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
-    """The run on this process: data, process group, trainer; ended in order when the block is left.
+def open_run(config: Config, shape: ModelShape, store: dist.Store, stop: StopRequest) -> Iterator[Trainer]:
+    """The run on this process: data, process group (of ``store``), trainer; ended in order when the block is left.
 
     A run that stopped says why; its exception goes no further.
     """
     files = _model_files(config, _resume_point(config, Path(config.train.output) / "checkpoints")).folder
     data = None if config.data.cache else open_groups(config, shape, files)  # Megatron's cache needs the process group
-    device = start_process_group(config.parallel.collective_timeout_minutes)
+    device = start_process_group(config.parallel.collective_timeout_minutes, store)
     set_up_logging(dist.get_rank())
     p = config.parallel
     parallel = initialize_parallel(
@@ -216,7 +223,7 @@ def open_run(config: Config, shape: ModelShape) -> Iterator[Trainer]:
     if config.data.verify:
         shards = {shard.prefix: shard for split in filter(None, (train_groups, valid_groups)) for shard in split.shards}
         verify_at_start([*shards.values()], Path(config.train.output) / "verified.json")
-    trainer = build_trainer(config, shape, parallel, train_groups, valid_groups)
+    trainer = build_trainer(config, shape, parallel, train_groups, valid_groups, stop)
     layout = f"tp {parallel.tp_size}, pp {parallel.pp_size}, cp {parallel.cp_size}, dp {parallel.dp_size}"
     if parallel.ep_size > 1:
         layout += f", ep {parallel.ep_size}"

@@ -2,7 +2,12 @@
 
 import sys
 
-from megatron_gft.commands.train import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from megatron_gft.runtime import StopRequest
+
+    stop = StopRequest()  # before what takes seconds to import
+    from megatron_gft.commands.train import main
+
+    code = main(stop=stop)
+    stop.ended()
+    sys.exit(code)

@@ -14,12 +14,16 @@ import time
 from pathlib import Path
 
 import fake_slurm
+import psutil
 import pytest
 from group_shards import TokenizerStamp, write_shard
 from tiny_models import write_tiny_model
 
 from megatron_gft.commands.launch import Job, apply_environment, commands
 from megatron_gft.errors import EXIT_REQUEUE, InputError
+from megatron_gft.launchers import name_rank
+from megatron_gft.run_lock import LOCK_FILE, run_lock
+from megatron_gft.runtime import StopRequest
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,6 +208,38 @@ def test_requeued_job_resumes(recipe, tmp_path):
     assert (tmp_path / "bin" / "requeued").read_text() == "4711\n"
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 0), ("SIGTERM", 0)])
+@pytest.mark.parametrize("moment", ["before srun", "first lines"])
+def test_slurm_script_takes_a_stop_at_any_time(recipe, tmp_path, name, code, moment):
+    """USR1 requeues, TERM ends with 0; srun, or Python before our first line, may still die of it."""
+    path = fake_slurm.install(tmp_path / "bin")
+    if moment == "before srun":
+        scontrol = path / "scontrol"
+        scontrol.write_text(scontrol.read_text().replace("echo 127", "touch $(dirname $0)/now; sleep 1; echo 127"))
+    else:
+        python = path / "python"
+        python.write_text(f"#!/bin/bash\ntouch {path}/now; sleep 1; exec {sys.executable} $*\n")
+        python.chmod(0o755)
+    variables = {"PATH": f"{path}:{os.environ['PATH']}", "LOG_DIR": str(tmp_path / "logs"), "GPUS_PER_NODE": "2"}
+    if moment == "first lines":
+        variables["PYTHON"] = str(path / "python")
+    target = ["launch/gft_7b.sh", f"train.output={tmp_path / 'run'}"]
+    process = start(["sbatch", "launch/slurm.sbatch", *target], **environment(recipe) | variables)
+    while not (path / "now").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.Signals[name])
+    finish(process, code)
+    assert (path / "requeued").exists() == (name == "SIGUSR1") and steps(tmp_path / "run") == []
+
+
+def test_slurm_script_refuses_other_tasks_than_gpus():
+    variables = environment(None, GPUS_PER_NODE="4", SLURM_NTASKS_PER_NODE="8")
+    result = subprocess.run(
+        ["bash", "launch/slurm.sbatch", "x"], cwd=ROOT, capture_output=True, text=True, env=variables
+    )
+    assert result.returncode == 2 and "--ntasks-per-node=4 --gpus-per-node=4" in result.stderr
+
+
 def test_slurm_script_needs_a_script():
     result = subprocess.run(["bash", "launch/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "name a script" in result.stderr
@@ -248,6 +284,124 @@ def test_job_reads_its_environment():
     assert "--standalone" in Job.from_environment({"GPUS_PER_NODE": "4"}).torchrun_flags()
     with pytest.raises(InputError, match="MASTER_PORT=x"):
         Job.from_environment({"MASTER_PORT": "x"})
+
+
+def test_a_second_start_is_refused(recipe, tmp_path):
+    run = tmp_path / "run"
+    with run_lock(run, StopRequest()):
+        command = [sys.executable, "-m", "megatron_gft.train", "--config", str(recipe), "parallel.tp=1"]
+        output = finish(start([*command, f"train.output={run}"], **environment(None)), 2)
+        assert f"error: {run / LOCK_FILE}: process {os.getpid()} on {socket.gethostname()} trains into" in output
+        assert [path.name for path in run.iterdir()] == [LOCK_FILE] and "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain srun", "Kubernetes"])
+def test_processes_of_other_launchers_meet(recipe, tmp_path, way):
+    """One run of two ranks, not two runs of one into the same folder."""
+    port, processes = str(free_port()), []
+    for rank in ("0", "1"):
+        if way == "Kubernetes":
+            variables = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "GPUS_PER_NODE": "1"}
+            command = ["bash", "launch/gft_local.sh"]
+        else:
+            variables = SRUN | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NODELIST": "127.0.0.1"}
+            command = [sys.executable, "-m", "megatron_gft.train", "--config", str(recipe)]
+        command.append(f"train.output={tmp_path / 'run'}")
+        processes.append(start(command, **environment(recipe, MASTER_PORT=port), **variables))
+    for process in processes:
+        finish(process)
+    assert steps(tmp_path / "run") == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.3, 1.0, 3.0])
+def test_workers_of_a_script_take_a_stop_while_they_start(recipe, tmp_path, delay):
+    """From the moment when the agent has them, before their interpreter is up."""
+    process = start_script("bash", "gft_local.sh", recipe, tmp_path / "run", tmp_path, "train.epochs=1000")
+    while not any("TORCHELASTIC_RUN_ID" in child.environ() for child in psutil.Process(process.pid).children()):
+        time.sleep(0.02)
+    time.sleep(delay)
+    process.send_signal(signal.SIGUSR1)
+    output = finish(process, EXIT_REQUEUE)
+    assert "Traceback" not in output and "ChildFailedError" not in output
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+
+
+SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}
+MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+PMI = {"PMI_SIZE": "4", "PMI_RANK": "3"}
+MEET = {"MASTER_ADDR": "a"}
+PODS = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "23456"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "8"}, None),  # a shell of salloc
+        ({"RANK": "0", "WORLD_SIZE": "1", **SRUN}, "0 1 - - 29500"),  # one of a sweep
+        ({**SRUN, "SLURM_STEP_NODELIST": "node[03-05,9],other7"}, "1 2 0 node03 29577"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "gpu-a1,b[2-3]"}, "1 2 0 gpu-a1 29577"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "n1", **MEET, "MASTER_PORT": "5"}, "1 2 0 a 5"),
+        ({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", **MEET}, "0 1 0 a 29577"),
+        ({**SRUN, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", **PODS}, "1 2 - a 23456"),  # a step per machine, by hand
+        ({**MPI, **MEET}, "3 4 1 a 29500"),
+        ({**MPI, **SRUN, **MEET, "SLURM_PROCID": "0"}, "3 4 1 a 29500"),  # orted is a task of srun
+        ({**PMI, **MEET, "MPI_LOCALRANKID": "1"}, "3 4 1 a 29500"),
+        (PODS, "1 2 - a 23456"),  # a process per pod
+        ({**SRUN, **PODS, "LOCAL_RANK": "0"}, "1 2 0 a 23456"),
+        (SRUN, "RANK=1, WORLD_SIZE=2, LOCAL_RANK=0, no MASTER_ADDR: the processes have no place to meet"),
+        (MPI, "no MASTER_ADDR: the processes have no place to meet"),
+        ({**PMI, **MEET}, "no LOCAL_RANK, MASTER_ADDR=a: mpiexec started 4 processes, this is 3"),
+        ({"WORLD_SIZE": "2"}, "no RANK, WORLD_SIZE=2"),
+        ({"RANK": "1"}, "RANK=1, no WORLD_SIZE"),
+        (MEET, "no RANK, no WORLD_SIZE, no LOCAL_RANK, MASTER_ADDR=a"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "no MASTER_ADDR: the processes have no place"),
+        ({"WORLD_SIZE": "2", "RANK": "2", **MEET}, "RANK=2, WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "two", "RANK": "0", **MEET}, "WORLD_SIZE=two"),
+        ({**SRUN, **PODS, "RANK": "0", "LOCAL_RANK": "0"}, "srun started 2 processes, this is 1"),
+        ({**SRUN, **PODS, "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "srun started 2 processes, this is 1"),
+    ],
+)
+def test_a_process_knows_its_rank_or_refuses(variables, expected):
+    named = dict(variables)
+    if expected is not None and not re.match(r"\d+ \d+ ", expected):
+        with pytest.raises(InputError, match=re.escape(expected) + ".* -> .*RANK=0 WORLD_SIZE=1"):
+            name_rank(named)
+        return
+    name_rank(named)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert expected == (" ".join(named.get(name) or "-" for name in names) if "RANK" in named else None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "1 1 None"),
+        (PODS, "2 1 1"),
+        ({**PODS, "GPUS_PER_NODE": "8"}, "2 8 1"),
+        ({**PODS, "WORLD_SIZE": "16", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "8", "PET_NODE_RANK": "1"}, "2 8 1"),
+        ({**PODS, "PET_NNODES": "2", "PET_NPROC_PER_NODE": "auto"}, "2 1 1"),
+        ({**PODS, "NNODES": "2", "NODE_RANK": "0"}, "2 1 0"),
+        ({**SRUN, **MEET, "NNODES": "2"}, "2 1 None"),  # srun --ntasks-per-node=1 bash launch/...
+        ({**SRUN, "SLURM_PROCID": "0"} | {"SLURM_STEP_ID": ""}, "srun started 2"),
+        ({name: SRUN[name] for name in ("SLURM_NTASKS", "SLURM_PROCID")}, "1 1 None"),  # the batch script
+        ({**PODS, "NNODES": "1"}, "WORLD_SIZE=2: neither the number of machines (1) nor that of processes (1)"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "no MASTER_ADDR"),
+        ({"WORLD_SIZE": "two", "RANK": "1"}, "WORLD_SIZE=two"),
+        (SRUN, "srun started 2 of this script, each for a job of 1 machines"),
+        (MPI, "mpirun started 4 of this script"),
+    ],
+)
+def test_a_script_counts_the_machines_or_refuses(variables, expected, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if not expected[0].isdigit():
+        with pytest.raises(InputError, match=re.escape(expected)):
+            Job.from_environment(variables)
+        return
+    job = Job.from_environment(variables)
+    assert f"{job.nnodes} {job.gpus_per_node} {job.node_rank}" == expected
 
 
 def test_commands_name_every_way(monkeypatch):

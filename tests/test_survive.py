@@ -20,7 +20,7 @@ from test_trainer import losses
 from tiny_models import write_tiny_model
 
 from megatron_gft.checkpoints.history import find_checkpoint, find_damage, list_checkpoints
-from megatron_gft.errors import EXIT_REQUEUE
+from megatron_gft.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 
 OPTIONS = ["model.precision=fp32", "objective.coefficient=none"]
 
@@ -234,12 +234,12 @@ def _kill_first_writer(model: str, output: str, options: list[str]) -> dict:
     return result
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
-def test_a_signal_to_the_process_group_costs_no_checkpoint(model, tmp_path, capfd, name):
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", EXIT_REQUEUE), ("SIGTERM", 0), ("SIGINT", EXIT_INTERRUPTED)])
+def test_a_signal_to_the_process_group_costs_no_checkpoint(model, tmp_path, capfd, name, code):
     """It comes during the first save in the background; the second one, which the signal asks for, is complete."""
     output = tmp_path / "run"
     result = run_ranks(1, _signal_first_writer, model, str(output), [*OPTIONS, "checkpoint.save_every=1"], name)[0]
-    assert result["code"] == {"SIGTERM": 0, "SIGUSR1": EXIT_REQUEUE}[name] and len(result["loss"]) == 2
+    assert result["code"] == code and len(result["loss"]) == 2
     newest = find_checkpoint(output / "checkpoints", "latest")
     assert newest.name == "step-00000002" and find_damage(newest) == []
     assert "once more in front" not in capfd.readouterr().err

@@ -31,11 +31,11 @@ from megatron_gft.commands.train import read_command_line
 from megatron_gft.config import Config
 from megatron_gft.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, InputError, command
 from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.launchers import DEFAULT_PORT, Launcher, find_launcher
+from megatron_gft.runtime import REQUEUE_FILE, StopRequest, process_exit_code
 from megatron_gft.validation import check
 
 SRUN_MARK = "GFT_STARTED_BY_SRUN"
-REQUEUE_FILE = "GFT_REQUEUE_FILE"
-DEFAULT_PORT = 29500
 GPUS_PER_MACHINE = 8
 
 
@@ -43,7 +43,7 @@ GPUS_PER_MACHINE = 8
 class Job:
     """How many processes where, from the environment.
 
-    ``named`` is false when neither ``NNODES`` nor ``GPUS_PER_NODE`` was set and the sizes are those of this machine.
+    ``named`` is false when nothing named a size and both are those of this machine.
     """
 
     nnodes: int
@@ -65,33 +65,56 @@ class Job:
     def from_environment(cls, environment: Mapping[str, str]) -> Job:
         """Read the variables that the head of each script names.
 
+        Kubernetes' PyTorchJob starts a script once per machine: there RANK counts machines, and so does WORLD_SIZE,
+        unless the job says ``nprocPerNode``.
+
         Raises:
-            InputError: a number is none, or several machines have no ``MASTER_ADDR`` to meet at.
+            InputError: a number is none, several machines have no ``MASTER_ADDR`` to meet at, or others were started
+                that this one would not count.
         """
 
-        def number(name: str, default: int, smallest: int) -> int:
-            text = environment.get(name) or str(default)
-            if not text.isdecimal() or int(text) < smallest:
-                raise InputError(f"{name}={text}: not a whole number of at least {smallest}")
-            return int(text)
+        def number(default: Any, smallest: int, *names: str) -> Any:
+            for name in names:
+                if (text := environment.get(name) or "auto") != "auto":
+                    if not text.isdecimal() or int(text) < smallest:
+                        raise InputError(f"{name}={text}: not a whole number of at least {smallest}")
+                    return int(text)
+            return default
 
+        nodes, processes = ("NNODES", "PET_NNODES", "WORLD_SIZE"), ("GPUS_PER_NODE", "PET_NPROC_PER_NODE")
         job = cls(
-            nnodes=number("NNODES", 1, 1),
-            gpus_per_node=number("GPUS_PER_NODE", count_gpus() or 1, 1),
-            named=bool(environment.get("NNODES") or environment.get("GPUS_PER_NODE")),
+            nnodes=number(1, 1, *nodes),
+            gpus_per_node=number(count_gpus() or 1, 1, *processes),
+            named=number(None, 1, "NNODES", *processes) is not None or number(1, 1, *nodes) > 1,
             master_addr=environment.get("MASTER_ADDR") or None,
-            master_port=number("MASTER_PORT", DEFAULT_PORT, 1),
-            node_rank=number("NODE_RANK", 0, 0) if environment.get("NODE_RANK") else None,
-            max_restarts=number("MAX_RESTARTS", 0, 0),
+            master_port=number(DEFAULT_PORT, 1, "MASTER_PORT"),
+            node_rank=number(None, 0, "NODE_RANK", "PET_NODE_RANK", "RANK"),
+            max_restarts=number(0, 0, "MAX_RESTARTS"),
             log_dir=environment.get("LOG_DIR") or None,
             job_id=environment.get("JOB_ID") or "gft",
         )
+        job.check_started(number(job.nnodes, 1, "WORLD_SIZE"), find_launcher(environment), environment)
         if job.nnodes > 1 and job.master_addr is None:
             raise InputError(
                 f"NNODES={job.nnodes} and no MASTER_ADDR: the machines need a place to meet -> set it to the name of "
                 "one of them, the same on all"
             )
         return job
+
+    def check_started(self, started: int, launcher: Launcher | None, environment: Mapping[str, str]) -> None:
+        """Refuse to be one of several jobs where the environment (WORLD_SIZE, or a launcher) says that there is one."""
+        if started not in (self.nnodes, self.world_size):
+            raise InputError(
+                f"WORLD_SIZE={started}: neither the number of machines ({self.nnodes}) nor that of processes "
+                f"({self.world_size}) -> set NNODES and GPUS_PER_NODE so that it is, or unset it"
+            )
+        if launcher and launcher.name == "srun" and "SLURM_STEP_ID" not in environment:
+            launcher = None  # the batch script itself, once
+        if launcher and int(launcher.size) != self.nnodes:
+            raise InputError(
+                f"{launcher.name} started {launcher.size} of this script, each for a job of {self.nnodes} machines -> "
+                "under Slurm: sbatch launch/slurm.sbatch SCRIPT; else once per machine, with NNODES and MASTER_ADDR"
+            )
 
     def torchrun_flags(self) -> list[str]:
         """Flags of torchrun that start this job's processes on this machine."""
@@ -136,7 +159,9 @@ def apply_environment(file: Path) -> None:
 
 
 @command
-def main(script: str, *, recipe: str, gpus: int, argv: Sequence[str] | None = None) -> int:
+def main(
+    script: str, *, recipe: str, gpus: int, argv: Sequence[str] | None = None, stop: StopRequest | None = None
+) -> int:
     """Run a launch script.
 
     Args:
@@ -144,7 +169,9 @@ def main(script: str, *, recipe: str, gpus: int, argv: Sequence[str] | None = No
         recipe: configuration file used where ``CONFIG`` is not set.
         gpus: devices that the recipe is made for.
         argv: ``[--config OVERLAY ...] [section.key=value ...]``; default the command line.
+        stop: made in the first lines of the process.
     """
+    stop = stop or StopRequest()
     arguments = list(sys.argv[1:] if argv is None else argv)
     apply_environment(Path(script).resolve().parent / "env.sh")
     chosen = os.environ.get("CONFIG")
@@ -152,25 +179,17 @@ def main(script: str, *, recipe: str, gpus: int, argv: Sequence[str] | None = No
     training = [part for file in files for part in ("--config", file)] + arguments
     if os.environ.get(SRUN_MARK):
         for name, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
-            os.environ[name] = os.environ[f"SLURM_{slurm}"]  # named as torchrun would
-        return _work(training)
+            os.environ[name] = os.environ[f"SLURM_{slurm}"]  # whatever the shell had that called sbatch
+        return train(training, stop)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return _start(script, training, arguments, gpus if not chosen else None)
+        if os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE"}:  # by hand, or by another launcher
+            return train(training, stop)
+        return _start(script, training, arguments, gpus if not chosen else None, stop)
     if os.environ["WORLD_SIZE"] == "1":
         again = _sizes_for_one_process(script, training, arguments, gpus if not chosen else None)
         if again is not None:
             os.execve(sys.executable, [sys.executable, script, *arguments], again)
-    return _work(training)
-
-
-def _work(training: list[str]) -> int:
-    """Be one training process."""
-    code = train(training)
-    if code == EXIT_REQUEUE and REQUEUE_FILE in os.environ:
-        # torchrun's agent knows only success and failure, and would report this as the latter.
-        Path(os.environ[REQUEUE_FILE]).touch()
-        return 0
-    return code
+    return process_exit_code(train(training, stop))
 
 
 def _processes_needed(config: Config) -> tuple[int, str]:
@@ -195,7 +214,8 @@ def _sizes_for_one_process(
         user = dict(entry.decode(errors="surrogateescape").split("=", 1) for entry in entries if b"=" in entry)
     except OSError:
         user = {}
-    if (user.get("NNODES") or user.get("GPUS_PER_NODE")) and Job.from_environment(user).world_size > 1:
+    job = Job.from_environment(user)
+    if job.named and job.world_size > 1:
         return user
     needed, reason = _processes_needed(read_command_line(training))
     if needed == 1:
@@ -222,7 +242,7 @@ def commands(script: str, arguments: Sequence[str], gpus: int) -> str:
     )
 
 
-def _start(script: str, training: list[str], arguments: list[str], gpus: int | None) -> int:
+def _start(script: str, training: list[str], arguments: list[str], gpus: int | None, stop: StopRequest) -> int:
     """Check the configuration, then be torchrun's agent of this machine."""
     job, config = Job.from_environment(os.environ), read_command_line(training)
     needed, reason = _processes_needed(config)
@@ -233,25 +253,35 @@ def _start(script: str, training: list[str], arguments: list[str], gpus: int | N
         )
     check(config, read_model_shape(config.model.config), job.world_size)
     with tempfile.TemporaryDirectory(prefix="gft-launch-") as folder:
-        os.environ[REQUEUE_FILE] = str(Path(folder) / "requeue")
-        code = _run_agent([*job.torchrun_flags(), script, *arguments])
-        return EXIT_REQUEUE if code == 0 and Path(os.environ[REQUEUE_FILE]).exists() else code
+        requeue = Path(folder) / "requeue"
+        code = _run_agent([*job.torchrun_flags(), script, *arguments], requeue, stop)
+        return EXIT_REQUEUE if code == 0 and requeue.exists() else code
 
 
-def _run_agent(arguments: list[str]) -> int:
+def _run_agent(arguments: list[str], requeue: Path, stop: StopRequest) -> int:
     """torchrun in this process; the exit code is that of the first training process that failed."""
     import psutil  # with torch, seconds: only after the configuration was found sound
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     def pass_on(number: int, _frame: Any) -> None:
+        workers = 0
         for child in psutil.Process().children():
             with contextlib.suppress(psutil.Error):  # it has just ended
                 if "TORCHELASTIC_RUN_ID" in child.environ():
                     child.send_signal(number)
+                    workers += 1
+        if not workers:  # the machines have not met yet
+            raise SystemExit(StopRequest.CODES[signal.Signals(number)])
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
+    stop.training_begins()
+    if stop.received:
+        return StopRequest.CODES[signal.Signals(stop.received)]
+    os.environ[REQUEUE_FILE] = str(requeue)
+    # Workers inherit this: a signal waits until they can answer. This process's own come in by the thread of `stop`.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:
         run.run(run.parse_args(arguments))
     except ChildFailedError as error:

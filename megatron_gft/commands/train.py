@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 
 from megatron_gft.config import Config, load_config
 from megatron_gft.errors import EXIT_FAILED, InputError, command
+from megatron_gft.launchers import name_rank
 from megatron_gft.reports.configuration import help_text
+from megatron_gft.run_lock import run_lock
+from megatron_gft.runtime import StopRequest, meet
 
 if TYPE_CHECKING:
     from megatron_gft.hf.shape import ModelShape
@@ -67,6 +70,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
         InputError: whatever is wrong, all of it at once.
     """
     config = read_command_line(argv)
+    name_rank(os.environ)
     from megatron_gft.hf.shape import read_model_shape  # --help does without these
     from megatron_gft.validation import check
 
@@ -76,21 +80,28 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train; the exit code is 0, 2 for bad input, or that of the stop that was asked for."""
+def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Train; the exit code is 0, 2 for bad input, or that of the stop that was asked for.
+
+    Args:
+        stop: made in the first lines of the process.
+    """
+    stop = stop or StopRequest()
     try:
         config, shape = parse(argv)
         if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < FEWEST_OPEN_FILES:
             raise InputError(f"ulimit -n: {limit} open files are too few -> ulimit -n 4096")
         from megatron_gft.job import open_run  # torch and Megatron: seconds, and only for a sound configuration
 
-        with open_run(config, shape) as trainer:
+        store = meet(config.parallel.collective_timeout_minutes, stop)
+        with run_lock(Path(config.train.output), stop), open_run(config, shape, store, stop) as trainer:
             return trainer.run()
         return EXIT_FAILED  # it stopped, and has said why
     except (InputError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in SYSTEM_LIMITS:
             raise
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             raise InputError(str(error)) from None
+        stop.failing = True
         time.sleep(QUIET_SECONDS)
         raise InputError(f"rank {os.environ['RANK']}: {error}") from None
