@@ -41,6 +41,8 @@ __all__ = ["CoreAttention", "PackLayout", "RMSNorm", "TECoreAttention"]
 
 # Kernel limits of flash attention 2, which torch ships.
 FLASH_HEAD_MULTIPLE, FLASH_HEAD_MAX = 8, 256
+# Transformer Engine's fused kernels are built anew for each longest segment.
+LONGEST_MULTIPLE = 64
 
 
 # --- backends: query [T, h, d], key and value [K, g, d] -> [T, h, d] ---------------------------------------------
@@ -53,8 +55,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, index: VarlenIndex, scale: 
     the top left where flash's is aligned to the bottom right (pytorch pull request 193630), and its signature
     changed in each of the last releases.
     """
-    if index.kv_index is not None:
-        k, v = k.index_select(0, index.kv_index), v.index_select(0, index.kv_index)
+    k, v = _gather_keys(k, v, index)
     return torch.ops.aten._flash_attention_forward(
         *(q, k, v, index.cu_seqlens_q, index.cu_seqlens_kv, max(index.q_lengths), max(index.kv_lengths)),
         0.0,  # dropout
@@ -68,8 +69,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, index: VarlenIndex, scale: 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, index: VarlenIndex, scale: float, window: int | None) -> Tensor:
     """``scaled_dot_product_attention`` entry by entry, with a mask where causal alone does not say it; any device."""
-    if index.kv_index is not None:
-        k, v = k.index_select(0, index.kv_index), v.index_select(0, index.kv_index)
+    k, v = _gather_keys(k, v, index)
     outputs = []
     # split, not slices: the gradient of a split is one concatenation, that of a slice a full-size buffer.
     pieces = zip(q.split(index.q_lengths), k.split(index.kv_lengths), v.split(index.kv_lengths), strict=True)
@@ -81,6 +81,38 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, index: VarlenIndex, scale:
         )
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
+
+
+class _GatherRows(torch.autograd.Function):
+    """``rows[index]`` along the first dimension, whose gradient is summed in float32 and in the same order each time.
+
+    K responses read the same prompt rows. ``index_select`` sums their gradients in half precision, by atomic adds.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = len(rows)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (index,) = ctx.saved_tensors
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros((ctx.count, *grad.shape[1:]), dtype=dtype)
+        # with accumulate, CUDA sorts the indices instead of adding atomically
+        return total.index_put_((index,), grad.to(dtype), accumulate=True).to(grad.dtype), None
+
+
+def _gather_keys(k: Tensor, v: Tensor, index: VarlenIndex) -> tuple[Tensor, Tensor]:
+    """Keys and values [K, g, d] in the order in which the entries of a pack read them."""
+    if index.kv_index is None:
+        return k, v
+    return _GatherRows.apply(k, index.kv_index), _GatherRows.apply(v, index.kv_index)
+
+
+def _rounded_up(longest: int) -> int:
+    return -(-longest // LONGEST_MULTIPLE) * LONGEST_MULTIPLE
 
 
 def bottom_right_mask(q_length: int, kv_length: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -280,16 +312,14 @@ class TECoreAttention(CoreAttention):
         index = layout.varlen(self.cp_rank, q.device)
         if index.kv_index is not None and self.window is not None:
             return super()._attend(q, k, v, layout)
-        mask_type = "padding_causal"
-        if index.kv_index is not None:
-            k, v = k.index_select(0, index.kv_index), v.index_select(0, index.kv_index)
-            # Megatron's enum lacks this value of TE's; its wrapper reads only ``.name``.
-            mask_type = "padding_causal_bottom_right"
+        k, v = _gather_keys(k, v, index)
+        # Megatron's enum lacks the second value of TE's; its wrapper reads only ``.name``.
+        mask_type = "padding_causal" if index.kv_index is None else "padding_causal_bottom_right"
         thd = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=index.cu_seqlens_q,
             cu_seqlens_kv=index.cu_seqlens_kv,
-            max_seqlen_q=max(index.q_lengths),
-            max_seqlen_kv=max(index.kv_lengths),
+            max_seqlen_q=_rounded_up(max(index.q_lengths)),
+            max_seqlen_kv=_rounded_up(max(index.kv_lengths)),
         )
         return self._attention[0](q, k, v, None, SimpleNamespace(name=mask_type), packed_seq_params=thd)

@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -63,6 +64,10 @@ def build_transformer_config(
     kwargs = transformer_config_kwargs(shape)
     kwargs["activation_func"] = {"silu": torch.nn.functional.silu}[kwargs["activation_func"]]
     on_gpu = torch.cuda.is_available()
+    fused = on_gpu and backend == "transformer_engine"
+    # Its linear layers fuse without apex. Megatron's own refuse to be built without it, and only the output layer is
+    # one of these; GFTModel takes the flag from it.
+    layers._grad_accum_fusion_available |= fused
     kwargs |= {
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
@@ -85,10 +90,12 @@ def build_transformer_config(
         "batch_p2p_comm": parallel.vpp is None,
         "batch_p2p_sync": False,  # a device synchronisation after each transfer, against a race of torch before 2.0
         "use_cpu_initialization": not on_gpu,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": fused,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        "apply_rope_fusion": False,
+        "apply_rope_fusion": fused,
+        "moe_permute_fusion": fused,  # the eager path asks the device for counts, twice a layer
+        "moe_router_dtype": "fp32",
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": False,
         "moe_grouped_gemm": backend == "transformer_engine" and bool(shape.num_moe_experts),

@@ -213,6 +213,7 @@ class GFTModel(GPTModel):
         if post_process:
             # Same parameters, other forward. Building a second layer would allocate the vocabulary matrix twice.
             self.output_layer.__class__ = GFTOutputLayer
+            self.output_layer.gradient_accumulation_fusion = False  # needs apex; the fused head adds by itself
 
     def rotary_frequencies(self, position_ids: torch.Tensor) -> torch.Tensor:
         """RoPE angles of ``position_ids`` [t] as [t, 1, 1, kv_channels].

@@ -162,6 +162,9 @@ def test_what_the_model_builds_has_no_silent_trap(layout, model, recompute):
     assert (config.hidden_dropout, config.attention_dropout) == (0, 0)
     assert config.mtp_num_layers is None and not config.defer_embedding_wgrad_compute
     assert config.softmax_type == "vanilla" and not config.apply_query_key_layer_scaling
+    assert config.moe_router_dtype == "fp32"
+    fusions = ("gradient_accumulation_fusion", "apply_rope_fusion", "moe_permute_fusion")
+    assert not any(getattr(config, name) for name in fusions)  # these need Transformer Engine
     assert not (config.qk_clip or config.layernorm_zero_centered_gamma or config.fp8_dot_product_attention)
     if config.num_moe_experts:
         assert config.moe_router_load_balancing_type == "none"
