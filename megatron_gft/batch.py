@@ -8,6 +8,7 @@ for every layout; only then are the tokens of this rank's packs read. Responses 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,19 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_gft.config import Config
+from megatron_gft.config import Config, ObjectiveConfig
 from megatron_gft.dataset import GroupSplit, LengthLimits, build_group_datasets
-from megatron_gft.errors import InputError
-from megatron_gft.gft import group_advantages, response_weights
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.gft import group_advantages, response_weights, scale_negatives
 from megatron_gft.hf.shape import ModelShape
-from megatron_gft.objectives import SOURCES
+from megatron_gft.objectives import SOURCE_CODES, SOURCES, Advantage, by_source
 from megatron_gft.packing import Pack, build_pack, slice_for_context_parallel
 from megatron_gft.parallel import Parallel
-from megatron_gft.planning import FlopModel, GroupLengths, StepPlan, plan_step, step_groups, steps_per_epoch
-from megatron_gft.shards import Group, GroupTable
+from megatron_gft.planning import FlopModel, GroupLengths, PackPlan, StepPlan, plan_step, step_groups, steps_per_epoch
+from megatron_gft.shards import Group, GroupShard, GroupTable, LogprobNames
 from megatron_gft.tokenizer import has_tokenizer, tokenizer_fingerprint
+
+MAKE_LOGPROBS = "make them with tools/compute_logprobs.py, and name them in data.logprobs (objective.reference)"
 
 
 class Groups(Protocol):
@@ -39,7 +42,7 @@ class Groups(Protocol):
 
     def __getitem__(self, index: int) -> Group: ...
 
-    def table(self, indices: np.ndarray) -> GroupTable: ...
+    def table(self, indices: np.ndarray, *, ends: bool = False) -> GroupTable: ...
 
     def describe(self, index: int) -> str: ...
 
@@ -48,8 +51,9 @@ class Groups(Protocol):
 class StepBatch:
     """One optimizer step, equal on every rank, known before any forward.
 
-    ``weights`` and ``advantages`` are per response of the step in order (float64, [N]); ``offsets`` gives the first
-    response of each group. Responses that do not train have length 0 in ``lengths``. ``denominator`` is D.
+    ``weights``, ``advantages`` and ``anchors`` (beta * u) are per response of the step in order (float64, [N]);
+    ``offsets`` gives the first response of each group. Responses that do not train have length 0 in ``lengths``.
+    ``denominator`` is D. A dead group has no advantage; its anchors may train.
     """
 
     groups: np.ndarray
@@ -58,6 +62,7 @@ class StepBatch:
     sources: np.ndarray
     weights: torch.Tensor
     advantages: torch.Tensor
+    anchors: torch.Tensor
     denominator: int
     dead_groups: int
     plan: StepPlan | None
@@ -98,8 +103,30 @@ def open_groups(
             max_sequence_tokens=min(data.max_tokens_per_pack // unit * unit, shape.max_sequence_length) + 1,
             policy=data.overlong,
         ),
+        logprobs=LogprobNames((data.logprobs or "sampled") if config.q_sources else None, config.objective.reference),
     )
+    if problems := [text for shard in splits.train.shards for text in _logprob_problems(shard, config)]:
+        raise InputErrors(f"log-probs that objective={config.objective.name} reads", problems)
     return splits.train, splits.valid
+
+
+def _logprob_problems(shard: GroupShard, config: Config) -> Iterator[str]:
+    """What is wrong with the sidecars of a training shard."""
+    there = [source for source, count in shard.manifest.counts.by_source.items() if count]
+    readers = {shard.names.sampled: config.q_sources}
+    if config.objective.beta:
+        readers[shard.names.reference] = [*readers.get(shard.names.reference, []), *config.objective.kl_sources]
+    for name, sources in readers.items():
+        if name not in shard.manifest.logprob_files and (missing := sorted({*sources} & {*there})):
+            has = ", ".join(shard.manifest.logprob_files) or "none"
+            yield f"{shard.prefix}: has log-probs {has}, not {name} for {', '.join(missing)} -> {MAKE_LOGPROBS}"
+    for row in shard.manifest.provenance.get("responses", []) if "sampled" in readers else []:
+        temperature = (row["sampling"] or {}).get("temperature")
+        if row["source"] in readers["sampled"] and temperature not in (None, 1):
+            yield (
+                f"{shard.prefix}: {row['source']} responses were sampled at temperature {temperature}, so their own "
+                f"log-probs are not those of q at temperature 1 -> sample at 1, or {MAKE_LOGPROBS}"
+            )
 
 
 class StepLoader:
@@ -116,10 +143,11 @@ class StepLoader:
         self.groups, self.config, self.parallel, self.validation = groups, config, parallel, validation
         self.objective = config.objective
         if validation:
-            every_response = {"advantage": "none", "normalize": "tokens", "sources": None}
-            self.objective = config.objective.model_copy(update=every_response)
+            self.objective = ObjectiveConfig(advantage="none", normalize="tokens")
         self.flop_model = FlopModel.from_shape(shape)
         self.source_codes = [SOURCES.index(source) for source in self.objective.sources or SOURCES]
+        self.q_codes = [] if validation else [SOURCE_CODES[source] for source in config.q_sources]
+        self.anchor_codes = [SOURCE_CODES[source] for source in self.objective.kl_sources if self.objective.beta]
         self.alignment, self.pad_multiple = config.row_multiples
 
     @property
@@ -146,42 +174,72 @@ class StepLoader:
         Raises:
             InputError: a reward is missing where the advantage needs one.
         """
-        indices = self.indices(step)
-        table = self.groups.table(indices)
+        indices, objective = self.indices(step), self.objective
+        table = self.groups.table(indices, ends=True) if objective.cut_off != "train" else self.groups.table(indices)
         group_ids = np.repeat(np.arange(len(indices)), table.response_counts)
         used = np.isin(table.sources, self.source_codes)
-        lengths = table.response_lengths.astype(np.int64)
-        rewards, ids = torch.from_numpy(table.rewards[used]).double(), torch.from_numpy(group_ids[used])
-        weights, advantages = torch.zeros(2, len(used), dtype=torch.float64)
-        try:
-            mine = group_advantages(
-                rewards, ids, mode=self.objective.advantage or "std", eps=self.objective.advantage_eps
-            )
-        except InputError as error:
-            unscored = np.unique(group_ids[used & ~np.isfinite(table.rewards)])
-            names = [self.groups.describe(int(indices[g])) for g in unscored]
-            raise InputError(f"{error} (groups of step {step + 1}: {', '.join(names[:5])})") from None
-        advantages[used] = mine
-        weights[used], denominator = response_weights(
-            mine,
-            torch.from_numpy(lengths[used]),
-            ids,
-            normalize=self.objective.normalize,
-            zero_variance=self.objective.zero_variance,
+        counted = used & table.ended if objective.cut_off != "train" else used
+        if objective.cut_off == "drop":
+            used = counted
+        lengths, sources = table.response_lengths.astype(np.int64), torch.from_numpy(table.sources).long()
+        advantages, weightless = self._advantages(table, group_ids, used, indices, step)
+        of_source = torch.tensor([objective.source_weights.get(source, 1.0) for source in SOURCES], dtype=torch.float64)
+        if (mu := objective.mu(step)) is not None:
+            of_source *= torch.tensor([mu if source == "expert" else 1 - mu for source in SOURCES])
+        anchors = objective.beta * torch.from_numpy(np.isin(table.sources, self.anchor_codes)).double()
+        counted &= ((of_source[sources] > 0) & (~weightless | (anchors > 0))).numpy()
+        chosen, weights = torch.from_numpy(counted), torch.zeros(2, len(used), dtype=torch.float64)
+        advantages, anchors = torch.where(chosen, advantages, 0.0), torch.where(chosen, anchors, 0.0)
+        weights[:, chosen], denominator = response_weights(
+            (torch.stack((advantages, anchors)) * of_source[sources])[:, chosen],
+            torch.from_numpy(lengths)[chosen],
+            torch.from_numpy(group_ids)[chosen],
+            normalize=objective.normalize,
+            zero_variance=objective.zero_variance,
+            strata=sources[chosen] if objective.per_source_denominator else None,
         )
-        trained = np.where(advantages.numpy() != 0, lengths, 0)
-        live = np.add.reduceat(trained > 0, table.offsets[:-1]) > 0
+        trained = np.where(((advantages != 0) | (anchors != 0)).numpy(), lengths, 0)
+        live = np.add.reduceat((advantages != 0).numpy(), table.offsets[:-1]) > 0
         return StepBatch(
             groups=indices,
             offsets=table.offsets,
             lengths=trained,
             sources=table.sources,
-            weights=weights,
+            weights=weights[0],
             advantages=advantages,
+            anchors=weights[1],
             denominator=denominator,
             dead_groups=int((~live).sum()),
             plan=self._plan(table, trained) if trained.any() else None,
         )
+
+    def _advantages(
+        self, table: GroupTable, group_ids: np.ndarray, used: np.ndarray, indices: np.ndarray, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A of each response, float64 [N], and whether the objective gives it no weight whatever its group, bool."""
+        objective = self.objective
+        advantages = torch.zeros(len(used), dtype=torch.float64)
+        modes: tuple[Advantage | None, ...] = by_source(objective.advantage or "std")
+        for mode in dict.fromkeys(modes):
+            of_mode = [code for code, other in enumerate(modes) if other == mode]
+            rows = used & np.isin(table.sources, of_mode)
+            if mode is None or not rows.any():
+                continue
+            try:
+                advantages[rows] = group_advantages(
+                    torch.from_numpy(table.rewards[rows]).double(),
+                    torch.from_numpy(group_ids[rows]),
+                    mode=mode,
+                    eps=objective.advantage_eps,
+                    baseline_shift=objective.baseline_shift,
+                )
+            except InputError as error:
+                unscored = np.unique(group_ids[rows & ~np.isfinite(table.rewards)])
+                names = [self.groups.describe(int(indices[g])) for g in unscored]
+                raise InputError(f"{error} (groups of step {step + 1}: {', '.join(names[:5])})") from None
+        scaled = scale_negatives(advantages, objective.negative_scale)
+        by_reward = torch.tensor([mode == "reward" for mode in modes])[torch.from_numpy(table.sources).long()]
+        return scaled, (scaled == 0) & ((advantages != 0) | by_reward)
 
     def _plan(self, table: GroupTable, lengths: np.ndarray) -> StepPlan:
         of_groups = zip(table.prompt_lengths.tolist(), np.split(lengths, table.offsets[1:-1]), strict=True)
@@ -204,6 +262,7 @@ class StepLoader:
         plans = batch.plan.packs[self.parallel.dp_rank]
         needed = sorted({place for plan in plans for place, _ in plan.items})
         groups = {place: self.groups[int(batch.groups[place])] for place in needed}
+        self._check_logprobs(batch, groups, plans)
         device = torch.device(torch.cuda.current_device())
         packs = []
         for plan in plans:
@@ -213,11 +272,32 @@ class StepLoader:
                 batch.offsets,
                 batch.weights,
                 batch.advantages,
+                batch.anchors if self.objective.beta else None,
+                sampled=bool(self.q_codes),
                 pad_multiple=self.pad_multiple,
                 segment_multiple=self.alignment,
             )
             packs.append(slice_for_context_parallel(pack, self.parallel.cp_size, self.parallel.cp_rank).to(device))
         return packs
+
+    def _check_logprobs(self, batch: StepBatch, groups: dict[int, Group], plans: Sequence[PackPlan]) -> None:
+        """What an objective reads is known of each token of these packs but the end, which servers leave out.
+
+        Raises:
+            InputError: names shard, group and the tool that makes log-probs.
+        """
+        for place, k in ((place, k) for plan in plans for place, chosen in plan.items for k in chosen):
+            group, source = groups[place], int(groups[place].sources[k])
+            reads = [(self.q_codes, "q", group.logprobs), (self.anchor_codes, "the reference", group.reference)]
+            for role, known in ((role, known) for codes, role, known in reads if source in codes):
+                ended = group.ended is None or bool(group.ended[k])
+                values = np.full(len(group.responses[k]), np.nan) if known is None else known[k]
+                unknown = int(np.isnan(values[:-1] if ended else values).sum())
+                if unknown:
+                    raise InputError(
+                        f"{self.groups.describe(int(batch.groups[place]))}: {role} is unknown for {unknown} of "
+                        f"{len(values)} tokens of response {k} ({SOURCES[source]}) -> {MAKE_LOGPROBS}"
+                    )
 
 
 class StepPrefetcher:

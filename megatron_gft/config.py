@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -18,7 +18,18 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from megatron_gft.atomic import atomic_file
 from megatron_gft.errors import InputError, InputErrors, nearest
-from megatron_gft.objectives import OBJECTIVES, Advantage, Coefficient, Normalize, Source, ZeroVariance
+from megatron_gft.objectives import (
+    OBJECTIVES,
+    READ_Q,
+    SOURCES,
+    Advantage,
+    Coefficient,
+    CutOff,
+    Normalize,
+    Source,
+    ZeroVariance,
+    by_source,
+)
 
 
 class Section(pydantic.BaseModel):
@@ -93,21 +104,55 @@ class DataConfig(Section):
     max_response_tokens: PositiveInt | None = Field(None, description="limit of one response, EOS included")
     verify: bool = Field(True, description="compare shards with their hashes at the start; unchanged files only once")
     cache: str | None = Field(None, description="folder for Megatron's blend indices")
+    logprobs: str | None = Field(
+        None, description="name of the shards' log-probs that are q; default: sampled, where the objective reads q"
+    )
     allow_tokenizer_mismatch: bool = Field(False, description="train on shards tokenized for another model")
     allow_changed_data: bool = Field(False, description="resume although the shards, seed or split changed")
 
 
-class ObjectiveConfig(Section):
-    """The loss. ``name`` is a preset; ``coefficient``, ``advantage`` and ``sources`` change parts of it."""
+CoefficientName = Annotated[str, Field(pattern=rf"^({'|'.join(get_args(Coefficient))}|[\w.]+:\w+)$")]
 
-    name: Literal["gft", "sft", "dft"] = Field("gft", description="preset of the next three")
-    coefficient: Coefficient | None = Field(None, description="token weight: rectified, none or probability")
-    advantage: Advantage | None = Field(None, description="response weight: std, population, mean_only, rloo, none")
+
+class ObjectiveConfig(Section):
+    """The loss. ``name`` is a preset of the keys below (docs/objectives.md); what is set here changes parts of it."""
+
+    name: Literal[
+        "gft", "sft", "dft", "rft", "dft_correct", "gft_scaled", "asymre",
+        "grpo", "dapo", "cispo", "psft", "luffy", "chord_phi",
+    ] = Field("gft", description="preset: sets what is null or not named here, down to mu_peak")  # fmt: skip
+    coefficient: CoefficientName | dict[Source, CoefficientName] | None = Field(
+        None,
+        description=f"token weight: {', '.join(get_args(Coefficient))}, or a function of yours as module:function; "
+        "or one by source, {expert: none, self: ratio}",
+    )
+    advantage: Advantage | dict[Source, Advantage] | None = Field(
+        None, description="response weight; or one by source: statistics are over the sources that share one"
+    )
     sources: list[Source] | None = Field(None, min_length=1, description="which responses train")
-    tau: float = Field(0.1, ge=0, le=1, description="probability above which the coefficient is 1")
-    advantage_eps: NonNegativeFloat = Field(1e-6, description="added to the standard deviation of the rewards")
+    negative_scale: NonNegativeFloat = Field(1.0, description="factor of negative advantages; 0 leaves them out")
+    baseline_shift: float = Field(0.0, description="taken from advantages, in groups of equal rewards too")
+    eps_low: float = Field(0.2, ge=0, le=1, description="p/q below 1 - eps_low is clipped where the advantage is < 0")
+    eps_high: NonNegativeFloat = Field(0.2, description="p/q above 1 + eps_high is clipped where the advantage is > 0")
     normalize: Normalize = Field("tokens", description="what the step's loss is divided by")
+    per_source_denominator: bool = Field(False, description="each source is divided by its own count")
     zero_variance: ZeroVariance = Field("keep", description="groups with equal rewards count in the divisor, or not")
+    mu_peak: float | None = Field(None, ge=0, le=1, description="weight of experts; that of other sources is 1 less it")
+    mu_valley: float | None = Field(None, ge=0, le=1, description="where mu_peak decays to; default: it stays")
+    mu_warmup_steps: NonNegativeInt = Field(0, description="steps in which mu rises from 0 to mu_peak")
+    mu_decay_steps: NonNegativeInt = Field(0, description="steps of its cosine decay to mu_valley")
+    source_weights: dict[Source, PositiveFloat] = Field(default_factory=dict, description="of a source; default 1")
+    tau: float = Field(0.1, ge=0, le=1, description="probability above which the coefficient is 1")
+    shaping: PositiveFloat = Field(0.1, description="g of the coefficient shaped")
+    ratio_dual_clip: float | None = Field(None, gt=1, description="p/q clipped above this where the advantage is < 0")
+    beta: NonNegativeFloat = Field(0.0, description="weight of the KL anchor (k3) to the model of reference")
+    reference: str | None = Field(None, description="name of the shards' log-probs of the anchor's model")
+    kl_sources: list[Source] = Field(["self"], min_length=1, description="responses that the anchor applies to")
+    cut_off: CutOff = Field(
+        "train",
+        description="responses without an end; no_loss: in the statistics of the group, not in the loss; drop: in none",
+    )
+    advantage_eps: NonNegativeFloat = Field(1e-6, description="added to the standard deviation of the rewards")
     fused_head: bool = Field(True, description="output layer and loss in one chunked pass, no [tokens, vocab] tensor")
     head_chunk_tokens: PositiveInt = Field(2048, description="rows of one chunk of the fused head")
     entropy: bool = Field(True, description="measure the entropy of the predictions")
@@ -119,13 +164,18 @@ class ObjectiveConfig(Section):
             value = {"name": value}
         if not isinstance(value, dict) or value.get("name", "gft") not in OBJECTIVES:
             return value
-        preset = OBJECTIVES[value.get("name", "gft")]
-        filled = dict(value)
-        for key in ("coefficient", "advantage", "sources"):
-            if filled.get(key) is None:
-                filled[key] = getattr(preset, key)
-        filled["sources"] = list(filled["sources"])
-        return filled
+        preset = vars(OBJECTIVES[value.get("name", "gft")])
+        given = {key: own for key, own in value.items() if own is not None or key not in preset}
+        return {key: preset[key] for key in preset if key in cls.model_fields} | given
+
+    def mu(self, step: int) -> float | None:
+        """Weight of experts in the 0-based ``step``: warm-up, then cosine decay (arXiv 2508.11408)."""
+        if self.mu_peak is None or step < self.mu_warmup_steps:
+            return None if self.mu_peak is None else self.mu_peak * step / self.mu_warmup_steps
+        if self.mu_valley is None:
+            return self.mu_peak
+        done = min((step - self.mu_warmup_steps) / self.mu_decay_steps, 1.0) if self.mu_decay_steps else 1.0
+        return self.mu_valley + (self.mu_peak - self.mu_valley) * (1 + math.cos(math.pi * done)) / 2
 
 
 class OptimizerConfig(Section):
@@ -159,6 +209,9 @@ class TrainConfig(Section):
     nonfinite: Literal["stop", "skip"] = Field("stop", description="a step whose loss or gradient is not finite")
     grad_spike_factor: float | None = Field(
         None, gt=1, description="a gradient norm this many times its running median is treated as nonfinite"
+    )
+    collapse: Literal["warn", "stop", "off"] = Field(
+        "warn", description="when positive responses get less and less probable, and negative ones faster"
     )
     max_skipped_steps: NonNegativeInt = Field(10, description="skipped steps after which the run stops")
     watchdog_minutes: PositiveFloat = Field(30.0, description="a rank without progress for so long ends the job")
@@ -224,6 +277,13 @@ class Config(Section):
             temporary.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
     @property
+    def q_sources(self) -> list[Source]:
+        """Sources that train by a coefficient of q. A function of the user reads q when ``data.logprobs`` is set."""
+        o, own = self.objective, self.data.logprobs is not None
+        names = zip(SOURCES, by_source(o.coefficient), strict=True)
+        return [s for s, c in names if s in (o.sources or SOURCES) and c and (c in READ_Q or own and ":" in c)]
+
+    @property
     def row_multiples(self) -> tuple[int, int]:
         """Of what the rows of a segment, and those of a pack, are multiples in this layout.
 
@@ -258,7 +318,8 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise InputErrors("configuration", [_explain(problem) for problem in error.errors()]) from None
+        problems = [problem for problem in error.errors() if "dict[" not in str(problem["loc"][-1])]  # of a union
+        raise InputErrors("configuration", list(map(_explain, problems))) from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -315,7 +376,9 @@ def all_keys() -> list[str]:
 
 
 def _explain(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(
+        str(part) for part in problem["loc"] if "[" not in str(part) and part not in ("str", "constrained-str")
+    )
     if problem["type"] == "extra_forbidden":
         known = all_keys() + list(Config.model_fields)
         leaf = where.rsplit(".", 1)[-1]

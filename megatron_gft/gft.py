@@ -10,26 +10,51 @@ so the gradient weight of SFT, 1/p, becomes 1/p where p > tau and 1 elsewhere: t
 -A log p, respectively -A p. ``A_k * u_k`` and ``D`` depend on rewards and lengths alone: they are known before
 any forward (:func:`response_weights`), and the model's part is a weighted cross entropy.
 
+The relatives of GFT (``objectives.OBJECTIVES``) differ in A and in c, which may also read q, the probability under
+the model that sampled the token; and a KL anchor adds to the weight of a row: :func:`row_weights` is all of it.
+
 Shapes: N responses, T tokens.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import get_args
 
 import torch
 
 from megatron_gft.errors import InputError
-from megatron_gft.objectives import OBJECTIVES, Advantage, Coefficient, Normalize, ZeroVariance
+from megatron_gft.objectives import (
+    OBJECTIVES,
+    READ_Q,
+    SOURCES,
+    Advantage,
+    Coefficient,
+    HeadSettings,
+    Normalize,
+    ZeroVariance,
+    by_source,
+    user_coefficient,
+)
+
+# Log ratios beyond this are as good as infinite; e^20 still squares in float32.
+_MOST_LOG_RATIO = 20.0
 
 
 def group_advantages(
-    rewards: torch.Tensor, group_ids: torch.Tensor, *, mode: Advantage = "std", eps: float = 1e-6
+    rewards: torch.Tensor,
+    group_ids: torch.Tensor,
+    *,
+    mode: Advantage = "std",
+    eps: float = 1e-6,
+    baseline_shift: float = 0.0,
 ) -> torch.Tensor:
     """Advantage of each response within its group.
 
-    The rules apply in this order: mode ``none`` gives 1; a group of one response gives A = r; a group whose
-    rewards are all equal gives exactly 0 (rounding of the mean must not become an advantage); else the mode:
+    The rules apply in this order: mode ``none`` gives 1, mode ``reward`` r; a group of one response gives A = r; a
+    group whose rewards are all equal gives exactly 0 (rounding of the mean must not become an advantage); else the
+    mode; in both of these, less ``baseline_shift``:
 
     - ``std``: (r - mean) / (std + eps) with Bessel's correction, as in the paper's code;
     - ``population``: the same with the population's standard deviation;
@@ -51,6 +76,8 @@ def group_advantages(
     if mode == "none":
         return torch.ones(rewards.shape, dtype=dtype, device=rewards.device)
     _check_finite(rewards, group_ids, mode)
+    if mode == "reward":
+        return rewards.to(dtype)
 
     r = rewards.double()
     groups, size = _groups(group_ids)
@@ -67,7 +94,7 @@ def group_advantages(
 
     lowest = torch.full_like(mean, torch.inf).scatter_reduce(0, groups, r, "amin")
     highest = torch.full_like(mean, -torch.inf).scatter_reduce(0, groups, r, "amax")
-    advantages = torch.where((highest == lowest)[groups], 0.0, advantages)
+    advantages = torch.where((highest == lowest)[groups], 0.0, advantages) - baseline_shift
     return torch.where((size == 1)[groups], r, advantages).to(dtype)
 
 
@@ -78,6 +105,7 @@ def response_weights(
     *,
     normalize: Normalize = "tokens",
     zero_variance: ZeroVariance = "keep",
+    strata: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, int]:
     """Weight of every token of each response, and the denominator of the whole optimizer step.
 
@@ -91,12 +119,15 @@ def response_weights(
     counts it in D, ``"skip"`` does not, so D can be 0: then there is nothing to learn from and no update.
 
     Args:
-        advantages: [N], from :func:`group_advantages`.
+        advantages: [N], from :func:`group_advantages`; or [C, N] when a response has several weights (A and that of
+            the anchor): dead is where all of them are 0.
         lengths: [N] integers >= 1, tokens of each response (its end of sequence included).
         group_ids: [N] integers; K of a group is the number of its rows here.
+        strata: [N]; each of its values is a loss with a denominator D_s of its own. Their sum is D, and D / D_s is
+            in the weights.
 
     Returns:
-        (A * u as [N] in the dtype of ``advantages``, float32 or wider; D as int)
+        (A * u in the shape and dtype of ``advantages``, float32 or wider; D as int)
 
     Raises:
         InputError: unknown normaliser or policy, or a response without tokens.
@@ -107,8 +138,18 @@ def response_weights(
         empty = group_ids[lengths < 1].unique().tolist()
         raise InputError(f"response without tokens in group(s) {_some(empty)} -> drop it before training")
 
+    if strata is not None:
+        divide = functools.partial(response_weights, normalize=normalize, zero_variance=zero_variance)
+        parts = [strata == value for value in strata.unique()]
+        found = [divide(advantages[..., part], lengths[part], group_ids[part]) for part in parts]
+        total = sum(count for _, count in found)
+        joined = torch.zeros_like(advantages, dtype=torch.promote_types(advantages.dtype, torch.float32))
+        for part, (of_part, count) in zip(parts, found, strict=True):
+            joined[..., part] = of_part * (total / max(count, 1))
+        return joined, total
     groups, size = _groups(group_ids)
-    dead = _group_sum((advantages != 0).long(), groups, size) == 0
+    live = (advantages != 0).long()
+    dead = _group_sum(live.amax(0) if live.dim() > 1 else live, groups, size) == 0
     counted = torch.ones_like(dead) if zero_variance == "keep" else ~dead
     a = advantages.double()
     if normalize == "tokens":
@@ -120,30 +161,169 @@ def response_weights(
     return weights.to(torch.promote_types(advantages.dtype, torch.float32)), int(denominator)
 
 
-def rectified_coefficient(logprobs: torch.Tensor, tau: float) -> torch.Tensor:
-    """c = 1 where p > tau, else p; [T] without gradient, float32 or wider (GFT's rectification)."""
-    p = _probabilities(logprobs)
-    return torch.where(p > tau, 1.0, p)
+def scale_negatives(advantages: torch.Tensor, scale: float) -> torch.Tensor:
+    """Negative advantages times ``scale``, [N]."""
+    return torch.where(advantages < 0, advantages * scale, advantages)
 
 
-def token_coefficient(logprobs: torch.Tensor, tau: float, coefficient: Coefficient) -> torch.Tensor:
-    """c of each token: ``rectified`` (GFT), ``none`` (1: SFT) or ``probability`` (p: DFT).
+@dataclass(frozen=True)
+class RowFacts:
+    """What is known of rows before any forward, each [T].
+
+    Attributes:
+        advantages: A; coefficients read its sign.
+        sources: codes of ``SOURCES``.
+        sampled_logprobs: log q; NaN, or None for all, is unknown: the coefficient is 1 there.
+        reference_logprobs: log p_ref, likewise: no anchor there.
+        anchor_weights: beta * u; None: no row has an anchor.
+    """
+
+    advantages: torch.Tensor
+    sources: torch.Tensor
+    sampled_logprobs: torch.Tensor | None = None
+    reference_logprobs: torch.Tensor | None = None
+    anchor_weights: torch.Tensor | None = None
+
+    def at(self, rows: slice) -> RowFacts:
+        """Those of some rows."""
+        return RowFacts(*(None if value is None else value[rows] for value in vars(self).values()))  # type: ignore[arg-type]
+
+
+def row_weights(
+    logprobs: torch.Tensor, token_weights: torch.Tensor, settings: HeadSettings, facts: RowFacts | None = None
+) -> torch.Tensor:
+    """Gradient with respect to -log p of each row: ``A u c``, and for the anchor ``beta u (p_ref / p - 1)``.
 
     Args:
-        logprobs: [T] log p of the labels, reduced over all tensor-parallel ranks: each must see the same p,
-            or they would take different branches at ``tau``.
+        logprobs: [T] log p of the labels, reduced over all tensor-parallel ranks: each must see the same p, or they
+            would take different branches at ``tau`` and at clips.
+        token_weights: [T] A * u.
+        facts: what coefficients read beside p; None: they read p alone.
 
     Returns:
         [T] without gradient, float32 or wider.
+    """
+    weights = token_weights * row_coefficient(logprobs, settings, facts)
+    if facts is None or facts.anchor_weights is None:
+        return weights
+    return weights + facts.anchor_weights * torch.expm1(-log_ratio(logprobs, facts.reference_logprobs))
+
+
+def row_coefficient(logprobs: torch.Tensor, settings: HeadSettings, facts: RowFacts | None = None) -> torch.Tensor:
+    """c of each row, [T] without gradient: that of its source where ``settings`` has several."""
+    names = by_source(settings.coefficient)
+    if names[0] is not None and len({*names}) == 1:
+        return _coefficient(names[0], logprobs, settings, facts)
+    c = torch.ones_like(_wide(logprobs))
+    for source, name in enumerate(names):
+        if name is not None and facts is not None:
+            c = torch.where(facts.sources == source, _coefficient(name, logprobs, settings, facts), c)
+    return c
+
+
+def _coefficient(name: str, logprobs: torch.Tensor, settings: HeadSettings, facts: RowFacts | None) -> torch.Tensor:
+    """One coefficient for all rows; the formulas of ``objectives.OBJECTIVES``."""
+    log_p = _wide(logprobs)
+    p = log_p.exp()
+    if name == "rectified":
+        return torch.where(p > settings.tau, 1.0, p)
+    if name == "shaped":  # the slope of p / (p + g) by log p
+        return settings.shaping * p / (p + settings.shaping).square()
+    if name == "uncertainty":
+        return p * -torch.expm1(log_p)
+    if name in ("none", "probability"):
+        return p if name == "probability" else torch.ones_like(p)
+    assert facts is not None, name
+    q = facts.sampled_logprobs
+    if ":" in name:
+        c = user_coefficient(name)(log_p, q, facts.advantages, facts.sources).to(p.dtype)
+        return c if q is None else torch.where(q.isnan(), 1.0, c)
+    r = log_ratio(logprobs, q).exp()
+    if name == "truncated_ratio":
+        return r.clamp(max=1 + settings.eps_high)
+    if name == "clipped_ratio":  # where min(r A, clip(r) A), clipped again by dual clip, has no slope
+        below = (facts.advantages < 0) & ((r < 1 - settings.eps_low) | (r > (settings.ratio_dual_clip or torch.inf)))
+        return torch.where(below | (facts.advantages > 0) & (r > 1 + settings.eps_high), 0.0, r)
+    return r
+
+
+def log_ratio(logprobs: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+    """log p less another log-prob of the same tokens, [T] without gradient, within +-20; 0 where that is unknown."""
+    log_p = _wide(logprobs)
+    if other is None:
+        return torch.zeros_like(log_p)
+    return torch.where(other.isnan(), 0.0, (log_p - other).clamp(-_MOST_LOG_RATIO, _MOST_LOG_RATIO))
+
+
+def published_losses(
+    logprobs: torch.Tensor, token_weights: torch.Tensor, settings: HeadSettings, facts: RowFacts
+) -> torch.Tensor:
+    """Loss of each row as its paper writes it, [T]: it has the gradient of the surrogate -w log p, not its value.
+
+    ``-A p / q`` with PPO's clips, LUFFY's ``-A p / (p + g)``, plus ``beta k3`` of the anchor; else ``-A c log p``.
+    """
+    log_p, r = _wide(logprobs), log_ratio(logprobs, facts.sampled_logprobs).exp()
+    p, values = log_p.exp(), row_coefficient(logprobs, settings, facts) * log_p
+    for source, name in enumerate(by_source(settings.coefficient)):
+        if name == "shaped":
+            gain = p / (p + settings.shaping)
+        elif name == "clipped_ratio":
+            falling = r.clamp(1 - settings.eps_low, settings.ratio_dual_clip)
+            gain = torch.where(facts.advantages < 0, falling, r.clamp(max=1 + settings.eps_high))
+        elif name == "ratio":
+            gain = r
+        else:
+            continue
+        values = torch.where(facts.sources == source, gain, values)
+    losses = -token_weights * values
+    return losses if facts.anchor_weights is None else losses + facts.anchor_weights * k3(logprobs, facts)
+
+
+def k3(logprobs: torch.Tensor, facts: RowFacts) -> torch.Tensor:
+    """Estimate of KL(p || p_ref) from each sampled token, ``p_ref / p - log(p_ref / p) - 1``, [T] >= 0."""
+    log_r = -log_ratio(logprobs, facts.reference_logprobs)
+    return torch.expm1(log_r) - log_r
+
+
+def check_user_coefficient(name: str, *, with_q: bool) -> None:
+    """Try a user's coefficient on rows of all kinds.
 
     Raises:
-        InputError: unknown coefficient.
+        InputError: it fails, or what it returns is no finite number for each row, by that row alone.
     """
-    _check_choice("coefficient", coefficient, get_args(Coefficient))
-    if coefficient == "rectified":
-        return rectified_coefficient(logprobs, tau)
-    p = _probabilities(logprobs)
-    return p if coefficient == "probability" else torch.ones_like(p)
+    logprobs, advantages = -torch.logspace(-4, 1.5, 48), torch.tensor([1.0, -1.0, 0.5, -2.0]).repeat(12)
+    sampled = logprobs.roll(5) if with_q else None
+    facts = RowFacts(advantages, torch.arange(48, dtype=torch.int8) % len(SOURCES), sampled)
+    function, problem = user_coefficient(name), None
+    try:
+        with torch.no_grad():
+            whole, *halves = (
+                function(logprobs[rows], part.sampled_logprobs, part.advantages, part.sources)
+                for rows in (slice(None), slice(20), slice(20, None))
+                if (part := facts.at(rows))
+            )
+        if not isinstance(whole, torch.Tensor) or whole.shape != logprobs.shape:
+            problem = f"returns {tuple(whole.shape) if isinstance(whole, torch.Tensor) else type(whole).__name__}"
+        elif not whole.isfinite().all():
+            problem = "returns NaN or infinity"
+        elif not torch.allclose(whole.double(), torch.cat(halves).double(), rtol=1e-4, atol=1e-7):
+            problem = "what it returns for a row depends on other rows"
+    except Exception as error:  # of the user's code
+        problem = f"fails with {type(error).__name__}: {error}"
+    if problem is not None:
+        signature = "f(logprobs [T], q [T] or None, advantages [T], sources [T]) -> [T], finite, row by row"
+        raise InputError(f"objective.coefficient={name}: {problem}, tried on 48 rows -> {signature}")
+
+
+def rectified_coefficient(logprobs: torch.Tensor, tau: float) -> torch.Tensor:
+    """c = 1 where p > tau, else p; [T] without gradient, float32 or wider (GFT's rectification)."""
+    return token_coefficient(logprobs, tau, "rectified")
+
+
+def token_coefficient(logprobs: torch.Tensor, tau: float, coefficient: Coefficient) -> torch.Tensor:
+    """c of each token where it is a function of p alone, [T]; see :func:`row_coefficient`."""
+    _check_choice("coefficient", coefficient, tuple(name for name in get_args(Coefficient) if name not in READ_Q))
+    return _coefficient(coefficient, logprobs, HeadSettings(tau=tau), None)
 
 
 def token_losses(
@@ -154,7 +334,7 @@ def token_losses(
     Args:
         logprobs: [T] log p of the labels.
         advantages: [T] A (or A * u) of each token's response; 0 for tokens that carry no loss.
-        objective: picks the coefficient: ``gft``, ``sft`` or ``dft``. Advantages always multiply.
+        objective: picks the coefficient, one that needs no q: ``gft``, ``sft``, ``dft`` ... Advantages always multiply.
 
     Returns:
         [T], float32 or wider.
@@ -162,14 +342,14 @@ def token_losses(
     Raises:
         InputError: unknown objective.
     """
-    _check_choice("objective", objective, tuple(OBJECTIVES))
-    return advantages * token_coefficient(logprobs, tau, OBJECTIVES[objective].coefficient) * -logprobs
+    of_p = {name: c for name, preset in OBJECTIVES.items() if isinstance(c := preset.coefficient, str)}
+    _check_choice("objective", objective, tuple(name for name, c in of_p.items() if c not in READ_Q))
+    return advantages * token_coefficient(logprobs, tau, of_p[objective]) * -logprobs
 
 
-def _probabilities(logprobs: torch.Tensor) -> torch.Tensor:
-    """exp(log p), detached, float32 or wider."""
-    logprobs = logprobs.detach()
-    return logprobs.to(torch.promote_types(logprobs.dtype, torch.float32)).exp()
+def _wide(logprobs: torch.Tensor) -> torch.Tensor:
+    """log p, detached, float32 or wider."""
+    return logprobs.detach().to(torch.promote_types(logprobs.dtype, torch.float32))
 
 
 def _groups(group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

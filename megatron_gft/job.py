@@ -21,12 +21,14 @@ from megatron_gft.checkpoints.history import find_checkpoint, list_checkpoints, 
 from megatron_gft.checkpoints.starts import DATA_KEYS, Changes, check_same_function, keep_config
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.gft import check_user_coefficient
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.shape import ModelShape, read_model_shape, shape_differences
 from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.metrics import Reporter
 from megatron_gft.model import build_model
+from megatron_gft.objectives import by_source
 from megatron_gft.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -208,6 +210,9 @@ def open_run(config: Config, shape: ModelShape, store: dist.Store, stop: StopReq
 
     A run that stopped says why; its exception goes no further.
     """
+    for name in dict.fromkeys(by_source(config.objective.coefficient)):
+        if name is not None and ":" in name:
+            check_user_coefficient(name, with_q=config.data.logprobs is not None)
     files = _model_files(config, _resume_point(config, Path(config.train.output) / "checkpoints")).folder
     data = None if config.data.cache else open_groups(config, shape, files)  # Megatron's cache needs the process group
     device = start_process_group(config.parallel.collective_timeout_minutes, store)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -25,7 +28,7 @@ from megatron_gft.batch import StepBatch
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError
 from megatron_gft.objectives import SOURCES
-from megatron_gft.step import SIGNS, STATISTICS, LossReport, StepOutcome
+from megatron_gft.step import MORE_STATISTICS, SIGNS, STATISTICS, LossReport, StepOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +42,75 @@ def loss_record(report: LossReport, *, with_entropy: bool, prefix: str = "") -> 
     """Means over tokens: of all loss rows, and per source and sign of the advantage.
 
     ``loss`` is the objective's own value; ``nll`` is mean -log p, ``probability`` mean p, ``rectified`` the share
-    of tokens with p <= tau, ``abs_advantage`` mean |A|.
+    of tokens with p <= tau, ``abs_advantage`` mean |A|. Where they are measured: ``published_loss`` as the paper writes
+    the loss, with the anchor; ``unknown_q`` tokens; of those with a known q ``sampling_gap``, mean |log p - log q|, and
+    the share that is ``clipped``; of those with an anchor its mean ``kl``.
     """
     record: Record = {f"{prefix}loss": report.loss}
     names = [name for name in STATISTICS if name not in ("tokens", "loss") and (with_entropy or name != "entropy")]
     places = {"": report.token_sums.sum((0, 1))}
+    nll = (report.token_sums[..., STATISTICS.index("nll")].sum(0) / report.token_sums[..., TOKENS].sum(0)).tolist()
+    record |= {f"{prefix}{sign}/nll": mean for sign, mean in zip(SIGNS, nll, strict=True) if mean == mean}
     for source, by_sign in zip(SOURCES, report.token_sums, strict=True):
         places |= {f"{source}/{sign}/": sums for sign, sums in zip(SIGNS, by_sign, strict=True) if sums[TOKENS]}
     for place, values in places.items():
-        sums = dict(zip(STATISTICS, values.tolist(), strict=True))
+        sums = dict(zip(STATISTICS + MORE_STATISTICS, values.tolist(), strict=True))
         record[f"{prefix}{place}tokens"] = int(sums["tokens"])
         if sums["tokens"]:
             record |= {f"{prefix}{place}{name}": sums[name] / sums["tokens"] for name in names}
         if place and report.denominator:
             record[f"{prefix}{place}loss"] = sums["loss"] / report.denominator
+        record |= {f"{prefix}{place}{name}": value for name, value in _more(sums, report.denominator).items()}
     return record
+
+
+def _more(sums: dict[str, float], denominator: int) -> Record:
+    """What is said of ``MORE_STATISTICS`` that were measured."""
+    record: Record = {"unknown_q": int(sums["unknown_q"])} if sums["unknown_q"] else {}
+    if sums["published_loss"]:
+        record["published_loss"] = sums["published_loss"] / max(denominator, 1)
+    for count, means in {"known_q": ("sampling_gap", "clipped"), "anchored": ("kl",)}.items():
+        if sums[count]:
+            record |= {name: sums[name] / sums[count] for name in means}
+    return record
+
+
+class CollapseGuard:
+    """Sees a model unlearn: mean -log p of positive responses rises above its start, that of negative ones faster.
+
+    Pushing responses down takes probability from all that resemble them. The first and the last ``WINDOW`` steps are
+    compared; the rise must exceed ``LEAST_RISE`` nats, and the noise as the curve's bends show it (a trend has none).
+    """
+
+    WINDOW, LEAST_RISE = 5, 0.1
+
+    def __init__(self) -> None:
+        self.first: list[tuple[float, ...]] = []  # positive, negative
+        self.recent: deque[tuple[float, ...]] = deque(maxlen=40 * self.WINDOW)
+        self.warned = False
+
+    def rises(self, report: LossReport) -> str | None:
+        """What rose, in words; once, and of steps that push both ways."""
+        tokens, nll = (report.token_sums[..., STATISTICS.index(name)].sum(0) for name in ("tokens", "nll"))
+        if self.warned or not (tokens > 0).all() or not nll.isfinite().all():
+            return None
+        self.recent.append(tuple((nll / tokens).tolist()))
+        if len(self.first) < self.WINDOW:
+            self.first.append(self.recent[-1])
+        window = min(self.WINDOW, len(self.recent) // 2)
+        if window < 2:
+            return None
+        curve = np.array(self.recent)
+        first, last = np.mean(self.first[:window], axis=0), curve[-window:].mean(0)
+        noise = 0.6 * np.median(np.abs(np.diff(curve[:, 0], 2))) * math.sqrt(2 / window)  # of the rise
+        rise, fall = last - first
+        if rise <= max(self.LEAST_RISE, (4.5 + 8 / (len(curve) - 2)) * noise) or fall <= rise:
+            return None
+        self.warned = True
+        return (
+            f"mean -log p of responses with positive advantage rose from {first[0]:.3g} to {last[0]:.3g}, of those "
+            f"with negative advantage from {first[1]:.3g} to {last[1]:.3g}: the model is collapsing"
+        )
 
 
 # Dense bf16 peak of one device in TFLOP/s, by the name that the driver reports (NVIDIA's data sheets).
@@ -194,6 +251,9 @@ class Reporter:
         record |= step_record(batch, outcome, world_size=self.world_size, peak_tflops=self.config.peak_tflops)
         self._write(record)
         self.bar.update(1)
+        if step == self.first_step + 1 and "unknown_q" in record:
+            text = "have no sampling log-prob (ends of responses): their coefficient is 1"
+            self.say(f"{record['unknown_q']} of {record['tokens']} tokens {text}")
         if step % self.config.every == 0 and outcome.times.hint is not None:
             self.slow_steps += 1
             if self.slow_steps in (3, 30, 300):  # not a hiccup any more, and not a line a step
@@ -236,6 +296,9 @@ class Reporter:
             f"rectified {100 * record.get('rectified', 0.0):.1f}%",
             f"ETA {tqdm.format_interval(rest)}",
         ]
+        for key, text in {"kl": "KL", "sampling_gap": "|log p - log q|"}.items():
+            if key in record:
+                parts.insert(5, f"{text} {record[key]:.3g}")
         if "mfu" in record:
             parts.insert(5, f"MFU {100 * record['mfu']:.1f}%")
         return " | ".join(parts)

@@ -29,9 +29,9 @@ from torch.autograd.function import once_differentiable
 
 from megatron_gft.backend import build_layer_spec, build_transformer_config, choose_backend
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
-from megatron_gft.gft import token_coefficient
+from megatron_gft.gft import RowFacts, row_weights
 from megatron_gft.hf.shape import ModelShape, gpt_model_kwargs, padded_vocab_size
-from megatron_gft.objectives import HeadSettings
+from megatron_gft.objectives import HeadSettings, by_source
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
 from megatron_gft.vocab_parallel import VocabShard, linear_gft_loss
@@ -54,6 +54,7 @@ class GFTOutputLayer(ColumnParallelLinear):
         labels: torch.Tensor | None = None,
         token_weights: torch.Tensor | None = None,
         settings: HeadSettings | None = None,
+        facts: RowFacts | None = None,
     ):
         """Logits as Megatron's layer, or with ``loss_rows`` the GFT loss of these rows.
 
@@ -66,6 +67,7 @@ class GFTOutputLayer(ColumnParallelLinear):
             labels: [N] int64.
             token_weights: [N] float32, A * u.
             settings: objective and path.
+            facts: what the objective reads of the rows beside p.
 
         Returns:
             (loss sum, scalar with gradient; log p [N]; entropy [N] or None), equal on all tensor-parallel ranks.
@@ -78,7 +80,7 @@ class GFTOutputLayer(ColumnParallelLinear):
         weight = self.weight if weight is None else weight
         rows = self._select_rows(input_, loss_rows)
         if not settings.fused:
-            return self._unfused_loss(rows, weight, labels, token_weights, settings)
+            return self._unfused_loss(rows, weight, labels, token_weights, settings, facts)
         grad_scale = self.config.grad_scale_func
         return linear_gft_loss(
             rows,
@@ -86,6 +88,7 @@ class GFTOutputLayer(ColumnParallelLinear):
             labels,
             token_weights,
             settings,
+            facts,
             tp_group=self.tp_group,
             reduce_hidden_grad=self.allreduce_dgrad,
             # Megatron's DDP sets both attributes: there is a buffer, and its hooks know of gradients put there.
@@ -113,6 +116,7 @@ class GFTOutputLayer(ColumnParallelLinear):
         labels: torch.Tensor,
         token_weights: torch.Tensor,
         settings: HeadSettings,
+        facts: RowFacts | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         logits = self._forward_impl(
             input=rows,
@@ -133,8 +137,8 @@ class GFTOutputLayer(ColumnParallelLinear):
             full = gather_from_tensor_model_parallel_region(logits.detach(), group=self.tp_group)
             entropy = torch.special.entr(full.float().softmax(dim=1)).sum(1)
         logprobs = -vocab_parallel_cross_entropy(logits[:, None], labels[:, None])[:, 0]
-        c = token_coefficient(logprobs, settings.tau, settings.coefficient)
-        return -(token_weights * c * logprobs).sum(), logprobs.detach(), entropy
+        weights = row_weights(logprobs, token_weights, settings, facts)
+        return -(weights * logprobs).sum(), logprobs.detach(), entropy
 
 
 class _SelectRows(torch.autograd.Function):
@@ -164,8 +168,8 @@ class _SelectRows(torch.autograd.Function):
 class LossOutput:
     """What the last stage returns for one pack.
 
-    ``loss_sum`` is ``sum(w * c * -log p)`` over this rank's loss rows, scalar, with gradient; ``logprobs`` and
-    ``entropy`` are ``[N]`` float32 without gradient (``entropy`` None when not asked for).
+    ``loss_sum`` is ``sum(w * -log p)`` over this rank's loss rows with w of ``gft.row_weights``, scalar, with gradient;
+    ``logprobs`` and ``entropy`` are ``[N]`` float32 without gradient (``entropy`` None when not asked for).
     """
 
     loss_sum: torch.Tensor
@@ -254,6 +258,7 @@ class GFTModel(GPTModel):
             labels=pack.labels,
             token_weights=pack.token_weights,
             settings=self.head,
+            facts=pack.facts,
         )
         return LossOutput(loss_sum, logprobs, entropy)
 
@@ -281,7 +286,11 @@ def build_model(
     config = build_transformer_config(shape, model, parallel_config, backend=backend, **extra)
     head = HeadSettings(
         tau=objective.tau,
-        coefficient=objective.coefficient or "rectified",
+        coefficient=by_source(objective.coefficient or "rectified"),
+        eps_low=objective.eps_low,
+        eps_high=objective.eps_high,
+        ratio_dual_clip=objective.ratio_dual_clip,
+        shaping=objective.shaping,
         vocab_size=shape.vocab_size,
         fused=objective.fused_head,
         chunk_tokens=objective.head_chunk_tokens,

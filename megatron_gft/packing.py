@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_gft.errors import InputError
+from megatron_gft.gft import RowFacts
 from megatron_gft.pack_layout import PackLayout
 from megatron_gft.planning import PackPlan
 from megatron_gft.shards import Group
@@ -36,6 +37,9 @@ class Pack:
         sources: int8 [N], where the response comes from.
         advantages: float32 [N].
         response_index: int32 [N], the response's place among all responses of the step, dead ones included.
+        sampled_logprobs: float32 [N], log q of the label, NaN = unknown; None: no coefficient reads it.
+        reference_logprobs: float32 [N], log p_ref of the KL anchor, likewise.
+        anchor_weights: float32 [N], beta * u, 0 where the anchor does not apply; None: there is none.
         groups: places in the step of the groups in this pack, for messages.
     """
 
@@ -49,6 +53,15 @@ class Pack:
     advantages: Tensor
     response_index: Tensor
     groups: tuple[int, ...]
+    sampled_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    anchor_weights: Tensor | None = None
+
+    @property
+    def facts(self) -> RowFacts:
+        """What the objective reads of the loss rows."""
+        known = (self.sampled_logprobs, self.reference_logprobs, self.anchor_weights)
+        return RowFacts(self.advantages, self.sources, *known)
 
     def to(self, device: torch.device | str) -> Pack:
         """The pack with its tensors on ``device``; the layout stays on the host and caches per device."""
@@ -73,6 +86,8 @@ class _PackBuilder:
         self.labels: list[np.ndarray] = []
         self.indices: list[int] = []  # flat, among all responses of the step
         self.sources: list[int] = []
+        self.sampled: list[np.ndarray] = []
+        self.reference: list[np.ndarray] = []
 
     def segment(self, tokens: np.ndarray, position: int, prefix: tuple[int, int] = (0, 0), rows: int = 0) -> int:
         """Append a segment of ``tokens``, padded to the multiple and to ``rows``; returns its first row."""
@@ -100,6 +115,12 @@ class _PackBuilder:
                 rows[1:] = np.arange(own, own + len(response) - 1)
             self.loss_rows.append(rows)
 
+    def logprobs(self, group: Group, chosen: Sequence[int]) -> None:
+        """Those of a group's responses, NaN where the shard has none."""
+        for into, known in ((self.sampled, group.logprobs), (self.reference, group.reference)):
+            values = known or [np.full(len(response), np.nan, np.float32) for response in group.responses]
+            into += (values[k] for k in chosen)
+
 
 def build_pack(
     plan: PackPlan,
@@ -107,7 +128,9 @@ def build_pack(
     offsets: np.ndarray,
     response_weights: Sequence[float] | np.ndarray | Tensor,
     advantages: Sequence[float] | np.ndarray | Tensor,
+    anchors: Tensor | None = None,
     *,
+    sampled: bool = False,
     pad_multiple: int = 1,
     segment_multiple: int = 1,
 ) -> Pack:
@@ -119,6 +142,8 @@ def build_pack(
         offsets: int [groups of the step + 1]: first response of each group among all responses of the step.
         response_weights: A * u of every response of the step, flat, groups in order, dead responses included.
         advantages: A, likewise.
+        anchors: beta * u, likewise; None: no KL anchor, and reference log-probs are not read.
+        sampled: the pack brings log q.
         pad_multiple, segment_multiple: as ``pad_multiple`` and ``alignment`` of the plan. Padding is a segment of
             its own, of token 0, without loss.
 
@@ -139,6 +164,7 @@ def build_pack(
         builder.labels += responses
         builder.indices += (int(offsets[place]) + k for k in chosen)
         builder.sources += (int(group.sources[k]) for k in chosen)
+        builder.logprobs(group, chosen)
     unit = math.lcm(pad_multiple, segment_multiple)
     padding = max(unit, -(-builder.length // unit) * unit) - builder.length
     if padding:
@@ -151,9 +177,13 @@ def build_pack(
     def per_row(values: Tensor) -> Tensor:  # from one of each response
         return torch.repeat_interleave(values, lengths)
 
-    def joined(arrays: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *arrays]))
+    def joined(arrays: Sequence[np.ndarray], dtype: type = np.int64) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.empty(0, dtype), *arrays]))
 
+    anchored: dict[str, Tensor] = {}
+    if anchors is not None:
+        anchored["reference_logprobs"] = joined(builder.reference, np.float32)
+        anchored["anchor_weights"] = per_row(anchors.to(torch.float32)[index])
     return Pack(
         tokens=joined(builder.tokens),
         position_ids=joined(builder.positions),
@@ -165,6 +195,8 @@ def build_pack(
         advantages=per_row(torch.as_tensor(advantages, dtype=torch.float32)[index]),
         response_index=per_row(index.to(torch.int32)),
         groups=tuple(sorted({group for group, _ in plan.items})),
+        sampled_logprobs=joined(builder.sampled, np.float32) if sampled else None,
+        **anchored,
     )
 
 
@@ -186,8 +218,9 @@ def slice_for_context_parallel(pack: Pack, cp_size: int, cp_rank: int) -> Pack:
     loss_rows = local[pack.loss_rows]
     mine = loss_rows >= 0
     of_loss_rows: dict[str, Any] = {
-        name: getattr(pack, name)[mine]
-        for name in ("labels", "token_weights", "sources", "advantages", "response_index")
+        name: value[mine]
+        for name in ("labels", "token_weights", "response_index", *vars(pack.facts))
+        if (value := getattr(pack, name)) is not None
     }
     return replace(
         pack,

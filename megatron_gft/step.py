@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_gft.gft import token_coefficient
+from megatron_gft.gft import k3, log_ratio, published_losses, row_coefficient
 from megatron_gft.model import LossOutput, unwrap
 from megatron_gft.objectives import SOURCES, HeadSettings
 from megatron_gft.packing import Pack
@@ -27,14 +27,16 @@ from megatron_gft.timing import ForwardTimer, RankTimes
 
 SIGNS = ("positive", "negative")
 STATISTICS = ("tokens", "loss", "nll", "probability", "rectified", "abs_advantage", "entropy")
+# Where the published loss is not the surrogate, or log-probs of other models are read.
+MORE_STATISTICS = ("published_loss", "unknown_q", "known_q", "sampling_gap", "clipped", "anchored", "kl")
 
 
 @dataclass(frozen=True)
 class LossReport:
     """Sums over all loss rows of a step, equal on every rank.
 
-    ``token_sums`` is float64 ``[source, sign of advantage, statistic]`` in the order of ``SOURCES``, ``SIGNS``
-    and ``STATISTICS``; every statistic is a sum over tokens. ``denominator`` is D.
+    ``token_sums`` is float64 ``[source, sign of advantage, statistic]`` in the order of ``SOURCES``, ``SIGNS``, and
+    ``STATISTICS`` then ``MORE_STATISTICS``; every statistic is a sum over tokens. ``denominator`` is D.
     """
 
     token_sums: torch.Tensor
@@ -46,7 +48,7 @@ class LossReport:
 
     @property
     def loss(self) -> float:
-        """The step's loss, ``sum(w * c * -log p) / D``; 0 where nothing was divided by."""
+        """The step's loss, ``sum(w * c * -log p) / D``, without the anchor; 0 where nothing was divided by."""
         total = float(self.token_sums[..., STATISTICS.index("loss")].sum())
         return total / self.denominator if self.denominator else 0.0
 
@@ -64,10 +66,10 @@ class StepOutcome:
 
 
 def pack_token_sums(pack: Pack, output: LossOutput, head: HeadSettings) -> torch.Tensor:
-    """Metrics of one pack as float64 ``[3, 2, 7]`` (see :class:`LossReport`); no communication, no host sync."""
-    logprobs, entropy = output.logprobs, output.entropy
-    p = logprobs.double().exp()
-    weight = pack.token_weights.double() * token_coefficient(logprobs, head.tau, head.coefficient).double()
+    """Metrics of one pack as float64 ``[3, 2, 14]`` (see :class:`LossReport`); no communication, no host sync."""
+    logprobs, entropy, facts = output.logprobs, output.entropy, pack.facts
+    p, c = logprobs.double().exp(), row_coefficient(logprobs, head, facts).double()
+    weight = pack.token_weights.double() * c
     rows = torch.stack(
         [
             torch.ones_like(p),
@@ -81,8 +83,20 @@ def pack_token_sums(pack: Pack, output: LossOutput, head: HeadSettings) -> torch
         dim=-1,
     )
     place = pack.sources.long() * len(SIGNS) + (pack.advantages < 0).long()
-    flat = rows.new_zeros(len(SOURCES) * len(SIGNS), len(STATISTICS))
-    return flat.index_add_(0, place, rows).view(len(SOURCES), len(SIGNS), len(STATISTICS))
+    flat = rows.new_zeros(len(SOURCES) * len(SIGNS), len(STATISTICS) + len(MORE_STATISTICS))
+    flat[:, : len(STATISTICS)].index_add_(0, place, rows)
+    if facts.sampled_logprobs is not None or facts.anchor_weights is not None or "shaped" in head.coefficient:
+        more = torch.zeros(len(p), len(MORE_STATISTICS), dtype=p.dtype, device=p.device)
+        more[:, 0] = published_losses(logprobs, pack.token_weights, head, facts)
+        if facts.sampled_logprobs is not None:
+            gap, unknown = log_ratio(logprobs, facts.sampled_logprobs).double(), facts.sampled_logprobs.isnan()
+            clipped = ~unknown & ((c / gap.exp() - 1).abs() > 1e-5)
+            more[:, 1], more[:, 2], more[:, 3], more[:, 4] = unknown, ~unknown, gap.abs(), clipped
+        if facts.anchor_weights is not None:
+            more[:, 5] = facts.anchor_weights > 0
+            more[:, 6] = more[:, 5] * k3(logprobs, facts)
+        flat[:, len(STATISTICS) :].index_add_(0, place, more)
+    return flat.view(len(SOURCES), len(SIGNS), -1)
 
 
 class StepRunner:
@@ -103,7 +117,8 @@ class StepRunner:
             forward_only: evaluation; makes no gradient.
         """
         device = torch.cuda.current_device()
-        total = torch.zeros(len(SOURCES), len(SIGNS), len(STATISTICS), dtype=torch.float64, device=torch.device(device))
+        shape = (len(SOURCES), len(SIGNS), len(STATISTICS) + len(MORE_STATISTICS))
+        total = torch.zeros(shape, dtype=torch.float64, device=torch.device(device))
         self.loss_sums = []
         if packs:
             rows = [pack.tokens.numel() for pack in packs]

@@ -21,7 +21,7 @@ from megatron_gft.checkpoints.checkpointer import Checkpointer, RunState
 from megatron_gft.config import Config
 from megatron_gft.conversion.convert import megatron_to_hf
 from megatron_gft.errors import EXIT_BAD_INPUT
-from megatron_gft.metrics import Reporter
+from megatron_gft.metrics import CollapseGuard, Reporter
 from megatron_gft.optimizer import apply_gradients, gathered_parameters, learning_rate, reduce_gradients
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
@@ -58,6 +58,7 @@ class Trainer:
     watchdog: Watchdog
     save_seconds: float = 0.0
     recent_norms: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
+    guard: CollapseGuard = field(default_factory=CollapseGuard)
 
     def run(self) -> int:
         """Train until the last step or a stop request; returns the exit code.
@@ -78,6 +79,7 @@ class Trainer:
             outcome.seconds |= {"save": self.save_seconds, "step": time.perf_counter() - started}
             if self.reporter is not None:
                 self.reporter.step(self.state.step, batch, outcome, self.state.skipped_steps)
+            self._watch_collapse(outcome.report)
             if settings.validate_every and self.state.step % settings.validate_every == 0:
                 self.validate()
             if self.reporter is not None and self.reporter.problem:
@@ -168,6 +170,17 @@ class Trainer:
         if self.state.skipped_steps >= self.config.train.max_skipped_steps:
             raise TrainingStopped(f"{text}; train.max_skipped_steps={self.config.train.max_skipped_steps} reached")
         self._log(f"{text}; the update is skipped")
+
+    def _watch_collapse(self, report: LossReport) -> None:
+        """Warn once, or stop, where the model unlearns what it should learn; every rank sees the same."""
+        if self.config.train.collapse == "off" or (found := self.guard.rises(report)) is None:
+            return
+        lr, scale = self.config.optimizer.lr, self.config.objective.negative_scale
+        out = f"lower optimizer.lr (now {lr:g}), or objective.negative_scale (now {scale:g}; try 0.25)"
+        text = f"step {self.state.step}: {found} -> {out}"
+        if self.config.train.collapse == "stop":
+            raise TrainingStopped(f"{text}; train.collapse=warn goes on")
+        self._log(f"warning: {text}; train.collapse=stop would end the run")
 
     def _next_state(self, batch: StepBatch, outcome: StepOutcome) -> RunState:
         self.scheduler.step(1)

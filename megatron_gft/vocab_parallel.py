@@ -5,11 +5,11 @@ holds more than ``chunk_tokens`` rows of logits. Both rest on two row kernels (:
 :func:`softmax_gradient`) and one small all-gather of per-row statistics, so every rank sees bit-equal
 log-probabilities and takes the same branch at tau.
 
-Why the gradient can be made in forward: the loss is linear in the detached token weights, and row t's gradient
-``w_t c_t (softmax_t - onehot_t)`` needs row t alone. Per chunk: logits GEMM -> statistics -> combine over ranks
--> p, c -> gradient of the logits in place of the logits -> hidden-gradient GEMM, weight-gradient GEMM. Only the
-scalar upstream gradient is unknown, and with ``calculate_per_token_loss`` Megatron divides by the token count
-after backward, so it is the loss scale (1 except in fp16).
+Why the gradient can be made in forward: the loss is linear in the detached row weights, and row t's gradient
+``w_t (softmax_t - onehot_t)`` needs row t alone. Per chunk: logits GEMM -> statistics -> combine over ranks -> p ->
+w (:func:`gft.row_weights`) -> gradient of the logits in place of the logits -> hidden-gradient GEMM, weight-gradient
+GEMM. Only the scalar upstream gradient is unknown, and with ``calculate_per_token_loss`` Megatron divides by the token
+count after backward, so it is the loss scale (1 except in fp16).
 
 Two homes for the weight gradient:
 
@@ -35,8 +35,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from megatron_gft.gft import token_coefficient
-from megatron_gft.objectives import OBJECTIVES, HeadSettings
+from megatron_gft.gft import RowFacts, row_weights
+from megatron_gft.objectives import OBJECTIVES, HeadSettings, by_source
 
 # Rows are handled in blocks so that several passes over them hit the cache (CPU), or so that float32
 # temporaries of half-precision logits stay small beside the chunk (elsewhere).
@@ -223,12 +223,14 @@ def _run_chunks(
     labels: torch.Tensor,
     token_weights: torch.Tensor,
     settings: HeadSettings,
+    facts: RowFacts | None,
     shard: VocabShard,
     gradients: _Gradients,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Loss sum, log-probs [T] and entropy [T]; fills ``gradients`` on the way."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+    weights = torch.empty_like(logprobs, dtype=torch.promote_types(dtype, token_weights.dtype))
     entropy = torch.empty_like(logprobs) if settings.entropy else None
     chunks = list(_chunks(len(hidden), settings.chunk_tokens))
     largest = max((rows.stop - rows.start for rows in chunks), default=0)
@@ -241,11 +243,10 @@ def _run_chunks(
         logprobs[rows] = result.logprobs
         if entropy is not None and result.entropy is not None:
             entropy[rows] = result.entropy
+        weights[rows] = row_weights(result.logprobs, token_weights[rows], settings, facts and facts.at(rows))
         if gradients.hidden is None and gradients.weight is None:
             continue
-        c = token_coefficient(result.logprobs, settings.tau, settings.coefficient)
-        row_weights = token_weights[rows] * c * gradients.loss_scale
-        logits_grad = softmax_gradient(logits, y, shard, result, row_weights, out=logits)
+        logits_grad = softmax_gradient(logits, y, shard, result, weights[rows] * gradients.loss_scale, out=logits)
         if gradients.hidden is not None:
             torch.mm(logits_grad, weight, out=gradients.hidden[rows])
             if gradients.reduce_hidden and shard.tp_group is not None:
@@ -256,13 +257,12 @@ def _run_chunks(
             _add_weight_gradient_(gradients.weight, logits_grad, x, overwrite=holds_nothing)
     for work in reductions:
         work.wait()
-    c = token_coefficient(logprobs, settings.tau, settings.coefficient)
-    return -(token_weights * c * logprobs).sum(), logprobs, entropy
+    return -(weights * logprobs).sum(), logprobs, entropy
 
 
 class _LinearGFTLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weights, settings, shard, reduce_hidden, into_main_grad, loss_scale):
+    def forward(ctx, hidden, weight, rows, shard, reduce_hidden, into_main_grad, loss_scale):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         into_main_grad = into_main_grad and wants_weight
         weight_grad = weight.main_grad if into_main_grad else None
@@ -272,7 +272,8 @@ class _LinearGFTLoss(torch.autograd.Function):
             weight_grad = allocate(weight.shape, dtype=dtype, device=weight.device)
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         gradients = _Gradients(hidden_grad, weight_grad, reduce_hidden, into_main_grad, loss_scale)
-        outputs = _run_chunks(hidden, weight, labels, token_weights, settings, shard, gradients)
+        labels, token_weights, settings, facts = rows
+        outputs = _run_chunks(hidden, weight, labels, token_weights, settings, facts, shard, gradients)
         ctx.hidden_grad = hidden_grad
         ctx.weight_grad = None if into_main_grad else weight_grad
         ctx.weight = weight if into_main_grad else None
@@ -300,7 +301,7 @@ class _LinearGFTLoss(torch.autograd.Function):
             weight_grad = _placeholder_gradient(weight)
         elif weight_grad is not None:
             weight_grad = weight_grad.mul_(factor)
-        return hidden_grad, weight_grad, *[None] * 7
+        return hidden_grad, weight_grad, *[None] * 5
 
 
 def linear_gft_loss(
@@ -309,6 +310,7 @@ def linear_gft_loss(
     labels: torch.Tensor,
     token_weights: torch.Tensor,
     settings: HeadSettings | None = None,
+    facts: RowFacts | None = None,
     *,
     objective: str | None = None,
     tp_group: dist.ProcessGroup | None = None,
@@ -317,20 +319,19 @@ def linear_gft_loss(
     loss_scale: torch.Tensor | float = 1.0,
     **changes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Output layer + cross entropy + GFT coefficient in one pass over chunks of rows.
+    """Output layer + cross entropy + row weights in one pass over chunks of rows.
 
-    Three GEMMs and one all-gather of 3 floats a row, whatever the objective. Beyond the two gradients it holds
-    one buffer of ``chunk_tokens`` x v in the dtype of ``hidden``. Statistics, p and the coefficient are float32
-    (float64 for float64 inputs). Without gradients (``torch.no_grad``, or inputs that need none) only the first
-    GEMM runs.
+    Three GEMMs and one all-gather of 3 floats a row, whatever the objective. Beyond the two gradients it holds one
+    buffer of ``chunk_tokens`` x v in the dtype of ``hidden``. Statistics, p and c are float32 (float64 for float64
+    inputs). Without gradients (``torch.no_grad``, or inputs that need none) only the first GEMM runs.
 
     Args:
         hidden: [T, h] rows that carry loss, the same on all ranks of ``tp_group``; T may be 0.
         weight: [v, h] this rank's rows of the output matrix, in the dtype of ``hidden``.
         labels: [T] int64 in the whole vocabulary.
         token_weights: [T] float32 or wider, A * u of each row (``gft.response_weights``).
-        settings: see :class:`HeadSettings`; None for its defaults.
-        objective: ``gft``, ``sft`` or ``dft``: picks the coefficient unless ``coefficient`` names one.
+        settings, facts: None for the defaults of :class:`HeadSettings`, and where the coefficient reads p alone.
+        objective: a preset that picks the coefficient unless ``coefficient`` names one.
         tp_group: ranks that hold the other rows of the matrix; None for one rank.
         reduce_hidden_grad: sum the gradient of ``hidden`` over ``tp_group``, as for an input that is replicated.
             With sequence parallelism pass False: the gather before this call reduce-scatters the partial sums.
@@ -341,11 +342,11 @@ def linear_gft_loss(
         changes: fields of ``settings`` by name: ``tau=0.2, chunk_tokens=512``.
 
     Returns:
-        (sum over t of token_weights * c * -log p, scalar with gradient; log p [T]; entropy [T] in nats or None);
+        (sum of ``gft.row_weights`` * -log p, scalar with gradient; log p [T]; entropy [T] in nats or None);
         the last two without gradient. Equal on all ranks of ``tp_group``.
     """
     if objective is not None:
-        changes = {"coefficient": OBJECTIVES[objective].coefficient} | changes
+        changes = {"coefficient": by_source(OBJECTIVES[objective].coefficient)} | changes
     settings = replace(settings or HeadSettings(), **changes)
     assert hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
     assert labels.shape == token_weights.shape == hidden.shape[:1], (hidden.shape, labels.shape, token_weights.shape)
@@ -353,8 +354,8 @@ def linear_gft_loss(
     shard = VocabShard.of_rank(len(weight), tp_group, settings.vocab_size)
     if not torch.is_grad_enabled():  # which the function below cannot see
         hidden, weight = hidden.detach(), weight.detach()
-    inputs = (hidden, weight, labels, token_weights, settings, shard)
-    return _LinearGFTLoss.apply(*inputs, reduce_hidden_grad, accumulate_into_main_grad, loss_scale)
+    rows = (labels, token_weights, settings, facts)  # without gradient
+    return _LinearGFTLoss.apply(hidden, weight, rows, shard, reduce_hidden_grad, accumulate_into_main_grad, loss_scale)
 
 
 def _chunks(num_rows: int, largest: int) -> Iterator[slice]:

@@ -32,7 +32,7 @@ from megatron_gft.job import build_trainer
 from megatron_gft.model import unwrap
 from megatron_gft.parallel import initialize_parallel
 from megatron_gft.shards import Group
-from megatron_gft.step import StepRunner
+from megatron_gft.step import STATISTICS, StepRunner
 from megatron_gft.trainer import Trainer
 from megatron_gft.validation import check
 
@@ -78,7 +78,8 @@ TAU = {
 
 
 class TinyGroups(MemoryGroups):
-    """Random groups that hold the awkward cases: one response, one token, equal rewards, a long prompt.
+    """Random groups that hold the awkward cases: one response, one token, equal rewards, a long prompt; with log-probs
+    of a sampling and of a reference model for objectives that read them.
 
     Args:
         dead: indices whose rewards are all equal.
@@ -100,7 +101,14 @@ class TinyGroups(MemoryGroups):
                 rewards[:] = 1.0 if size > 1 else 0.0
             prompt_tokens = rng.integers(0, VOCAB_SIZE, prompt)
             responses = [rng.integers(0, VOCAB_SIZE, length) for length in lengths]
-            items.append(Group(prompt_tokens, responses, np.array([0, 1, 2, 2, 2][:size]), rewards, None))
+            known = np.random.default_rng([seed, index])
+            # around p, the end of some responses unknown, as of servers
+            sampled = [known.normal(-4.2, 1.0, length).astype(np.float32) for length in lengths]
+            for values in sampled[::2]:
+                values[-1] = np.nan
+            reference = [known.normal(-4.2, 0.5, length).astype(np.float32) for length in lengths]
+            sources = np.array([0, 1, 2, 2, 2][:size])
+            items.append(Group(prompt_tokens, responses, sources, rewards, sampled, reference))
         super().__init__(items, "tiny")
 
 
@@ -121,8 +129,8 @@ class Run:
     """What came back: lists are per step, gradients those of step 1 by head ("unfused", "fused") and name.
 
     ``scales`` are sum|w c ce| / D, the size of what the loss sums over; ``probabilities`` p of every loss token;
-    both only of runs on one rank. ``evaluation`` is the loss of the first step's data after the last update, forward
-    only.
+    both only of runs on one rank, as ``ratios``, p / q. ``published`` is the loss as the paper writes it.
+    ``evaluation`` is the loss of the first step's data after the last update, forward only.
     """
 
     losses: list[float]
@@ -134,6 +142,8 @@ class Run:
     probabilities: list[np.ndarray]
     gradients: dict[str, dict[str, np.ndarray]]
     evaluation: float = 0.0
+    ratios: list[np.ndarray] = field(default_factory=list)
+    published: list[float] = field(default_factory=list)
 
 
 @functools.cache
@@ -171,7 +181,7 @@ class RecordingRunner(StepRunner):
     def __init__(self, trainer: Trainer):
         super().__init__(trainer.chunks, trainer.parallel)
         self.trainer = trainer
-        self.tokens: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.tokens: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         self.gradients: dict[str, dict[str, np.ndarray]] = {}
 
     def forward_backward(self, packs, denominator, *, forward_only=False):
@@ -195,7 +205,7 @@ class RecordingRunner(StepRunner):
             model.head = dataclasses.replace(model.head, fused=fused)
 
     def _loss(self, pack, output, count, loss_sum):
-        self.tokens.append((pack.token_weights, output.logprobs))
+        self.tokens.append((pack.token_weights, output.logprobs, pack.sampled_logprobs))
         return super()._loss(pack, output, count, loss_sum)
 
 
@@ -261,8 +271,11 @@ def _train(folder: Path, output: Path, case: Case) -> Run:
         run.updated.append(outcome.updated)
         run.denominators.append(batch.denominator)
         run.rectified.append(int(outcome.report.token_sums[..., 4].sum()))
-        logprobs = torch.cat([logprobs for _, logprobs in runner.tokens] or [torch.empty(0)]).double()
-        weights = torch.cat([weights for weights, _ in runner.tokens] or [torch.empty(0)]).double()
+        logprobs = torch.cat([logprobs for _, logprobs, _ in runner.tokens] or [torch.empty(0)]).double()
+        weights = torch.cat([weights for weights, _, _ in runner.tokens] or [torch.empty(0)]).double()
+        known = [(logprobs - q)[~q.isnan()] for _, logprobs, q in runner.tokens if q is not None]
+        run.ratios.append(torch.cat(known or [torch.empty(0)]).exp().numpy())
+        run.published.append(float(outcome.report.token_sums[..., len(STATISTICS)].sum()) / max(batch.denominator, 1))
         p = logprobs.exp()
         rectified = config.objective.coefficient == "rectified"
         c = torch.where(p > config.objective.tau, 1.0, p) if rectified else torch.ones_like(p)

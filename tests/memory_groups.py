@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,8 +35,10 @@ class MemoryGroups:
     def __getitem__(self, index: int) -> Group:
         return self.items[index]
 
-    def table(self, indices) -> GroupTable:
-        return table_of([self.items[index] for index in indices])
+    def table(self, indices, *, ends: bool = False) -> GroupTable:
+        groups = [self.items[index] for index in indices]
+        known = [np.ones(len(g.responses), bool) if g.ended is None else g.ended for g in groups]
+        return dataclasses.replace(table_of(groups), ended=np.concatenate(known) if ends else np.empty(0, bool))
 
     def describe(self, index: int) -> str:
         return f"g{index}"

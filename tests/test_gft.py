@@ -225,4 +225,5 @@ def test_half_precision_logprobs_are_raised_to_float32():
 def test_module_needs_no_megatron_and_no_processes():
     """One file for the algorithm: it must stay readable and usable without any of the machinery."""
     modules = set(re.findall(r"(?m)^(?:from|import) (\S+)", inspect.getsource(gft)))
-    assert modules == {"__future__", "typing", "torch", "megatron_gft.errors", "megatron_gft.objectives"}
+    standard = {"__future__", "dataclasses", "functools", "typing"}
+    assert modules == {*standard, "torch", "megatron_gft.errors", "megatron_gft.objectives"}

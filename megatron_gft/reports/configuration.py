@@ -14,6 +14,7 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from megatron_gft.config import Config, Section
+from megatron_gft.objectives import OBJECTIVES
 
 HEAD = """# Configuration
 
@@ -55,6 +56,8 @@ def kind_text(annotation: Any) -> str:
         return f"{', '.join(names[:-1])} or {names[-1]}"
     if origin is Literal:
         return ", ".join(map(str, arguments))
+    if origin is dict:
+        return f"{'one' if get_origin(arguments[1]) is Literal else kind_text(arguments[1])} by source"
     if origin is list:
         return f"list of {kind_text(arguments[0])}"
     if hasattr(annotation, "__metadata__"):  # PositiveInt and the like
@@ -73,6 +76,8 @@ def help_text() -> str:
     lines = []
     for section, meaning, keys in sections():
         lines.append(f"\n{section}: {meaning}")
+        if section == "objective":
+            lines += [f"  {name}: {o.formula} [{o.paper}]; {o.use}" for name, o in OBJECTIVES.items()]
         for name, values, default, description in keys:
             text = f"{description} ({values}; default {default})".replace("default required", "required")
             lines.append(f"  {name}")

@@ -49,7 +49,9 @@ class LengthLimits:
         """The table of the same groups as they are after dropping or truncating responses."""
         room = np.repeat(self.room(table.prompt_lengths), table.response_counts)
         if self.policy == "truncate":
-            return replace(table, response_lengths=np.minimum(table.response_lengths, room).astype(np.int32))
+            ended = table.ended & (table.response_lengths <= room) if len(table.ended) else table.ended
+            lengths = np.minimum(table.response_lengths, room).astype(np.int32)
+            return replace(table, response_lengths=lengths, ended=ended)
         return table.select(table.response_lengths <= room)
 
     def of_group(self, group: Group) -> Group:
@@ -62,6 +64,8 @@ class LengthLimits:
             sources=group.sources[kept],
             rewards=group.rewards[kept],
             logprobs=None if group.logprobs is None else [group.logprobs[k][:room] for k in kept],
+            reference=None if group.reference is None else [group.reference[k][:room] for k in kept],
+            ended=None if group.ended is None else group.ended[kept] & [len(group.responses[k]) <= room for k in kept],
         )
 
 
@@ -138,13 +142,13 @@ class LimitedGroups:
         shard, position = self._locate(i)
         return f"{shard.prefix} group {position} (id {shard.meta(position)['id']!r})"
 
-    def table(self, groups: np.ndarray) -> GroupTable:
-        """Lengths, sources and rewards of groups (int64 [N], any order, repeats allowed)."""
+    def table(self, groups: np.ndarray, *, ends: bool = False) -> GroupTable:
+        """Lengths, sources and rewards of groups (int64 [N], any order, repeats allowed); ``ends`` as in a shard."""
         owner = np.searchsorted(self._starts, groups, side="right") - 1
         tables = []
         for number in np.unique(owner):
             kept, positions = self._kept[number], groups[owner == number] - self._starts[number]
-            tables.append(self.shards[number].table(positions if kept is None else kept[positions]))
+            tables.append(self.shards[number].table(positions if kept is None else kept[positions], ends=ends))
         table = GroupTable.merge(owner, tables)
         return table if self._limits is None else self._limits.of_table(table)
 

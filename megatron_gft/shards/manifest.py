@@ -112,7 +112,7 @@ class ShardManifest(_Part):
     counts: Counts
     tokenizer: TokenizerStamp
     judgements: list[Judgement]  # one; earlier versions added more, of which the last one is in force
-    logprobs: str | None  # file name
+    logprobs: str | dict[str, str] | None  # file name of the one called "sampled", or of each name
     provenance: dict[str, Any]
     shard_set: ShardSet | None
 
@@ -129,14 +129,21 @@ class ShardManifest(_Part):
     @property
     def bulk_files(self) -> list[str]:
         """What is too large to be hashed whenever the shard is opened: tokens, and log-probs of more than a block."""
-        if self.logprobs is None or self.files[self.logprobs].bytes <= BLOCK_BYTES:
-            return [self.tokens_file]
-        return [self.tokens_file, self.logprobs]
+        return [self.tokens_file, *(n for n in self.logprob_files.values() if self.files[n].bytes > BLOCK_BYTES)]
+
+    @property
+    def logprob_files(self) -> dict[str, str]:
+        """File of the log-probs of each name; ``sampled`` are those of the model that sampled the responses."""
+        return {"sampled": self.logprobs} if isinstance(self.logprobs, str) else self.logprobs or {}
 
     @property
     def fingerprint(self) -> str:
         """Hex sha256 of what training reads: tokens, index, rewards in force, log-probs. No names, no provenance."""
-        names = {"rewards": self.judgement.rewards_file, "logprobs": self.logprobs, "bin": self.tokens_file}
+        names = {
+            "rewards": self.judgement.rewards_file,
+            "logprobs": self.logprob_files.get("sampled"),
+            "bin": self.tokens_file,
+        }
         names["idx"] = self.tokens_file.removesuffix("bin") + "idx"
         hashes = {role: self.files[name].sha256 for role, name in names.items() if name}
         return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
@@ -210,7 +217,11 @@ def _check_names(prefix: str | Path, manifest: ShardManifest) -> None:
     stem, files = Path(prefix).name, manifest.files
     if not {f"{stem}.bin", f"{stem}.idx"} <= files.keys():
         raise InputError(f"{path}: lists the files of another prefix -> give it its name back, shards keep theirs")
-    sidecars = [manifest.logprobs, manifest.judgement.outcomes_file, *(of.rewards_file for of in manifest.judgements)]
+    sidecars = [
+        *manifest.logprob_files.values(),
+        manifest.judgement.outcomes_file,
+        *(of.rewards_file for of in manifest.judgements),
+    ]
     needed = {f"{stem}.meta.bin", f"{stem}.meta.idx", *(name for name in sidecars if name is not None)}
     odd = {name for name in files if not name.startswith(f"{stem}.") or "/" in name or "\0" in name}
     if wrong := sorted((needed - files.keys()) | odd):

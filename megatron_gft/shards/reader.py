@@ -17,9 +17,9 @@ import re
 import struct
 import tokenize
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -43,6 +43,8 @@ class Group:
         sources: int8 [K], index into ``groups.SOURCES``.
         rewards: float32 [K], NaN = none.
         logprobs: K arrays float32 [R_k] (NaN = unknown, e.g. of EOS), or None when the shard has none.
+        reference: those of the reference model, likewise.
+        ended: bool [K], whether the last token is EOS; None where nobody knows.
     """
 
     prompt: np.ndarray
@@ -50,6 +52,15 @@ class Group:
     sources: np.ndarray
     rewards: np.ndarray
     logprobs: list[np.ndarray] | None
+    reference: list[np.ndarray] | None = None
+    ended: np.ndarray | None = None
+
+
+class LogprobNames(NamedTuple):
+    """Names in the manifest of the log-probs that a reader brings; None: none."""
+
+    sampled: str | None = "sampled"
+    reference: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +73,7 @@ class GroupTable:
         response_lengths: int32 [M].
         sources: int8 [M].
         rewards: float32 [M], NaN = none.
+        ended: bool [M], whether the last token is EOS; empty unless it was asked for.
     """
 
     prompt_lengths: np.ndarray
@@ -69,10 +81,11 @@ class GroupTable:
     response_lengths: np.ndarray
     sources: np.ndarray
     rewards: np.ndarray
+    ended: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
 
     @classmethod
     def of_groups(cls, groups: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> GroupTable:
-        """Of groups given one by one: (prompt length, response lengths, sources, rewards)."""
+        """Of groups given one by one: (prompt length, response lengths, sources, rewards); all responses end."""
         prompts, lengths, sources, rewards = zip(*groups, strict=True)
         return cls(
             np.array(prompts, np.int32),
@@ -80,6 +93,7 @@ class GroupTable:
             np.concatenate(lengths).astype(np.int32),
             np.concatenate(sources).astype(np.int8),
             np.concatenate(rewards).astype(np.float32),
+            np.ones(sum(map(len, lengths)), bool),
         )
 
     @classmethod
@@ -88,12 +102,12 @@ class GroupTable:
         numbers that occur."""
         if len(tables) == 1:
             return tables[0]
-        names = ("prompt_lengths", "response_counts", "response_lengths", "sources", "rewards")
+        names = ("prompt_lengths", "response_counts", "response_lengths", "sources", "rewards", "ended")
         prompts, counts, *columns = (np.concatenate([getattr(table, name) for table in tables]) for name in names)
         places = np.argsort(np.argsort(owner, kind="stable"))  # of each group, one table after another
         responses = _runs((np.cumsum(counts) - counts)[places], counts[places])
         offsets = np.concatenate([[0], np.cumsum(counts[places])])
-        return cls(prompts[places], offsets, *(column[responses] for column in columns))
+        return cls(prompts[places], offsets, *(column[responses] if len(column) else column for column in columns))
 
     @property
     def response_counts(self) -> np.ndarray:
@@ -103,8 +117,9 @@ class GroupTable:
     def select(self, keep: np.ndarray) -> GroupTable:
         """The groups with those responses where ``keep`` (bool [M]) is true."""
         kept_before = np.concatenate([[0], np.cumsum(keep)])
-        columns = (self.response_lengths[keep], self.sources[keep], self.rewards[keep])
-        return GroupTable(self.prompt_lengths, kept_before[self.offsets], *columns)
+        columns = (self.response_lengths, self.sources, self.rewards, self.ended)
+        kept = (column[keep] if len(column) else column for column in columns)
+        return GroupTable(self.prompt_lengths, kept_before[self.offsets], *kept)
 
 
 def _runs(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -119,12 +134,14 @@ class GroupShard:
 
     Args:
         prefix: of the shard's files.
+        names: the log-probs that a group brings; None: those of the model that sampled it.
 
     Raises:
         InputError: a file is missing, damaged or does not match the manifest.
     """
 
-    def __init__(self, prefix: str | Path):
+    def __init__(self, prefix: str | Path, names: LogprobNames | None = None):
+        self.names = names or LogprobNames()
         self.prefix = str(prefix).removesuffix(".json")
         self.manifest: ShardManifest = read_manifest(self.prefix)
         check_files(self.prefix, self.manifest)
@@ -141,7 +158,8 @@ class GroupShard:
         codes = self._sidecar(judgement.outcomes_file, counts.responses, np.int8)
         if codes is not None and not -1 <= codes.min() <= codes.max() < len(judgement.outcome_names):
             raise InputError(f"{self.prefix}: unknown codes in {judgement.outcomes_file} -> preprocess again")
-        self._sidecar(self.manifest.logprobs, counts.response_tokens, np.float32)  # mapped when it is used
+        for name in self.manifest.logprob_files.values():
+            self._sidecar(name, counts.response_tokens, np.float32)  # mapped when it is used
 
     def _check_index(self) -> None:
         """The index describes groups, those that the manifest counts, and nothing but them.
@@ -164,8 +182,8 @@ class GroupShard:
         if found != told:
             raise InputError(f"{self.prefix}.idx: holds {found}, the manifest says {told} -> preprocess again")
 
-    def __reduce__(self) -> tuple[type[GroupShard], tuple[str]]:
-        return GroupShard, (self.prefix,)  # data-loader workers open the files themselves
+    def __reduce__(self) -> tuple[type[GroupShard], tuple[str, LogprobNames]]:
+        return GroupShard, (self.prefix, self.names)  # data-loader workers open the files themselves
 
     def __len__(self) -> int:
         return self.manifest.counts.groups
@@ -199,12 +217,13 @@ class GroupShard:
             pointer = int(self._pointers[first])
             tokens = self._tokens(first, sum(lengths))
             prompt, *responses = _pieces(tokens, lengths)
-            logprobs = None
-            if self._logprobs is not None:
-                before = pointer // tokens.itemsize - int(self._prompt_tokens_before[i])
-                logprobs = _pieces(self._logprobs[before:], lengths[1:])
+            before = pointer // tokens.itemsize - int(self._prompt_tokens_before[i])
+            logprobs = [known if known is None else _pieces(known[before:], lengths[1:]) for known in self._logprobs]
             rewards = self.rewards[response : response + len(responses)].copy()
-            return Group(prompt, responses, self._modes[first + 1 : end].copy(), rewards, logprobs)
+            ended = tokens[np.cumsum(lengths)[1:] - 1] == self.manifest.tokenizer.eos_id
+            return Group(
+                prompt, responses, self._modes[first + 1 : end].copy(), rewards, logprobs[0], logprobs[1], ended
+            )
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -254,22 +273,31 @@ class GroupShard:
         with self._reading():
             return [names[code] for code in self._outcome_codes[first - i : end - i - 1].tolist()]
 
-    def table(self, groups: np.ndarray | None = None) -> GroupTable:
-        """Lengths, sources and rewards of groups (int64 [N], any order, repeats allowed; None = all)."""
+    def table(self, groups: np.ndarray | None = None, *, ends: bool = False) -> GroupTable:
+        """Lengths, sources and rewards of groups (int64 [N], any order, repeats allowed; None = all).
+
+        With ``ends`` also whether responses end with EOS: that reads the last token of each, unless all do.
+        """
         groups = np.arange(len(self)) if groups is None else groups
         with self._reading():
-            prompts, ends = self._documents[groups], self._documents[groups + 1]
-            counts = ends - prompts - 1
-            if counts.min(initial=1) < 1 or ends.max(initial=0) > len(self._lengths):
+            prompts, after = self._documents[groups], self._documents[groups + 1]
+            counts = after - prompts - 1
+            if counts.min(initial=1) < 1 or after.max(initial=0) > len(self._lengths):
                 raise ValueError("groups that are none")
             responses = _runs(prompts - groups, counts)
             sequences = responses + np.repeat(groups + 1, counts)  # each group up to its own has one prompt
+            ended = np.ones(len(responses) if ends else 0, bool)
+            if ends and self.manifest.counts.truncated:
+                last = self._pointers[sequences] + 4 * (self._lengths[sequences].astype(np.int64) - 1)
+                tokens = [self._data.bin_reader.read(np.int32, 1, place)[0] for place in last.tolist()]
+                ended = np.array(tokens, np.int32) == self.manifest.tokenizer.eos_id
             return GroupTable(
                 self._lengths[prompts],
                 np.concatenate([[0], np.cumsum(counts)]),
                 self._lengths[sequences],
                 self._modes[sequences],
                 self.rewards[responses],
+                ended,
             )
 
     def encoded(self, first: int, end: int) -> EncodedGroups:
@@ -301,8 +329,10 @@ class GroupShard:
         return np.full(count, UNKNOWN_OUTCOME, np.int8) if codes is None else codes
 
     @functools.cached_property
-    def _logprobs(self) -> np.ndarray | None:
-        return self._sidecar(self.manifest.logprobs, self.manifest.counts.response_tokens, np.float32)
+    def _logprobs(self) -> list[np.ndarray | None]:
+        """Those of ``names`` that the shard has, each float32 [response tokens]."""
+        files, count = self.manifest.logprob_files, self.manifest.counts.response_tokens
+        return [self._sidecar(files.get(name or ""), count, np.float32) for name in self.names]
 
     @functools.cached_property
     def _prompt_tokens_before(self) -> np.ndarray:

@@ -74,7 +74,7 @@ class AssumedGroups:
     def describe(self, index: int) -> str:
         return f"assumed group {index}"
 
-    def table(self, indices: Sequence[int] | np.ndarray) -> GroupTable:
+    def table(self, indices: Sequence[int] | np.ndarray, *, ends: bool = False) -> GroupTable:
         """Lengths, sources (the first responses are the expert's) and rewards."""
         return GroupTable.of_groups([self._group(int(index)) for index in indices])
 

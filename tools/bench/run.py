@@ -22,6 +22,7 @@ BENCHMARKS = {
     "kernels": "tools.bench.kernels:kernels",
     "planner": "tools.bench.packing:bench_planner",
     "step_ratio": "tools.bench.step:step_ratio",
+    "objective_ratios": "tools.bench.step:objective_ratios",
     "dead_groups": "tools.bench.step:dead_groups",
     "shared_prefix_step": "tools.bench.step:shared_prefix_step",
     "padded_batches": "tools.bench.step:padded_batches",

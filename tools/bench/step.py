@@ -19,7 +19,7 @@ from megatron_gft.batch import StepBatch, StepLoader
 from megatron_gft.config import Config, load_config
 from megatron_gft.hf.shape import ModelShape, model_shape_from_config
 from megatron_gft.model import build_model, unwrap
-from megatron_gft.objectives import Coefficient
+from megatron_gft.objectives import OBJECTIVES, by_source
 from megatron_gft.optimizer import apply_gradients, build_optimizer, reduce_gradients, wrap_data_parallel
 from megatron_gft.packing import Pack, build_pack
 from megatron_gft.parallel import current_parallel, seed_everything
@@ -173,8 +173,10 @@ class Workbench:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def forward_backward(self, packs: list[Pack], denominator: int, coefficient: Coefficient = "rectified") -> None:
-        """Gradients of a step with one token coefficient."""
+    def forward_backward(
+        self, packs: list[Pack], denominator: int, coefficient: str | tuple[str | None, ...] = "rectified"
+    ) -> None:
+        """Gradients of a step with one token coefficient, or one for each source."""
         for chunk in self.chunks:
             model = unwrap(chunk)
             model.head = dataclasses.replace(model.head, coefficient=coefficient)
@@ -208,7 +210,7 @@ def step_ratio(shape: StepShape | None = None, *, pairs: int = PAIRS) -> dict[st
         packs, batch = bench.packs(RandomGroups.equal(shape))
         plain = [dataclasses.replace(pack, token_weights=torch.ones_like(pack.token_weights)) for pack in packs]
 
-        def step(rows: list[Pack], coefficient: Coefficient) -> None:
+        def step(rows: list[Pack], coefficient: str) -> None:
             bench.forward_backward(rows, batch.denominator, coefficient)
             bench.update()
 
@@ -216,6 +218,41 @@ def step_ratio(shape: StepShape | None = None, *, pairs: int = PAIRS) -> dict[st
             {"sft": partial(step, plain, "none"), "gft": partial(step, packs, "rectified")}, repeats=pairs
         )
     return {"shape": dataclasses.asdict(shape), "pairs": pairs, **summary(durations, "sft")}
+
+
+# Presets whose heads differ, and the log-probs that they read.
+OBJECTIVE_RUNS = {"gft": 0, "dft": 0, "luffy": 1, "grpo": 1, "cispo": 1, "chord_phi": 1, "grpo with anchor": 2}
+
+
+def objective_ratios(shape: StepShape | None = None, *, pairs: int = 15) -> dict[str, Any]:
+    """A step of each preset over an SFT step on the same rows of all sources: forward, backward, clipping and Adam.
+
+    Goal: median ratio at most 1.01 without q, 1.02 with.
+    """
+    shape = shape or default_shape()
+    with single_rank():
+        bench = Workbench(shape)
+        packs, batch = bench.packs(RandomGroups.equal(shape))
+        plain = [dataclasses.replace(pack, token_weights=torch.ones_like(pack.token_weights)) for pack in packs]
+
+        def step(rows: list[Pack], coefficient: str | tuple[str | None, ...]) -> None:
+            bench.forward_backward(rows, batch.denominator, coefficient)
+            bench.update()
+
+        runs = {"sft": partial(step, plain, "none")}
+        for name, reads in OBJECTIVE_RUNS.items():
+            rows = [_with_logprobs(pack, shape.vocab, reads) for pack in packs]
+            preset = OBJECTIVES[name.split()[0]]
+            runs[name] = partial(step, rows, by_source(preset.coefficient))
+        durations = interleaved_seconds(runs, repeats=pairs)
+    return {"shape": dataclasses.asdict(shape), "pairs": pairs, **summary(durations, "sft")}
+
+
+def _with_logprobs(pack: Pack, vocab: int, reads: int) -> Pack:
+    """The pack with log q, and from 2 on with a reference, of about a fresh model."""
+    sampled, reference = (torch.randn_like(pack.token_weights) * 0.2 - np.log(vocab) for _ in range(2))
+    anchor = {"reference_logprobs": reference, "anchor_weights": torch.ones_like(reference)} if reads > 1 else {}
+    return dataclasses.replace(pack, sampled_logprobs=sampled if reads else None, **anchor)
 
 
 def dead_groups(shape: StepShape | None = None, *, pairs: int = 5) -> dict[str, Any]:
