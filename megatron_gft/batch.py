@@ -8,7 +8,7 @@ for every layout; only then are the tokens of this rank's packs read. Responses 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,13 @@ import torch
 from megatron_gft.config import Config, ObjectiveConfig
 from megatron_gft.dataset import GroupSplit, LengthLimits, build_group_datasets
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.gft import group_advantages, response_weights, scale_negatives
+from megatron_gft.gft import group_advantages, response_weights
 from megatron_gft.hf.shape import ModelShape
 from megatron_gft.objectives import SOURCE_CODES, SOURCES, Advantage, by_source
 from megatron_gft.packing import Pack, build_pack, slice_for_context_parallel
 from megatron_gft.parallel import Parallel
 from megatron_gft.planning import FlopModel, GroupLengths, PackPlan, StepPlan, plan_step, step_groups, steps_per_epoch
-from megatron_gft.shards import Group, GroupShard, GroupTable, LogprobNames
+from megatron_gft.shards import Group, GroupTable
 from megatron_gft.tokenizer import has_tokenizer, tokenizer_fingerprint
 
 MAKE_LOGPROBS = "make them with tools/compute_logprobs.py, and name them in data.logprobs (objective.reference)"
@@ -53,7 +53,7 @@ class StepBatch:
 
     ``weights``, ``advantages`` and ``anchors`` (beta * u) are per response of the step in order (float64, [N]);
     ``offsets`` gives the first response of each group. Responses that do not train have length 0 in ``lengths``.
-    ``denominator`` is D. A dead group has no advantage; its anchors may train.
+    ``denominator`` is D. Dead groups may have anchors.
     """
 
     groups: np.ndarray
@@ -103,30 +103,17 @@ def open_groups(
             max_sequence_tokens=min(data.max_tokens_per_pack // unit * unit, shape.max_sequence_length) + 1,
             policy=data.overlong,
         ),
-        logprobs=LogprobNames((data.logprobs or "sampled") if config.q_sources else None, config.objective.reference),
+        logprobs=((data.logprobs or "sampled") if config.q_sources else None, config.objective.reference),
     )
-    if problems := [text for shard in splits.train.shards for text in _logprob_problems(shard, config)]:
-        raise InputErrors(f"log-probs that objective={config.objective.name} reads", problems)
+    tempered = [
+        f"{shard.prefix}: {row['source']} responses, temperature {row['sampling']['temperature']}"
+        for shard in splits.train.shards
+        for row in (shard.manifest.provenance.get("responses", []) if shard.names[0] == "sampled" else [])
+        if row["source"] in config.q_sources and (row["sampling"] or {}).get("temperature", 1) != 1
+    ]
+    if tempered:
+        raise InputErrors(f"q of samples is known at temperature 1 only -> sample at 1, or {MAKE_LOGPROBS}", tempered)
     return splits.train, splits.valid
-
-
-def _logprob_problems(shard: GroupShard, config: Config) -> Iterator[str]:
-    """What is wrong with the sidecars of a training shard."""
-    there = [source for source, count in shard.manifest.counts.by_source.items() if count]
-    readers = {shard.names.sampled: config.q_sources}
-    if config.objective.beta:
-        readers[shard.names.reference] = [*readers.get(shard.names.reference, []), *config.objective.kl_sources]
-    for name, sources in readers.items():
-        if name not in shard.manifest.logprob_files and (missing := sorted({*sources} & {*there})):
-            has = ", ".join(shard.manifest.logprob_files) or "none"
-            yield f"{shard.prefix}: has log-probs {has}, not {name} for {', '.join(missing)} -> {MAKE_LOGPROBS}"
-    for row in shard.manifest.provenance.get("responses", []) if "sampled" in readers else []:
-        temperature = (row["sampling"] or {}).get("temperature")
-        if row["source"] in readers["sampled"] and temperature not in (None, 1):
-            yield (
-                f"{shard.prefix}: {row['source']} responses were sampled at temperature {temperature}, so their own "
-                f"log-probs are not those of q at temperature 1 -> sample at 1, or {MAKE_LOGPROBS}"
-            )
 
 
 class StepLoader:
@@ -220,24 +207,17 @@ class StepLoader:
         objective = self.objective
         advantages = torch.zeros(len(used), dtype=torch.float64)
         modes: tuple[Advantage | None, ...] = by_source(objective.advantage or "std")
-        for mode in dict.fromkeys(modes):
-            of_mode = [code for code, other in enumerate(modes) if other == mode]
-            rows = used & np.isin(table.sources, of_mode)
-            if mode is None or not rows.any():
-                continue
+        for mode in dict.fromkeys(mode for mode in modes if mode is not None):
+            rows = used & np.isin(table.sources, [code for code, other in enumerate(modes) if other == mode])
+            rewards, ids = torch.from_numpy(table.rewards[rows]).double(), torch.from_numpy(group_ids[rows])
+            options = {"eps": objective.advantage_eps, "baseline_shift": objective.baseline_shift}
             try:
-                advantages[rows] = group_advantages(
-                    torch.from_numpy(table.rewards[rows]).double(),
-                    torch.from_numpy(group_ids[rows]),
-                    mode=mode,
-                    eps=objective.advantage_eps,
-                    baseline_shift=objective.baseline_shift,
-                )
+                advantages[rows] = group_advantages(rewards, ids, mode=mode, **options)
             except InputError as error:
                 unscored = np.unique(group_ids[rows & ~np.isfinite(table.rewards)])
                 names = [self.groups.describe(int(indices[g])) for g in unscored]
                 raise InputError(f"{error} (groups of step {step + 1}: {', '.join(names[:5])})") from None
-        scaled = scale_negatives(advantages, objective.negative_scale)
+        scaled = torch.where(advantages < 0, advantages * objective.negative_scale, advantages)
         by_reward = torch.tensor([mode == "reward" for mode in modes])[torch.from_numpy(table.sources).long()]
         return scaled, (scaled == 0) & ((advantages != 0) | by_reward)
 
@@ -281,19 +261,14 @@ class StepLoader:
         return packs
 
     def _check_logprobs(self, batch: StepBatch, groups: dict[int, Group], plans: Sequence[PackPlan]) -> None:
-        """What an objective reads is known of each token of these packs but the end, which servers leave out.
-
-        Raises:
-            InputError: names shard, group and the tool that makes log-probs.
-        """
+        """Raise InputError where a token's log-prob is read and unknown; ends may lack theirs, as servers' do."""
         for place, k in ((place, k) for plan in plans for place, chosen in plan.items for k in chosen):
             group, source = groups[place], int(groups[place].sources[k])
-            reads = [(self.q_codes, "q", group.logprobs), (self.anchor_codes, "the reference", group.reference)]
+            reads = ((self.q_codes, "q", group.logprobs), (self.anchor_codes, "p_ref", group.reference))
             for role, known in ((role, known) for codes, role, known in reads if source in codes):
-                ended = group.ended is None or bool(group.ended[k])
                 values = np.full(len(group.responses[k]), np.nan) if known is None else known[k]
-                unknown = int(np.isnan(values[:-1] if ended else values).sum())
-                if unknown:
+                ended = group.ended is None or bool(group.ended[k])
+                if unknown := int(np.isnan(values[:-1] if ended else values).sum()):
                     raise InputError(
                         f"{self.groups.describe(int(batch.groups[place]))}: {role} is unknown for {unknown} of "
                         f"{len(values)} tokens of response {k} ({SOURCES[source]}) -> {MAKE_LOGPROBS}"

@@ -104,9 +104,7 @@ class DataConfig(Section):
     max_response_tokens: PositiveInt | None = Field(None, description="limit of one response, EOS included")
     verify: bool = Field(True, description="compare shards with their hashes at the start; unchanged files only once")
     cache: str | None = Field(None, description="folder for Megatron's blend indices")
-    logprobs: str | None = Field(
-        None, description="name of the shards' log-probs that are q; default: sampled, where the objective reads q"
-    )
+    logprobs: str | None = Field(None, description="name of the shards' log-probs that are q; default: sampled")
     allow_tokenizer_mismatch: bool = Field(False, description="train on shards tokenized for another model")
     allow_changed_data: bool = Field(False, description="resume although the shards, seed or split changed")
 
@@ -122,12 +120,10 @@ class ObjectiveConfig(Section):
         "grpo", "dapo", "cispo", "psft", "luffy", "chord_phi",
     ] = Field("gft", description="preset: sets what is null or not named here, down to mu_peak")  # fmt: skip
     coefficient: CoefficientName | dict[Source, CoefficientName] | None = Field(
-        None,
-        description=f"token weight: {', '.join(get_args(Coefficient))}, or a function of yours as module:function; "
-        "or one by source, {expert: none, self: ratio}",
+        None, description="token weight, or module:function of yours; or by source, {expert: none, self: ratio}"
     )
     advantage: Advantage | dict[Source, Advantage] | None = Field(
-        None, description="response weight; or one by source: statistics are over the sources that share one"
+        None, description="response weight; or by source: those with the same one share the group's statistics"
     )
     sources: list[Source] | None = Field(None, min_length=1, description="which responses train")
     negative_scale: NonNegativeFloat = Field(1.0, description="factor of negative advantages; 0 leaves them out")
@@ -139,7 +135,7 @@ class ObjectiveConfig(Section):
     zero_variance: ZeroVariance = Field("keep", description="groups with equal rewards count in the divisor, or not")
     mu_peak: float | None = Field(None, ge=0, le=1, description="weight of experts; that of other sources is 1 less it")
     mu_valley: float | None = Field(None, ge=0, le=1, description="where mu_peak decays to; default: it stays")
-    mu_warmup_steps: NonNegativeInt = Field(0, description="steps in which mu rises from 0 to mu_peak")
+    mu_warmup_steps: NonNegativeInt = Field(0, description="steps of its rise from 0")
     mu_decay_steps: NonNegativeInt = Field(0, description="steps of its cosine decay to mu_valley")
     source_weights: dict[Source, PositiveFloat] = Field(default_factory=dict, description="of a source; default 1")
     tau: float = Field(0.1, ge=0, le=1, description="probability above which the coefficient is 1")
@@ -148,10 +144,7 @@ class ObjectiveConfig(Section):
     beta: NonNegativeFloat = Field(0.0, description="weight of the KL anchor (k3) to the model of reference")
     reference: str | None = Field(None, description="name of the shards' log-probs of the anchor's model")
     kl_sources: list[Source] = Field(["self"], min_length=1, description="responses that the anchor applies to")
-    cut_off: CutOff = Field(
-        "train",
-        description="responses without an end; no_loss: in the statistics of the group, not in the loss; drop: in none",
-    )
+    cut_off: CutOff = Field("train", description="responses without an end; no_loss: in the group's statistics only")
     advantage_eps: NonNegativeFloat = Field(1e-6, description="added to the standard deviation of the rewards")
     fused_head: bool = Field(True, description="output layer and loss in one chunked pass, no [tokens, vocab] tensor")
     head_chunk_tokens: PositiveInt = Field(2048, description="rows of one chunk of the fused head")
@@ -171,11 +164,10 @@ class ObjectiveConfig(Section):
     def mu(self, step: int) -> float | None:
         """Weight of experts in the 0-based ``step``: warm-up, then cosine decay (arXiv 2508.11408)."""
         if self.mu_peak is None or step < self.mu_warmup_steps:
-            return None if self.mu_peak is None else self.mu_peak * step / self.mu_warmup_steps
-        if self.mu_valley is None:
-            return self.mu_peak
-        done = min((step - self.mu_warmup_steps) / self.mu_decay_steps, 1.0) if self.mu_decay_steps else 1.0
-        return self.mu_valley + (self.mu_peak - self.mu_valley) * (1 + math.cos(math.pi * done)) / 2
+            return self.mu_peak and self.mu_peak * step / self.mu_warmup_steps
+        done = min((step - self.mu_warmup_steps) / (self.mu_decay_steps or 1e-9), 1.0)
+        valley = self.mu_peak if self.mu_valley is None else self.mu_valley
+        return valley + (self.mu_peak - valley) * (1 + math.cos(math.pi * done)) / 2
 
 
 class OptimizerConfig(Section):
@@ -210,9 +202,7 @@ class TrainConfig(Section):
     grad_spike_factor: float | None = Field(
         None, gt=1, description="a gradient norm this many times its running median is treated as nonfinite"
     )
-    collapse: Literal["warn", "stop", "off"] = Field(
-        "warn", description="when positive responses get less and less probable, and negative ones faster"
-    )
+    collapse: Literal["warn", "stop", "off"] = Field("warn", description="positive responses become improbable too")
     max_skipped_steps: NonNegativeInt = Field(10, description="skipped steps after which the run stops")
     watchdog_minutes: PositiveFloat = Field(30.0, description="a rank without progress for so long ends the job")
 
@@ -280,8 +270,8 @@ class Config(Section):
     def q_sources(self) -> list[Source]:
         """Sources that train by a coefficient of q. A function of the user reads q when ``data.logprobs`` is set."""
         o, own = self.objective, self.data.logprobs is not None
-        names = zip(SOURCES, by_source(o.coefficient), strict=True)
-        return [s for s, c in names if s in (o.sources or SOURCES) and c and (c in READ_Q or own and ":" in c)]
+        of = dict(zip(SOURCES, by_source(o.coefficient or ""), strict=True))
+        return [s for s in o.sources or SOURCES if (c := of[s]) and (c in READ_Q or own and ":" in c)]
 
     @property
     def row_multiples(self) -> tuple[int, int]:
@@ -376,9 +366,7 @@ def all_keys() -> list[str]:
 
 
 def _explain(problem: Any) -> str:
-    where = ".".join(
-        str(part) for part in problem["loc"] if "[" not in str(part) and part not in ("str", "constrained-str")
-    )
+    where = ".".join(str(part) for part in problem["loc"] if not re.search(r"\[|^(constrained-)?str$", str(part)))
     if problem["type"] == "extra_forbidden":
         known = all_keys() + list(Config.model_fields)
         leaf = where.rsplit(".", 1)[-1]

@@ -28,7 +28,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.shards import Group, GroupShard, GroupTable, LogprobNames, check_sets, expand_shards
+from megatron_gft.shards import Group, GroupShard, GroupTable, check_sets, expand_shards
 from megatron_gft.shards.limited import LengthLimits, LimitedCounts, LimitedGroups
 from megatron_gft.shards.verification import check_repeated_groups
 from megatron_gft.validation import split_problem
@@ -143,8 +143,7 @@ class GroupSplit(torch.utils.data.Dataset):
         return self._entries[self._owner[i]].describe(int(self._group[i]))
 
     def table(self, indices: Sequence[int] | np.ndarray | None = None, *, ends: bool = False) -> GroupTable:
-        """Lengths, sources and rewards of groups (all when None), in the order of ``indices``; reads no token, with
-        ``ends`` the last one of each response."""
+        """Lengths, sources and rewards of groups (all when None), in this order; ``ends`` as in a shard."""
         indices = np.arange(len(self)) if indices is None else np.asarray(indices, dtype=np.int64)
         owner, groups = self._owner[indices], self._group[indices].astype(np.int64)
         tables = [self._entries[number].table(groups[owner == number], ends=ends) for number in np.unique(owner)]
@@ -169,7 +168,7 @@ def build_group_datasets(
     tokenizer_fingerprint: str | None = None,
     vocab_size: int | None = None,
     limits: LengthLimits | None = None,
-    logprobs: LogprobNames | None = None,
+    logprobs: tuple[str | None, str | None] = ("sampled", None),
 ) -> GroupDatasets:
     """Open shards and build the splits. With torch.distributed initialised, all ranks must call it.
 
@@ -184,7 +183,7 @@ def build_group_datasets(
         tokenizer_fingerprint: of the model's tokenizer; None skips the check.
         vocab_size: rows of the model's embedding; None skips the check.
         limits: longest prompts and responses, and what to do with longer ones.
-        logprobs: which log-probs groups bring, where their shard has them.
+        logprobs: ``GroupShard.names``.
 
     Raises:
         InputError: missing, damaged, repeated or mixed shards, another tokenizer, an impossible split, over-long
@@ -216,7 +215,7 @@ def build_group_datasets(
 
 
 def _open_entries(
-    patterns: Sequence[str], tokenizer_fingerprint: str | None, vocab_size: int | None, logprobs: LogprobNames | None
+    patterns: Sequence[str], tokenizer_fingerprint: str | None, vocab_size: int | None, logprobs: tuple
 ) -> list[list[GroupShard]]:
     """Shards of each entry, checked against the model."""
     entries = [[GroupShard(prefix, logprobs) for prefix in expand_shards(pattern)] for pattern in patterns]

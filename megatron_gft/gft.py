@@ -10,8 +10,7 @@ so the gradient weight of SFT, 1/p, becomes 1/p where p > tau and 1 elsewhere: t
 -A log p, respectively -A p. ``A_k * u_k`` and ``D`` depend on rewards and lengths alone: they are known before
 any forward (:func:`response_weights`), and the model's part is a weighted cross entropy.
 
-The relatives of GFT (``objectives.OBJECTIVES``) differ in A and in c, which may also read q, the probability under
-the model that sampled the token; and a KL anchor adds to the weight of a row: :func:`row_weights` is all of it.
+Its relatives (``objectives.OBJECTIVES``) have another A, or another c, which may read q, p of the model that sampled.
 
 Shapes: N responses, T tokens.
 """
@@ -28,7 +27,6 @@ from megatron_gft.errors import InputError
 from megatron_gft.objectives import (
     OBJECTIVES,
     READ_Q,
-    SOURCES,
     Advantage,
     Coefficient,
     HeadSettings,
@@ -37,9 +35,6 @@ from megatron_gft.objectives import (
     by_source,
     user_coefficient,
 )
-
-# Log ratios beyond this are as good as infinite; e^20 still squares in float32.
-_MOST_LOG_RATIO = 20.0
 
 
 def group_advantages(
@@ -56,17 +51,14 @@ def group_advantages(
     group whose rewards are all equal gives exactly 0 (rounding of the mean must not become an advantage); else the
     mode; in both of these, less ``baseline_shift``:
 
-    - ``std``: (r - mean) / (std + eps) with Bessel's correction, as in the paper's code;
-    - ``population``: the same with the population's standard deviation;
-    - ``mean_only``: r - mean;
-    - ``rloo``: r - mean of the group's other rewards.
+    - ``std``: (r - mean) / (std + eps) with Bessel's correction, as in the paper's code; ``population``: without it;
+    - ``mean_only``: r - mean; ``rloo``: r - mean of the group's other rewards.
 
     Args:
         rewards: [N], one per response; NaN means "not scored", which only mode ``none`` accepts.
         group_ids: [N] integers; equal ids form a group, in any order.
 
-    Returns:
-        [N], in the dtype of ``rewards`` (float32 for integers and half precision); computed in float64.
+    Returns [N], in the dtype of ``rewards`` (float32 for integers and half precision); computed in float64.
 
     Raises:
         InputError: unknown mode, or a reward that the mode needs is missing or not finite.
@@ -119,15 +111,12 @@ def response_weights(
     counts it in D, ``"skip"`` does not, so D can be 0: then there is nothing to learn from and no update.
 
     Args:
-        advantages: [N], from :func:`group_advantages`; or [C, N] when a response has several weights (A and that of
-            the anchor): dead is where all of them are 0.
+        advantages: [N], from :func:`group_advantages`; or [2, N] with those of an anchor: dead is without either.
         lengths: [N] integers >= 1, tokens of each response (its end of sequence included).
         group_ids: [N] integers; K of a group is the number of its rows here.
-        strata: [N]; each of its values is a loss with a denominator D_s of its own. Their sum is D, and D / D_s is
-            in the weights.
+        strata: [N]; each value is a loss with its own denominator D_s. Their sum is D; D / D_s is in the weights.
 
-    Returns:
-        (A * u in the shape and dtype of ``advantages``, float32 or wider; D as int)
+    Returns (A * u in the shape and dtype of ``advantages``, float32 or wider; D as int).
 
     Raises:
         InputError: unknown normaliser or policy, or a response without tokens.
@@ -161,22 +150,10 @@ def response_weights(
     return weights.to(torch.promote_types(advantages.dtype, torch.float32)), int(denominator)
 
 
-def scale_negatives(advantages: torch.Tensor, scale: float) -> torch.Tensor:
-    """Negative advantages times ``scale``, [N]."""
-    return torch.where(advantages < 0, advantages * scale, advantages)
-
-
 @dataclass(frozen=True)
 class RowFacts:
-    """What is known of rows before any forward, each [T].
-
-    Attributes:
-        advantages: A; coefficients read its sign.
-        sources: codes of ``SOURCES``.
-        sampled_logprobs: log q; NaN, or None for all, is unknown: the coefficient is 1 there.
-        reference_logprobs: log p_ref, likewise: no anchor there.
-        anchor_weights: beta * u; None: no row has an anchor.
-    """
+    """What is known of rows before any forward, each [T]: A, codes of ``SOURCES``, log q and log p_ref (None or NaN:
+    unknown, so c = 1 and no anchor there), and beta * u of the anchor (None: there is none)."""
 
     advantages: torch.Tensor
     sources: torch.Tensor
@@ -192,17 +169,8 @@ class RowFacts:
 def row_weights(
     logprobs: torch.Tensor, token_weights: torch.Tensor, settings: HeadSettings, facts: RowFacts | None = None
 ) -> torch.Tensor:
-    """Gradient with respect to -log p of each row: ``A u c``, and for the anchor ``beta u (p_ref / p - 1)``.
-
-    Args:
-        logprobs: [T] log p of the labels, reduced over all tensor-parallel ranks: each must see the same p, or they
-            would take different branches at ``tau`` and at clips.
-        token_weights: [T] A * u.
-        facts: what coefficients read beside p; None: they read p alone.
-
-    Returns:
-        [T] without gradient, float32 or wider.
-    """
+    """Gradient with respect to -log p of each row, ``A u c + beta u (p_ref / p - 1)``, [T], from log p [T],
+    equal on all tensor-parallel ranks so that all branch alike, A * u [T], and what is read beside p."""
     weights = token_weights * row_coefficient(logprobs, settings, facts)
     if facts is None or facts.anchor_weights is None:
         return weights
@@ -211,13 +179,11 @@ def row_weights(
 
 def row_coefficient(logprobs: torch.Tensor, settings: HeadSettings, facts: RowFacts | None = None) -> torch.Tensor:
     """c of each row, [T] without gradient: that of its source where ``settings`` has several."""
-    names = by_source(settings.coefficient)
-    if names[0] is not None and len({*names}) == 1:
-        return _coefficient(names[0], logprobs, settings, facts)
-    c = torch.ones_like(_wide(logprobs))
-    for source, name in enumerate(names):
-        if name is not None and facts is not None:
-            c = torch.where(facts.sources == source, _coefficient(name, logprobs, settings, facts), c)
+    first, *others = names = by_source(settings.coefficient)
+    c = _coefficient(first or "none", logprobs, settings, facts)
+    for source, name in enumerate(others, 1) if len({*names}) > 1 else ():
+        assert facts is not None
+        c = torch.where(facts.sources == source, _coefficient(name or "none", logprobs, settings, facts), c)
     return c
 
 
@@ -252,29 +218,24 @@ def log_ratio(logprobs: torch.Tensor, other: torch.Tensor | None) -> torch.Tenso
     log_p = _wide(logprobs)
     if other is None:
         return torch.zeros_like(log_p)
-    return torch.where(other.isnan(), 0.0, (log_p - other).clamp(-_MOST_LOG_RATIO, _MOST_LOG_RATIO))
+    return torch.where(other.isnan(), 0.0, (log_p - other).clamp(-20, 20))
 
 
 def published_losses(
     logprobs: torch.Tensor, token_weights: torch.Tensor, settings: HeadSettings, facts: RowFacts
 ) -> torch.Tensor:
-    """Loss of each row as its paper writes it, [T]: it has the gradient of the surrogate -w log p, not its value.
-
-    ``-A p / q`` with PPO's clips, LUFFY's ``-A p / (p + g)``, plus ``beta k3`` of the anchor; else ``-A c log p``.
-    """
+    """Loss of each row as its paper writes it, [T]: ``-A p / q`` with PPO's clips, LUFFY's ``-A p / (p + g)``, plus
+    ``beta k3`` of the anchor; else ``-A c log p``. It has the gradient of the surrogate -w log p, not its value."""
     log_p, r = _wide(logprobs), log_ratio(logprobs, facts.sampled_logprobs).exp()
-    p, values = log_p.exp(), row_coefficient(logprobs, settings, facts) * log_p
+    falling = r.clamp(1 - settings.eps_low, settings.ratio_dual_clip)
+    clipped = torch.where(facts.advantages < 0, falling, r.clamp(max=1 + settings.eps_high))
+    shaped = log_p.exp() / (log_p.exp() + settings.shaping)
+    values, gains = (
+        row_coefficient(logprobs, settings, facts) * log_p,
+        dict(shaped=shaped, clipped_ratio=clipped, ratio=r),
+    )
     for source, name in enumerate(by_source(settings.coefficient)):
-        if name == "shaped":
-            gain = p / (p + settings.shaping)
-        elif name == "clipped_ratio":
-            falling = r.clamp(1 - settings.eps_low, settings.ratio_dual_clip)
-            gain = torch.where(facts.advantages < 0, falling, r.clamp(max=1 + settings.eps_high))
-        elif name == "ratio":
-            gain = r
-        else:
-            continue
-        values = torch.where(facts.sources == source, gain, values)
+        values = torch.where(facts.sources == source, gains.get(name or "", values), values)
     losses = -token_weights * values
     return losses if facts.anchor_weights is None else losses + facts.anchor_weights * k3(logprobs, facts)
 
@@ -286,27 +247,18 @@ def k3(logprobs: torch.Tensor, facts: RowFacts) -> torch.Tensor:
 
 
 def check_user_coefficient(name: str, *, with_q: bool) -> None:
-    """Try a user's coefficient on rows of all kinds.
-
-    Raises:
-        InputError: it fails, or what it returns is no finite number for each row, by that row alone.
-    """
-    logprobs, advantages = -torch.logspace(-4, 1.5, 48), torch.tensor([1.0, -1.0, 0.5, -2.0]).repeat(12)
-    sampled = logprobs.roll(5) if with_q else None
-    facts = RowFacts(advantages, torch.arange(48, dtype=torch.int8) % len(SOURCES), sampled)
+    """Raise InputError unless a user's coefficient gives 48 rows of all kinds one finite number each."""
+    logprobs, facts = -torch.logspace(-4, 1.5, 48), torch.tensor([1.0, -1.0, 0.5, -2.0]).repeat(12)
+    inputs = (logprobs, logprobs.roll(5) if with_q else None, facts, torch.arange(48, dtype=torch.int8) % 3)
     function, problem = user_coefficient(name), None
     try:
         with torch.no_grad():
-            whole, *halves = (
-                function(logprobs[rows], part.sampled_logprobs, part.advantages, part.sources)
-                for rows in (slice(None), slice(20), slice(20, None))
-                if (part := facts.at(rows))
-            )
-        if not isinstance(whole, torch.Tensor) or whole.shape != logprobs.shape:
-            problem = f"returns {tuple(whole.shape) if isinstance(whole, torch.Tensor) else type(whole).__name__}"
-        elif not whole.isfinite().all():
+            c, half = function(*inputs), function(*(value if value is None else value[:20] for value in inputs))
+        if (shape := c.shape if isinstance(c, torch.Tensor) else type(c).__name__) != logprobs.shape:
+            problem = f"returns {shape}"
+        elif not c.isfinite().all():
             problem = "returns NaN or infinity"
-        elif not torch.allclose(whole.double(), torch.cat(halves).double(), rtol=1e-4, atol=1e-7):
+        elif not torch.allclose(c[:20].double(), half.double(), rtol=1e-4):
             problem = "what it returns for a row depends on other rows"
     except Exception as error:  # of the user's code
         problem = f"fails with {type(error).__name__}: {error}"
@@ -329,19 +281,8 @@ def token_coefficient(logprobs: torch.Tensor, tau: float, coefficient: Coefficie
 def token_losses(
     logprobs: torch.Tensor, advantages: torch.Tensor, *, objective: str = "gft", tau: float = 0.1
 ) -> torch.Tensor:
-    """Loss of each token, A * c * (-log p), differentiable in ``logprobs`` with c held constant.
-
-    Args:
-        logprobs: [T] log p of the labels.
-        advantages: [T] A (or A * u) of each token's response; 0 for tokens that carry no loss.
-        objective: picks the coefficient, one that needs no q: ``gft``, ``sft``, ``dft`` ... Advantages always multiply.
-
-    Returns:
-        [T], float32 or wider.
-
-    Raises:
-        InputError: unknown objective.
-    """
+    """Loss of each token, A * c * (-log p) [T], differentiable in ``logprobs`` [T] with c held constant;
+    ``advantages`` [T] are A or A * u, ``objective`` a preset whose coefficient needs no q (else InputError)."""
     of_p = {name: c for name, preset in OBJECTIVES.items() if isinstance(c := preset.coefficient, str)}
     _check_choice("objective", objective, tuple(name for name, c in of_p.items() if c not in READ_Q))
     return advantages * token_coefficient(logprobs, tau, of_p[objective]) * -logprobs

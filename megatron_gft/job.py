@@ -210,9 +210,8 @@ def open_run(config: Config, shape: ModelShape, store: dist.Store, stop: StopReq
 
     A run that stopped says why; its exception goes no further.
     """
-    for name in dict.fromkeys(by_source(config.objective.coefficient)):
-        if name is not None and ":" in name:
-            check_user_coefficient(name, with_q=config.data.logprobs is not None)
+    for name in {name for name in by_source(config.objective.coefficient) if name and ":" in name}:
+        check_user_coefficient(name, with_q=config.data.logprobs is not None)
     files = _model_files(config, _resume_point(config, Path(config.train.output) / "checkpoints")).folder
     data = None if config.data.cache else open_groups(config, shape, files)  # Megatron's cache needs the process group
     device = start_process_group(config.parallel.collective_timeout_minutes, store)

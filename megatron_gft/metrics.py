@@ -42,9 +42,7 @@ def loss_record(report: LossReport, *, with_entropy: bool, prefix: str = "") -> 
     """Means over tokens: of all loss rows, and per source and sign of the advantage.
 
     ``loss`` is the objective's own value; ``nll`` is mean -log p, ``probability`` mean p, ``rectified`` the share
-    of tokens with p <= tau, ``abs_advantage`` mean |A|. Where they are measured: ``published_loss`` as the paper writes
-    the loss, with the anchor; ``unknown_q`` tokens; of those with a known q ``sampling_gap``, mean |log p - log q|, and
-    the share that is ``clipped``; of those with an anchor its mean ``kl``.
+    of tokens with p <= tau, ``abs_advantage`` mean |A|; for the rest see docs/objectives.md.
     """
     record: Record = {f"{prefix}loss": report.loss}
     names = [name for name in STATISTICS if name not in ("tokens", "loss") and (with_entropy or name != "entropy")]
@@ -60,33 +58,19 @@ def loss_record(report: LossReport, *, with_entropy: bool, prefix: str = "") -> 
             record |= {f"{prefix}{place}{name}": sums[name] / sums["tokens"] for name in names}
         if place and report.denominator:
             record[f"{prefix}{place}loss"] = sums["loss"] / report.denominator
-        record |= {f"{prefix}{place}{name}": value for name, value in _more(sums, report.denominator).items()}
-    return record
-
-
-def _more(sums: dict[str, float], denominator: int) -> Record:
-    """What is said of ``MORE_STATISTICS`` that were measured."""
-    record: Record = {"unknown_q": int(sums["unknown_q"])} if sums["unknown_q"] else {}
-    if sums["published_loss"]:
-        record["published_loss"] = sums["published_loss"] / max(denominator, 1)
-    for count, means in {"known_q": ("sampling_gap", "clipped"), "anchored": ("kl",)}.items():
-        if sums[count]:
-            record |= {name: sums[name] / sums[count] for name in means}
+        of = {"sampling_gap": sums["known_q"], "clipped": sums["known_q"], "kl": sums["anchored"]}
+        of |= {"published_loss": sums["published_loss"] and report.denominator, "unknown_q": sums["unknown_q"] and 1}
+        record |= {f"{prefix}{place}{name}": sums[name] / count for name, count in of.items() if count}
     return record
 
 
 class CollapseGuard:
-    """Sees a model unlearn: mean -log p of positive responses rises above its start, that of negative ones faster.
-
-    Pushing responses down takes probability from all that resemble them. The first and the last ``WINDOW`` steps are
-    compared; the rise must exceed ``LEAST_RISE`` nats, and the noise as the curve's bends show it (a trend has none).
-    """
-
-    WINDOW, LEAST_RISE = 5, 0.1
+    """Sees a model unlearn: mean -log p of positive responses rises above its start, that of negative ones faster, from
+    the first to the last 5 steps; by more than 0.1 nats, and than the noise that the curve's bends show."""
 
     def __init__(self) -> None:
-        self.first: list[tuple[float, ...]] = []  # positive, negative
-        self.recent: deque[tuple[float, ...]] = deque(maxlen=40 * self.WINDOW)
+        self.first: list[list[float]] = []  # positive, negative
+        self.recent: deque[list[float]] = deque(maxlen=200)
         self.warned = False
 
     def rises(self, report: LossReport) -> str | None:
@@ -94,23 +78,17 @@ class CollapseGuard:
         tokens, nll = (report.token_sums[..., STATISTICS.index(name)].sum(0) for name in ("tokens", "nll"))
         if self.warned or not (tokens > 0).all() or not nll.isfinite().all():
             return None
-        self.recent.append(tuple((nll / tokens).tolist()))
-        if len(self.first) < self.WINDOW:
-            self.first.append(self.recent[-1])
-        window = min(self.WINDOW, len(self.recent) // 2)
-        if window < 2:
+        self.recent.append((nll / tokens).tolist())
+        self.first = [*self.first, self.recent[-1]][:5]
+        if (window := min(5, len(self.recent) // 2)) < 2:
             return None
         curve = np.array(self.recent)
         first, last = np.mean(self.first[:window], axis=0), curve[-window:].mean(0)
         noise = 0.6 * np.median(np.abs(np.diff(curve[:, 0], 2))) * math.sqrt(2 / window)  # of the rise
         rise, fall = last - first
-        if rise <= max(self.LEAST_RISE, (4.5 + 8 / (len(curve) - 2)) * noise) or fall <= rise:
-            return None
-        self.warned = True
-        return (
-            f"mean -log p of responses with positive advantage rose from {first[0]:.3g} to {last[0]:.3g}, of those "
-            f"with negative advantage from {first[1]:.3g} to {last[1]:.3g}: the model is collapsing"
-        )
+        self.warned = bool(rise > max(0.1, (4.5 + 8 / (len(curve) - 2)) * noise) and fall > rise)
+        text = f"{first[0]:.3g} to {last[0]:.3g}, of negative ones from {first[1]:.3g} to {last[1]:.3g}"
+        return f"the model collapses: mean -log p of positive responses rose from {text}" if self.warned else None
 
 
 # Dense bf16 peak of one device in TFLOP/s, by the name that the driver reports (NVIDIA's data sheets).
@@ -252,8 +230,7 @@ class Reporter:
         self._write(record)
         self.bar.update(1)
         if step == self.first_step + 1 and "unknown_q" in record:
-            text = "have no sampling log-prob (ends of responses): their coefficient is 1"
-            self.say(f"{record['unknown_q']} of {record['tokens']} tokens {text}")
+            self.say(f"{record['unknown_q']:.0f} of {record['tokens']} tokens, ends of responses, have no q: c = 1")
         if step % self.config.every == 0 and outcome.times.hint is not None:
             self.slow_steps += 1
             if self.slow_steps in (3, 30, 300):  # not a hiccup any more, and not a line a step

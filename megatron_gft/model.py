@@ -287,10 +287,7 @@ def build_model(
     head = HeadSettings(
         tau=objective.tau,
         coefficient=by_source(objective.coefficient or "rectified"),
-        eps_low=objective.eps_low,
-        eps_high=objective.eps_high,
-        ratio_dual_clip=objective.ratio_dual_clip,
-        shaping=objective.shaping,
+        **objective.model_dump(include={"eps_low", "eps_high", "ratio_dual_clip", "shaping"}),
         vocab_size=shape.vocab_size,
         fused=objective.fused_head,
         chunk_tokens=objective.head_chunk_tokens,

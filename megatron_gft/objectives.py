@@ -41,18 +41,12 @@ def by_source(value: T | Mapping[Source, T] | tuple[T | None, ...]) -> tuple[T |
 
 @functools.cache
 def user_coefficient(name: str) -> Callable[..., Any]:
-    """The function that ``module:function`` names.
-
-    Raises:
-        InputError: it cannot be imported, or is none.
-    """
+    """The function that ``module:function`` names; InputError when it cannot be imported, or is none."""
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # of whatever stands in the module
-        raise InputError(
-            f"objective.coefficient={name}: {error} -> name a function of a module on PYTHONPATH, module:function"
-        ) from error
+        raise InputError(f"objective.coefficient={name}: {error} -> module:function, on PYTHONPATH") from error
     if not callable(function):
         raise InputError(f"objective.coefficient={name}: a {type(function).__name__} -> name a function")
     return function
@@ -81,22 +75,14 @@ class Objective:
 EXPERT: tuple[Source, ...] = ("expert",)
 SELF: tuple[Source, ...] = ("self",)
 OBJECTIVES: dict[str, Objective] = {
-    "gft": Objective(
-        "c = 1 if p > tau else p; A = (r - mean) / std", "arXiv 2604.14258", "the method; watch for collapse"
-    ),
+    "gft": Objective("c = 1 if p > tau else p; A = (r - mean) / std", "arXiv 2604.14258", "watch for collapse"),
     "sft": Objective("c = 1; A = 1", "-", "experts are good and close to the model", "none", "none", EXPERT),
-    "dft": Objective(
-        "c = p; A = 1", "arXiv 2508.05629", "experts write unlike the model", "probability", "none", EXPERT
-    ),
-    "rft": Objective(
-        "c = 1; A = r, rows of r = 0 left out", "arXiv 2308.01825", "correct responses only: the safe baseline",
-        "none", "reward"),
+    "dft": Objective("c = p; A = 1", "arXiv 2508.05629", "experts unlike the model", "probability", "none", EXPERT),
+    "rft": Objective("c = 1; A = r, without rows of r = 0", "arXiv 2308.01825", "a safe start", "none", "reward"),
     "dft_correct": Objective(
-        "c = p; A = r, rows of r = 0 left out", "dft on what rft keeps", "the same, when the model should stay close",
-        "probability", "reward"),
+        "c = p; A = r, without rows of r = 0", "dft, on what rft keeps", "close to the model", "probability", "reward"),
     "gft_scaled": Objective(
-        "as gft; A < 0 times negative_scale (0.25)", "a study with this project", "gft collapses, or no rate suits it",
-        negative_scale=0.25),
+        "gft; A < 0 times negative_scale (0.25)", "found with this project", "gft collapses", negative_scale=0.25),
     "asymre": Objective(
         "c = 1; A = r - mean - baseline_shift (-0.1)", "arXiv 2506.20520", "old self samples without log-probs",
         "none", "mean_only", SELF, baseline_shift=-0.1),
@@ -104,20 +90,18 @@ OBJECTIVES: dict[str, Objective] = {
         "c = p/q, 0 where A > 0 and p/q > 1 + eps_high or A < 0 and p/q < 1 - eps_low; A as gft", "arXiv 2402.03300",
         "self samples with log-probs, a few updates old", "clipped_ratio", "std", SELF, normalize="sequences"),
     "dapo": Objective(
-        "as grpo with eps 0.2 / 0.28, per token, equal rewards skipped", "arXiv 2503.14476",
-        "grpo for long responses; with objective.cut_off=no_loss", "clipped_ratio", "std", SELF, eps_high=0.28,
+        "grpo with eps 0.2 / 0.28, per token, equal rewards skipped", "arXiv 2503.14476",
+        "grpo for long responses; objective.cut_off=no_loss", "clipped_ratio", "std", SELF, eps_high=0.28,
         zero_variance="skip"),
     "cispo": Objective(
         "c = min(p/q, 1 + eps_high); A as gft", "arXiv 2506.13585", "grpo whose rare tokens must keep their gradient",
         "truncated_ratio", "std", SELF, eps_high=4.0),
     "psft": Objective(
-        "c = p/q, 0 where p/q > 1 + eps_high; A = 1", "arXiv 2508.17784",
-        "sft in a trust region; q of the model at the start of the pass", "clipped_ratio", "none", EXPERT,
-        eps_low=0.28, eps_high=0.28),
+        "c = p/q, 0 where p/q > 1 + eps_high; A = 1", "arXiv 2508.17784", "sft in a trust region around its start (q)",
+        "clipped_ratio", "none", EXPERT, eps_low=0.28, eps_high=0.28),
     "luffy": Objective(
-        "expert, teacher: c = g p / (p + g)^2; self: c = p/q; A = r - mean", "arXiv 2504.14945",
-        "experts guide what the model samples", {"expert": "shaped", "teacher": "shaped", "self": "ratio"},
-        "mean_only"),
+        "self: c = p/q; others: c = g p / (p + g)^2; A = r - mean", "arXiv 2504.14945", "experts guide self samples",
+        {"expert": "shaped", "teacher": "shaped", "self": "ratio"}, "mean_only"),
     "chord_phi": Objective(
         "mu * (expert: c = p (1 - p); A = 1) + (1 - mu) * (self: grpo), each by its own tokens", "arXiv 2508.11408",
         "sft and grpo in one run", {"expert": "uncertainty", "self": "clipped_ratio"},
@@ -132,9 +116,7 @@ class HeadSettings:
     Attributes:
         tau: threshold of the rectification.
         coefficient: name of each token's, or ``module:function``; or one for each of ``SOURCES``.
-        eps_low, eps_high: p/q is clipped outside of [1 - eps_low, 1 + eps_high].
-        ratio_dual_clip: where A < 0, p/q is also clipped above this; None: it is not.
-        shaping: g of ``shaped``.
+        eps_low, eps_high, ratio_dual_clip, shaping: of the coefficients of p/q, and g of ``shaped``.
         vocab_size: true size of the vocabulary; rows of the output matrix beyond it are padding, get no
             probability and no gradient. None: there are none.
         fused: False takes Megatron's own linear layer and vocab-parallel cross entropy, which hold all logits.

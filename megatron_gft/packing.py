@@ -37,9 +37,7 @@ class Pack:
         sources: int8 [N], where the response comes from.
         advantages: float32 [N].
         response_index: int32 [N], the response's place among all responses of the step, dead ones included.
-        sampled_logprobs: float32 [N], log q of the label, NaN = unknown; None: no coefficient reads it.
-        reference_logprobs: float32 [N], log p_ref of the KL anchor, likewise.
-        anchor_weights: float32 [N], beta * u, 0 where the anchor does not apply; None: there is none.
+        sampled_logprobs, reference_logprobs, anchor_weights: float32 [N], as in ``gft.RowFacts``; None: not read.
         groups: places in the step of the groups in this pack, for messages.
     """
 
@@ -60,8 +58,7 @@ class Pack:
     @property
     def facts(self) -> RowFacts:
         """What the objective reads of the loss rows."""
-        known = (self.sampled_logprobs, self.reference_logprobs, self.anchor_weights)
-        return RowFacts(self.advantages, self.sources, *known)
+        return RowFacts(**{field.name: getattr(self, field.name) for field in fields(RowFacts)})
 
     def to(self, device: torch.device | str) -> Pack:
         """The pack with its tensors on ``device``; the layout stays on the host and caches per device."""
@@ -142,8 +139,7 @@ def build_pack(
         offsets: int [groups of the step + 1]: first response of each group among all responses of the step.
         response_weights: A * u of every response of the step, flat, groups in order, dead responses included.
         advantages: A, likewise.
-        anchors: beta * u, likewise; None: no KL anchor, and reference log-probs are not read.
-        sampled: the pack brings log q.
+        anchors: beta * u, likewise; None: no KL anchor. ``sampled``: the pack brings log q.
         pad_multiple, segment_multiple: as ``pad_multiple`` and ``alignment`` of the plan. Padding is a segment of
             its own, of token 0, without loss.
 
@@ -180,10 +176,6 @@ def build_pack(
     def joined(arrays: Sequence[np.ndarray], dtype: type = np.int64) -> Tensor:
         return torch.from_numpy(np.concatenate([np.empty(0, dtype), *arrays]))
 
-    anchored: dict[str, Tensor] = {}
-    if anchors is not None:
-        anchored["reference_logprobs"] = joined(builder.reference, np.float32)
-        anchored["anchor_weights"] = per_row(anchors.to(torch.float32)[index])
     return Pack(
         tokens=joined(builder.tokens),
         position_ids=joined(builder.positions),
@@ -196,7 +188,8 @@ def build_pack(
         response_index=per_row(index.to(torch.int32)),
         groups=tuple(sorted({group for group, _ in plan.items})),
         sampled_logprobs=joined(builder.sampled, np.float32) if sampled else None,
-        **anchored,
+        reference_logprobs=None if anchors is None else joined(builder.reference, np.float32),
+        anchor_weights=None if anchors is None else per_row(anchors.to(torch.float32)[index]),
     )
 
 

@@ -176,8 +176,9 @@ class Trainer:
         if self.config.train.collapse == "off" or (found := self.guard.rises(report)) is None:
             return
         lr, scale = self.config.optimizer.lr, self.config.objective.negative_scale
-        out = f"lower optimizer.lr (now {lr:g}), or objective.negative_scale (now {scale:g}; try 0.25)"
-        text = f"step {self.state.step}: {found} -> {out}"
+        text = (
+            f"step {self.state.step}: {found} -> lower optimizer.lr={lr:g} or objective.negative_scale={scale:g} (0.25)"
+        )
         if self.config.train.collapse == "stop":
             raise TrainingStopped(f"{text}; train.collapse=warn goes on")
         self._log(f"warning: {text}; train.collapse=stop would end the run")

@@ -129,10 +129,11 @@ def _objective(config: Config) -> Iterator[str]:
     sources = o.sources or []
     if len(set(sources)) != len(sources):
         yield f"objective.sources={sources}: a source is named twice -> once"
-    yield from _anchor(config)
     for key, value in {"coefficient": o.coefficient, "advantage": o.advantage}.items():
         if missing := [s for s, of in zip(SOURCES, by_source(value), strict=True) if s in sources and of is None]:
             yield f"objective.{key}={value}: none for {', '.join(missing)}, which objective.sources names -> name one"
+    if o.beta and o.reference is None:
+        yield f"objective.beta={o.beta}: the KL anchor has no model -> set objective.reference to its log-probs' name"
     if o.baseline_shift and {*by_source(o.advantage)} & {"none", "reward"}:
         yield f"objective.baseline_shift={o.baseline_shift}: {o.advantage} has no baseline -> mean_only or std"
     if by_source(o.advantage)[0] not in ("none", "reward") and sources == ["expert"]:
@@ -140,14 +141,6 @@ def _objective(config: Config) -> Iterator[str]:
             f"objective.advantage={o.advantage}: over a single expert per group it is the reward alone -> set it to "
             "none, or add to objective.sources"
         )
-
-
-def _anchor(config: Config) -> Iterator[str]:
-    o = config.objective
-    if o.beta and o.reference is None:
-        yield f"objective.beta={o.beta}: the KL anchor has no model -> set objective.reference to its log-probs' name"
-    if o.beta and not set(o.kl_sources) & set(o.sources or []):
-        yield f"objective.kl_sources={o.kl_sources}: none of them is in objective.sources={o.sources} -> name one"
 
 
 def _optimizer(config: Config) -> Iterator[str]:

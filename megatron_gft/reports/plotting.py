@@ -58,7 +58,6 @@ PANELS = (
     Panel("share of tokens with p <= tau", "rectified"),
     Panel("entropy", "entropy"),
     Panel("KL to the reference", "kl"),
-    Panel("mean |log p - log q|", "sampling_gap"),
     Panel("share of clipped p / q", "clipped"),
     Panel("learning rate", "lr"),
     Panel("groups without signal", "dead_groups"),

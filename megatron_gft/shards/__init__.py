@@ -1,7 +1,7 @@
 """Group shards: tokens of groups on disk. What other packages use stands here."""
 
 from megatron_gft.shards.manifest import TokenizerStamp, check_sets, expand_shards
-from megatron_gft.shards.reader import Group, GroupShard, GroupTable, LogprobNames
+from megatron_gft.shards.reader import Group, GroupShard, GroupTable
 from megatron_gft.shards.verification import verify_shards
 from megatron_gft.shards.writer import GroupShardWriter, tokenizer_stamp
 
@@ -10,7 +10,6 @@ __all__ = [
     "GroupShard",
     "GroupShardWriter",
     "GroupTable",
-    "LogprobNames",
     "TokenizerStamp",
     "check_sets",
     "expand_shards",

@@ -139,11 +139,8 @@ class ShardManifest(_Part):
     @property
     def fingerprint(self) -> str:
         """Hex sha256 of what training reads: tokens, index, rewards in force, log-probs. No names, no provenance."""
-        names = {
-            "rewards": self.judgement.rewards_file,
-            "logprobs": self.logprob_files.get("sampled"),
-            "bin": self.tokens_file,
-        }
+        names = {"rewards": self.judgement.rewards_file, "bin": self.tokens_file}
+        names["logprobs"] = self.logprob_files.get("sampled", "")
         names["idx"] = self.tokens_file.removesuffix("bin") + "idx"
         hashes = {role: self.files[name].sha256 for role, name in names.items() if name}
         return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
@@ -217,11 +214,8 @@ def _check_names(prefix: str | Path, manifest: ShardManifest) -> None:
     stem, files = Path(prefix).name, manifest.files
     if not {f"{stem}.bin", f"{stem}.idx"} <= files.keys():
         raise InputError(f"{path}: lists the files of another prefix -> give it its name back, shards keep theirs")
-    sidecars = [
-        *manifest.logprob_files.values(),
-        manifest.judgement.outcomes_file,
-        *(of.rewards_file for of in manifest.judgements),
-    ]
+    sidecars = [manifest.judgement.outcomes_file, *(of.rewards_file for of in manifest.judgements)]
+    sidecars += manifest.logprob_files.values()
     needed = {f"{stem}.meta.bin", f"{stem}.meta.idx", *(name for name in sidecars if name is not None)}
     odd = {name for name in files if not name.startswith(f"{stem}.") or "/" in name or "\0" in name}
     if wrong := sorted((needed - files.keys()) | odd):

@@ -19,7 +19,7 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -56,13 +56,6 @@ class Group:
     ended: np.ndarray | None = None
 
 
-class LogprobNames(NamedTuple):
-    """Names in the manifest of the log-probs that a reader brings; None: none."""
-
-    sampled: str | None = "sampled"
-    reference: str | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class GroupTable:
     """Lengths, sources and rewards of N groups with M responses in all; no token.
@@ -85,7 +78,7 @@ class GroupTable:
 
     @classmethod
     def of_groups(cls, groups: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> GroupTable:
-        """Of groups given one by one: (prompt length, response lengths, sources, rewards); all responses end."""
+        """Of groups given one by one: (prompt length, response lengths, sources, rewards); all end."""
         prompts, lengths, sources, rewards = zip(*groups, strict=True)
         return cls(
             np.array(prompts, np.int32),
@@ -117,9 +110,9 @@ class GroupTable:
     def select(self, keep: np.ndarray) -> GroupTable:
         """The groups with those responses where ``keep`` (bool [M]) is true."""
         kept_before = np.concatenate([[0], np.cumsum(keep)])
-        columns = (self.response_lengths, self.sources, self.rewards, self.ended)
-        kept = (column[keep] if len(column) else column for column in columns)
-        return GroupTable(self.prompt_lengths, kept_before[self.offsets], *kept)
+        ended = self.ended[keep] if len(self.ended) else self.ended
+        columns = (self.response_lengths[keep], self.sources[keep], self.rewards[keep], ended)
+        return GroupTable(self.prompt_lengths, kept_before[self.offsets], *columns)
 
 
 def _runs(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -134,14 +127,14 @@ class GroupShard:
 
     Args:
         prefix: of the shard's files.
-        names: the log-probs that a group brings; None: those of the model that sampled it.
+        names: of the log-probs that a group brings, sampled and reference; None: none.
 
     Raises:
         InputError: a file is missing, damaged or does not match the manifest.
     """
 
-    def __init__(self, prefix: str | Path, names: LogprobNames | None = None):
-        self.names = names or LogprobNames()
+    def __init__(self, prefix: str | Path, names: tuple[str | None, str | None] = ("sampled", None)):
+        self.names = names
         self.prefix = str(prefix).removesuffix(".json")
         self.manifest: ShardManifest = read_manifest(self.prefix)
         check_files(self.prefix, self.manifest)
@@ -182,7 +175,7 @@ class GroupShard:
         if found != told:
             raise InputError(f"{self.prefix}.idx: holds {found}, the manifest says {told} -> preprocess again")
 
-    def __reduce__(self) -> tuple[type[GroupShard], tuple[str, LogprobNames]]:
+    def __reduce__(self) -> tuple[type[GroupShard], tuple[Any, ...]]:
         return GroupShard, (self.prefix, self.names)  # data-loader workers open the files themselves
 
     def __len__(self) -> int:
@@ -221,9 +214,8 @@ class GroupShard:
             logprobs = [known if known is None else _pieces(known[before:], lengths[1:]) for known in self._logprobs]
             rewards = self.rewards[response : response + len(responses)].copy()
             ended = tokens[np.cumsum(lengths)[1:] - 1] == self.manifest.tokenizer.eos_id
-            return Group(
-                prompt, responses, self._modes[first + 1 : end].copy(), rewards, logprobs[0], logprobs[1], ended
-            )
+            sources = self._modes[first + 1 : end].copy()
+            return Group(prompt, responses, sources, rewards, logprobs[0], logprobs[1], ended)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -274,10 +266,8 @@ class GroupShard:
             return [names[code] for code in self._outcome_codes[first - i : end - i - 1].tolist()]
 
     def table(self, groups: np.ndarray | None = None, *, ends: bool = False) -> GroupTable:
-        """Lengths, sources and rewards of groups (int64 [N], any order, repeats allowed; None = all).
-
-        With ``ends`` also whether responses end with EOS: that reads the last token of each, unless all do.
-        """
+        """Lengths, sources and rewards of groups (int64 [N], any order, repeats allowed; None = all); with ``ends``
+        also whether responses end with EOS, which reads the last token of each unless all do."""
         groups = np.arange(len(self)) if groups is None else groups
         with self._reading():
             prompts, after = self._documents[groups], self._documents[groups + 1]
