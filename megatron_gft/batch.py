@@ -53,7 +53,7 @@ class StepBatch:
 
     ``weights``, ``advantages`` and ``anchors`` (beta * u) are per response of the step in order (float64, [N]);
     ``offsets`` gives the first response of each group. Responses that do not train have length 0 in ``lengths``.
-    ``denominator`` is D. Dead groups may have anchors.
+    ``denominator`` is D.
     """
 
     groups: np.ndarray

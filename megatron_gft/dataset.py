@@ -183,7 +183,6 @@ def build_group_datasets(
         tokenizer_fingerprint: of the model's tokenizer; None skips the check.
         vocab_size: rows of the model's embedding; None skips the check.
         limits: longest prompts and responses, and what to do with longer ones.
-        logprobs: ``GroupShard.names``.
 
     Raises:
         InputError: missing, damaged, repeated or mixed shards, another tokenizer, an impossible split, over-long

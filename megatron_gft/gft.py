@@ -8,9 +8,8 @@ Nothing here knows of Megatron or of processes. With rewards r_k of the K respon
 
 so the gradient weight of SFT, 1/p, becomes 1/p where p > tau and 1 elsewhere: the gradient is that of
 -A log p, respectively -A p. ``A_k * u_k`` and ``D`` depend on rewards and lengths alone: they are known before
-any forward (:func:`response_weights`), and the model's part is a weighted cross entropy.
-
-Its relatives (``objectives.OBJECTIVES``) have another A, or another c, which may read q, p of the model that sampled.
+any forward (:func:`response_weights`), and the model's part is a weighted cross entropy. Relatives of GFT
+(``objectives.OBJECTIVES``) have another A, or another c, which may read q, the p of the model that sampled.
 
 Shapes: N responses, T tokens.
 """

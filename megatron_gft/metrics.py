@@ -65,8 +65,9 @@ def loss_record(report: LossReport, *, with_entropy: bool, prefix: str = "") -> 
 
 
 class CollapseGuard:
-    """Sees a model unlearn: mean -log p of positive responses rises above its start, that of negative ones faster, from
-    the first to the last 5 steps; by more than 0.1 nats, and than the noise that the curve's bends show."""
+    """Sees a model unlearn: mean -log p of positive responses rises above its start, that of negative ones faster.
+
+    The last 5 steps against the first one, and against the first 5; the curve's bends tell how much is noise."""
 
     def __init__(self) -> None:
         self.first: list[list[float]] = []  # positive, negative
@@ -83,12 +84,16 @@ class CollapseGuard:
         if (window := min(5, len(self.recent) // 2)) < 2:
             return None
         curve = np.array(self.recent)
-        first, last = np.mean(self.first[:window], axis=0), curve[-window:].mean(0)
-        noise = 0.6 * np.median(np.abs(np.diff(curve[:, 0], 2))) * math.sqrt(2 / window)  # of the rise
-        rise, fall = last - first
-        self.warned = bool(rise > max(0.1, (4.5 + 8 / (len(curve) - 2)) * noise) and fall > rise)
-        text = f"{first[0]:.3g} to {last[0]:.3g}, of negative ones from {first[1]:.3g} to {last[1]:.3g}"
-        return f"the model collapses: mean -log p of positive responses rose from {text}" if self.warned else None
+        noise = (4.5 + 8 / (len(curve) - 2)) * 0.6 * np.median(np.abs(np.diff(curve[:, 0], 2)))
+        last = curve[-window:].mean(0)
+        for steps, spread in ((1, 1 + 1 / window), (window, 2 / window)):
+            start = np.mean(self.first[:steps], axis=0)
+            rise, other = last - start
+            if rise > max(0.02 + 0.05 * start[0], noise * math.sqrt(spread)) and other > rise:
+                self.warned = True
+                text = f"{start[0]:.3g} to {last[0]:.3g}, of negative ones from {start[1]:.3g} to {last[1]:.3g}"
+                return f"the model collapses: mean -log p of positive responses rose from {text}"
+        return None
 
 
 # Dense bf16 peak of one device in TFLOP/s, by the name that the driver reports (NVIDIA's data sheets).

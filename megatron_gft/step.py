@@ -27,7 +27,6 @@ from megatron_gft.timing import ForwardTimer, RankTimes
 
 SIGNS = ("positive", "negative")
 STATISTICS = ("tokens", "loss", "nll", "probability", "rectified", "abs_advantage", "entropy")
-# Where the published loss is not the surrogate, or log-probs of other models are read.
 MORE_STATISTICS = ("published_loss", "unknown_q", "known_q", "sampling_gap", "clipped", "anchored", "kl")
 
 

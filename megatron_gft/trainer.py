@@ -175,10 +175,8 @@ class Trainer:
         """Warn once, or stop, where the model unlearns what it should learn; every rank sees the same."""
         if self.config.train.collapse == "off" or (found := self.guard.rises(report)) is None:
             return
-        lr, scale = self.config.optimizer.lr, self.config.objective.negative_scale
-        text = (
-            f"step {self.state.step}: {found} -> lower optimizer.lr={lr:g} or objective.negative_scale={scale:g} (0.25)"
-        )
+        lr = self.config.optimizer.lr
+        text = f"step {self.state.step}: {found} -> lower optimizer.lr={lr:g}, or objective.negative_scale (0.25)"
         if self.config.train.collapse == "stop":
             raise TrainingStopped(f"{text}; train.collapse=warn goes on")
         self._log(f"warning: {text}; train.collapse=stop would end the run")

@@ -91,12 +91,12 @@ def validation(records: list[dict]) -> dict[int, float]:
 
 
 def test_a_destructive_rate_is_noticed_before_validation_is_halved(learned, tmp_path):
-    destructive = ("optimizer.lr=2e-3", "train.epochs=40")
+    destructive = ("optimizer.lr=6e-3", "train.epochs=30")
     ended, records, said = run_from(learned, tmp_path / "warn", *destructive)
     by_step = validation(records)
     halved = next(step for step, p in by_step.items() if p < by_step[2] / 2)
     [warning] = [line for line in said if "collapses" in line]
-    assert ended == "finished" and "objective.negative_scale" in warning and "optimizer.lr=0.002" in warning
+    assert ended == "finished" and "objective.negative_scale" in warning and "optimizer.lr=0.006" in warning
     warned = int(warning.split("step ")[1].split(":")[0])
     assert warned < halved
     ended, records, _ = run_from(learned, tmp_path / "stop", *destructive, "train.collapse=stop")
@@ -132,7 +132,7 @@ STEPS = np.arange(40)
         pytest.param(1 + 0.05 * STEPS, 2 + 0.1 * STEPS, True, id="both rise, negatives faster"),
         pytest.param(1 + 0.05 * STEPS, 2 + 0.02 * STEPS, False, id="negatives slower: forgetting of another kind"),
         pytest.param(1 - 0.01 * STEPS, 2 + 0.1 * STEPS, False, id="as it should be"),
-        pytest.param(1 + 0.002 * STEPS, 2 + 0.1 * STEPS, False, id="less than the least rise"),
+        pytest.param(1 + 0.001 * STEPS, 2 + 0.1 * STEPS, False, id="less than the least rise"),
         pytest.param(1 - abs(np.sin(STEPS / 8)) / 2, 2 - abs(np.sin(STEPS / 8)), False, id="back to the start"),
         pytest.param(1 + 0.05 * STEPS, [None] * 40, False, id="no negative ones"),
         pytest.param(np.where(STEPS == 5, np.nan, 1.0), 2 + 0.0 * STEPS, False, id="a step that is not finite"),

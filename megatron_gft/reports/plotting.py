@@ -57,8 +57,6 @@ PANELS = (
     Panel("mean p, negative advantage", "{}/negative/probability"),
     Panel("share of tokens with p <= tau", "rectified"),
     Panel("entropy", "entropy"),
-    Panel("KL to the reference", "kl"),
-    Panel("share of clipped p / q", "clipped"),
     Panel("learning rate", "lr"),
     Panel("groups without signal", "dead_groups"),
     Panel("tokens per second", "tokens_per_second"),
