@@ -30,6 +30,7 @@ from megatron_gft.objectives import (
     ZeroVariance,
     by_source,
 )
+from megatron_gft.reading import lfs_hint
 
 
 class Section(pydantic.BaseModel):
@@ -302,18 +303,29 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
             raise InputError(f"override {override!r}: not of the form section.key=value")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise InputError(f"override {override!r}: the value is not valid YAML") from None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise InputError(f"override {override[:80]!r}: the value is not valid YAML") from None
         _set(tree, key.split("."), value)
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
         problems = [problem for problem in error.errors() if "dict[" not in str(problem["loc"][-1])]  # of a union
-        raise InputErrors("configuration", list(map(_explain, problems))) from None
+        heading = " ".join(["configuration", *map(str, files)])
+        raise InputErrors(heading, list(map(_explain, problems))) from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-6`` as a string; people who write learning rates mean a number."""
+    """YAML 1.1 reads ``1e-6`` as a string; people who write learning rates mean a number. A key given twice, of which
+    YAML takes the last, is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -333,8 +345,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise InputError(f"{path}: cannot read the configuration ({error.strerror}) -> pass --config FILE") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date, a huge number
+        raise InputError(f"{path}: not valid YAML: {error}{lfs_hint(path)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: a configuration is a mapping of sections, this is {type(value).__name__}")
     return value
@@ -368,11 +380,13 @@ def all_keys() -> list[str]:
 def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"] if not re.search(r"\[|^(constrained-)?str$", str(part)))
     if problem["type"] == "extra_forbidden":
-        known = all_keys() + list(Config.model_fields)
-        leaf = where.rsplit(".", 1)[-1]
-        leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
-        near = nearest(where, known) or leaves.get(nearest(leaf, leaves, 0.75) or "")
-        hint = f"did you mean {near}?" if near else "see docs/configuration.md for the known keys"
+        section, _, leaf = where.rpartition(".")
+        known = all_keys() if section else [*Config.model_fields, *all_keys()]
+        siblings = [key for key in known if key.rpartition(".")[0] == section]
+        leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
+        alike = leaves.get(leaf) or nearest(where, siblings)
+        near = alike or leaves.get(nearest(leaf, leaves, 0.75) or "") or nearest(where, known)
+        hint = f"did you mean {near}?" if near else f"known there: {', '.join(siblings)} (docs/configuration.md)"
         return f"{where}: unknown key -> {hint}"
     if problem["type"] == "missing":
         return f"{where}: missing -> set it in the configuration file or as {where}=..."

@@ -30,14 +30,17 @@ class InputError(ValueError):
 
 
 class InputErrors(InputError):
-    """Several problems found in one pass, reported together."""
+    """Several problems found in one pass, reported together: all, or the first ``shown`` (a wrong folder has one for
+    each of its tensors)."""
 
-    def __init__(self, heading: str, problems: Sequence[str]):
-        self.heading, self.problems = heading, list(problems)
-        super().__init__(f"{heading} ({len(self.problems)}):\n" + "\n".join(f"  - {p}" for p in self.problems))
+    def __init__(self, heading: str, problems: Sequence[str], shown: int | None = None):
+        self.heading, self.problems, self.shown = heading, list(problems), shown
+        lines = self.problems if shown is None or len(problems) <= shown + 1 else self.problems[:shown]
+        more = [f"and {len(problems) - len(lines)} more"] if len(lines) < len(problems) else []
+        super().__init__(f"{heading} ({len(problems)}):\n" + "\n".join(f"  - {p}" for p in [*lines, *more]))
 
     def __reduce__(self) -> tuple:  # it can come from another process
-        return type(self), (self.heading, self.problems)
+        return type(self), (self.heading, self.problems, self.shown)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -46,7 +49,8 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Turn a tool's ``main(argv=None)`` into one that returns 2 with one message on :class:`InputError`.
+    """Turn a tool's ``main(argv=None)`` into one that returns 2 with one message on :class:`InputError`, and when the
+    system refuses a file that it names.
 
     Ctrl-C gives a line and 130; every tool may be run again then, and goes on where it keeps finished work.
 
@@ -62,6 +66,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
+            return EXIT_BAD_INPUT
+        except OSError as error:  # of a file: no permission, a folder in its place, a loop of links, a full disk
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror} -> see to this file", file=sys.stderr, flush=True)
             return EXIT_BAD_INPUT
         except KeyboardInterrupt:
             print("interrupted -> run the same command again to go on", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.reading import refuse_damage
 
 MODEL_FILES = tuple("*.json *.jinja *.model *.tiktoken *.txt *.safetensors *.bin *.py *chat_templates".split())
 """What transformers may open in a folder."""
@@ -64,7 +65,7 @@ def from_folder(
         problem: what to say when it fails, and ``remedy`` what to do about it.
 
     Raises:
-        InputError: from all that transformers raises.
+        InputError: from all that transformers raises; a damaged file is named.
     """
     check_folder(Path(folder), MODEL_FILES)
     try:
@@ -75,4 +76,6 @@ def from_folder(
         if "trust_remote_code" in str(error):
             problem, error = f"{problem} without its own code", ValueError("auto_map names Python files")
             remedy = "read them; to run them: --trust-remote-code (in a source: trust_remote_code=true)"
+        else:
+            refuse_damage(folder)
         raise InputError(f"{folder}: {problem} ({error or type(error).__name__}) -> {remedy}") from error

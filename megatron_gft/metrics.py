@@ -155,8 +155,8 @@ def _json_lines(path: Path, resume_step: int, closing: ExitStack) -> Sink:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")  # a line cut off when the process died
 
 

@@ -33,6 +33,7 @@ from megatron_gft.chat_template import (
 )
 from megatron_gft.errors import InputError
 from megatron_gft.folders import from_folder
+from megatron_gft.reading import absence
 from megatron_gft.sentencepiece_model import load_sentencepiece
 
 _CACHED_WORDS = 200_000  # 10 to 15 % faster than 10000 on English text; some 20 MB
@@ -307,7 +308,7 @@ def load_tokenizer(
     if Path(path).is_dir():
         return HuggingFaceTokenizer(path, _load_hugging_face(path, trust_remote_code), chat_template, add_bos)
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such tokenizer -> give a Hugging Face folder or a SentencePiece .model file")
+        raise InputError(f"{path}: no such tokenizer (folder or SentencePiece .model): {absence(path)}")
     return SentencePieceTokenizer(path, chat_template, add_bos)
 
 

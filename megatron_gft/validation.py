@@ -16,6 +16,7 @@ from megatron_gft.config import Config
 from megatron_gft.errors import InputErrors
 from megatron_gft.hf.shape import ModelShape, shape_problems
 from megatron_gft.objectives import SOURCES, by_source
+from megatron_gft.reading import absence
 
 # What Megatron-Core imports from apex, as paths inside the package.
 APEX_MODULES = ("optimizers", "multi_tensor_apply")
@@ -181,10 +182,10 @@ def _run(config: Config, world_size: int, training: bool) -> Iterator[str]:
     if config.profile.steps and beyond:
         yield f"profile.ranks={beyond}: ranks go from 0 to {world_size - 1} -> choose among them"
     origin = config.checkpoint.init_from
-    if training and origin is not None and not Path(origin.removeprefix("hf:")).is_dir():
+    folder = (origin or "").removeprefix("hf:")
+    if training and origin is not None and not Path(folder).is_dir():
         yield (
-            f"checkpoint.init_from={origin}: no such folder -> hf:DIR for a Hugging Face model, DIR for a Megatron "
-            "checkpoint"
+            f"checkpoint.init_from={origin}: {absence(folder)}; hf:DIR for a Hugging Face model, DIR for a checkpoint"
         )
 
 

@@ -144,7 +144,7 @@ def test_limits_drop_or_truncate_what_exceeds(shards, policy, limit):
     limits = LengthLimits(**limit, policy=policy)
     names = [str(shards / "math*")]
     if policy == "truncate" and limits.max_sequence_tokens == 5:  # some prompts alone have more
-        with pytest.raises(InputError, match="raise the limit, or drop"):
+        with pytest.raises(InputError, match="raise the limit, or data.overlong=drop"):
             build_group_datasets(names, limits=limits)
         return
     expected, changed = [], 0

@@ -398,7 +398,7 @@ def test_model_vocabulary_must_hold_the_tokenizer(tmp_path, folder, tokenizer):
         if fits:
             assert run(tmp_path, folder, random_records(2), name, model=str(tmp_path)).groups == 2
         else:
-            with pytest.raises(InputError, match="has a vocabulary of"):
+            with pytest.raises(InputError, match="has an embedding of"):
                 run(tmp_path, folder, random_records(2), name, model=str(tmp_path))
 
 

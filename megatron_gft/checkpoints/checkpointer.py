@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import inspect
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -34,18 +33,20 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_gft.atomic import write_json
-from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
+from megatron_gft.checkpoints.compat import loadable_sharded_state_dict, misfits
 from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, publish
 from megatron_gft.checkpoints.starts import CONFIG_FILE
 from megatron_gft.checkpoints.torch_dist import replace_results_queue
 from megatron_gft.checkpoints.verification import describe_files, verify_checkpoint
 from megatron_gft.config import Config
-from megatron_gft.errors import InputError
+from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
+from megatron_gft.hf.safetensors_io import refuse_nonfinite
 from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.model import unwrap
 from megatron_gft.optimizer import load_optimizer_state
 from megatron_gft.parallel import Parallel
+from megatron_gft.reading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +270,18 @@ class Checkpointer:
             load_optimizer_state(self.optimizer, loaded["optimizer"])
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
-        return RunState(**json.loads((path / STATE_FILE).read_text()))
+        return _read_state(path / STATE_FILE)
+
+
+def _read_state(path: Path) -> RunState:
+    values = read_json(path, "set checkpoint.resume=previous")
+    for name, default in asdict(RunState()).items():
+        if name in values and type(values[name]) is not type(default):
+            raise InputError(f"{path}: {name} is {str(values[name])[:40]!r} -> set checkpoint.resume=previous")
+    try:
+        return RunState(**values)
+    except TypeError as error:
+        raise InputError(f"{path}: not the state of a run ({error}) -> set checkpoint.resume=previous") from None
 
 
 def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) -> None:
@@ -284,14 +296,35 @@ def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) 
 
 def _load(path: Path, state: dict[str, Any], chunks: list[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
     """What ``state`` asks for; the weights in it are put into the chunks."""
-    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(path)), parallel.dp_cp_group)
+    state = loadable_sharded_state_dict(state, path)
+    if problems := {problem for found in gather_results(lambda: list(misfits(state, path))) for problem in found}:
+        raise InputErrors(f"{path}: its tensors are not those of this model", sorted(problems), shown=12)
+    read_json(path / "metadata.json", "use another checkpoint")
     try:
-        loaded = dist_checkpointing.load(loadable_sharded_state_dict(state, path), str(path), strategy)
+        reading = get_default_load_sharded_strategy(str(path))
+        strategy = FullyParallelLoadStrategyWrapper(reading, parallel.dp_cp_group)
+        loaded = dist_checkpointing.load(state, str(path), strategy)
     except (CheckpointingException, CheckpointException) as error:  # the latter, torch's, is a BaseException
-        raise InputError(f"{path}: does not fit this model and optimizer: {error}") from error
+        raise InputError(f"{path}: does not fit this model and optimizer, or is damaged: {_cause(error)}") from error
+    except Exception as error:  # of damaged bytes torch's, zip's and pickle's readers raise anything
+        cure = "use another checkpoint"
+        raise InputError(f"{path}: metadata.json, common.pt or a *.distcp is damaged ({error}) -> {cure}") from error
     for key, chunk in _by_key(chunks):
         unwrap(chunk).load_state_dict(loaded[key], strict=False)
+    gather_results(lambda: _refuse_nonfinite(path, chunks))
     return loaded
+
+
+def _cause(error: BaseException) -> str:
+    """torch's exception for all ranks says only which of them failed; this is what happened on the first one."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return str(next(iter(failures.values()))[0] if failures else error)
+
+
+def _refuse_nonfinite(path: Path, chunks: list[torch.nn.Module]) -> None:
+    for chunk in chunks:
+        for name, parameter in unwrap(chunk).named_parameters():
+            refuse_nonfinite(parameter, f"{path}: {name}")
 
 
 def _async_strategy(save: Any) -> dict[str, str]:

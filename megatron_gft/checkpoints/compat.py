@@ -13,7 +13,7 @@ ones, which is said in so many words.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,26 @@ def _optimizer_form(keys: Collection[str]) -> str | None:
         return None
     other = f"optimizer.distributed=false, model.precision={'bf16' if 'fp32_param' in kinds else 'fp32'}"
     return f"the state of {'optimizer.distributed=true' if 'param' in kinds else other}"
+
+
+def misfits(state: dict[str, Any], checkpoint: str | Path) -> Iterator[str]:
+    """Every tensor that ``state`` asks for and the checkpoint has in another shape, or not at all.
+
+    Megatron says of these at most which ranks failed. Rows of a vocabulary may differ by their padding.
+    """
+    stored = TorchDistReader(checkpoint).tensors
+    for value in nested_values(state):
+        parts = nested_values({"": value.build()}) if isinstance(value, ShardedTensorFactory) else [value]
+        for part in parts:
+            if not isinstance(part, ShardedTensor):
+                continue
+            if part.key not in stored:
+                yield f"{part.key} is missing"
+                continue
+            found, wanted = tuple(stored[part.key].size), tuple(part.global_shape)
+            free = 1 if part.allow_shape_mismatch else 0
+            if found[free:] != wanted[free:] or len(found) != len(wanted):
+                yield f"{part.key} is {list(found)}, this model and its optimizer make it {list(wanted)}"
 
 
 def _loadable(state: dict[str, Any], tensors: set[str], objects: set[str]) -> dict[str, Any]:

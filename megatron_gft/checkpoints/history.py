@@ -129,7 +129,7 @@ def find_damage(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     try:
         expected: Files = json.loads((path / FILES_FILE).read_text(encoding="utf-8"))
         expected = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in expected.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return [f"{FILES_FILE}: damaged ({error!r})"]
     problems = []
     for name in sorted(expected)[part::parts]:

@@ -233,7 +233,7 @@ class TorchDistReader:
         self._reader = dcp.FileSystemReader(self.folder)
         try:
             metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+        except Exception as error:  # of damaged bytes pickle raises anything
             raise InputError(f"{folder}/.metadata: damaged ({error}) -> use another checkpoint") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored = metadata.state_dict_metadata
@@ -257,10 +257,15 @@ class TorchDistReader:
             raise InputError(f"{self.folder}: {key}{list(index)} is stored only in part -> use another checkpoint")
         try:
             self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # of damaged bytes torch's, zip's and pickle's readers raise anything
             file = self._reader.storage_data[items[0].storage_index].relative_path
             raise InputError(f"{self.folder / file}: damaged or missing ({error}) -> use another checkpoint") from error
         return target.view(part.sizes[len(index) :])
+
+    def file_of(self, key: str, index: tuple[int, ...]) -> Path:
+        """The file with the beginning of ``key[index]``."""
+        offset = self._near(key, index).chunks[0].offsets
+        return self.folder / self._reader.storage_data[MetadataIndex(key, offset)].relative_path
 
     def _near(self, key: str, index: tuple[int, ...]) -> TensorStorageMetadata:
         """The metadata of ``key`` with the chunks of one layer only: torch compares all of them on every read."""

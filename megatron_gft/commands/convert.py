@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_gft.commands.numbers import number
 from megatron_gft.errors import command
 from megatron_gft.hf.shape import DTYPES
 
@@ -33,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     to_hf = commands.add_parser("megatron-to-hf", help="Megatron checkpoint to Hugging Face folder")
     to_hf.add_argument("--checkpoint", required=True, help="torch_dist checkpoint, or a run folder: its newest")
     to_hf.add_argument("--hf", help="configuration and tokenizer; default: those the checkpoint carries (hf/)")
-    to_hf.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a safetensors file (default 5)")
+    to_hf.add_argument("--max-shard-gb", type=number(high=10**6), default=5.0, help="of a safetensors file (default 5)")
     for sub in (to_megatron, to_hf):
         sub.add_argument("--output", required=True, help="folder to make; it must not exist")
         sub.add_argument("--dtype", choices=DTYPES, help="of the written tensors (default: kept)")

@@ -7,6 +7,7 @@ import os
 
 from megatron_gft.atomic import check_output
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
+from megatron_gft.commands.numbers import count
 from megatron_gft.errors import TRUST_HELP, command
 
 EPILOG = """example:
@@ -22,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--problems", nargs="+", required=True, help="JSONL, parquet, group file, dataset folder")
     parser.add_argument("--output", help="write the result as JSON")
-    parser.add_argument("--limit", type=int, help="use only the first problems")
+    parser.add_argument("--limit", type=count(), help="use only the first problems")
     parser.add_argument("--split", default="test", help="split of a dataset folder (default %(default)s)")
     parser.add_argument("--prompt-column", help="default: prompt, question, problem or messages")
     parser.add_argument("--answer-column", help="gold answer (default: answer)")
@@ -30,14 +31,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-template", help="text with {prompt} in it, put around every prompt")
     parser.add_argument("--no-greedy", action="store_true", help="no greedy accuracy")
     parser.add_argument("--no-reference", action="store_true", help="no log-probs of reference answers")
-    parser.add_argument("--samples", type=int, default=0, help="samples per problem for pass@k (default none)")
-    parser.add_argument("--pass-at", type=int, nargs="+", default=[1], help="the k of pass@k (default 1)")
+    parser.add_argument("--samples", type=count(0, 10**6), default=0, help="of a problem, for pass@k (default none)")
+    parser.add_argument("--pass-at", type=count(), nargs="+", default=[1], help="the k of pass@k (default 1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (default %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="of the samples (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="longest response (default %(default)s)")
+    parser.add_argument("--max-tokens", type=count(), default=512, help="longest response (default %(default)s)")
     parser.add_argument("--stop", action="append", default=[], help="text that ends a response; may be repeated")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="responses at a time (default %(default)s)")
+    parser.add_argument("--seed", type=count(0), default=0, help="of the samples (default %(default)s)")
+    parser.add_argument("--batch-size", type=count(high=10**6), default=16, help="responses (default %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on a CPU")
     parser.add_argument("--device", help="default: cuda when there is one")
     parser.add_argument("--chat-template", help="template file, or none for raw text; default: the folder's own")
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--template-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=TEMPLATE_KWARGS_HELP)
     parser.add_argument("--verifier", default="math", help="name or module:function (default %(default)s)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the verifier")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="of the verifier")
+    parser.add_argument("--workers", type=count(high=1024), default=os.cpu_count() or 1, help="of the verifier")
     parser.add_argument("--time-limit", type=float, default=10.0, help="of the verifier, seconds per response")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
+from megatron_gft.commands.numbers import count
 from megatron_gft.errors import command
 
 EPILOG = """examples:
@@ -30,8 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="group file: .jsonl or .jsonl.gz")
     parser.add_argument("--source", action="append", default=[], help='"kind=... key=value ...", once per source')
     parser.add_argument("--config", help="YAML file with sources: [...]")
-    parser.add_argument("--seed", type=int, default=0, help="of the whole run (default %(default)s)")
-    parser.add_argument("--limit", type=int, help="use only the first prompts")
+    parser.add_argument("--seed", type=count(0), default=0, help="of the whole run (default %(default)s)")
+    parser.add_argument("--limit", type=count(), help="use only the first prompts")
     parser.add_argument("--split", default="train", help="split of a dataset folder (default %(default)s)")
     parser.add_argument("--prompt-column", help="default: prompt, question, problem or messages")
     parser.add_argument("--answer-column", help="gold answer (default: answer)")
@@ -65,5 +66,5 @@ def main(argv: list[str] | None = None) -> None:
     summary = run.execute(allow_failures=options.allow_failures, progress=not options.quiet)
     counts = ", ".join(f"{name} {sum(by.values())}" for name, by in summary.responses.items())
     print(f"{summary.output}: {summary.groups} groups; responses: {counts}; dropped: {dict(summary.dropped) or 'none'}")
-    for note, count in summary.notes.items():
-        print(f"note: {note}: {count}")
+    for note, times in summary.notes.items():
+        print(f"note: {note}: {times}")

@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 
 from megatron_gft.atomic import atomic_file, check_output, writing
+from megatron_gft.commands.numbers import count
 from megatron_gft.errors import TRUST_HELP, InputError, command
 
 EXAMPLES = """examples:
@@ -29,9 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="to show groups, and to measure group files in tokens")
     parser.add_argument("--chat-template", metavar="FILE|none", help="for group files; default: the tokenizer's own")
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
-    parser.add_argument("--group", type=int, action="append", default=[], metavar="N", help="print group N (from 0)")
-    parser.add_argument("--max-tokens-per-pack", type=int, metavar="N", help="estimate packing for packs of N tokens")
-    parser.add_argument("--groups-per-step", type=int, default=128, metavar="N", help="default %(default)s")
+    parser.add_argument("--group", type=count(0), action="append", default=[], metavar="N", help="print it (from 0)")
+    parser.add_argument("--max-tokens-per-pack", type=count(), metavar="N", help="estimate packing for such packs")
+    parser.add_argument("--groups-per-step", type=count(), default=128, metavar="N", help="default %(default)s")
     parser.add_argument("--html", metavar="FILE", help="write one self-contained page")
     parser.add_argument("--json", metavar="FILE", help="write report and groups as JSON; - for stdout")
     parser.add_argument("--verify", action="store_true", help="check the sha256 of every file of the shards")
@@ -53,10 +54,8 @@ def _check(arguments: argparse.Namespace) -> None:
     """What can be known before the work.
 
     Raises:
-        InputError: a size below 1, or a file that cannot be written.
+        InputError: a file that cannot be written.
     """
-    if any(value is not None and value < 1 for value in (arguments.groups_per_step, arguments.max_tokens_per_pack)):
-        raise InputError("--groups-per-step and --max-tokens-per-pack must be at least 1")
     if arguments.html == "-":
         raise InputError("--html -: the page needs a file -> name one")
     for name in (arguments.html, arguments.json):

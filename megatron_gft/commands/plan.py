@@ -11,7 +11,8 @@ import logging
 import os
 from collections.abc import Sequence
 
-from megatron_gft.errors import command
+from megatron_gft.commands.numbers import count, number
+from megatron_gft.errors import InputError, command
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -23,20 +24,20 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python tools/plan.py --config examples/llama3.1-70b/gpus-64.yaml --world-size 64",
     )
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML; later files win")
-    parser.add_argument("--world-size", type=int, required=True, metavar="N", help="processes of the job")
+    parser.add_argument("--world-size", type=count(high=10**6), required=True, metavar="N", help="processes of the job")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     device = parser.add_argument_group("device")
-    device.add_argument("--gpu-memory-gib", type=float, default=79.1, help="usable memory (default: H100 80 GB, 79.1)")
-    device.add_argument("--reserve-gib", type=float, default=5.0, help="CUDA context, NCCL, fragmentation (default 5)")
-    device.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak (default: H100, 989)")
+    device.add_argument("--gpu-memory-gib", type=number(), default=79.1, help="usable (default: H100 80 GB, 79.1)")
+    device.add_argument("--reserve-gib", type=number(-1), default=5.0, help="CUDA, NCCL, fragmentation (default 5)")
+    device.add_argument("--peak-tflops", type=number(), default=989.0, help="dense bf16 peak (default: H100, 989)")
     device.add_argument(
-        "--efficiency", type=float, help="share of it reached while computing (default: published runs)"
+        "--efficiency", type=number(high=1), help="share of it reached while computing (default: published runs)"
     )
     assumed = parser.add_argument_group("assumed groups, used where data.train is empty")
-    assumed.add_argument("--groups", type=int, default=10_000)
-    assumed.add_argument("--responses", type=int, default=8, help="of a group; the first is the expert's")
-    assumed.add_argument("--prompt-tokens", type=int, default=150, help="mean")
-    assumed.add_argument("--response-tokens", type=int, default=700, help="mean")
+    assumed.add_argument("--groups", type=count(high=10**8), default=10_000)
+    assumed.add_argument("--responses", type=count(high=10**5), default=8, help="of a group; the first is the expert's")
+    assumed.add_argument("--prompt-tokens", type=count(high=10**7), default=150, help="mean")
+    assumed.add_argument("--response-tokens", type=count(high=10**7), default=700, help="mean")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")
     return parser
 
@@ -44,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     o = _parser().parse_args(argv)
+    if not 0 <= o.reserve_gib < o.gpu_memory_gib:
+        raise InputError(f"--reserve-gib {o.reserve_gib:g}: not from 0 to --gpu-memory-gib {o.gpu_memory_gib:g}")
     from megatron_gft.config import load_config
     from megatron_gft.hf.shape import read_model_shape
     from megatron_gft.validation import check

@@ -8,6 +8,7 @@ import os
 import sys
 
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
+from megatron_gft.commands.numbers import count
 from megatron_gft.errors import TRUST_HELP, InputError, command
 from megatron_gft.groups.problems import describe_kinds, parse_policies
 
@@ -46,15 +47,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--template-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=TEMPLATE_KWARGS_HELP)
     parser.add_argument("--no-bos", action="store_true", help="with --chat-template none: no BOS before a prompt")
     parser.add_argument("--model", help="Hugging Face folder of the model: its vocabulary must hold the tokenizer")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default %(default)s)")
+    parser.add_argument(
+        "--workers", type=count(high=1024), default=1, metavar="N", help="processes (default %(default)s)"
+    )
     parser.add_argument("--policy", nargs="+", default=[], metavar="KIND=POLICY", help="what to do with bad input")
-    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="longest prompt, template included")
-    parser.add_argument("--max-response-tokens", type=int, metavar="N", help="longest response, EOS included")
+    parser.add_argument("--max-prompt-tokens", type=count(), metavar="N", help="longest prompt, template included")
+    parser.add_argument("--max-response-tokens", type=count(), metavar="N", help="longest response, EOS included")
     parser.add_argument("--append", action="store_true", help="add further shards to those of the prefix")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="take every N-th row only, the I-th of N")
-    parser.add_argument("--max-groups-per-shard", type=int, default=1_000_000, metavar="N")
+    parser.add_argument("--max-groups-per-shard", type=count(), default=1_000_000, metavar="N")
     parser.add_argument(
-        "--max-mib-per-shard", type=int, default=4096, metavar="N", help="of tokens (default %(default)s)"
+        "--max-mib-per-shard", type=count(), default=4096, metavar="N", help="of tokens (default %(default)s)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser

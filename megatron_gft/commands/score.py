@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from megatron_gft.commands.numbers import count
 from megatron_gft.errors import InputError, command
 
 EPILOG = """examples:
@@ -42,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the verifier")
     parser.add_argument("--reward", action="append", default=[], metavar="OUTCOME=VALUE", help="e.g. wrong=-1")
     parser.add_argument("--missing-answer", choices=("error", "null"), default="error", help=MISSING_HELP)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default %(default)s)")
+    parser.add_argument(
+        "--workers", type=count(high=1024), default=os.cpu_count() or 1, help="processes (default %(default)s)"
+    )
     parser.add_argument("--time-limit", type=float, default=10.0, help="seconds per response (default %(default)s)")
     parser.add_argument("--memory-limit", type=float, default=8.0, help="GiB per worker (default %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

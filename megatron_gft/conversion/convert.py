@@ -48,6 +48,7 @@ from megatron_gft.hf.safetensors_io import (
     TensorLayout,
     layout_bytes,
     plan_shards,
+    refuse_nonfinite,
     row_chunks,
     tensor_bytes,
     write_index,
@@ -218,7 +219,9 @@ def _read_part(
     for piece in mapping.shard(entry).within(start, stop):
         name, at = entry.sources[piece.source], piece.offset - start
         rows = buffer[at : at + piece.rows]
-        rows.copy_(weights.read(name, (piece.start, piece.stop)))
+        stored = weights.read(name, (piece.start, piece.stop))
+        rows.copy_(stored)
+        refuse_nonfinite(rows, f"{weights.tensors[name].file}: tensor {name}", [stored])
         hashes[name].update(tensor_bytes(rows))
     return buffer
 
@@ -298,7 +301,8 @@ def megatron_to_hf(
         if verify != "off":
             compare_hashes(folder, hashes, file_hashes(folder, list(plans[rank])))
         if recorded is not None:
-            compare_hashes(checkpoint, {name: recorded["tensors_sha256"][name] for name in hashes}, hashes)
+            known = {name: digest for name, digest in recorded["tensors_sha256"].items() if name in hashes}
+            compare_hashes(checkpoint, known, hashes)
 
     with shared_directory(output) as folder:
         gather_results(write, output)
@@ -337,6 +341,9 @@ def _read_entry(
     outputs = [torch.empty(size, dtype=dtype) for size, dtype in map(layouts.__getitem__, entry.sources)]
     for start, stop in reader.chunk_rows(*place):
         scatter_rows(outputs, mapping.shard(entry), reader.read(*place, (start, stop)), start)
+    for name, output in zip(entry.sources, outputs, strict=True):
+        stored = (reader.read(*place, rows) for rows in reader.chunk_rows(*place))
+        refuse_nonfinite(output, f"{reader.file_of(*place)}: {place[0]}{list(place[1])} (tensor {name})", stored)
     return outputs
 
 
@@ -369,5 +376,5 @@ def locate_entries(reader: TorchDistReader, mapping: HfMapping) -> dict[str, tup
         if key.startswith(_MODEL_KEYS) and key not in used and not key.endswith("_extra_state")
     ]
     if problems:
-        raise InputErrors(f"{reader.folder}: does not fit config.json", sorted(set(problems)))
+        raise InputErrors(f"{reader.folder}: does not fit config.json", sorted(set(problems)), shown=12)
     return places

@@ -17,9 +17,10 @@ from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.folders import check_folder
+from megatron_gft.hf.config_json import read_config
 from megatron_gft.hf.mapping import HfMapping, Shard
-from megatron_gft.hf.safetensors_io import SafetensorsFolder, tensor_bytes
-from megatron_gft.hf.shape import read_config
+from megatron_gft.hf.safetensors_io import SafetensorsFolder, TensorInfo, tensor_bytes
+from megatron_gft.reading import read_json, refuse_damage
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 CARRIED_PATTERNS = (
@@ -80,21 +81,55 @@ def check_tensors(weights: SafetensorsFolder, mapping: HfMapping) -> None:
     """Compare the tensors of a folder with those of the model.
 
     Raises:
-        InputErrors: every missing tensor, wrong shape and extra tensor, by name.
+        InputErrors: missing tensors, wrong shapes and extra tensors, by name, and what probably made them.
     """
     problems = []
     for name, shape in mapping.hf_shapes.items():
         if name not in weights.tensors:
-            problems.append(f"tensor {name} is missing -> this is not the model of its config.json")
+            problems.append(f"tensor {name} is missing")
         elif (found := weights.tensors[name]).shape != shape:
             problems.append(f"tensor {name} in {found.file.name} is {list(found.shape)}, by config.json {list(shape)}")
     for name in weights.tensors.keys() - mapping.hf_shapes.keys():
         if _IGNORED_TENSORS.search(name) or _duplicates_embedding(weights, mapping, name):
             continue
         file = weights.tensors[name].file.name
-        problems.append(f"tensor {name} in {file} has no place in {mapping.shape.architecture} -> remove it")
+        problems.append(f"tensor {name} in {file} has no place in {mapping.shape.architecture}")
     if problems:
-        raise InputErrors(f"{weights.folder}: the weights do not fit config.json", sorted(problems))
+        cause = _likely_cause(weights.tensors, mapping)
+        raise InputErrors(f"{weights.folder}: the weights do not fit config.json{cause}", sorted(problems), shown=12)
+
+
+_CAUSES = (
+    (
+        r"\.lora_[AB]\.",
+        "they hold an adapter (LoRA) -> merge it first (peft: merge_and_unload, save_pretrained)",
+    ),
+    (
+        r"\.(qweight|qzeros|scales|weight_scale(_inv)?|weight_packed|absmax|SCB)$",
+        "the weights are quantized -> take the unquantized model, or dequantize it first",
+    ),
+    (
+        r"\.(Wqkv|W_pack|qkv_proj|query_key_value|c_attn|gate_up_proj|wqkv)\.|experts\.(gate_up|down)_proj$",
+        "projections are stored fused -> write the model with transformers' class of its config.json (save_pretrained)",
+    ),
+)
+
+
+def _likely_cause(tensors: Mapping[str, TensorInfo], mapping: HfMapping) -> str:
+    """Of many tensors that do not fit, the one thing that explains them; empty when nothing does."""
+    for pattern, cause in _CAUSES:
+        if name := next(filter(re.compile(pattern).search, tensors), None):
+            return f": {cause} ({name})"
+    embedding = mapping.entries["embedding.word_embeddings.weight"].sources[0]
+    expected, _, known = embedding.partition("embed_tokens")
+    found = next((name for name in tensors if name.endswith("embed_tokens" + known)), embedding)
+    if found != embedding:
+        prefix = found.removesuffix("embed_tokens" + known)
+        return f": the names begin with {prefix!r} instead of {expected!r} -> save the language model itself ({found})"
+    layers = {int(match[1]) for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    if layers and max(layers) + 1 != mapping.shape.num_layers:
+        return f": num_hidden_layers is {mapping.shape.num_layers}, the weights have {max(layers) + 1} -> correct one"
+    return " -> this is not the model of its config.json"
 
 
 def _duplicates_embedding(weights: SafetensorsFolder, mapping: HfMapping, name: str) -> bool:
@@ -149,6 +184,7 @@ def source_record(hf_dir: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
     try:
         fingerprint = tokenizer_fingerprint(hf_dir)
     except InputError:
+        refuse_damage(hf_dir)
         fingerprint = None
     return {
         "format": HASHED_SINCE,
@@ -168,10 +204,9 @@ def read_source_record(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint / SOURCE_FILE
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record["format"], int) and isinstance(record["tensors_sha256"], dict):
+    record = read_json(path, "convert again")
+    hashes = record.get("tensors_sha256")
+    if isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values()):
+        if isinstance(record.get("format"), int):
             return record
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a source record ({error!r}) -> convert again") from error
-    raise InputError(f"{path}: not a source record -> convert again")
+    raise InputError(f"{path}: not a source record (format, tensors_sha256) -> convert again")

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.reading import absence, lfs_hint, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -68,20 +69,38 @@ class SafetensorsFolder:
         index = self._read_index() if files is None else None
         if files is None:
             files = [SINGLE_NAME] if index is None else sorted(set(index.values()))
-        problems = [problem for file in files for problem in self._add_file(file, index)]
-        if problems:
-            raise InputErrors(str(self.folder), problems)
+        if problems := [problem for file in files for problem in self._add_file(file, index)]:
+            raise InputErrors(str(self.folder), problems, shown=12)
 
     def _read_index(self) -> dict[str, str] | None:
         path = self.folder / INDEX_NAME
         if not path.is_file():
             if (self.folder / SINGLE_NAME).is_file():
                 return None
-            raise InputError(f"{self.folder}: neither {SINGLE_NAME} nor {INDEX_NAME} -> name a folder with safetensors")
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not a safetensors index ({error!r}) -> copy the file again") from error
+            raise InputError(f"{self.folder}: neither {SINGLE_NAME} nor {INDEX_NAME}{self._instead()}")
+        files = read_json(path).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise InputError(
+                f"{path}: not a safetensors index (weight_map is {str(files)[:60]}) -> copy the file again"
+            )
+        wrong = [name for name, file in files.items() if not isinstance(file, str) or not file]
+        if wrong:
+            shown = f"{wrong[0]!r}: {str(files[wrong[0]])[:60]}"
+            raise InputError(f"{path}: weight_map does not name a file ({shown}) -> copy the file again")
+        return files
+
+    def _instead(self) -> str:
+        """What a folder without weights probably is, and the way out."""
+        if not self.folder.is_dir():
+            return f": {absence(self.folder)}"
+        names = sorted(path.name for path in self.folder.iterdir())
+        if shards := [name for name in names if name.endswith(".safetensors")]:
+            return f"; {len(shards)} files like {shards[0]} are there, their index is not -> copy {INDEX_NAME}, too"
+        if pickled := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
+            return (
+                f"; it has {pickled[0]}, a pickle -> make safetensors: transformers' from_pretrained, save_pretrained"
+            )
+        return " -> name a folder with safetensors"
 
     def _add_file(self, file_name: str, index: Mapping[str, str] | None) -> Iterator[str]:
         """Take in the header of one file; what is wrong with it."""
@@ -94,7 +113,7 @@ class SafetensorsFolder:
                 pieces = {name: file.get_slice(name) for name in file.keys()}
                 found = {name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in pieces.items()}
         except (SafetensorError, OSError) as error:
-            yield f"{file_name} is damaged or truncated ({error}) -> copy it again"
+            yield f"{file_name} is damaged or truncated ({error}){lfs_hint(path) or ' -> copy it again'}"
             return
         for name, (shape, dtype) in found.items():
             if dtype not in _DTYPES:
@@ -143,6 +162,27 @@ class SafetensorsFolder:
         low, high = rows or (0, info.shape[0])
         for start, stop in row_chunks(high - low, info.num_bytes // max(1, info.shape[0]), chunk_bytes):
             yield start, self.read(name, (low + start, low + stop), columns)
+
+
+def refuse_nonfinite(values: torch.Tensor, place: str, before: Iterable[torch.Tensor] = ()) -> None:
+    """One pass over values [...] that are in memory anyway.
+
+    Args:
+        place: file and name of the tensor.
+        before: the same values before they were cast to this dtype; looked at only to tell the cause.
+
+    Raises:
+        InputError: a NaN or an infinity among them.
+    """
+    if not values.numel():
+        return
+    ends = torch.stack(torch.aminmax(values.detach().float() if values.element_size() == 1 else values.detach()))
+    if bool(ends.isfinite().all()):  # aminmax hands a NaN on
+        return
+    sources = [bool(part.isfinite().all()) for part in before]
+    if sources and all(sources):
+        raise InputError(f"{place} has values that {values.dtype} cannot hold -> choose bf16 or fp32")
+    raise InputError(f"{place} holds NaN or infinities: nothing can be trained or said with it -> take other weights")
 
 
 def row_chunks(rows: int, row_bytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:

@@ -10,23 +10,17 @@ Imports neither torch nor megatron nor transformers.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.hf.config_json import ConfigJson, Rope, config_file, read_config, typed
 from megatron_gft.hf.families import FAMILIES, Family
 
 LLAMA3_ROPE_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Hard-coded in megatron/core/models/common/embeddings/rotary_pos_embedding.py (0.16.1 and 0.19.2)."""
-
-_REQUIRED = (
-    *("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"),
-    *("rms_norm_eps", "max_position_embeddings"),
-)
 
 # Of ModelShape, under the same names in Megatron's TransformerConfig.
 _TRANSFORMER_FIELDS = (
@@ -103,118 +97,82 @@ def shape_differences(one: ModelShape, other: ModelShape) -> dict[str, tuple[obj
     return {HF_KEYS.get(name, name): pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def refuse_adapter(folder: str | os.PathLike) -> None:
-    """Raise InputError for a folder with a LoRA adapter: its weights alone are not the model that people mean by it."""
-    if (Path(folder) / "adapter_config.json").exists():
-        raise InputError(
-            f"{folder}: adapter_config.json is there, so this is a LoRA adapter and its base model -> merge the two "
-            "(peft: merge_and_unload, save_pretrained) and name the merged folder"
-        )
-
-
-def _config_file(model: str | os.PathLike) -> Path:
-    path = Path(model)
-    refuse_adapter(path)
-    return path / "config.json" if path.is_dir() else path
-
-
-def read_config(model: str | os.PathLike) -> dict[str, Any]:
-    """The parsed ``config.json`` of a model folder, or of the file that is named itself.
-
-    Raises:
-        InputError: missing, or not a JSON object.
-    """
-    path = _config_file(model)
-    if not path.is_file():
-        raise InputError(f"{path}: no Hugging Face config.json there -> name a model folder or its config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}) -> copy the file again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: holds {type(config).__name__}, not an object -> name a model's config.json")
-    return config
-
-
 def read_model_shape(model: str | os.PathLike) -> ModelShape:
     """Shape of a Hugging Face model folder or ``config.json``.
 
     Raises:
         InputError: an architecture or an option that is not mapped; all problems of the file at once.
     """
-    return model_shape_from_config(read_config(model), str(_config_file(model)))
+    return model_shape_from_config(read_config(model), str(config_file(model)))
 
 
-def model_shape_from_config(config: Mapping[str, Any], place: str) -> ModelShape:
+def model_shape_from_config(values: Mapping[str, Any], place: str) -> ModelShape:
     """As :func:`read_model_shape` for a parsed config; ``place`` names it in errors."""
-    family = _family(config, place)
-    sizes = {key: config.get(key) for key in _REQUIRED}
-    if wrong := [key for key, value in sizes.items() if not _is_positive(value, int | float)]:
-        raise InputErrors(place, [f"{key} is {sizes[key]!r} -> it must be a positive number" for key in wrong])
-    problems = _option_problems(config, family)
+    family = _family(values, place)
+    problems = _option_problems(values, family)
+    config = typed(ConfigJson, values, problems)
+    if config is None:
+        raise InputErrors(place, problems)
+    problems += _head_problems(config, family)
     theta, scaling_factor, interpolation_factor = _rope(config, family, problems)
     experts, topk = _experts(config, family, problems)
     window = _window(config, family, problems)
     if problems:
         raise InputErrors(place, problems)
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    renormalizes = family.norm_topk_prob if config.norm_topk_prob is None else config.norm_topk_prob
     return ModelShape(
         architecture=family.architecture,
-        model_type=config["model_type"],
-        num_layers=config["num_hidden_layers"],
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        num_query_groups=config.get("num_key_value_heads") or heads,
-        kv_channels=config.get("head_dim") or family.head_dim or hidden // heads,
-        ffn_hidden_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        layernorm_epsilon=float(config["rms_norm_eps"]),
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads or config.num_attention_heads,
+        kv_channels=_head_size(config, family),
+        ffn_hidden_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        layernorm_epsilon=float(config.rms_norm_eps),
         add_qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_layernorm,
-        share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
+        share_embeddings_and_output_weights=bool(config.tie_word_embeddings),
         rotary_base=theta,
         rope_scaling_factor=scaling_factor,
         seq_len_interpolation_factor=interpolation_factor,
-        max_sequence_length=config["max_position_embeddings"],
+        max_sequence_length=config.max_position_embeddings,
         window_size=None if window is None else (window - 1, 0),
         num_moe_experts=experts,
         moe_router_topk=topk,
-        moe_ffn_hidden_size=(config.get("moe_intermediate_size") or config["intermediate_size"]) if experts else None,
+        moe_ffn_hidden_size=(config.moe_intermediate_size or config.intermediate_size) if experts else None,
         # softmax over all experts before top-k = no renormalisation of the chosen probabilities afterwards
-        moe_router_pre_softmax=bool(experts) and not config.get("norm_topk_prob", family.norm_topk_prob),
+        moe_router_pre_softmax=bool(experts) and not renormalizes,
     )
-
-
-def _is_positive(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
 
 
 def _family(config: Mapping[str, Any], place: str) -> Family:
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
-    family = FAMILIES.get(model_type or "")
-    if family is None or (architectures and architectures[0] != family.architecture):
+    named = architectures[0] if isinstance(architectures, list) and architectures else architectures or None
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None or (named is not None and named != family.architecture):
         supported = ", ".join(f"{name} ({entry.architecture})" for name, entry in FAMILIES.items())
         raise InputError(
-            f"{place}: architecture {architectures[0] if architectures else None!r} (model_type {model_type!r}) is "
-            f"not mapped -> use one of {supported}, or add a family to megatron_gft/hf/families.py"
+            f"{place}: architecture {named!r} (model_type {model_type!r}) is not mapped -> use one of {supported}, or "
+            "add a family to megatron_gft/hf/families.py"
         )
     return family
 
 
-def _experts(config: Mapping[str, Any], family: Family, problems: list[str]) -> tuple[int | None, int | None]:
+def _experts(config: ConfigJson, family: Family, problems: list[str]) -> tuple[int | None, int | None]:
     """(experts, experts of a token), None for a dense family. transformers 5 writes ``num_local_experts`` for both."""
     if family.num_experts_key is None:
         return None, None
-    key = family.num_experts_key if config.get(family.num_experts_key) is not None else "num_local_experts"
-    found = []
-    for name, shown in ((key, family.num_experts_key), ("num_experts_per_tok", "num_experts_per_tok")):
-        value = config.get(name)
+    experts, topk = getattr(config, family.num_experts_key) or config.num_local_experts, config.num_experts_per_tok
+    for key, value in ((family.num_experts_key, experts), ("num_experts_per_tok", topk)):
         if value is None:
-            problems.append(f"{shown} is missing -> add it")
-        elif not _is_positive(value, int):
-            problems.append(f"{name} is {value!r} -> it must be a positive integer")
-        found.append(value)
-    return found[0], found[1]
+            problems.append(f"{key} is missing -> add it")
+    if experts and topk and topk > experts:
+        problems.append(
+            f"num_experts_per_tok is {topk}, {family.num_experts_key} only {experts} -> correct one of them"
+        )
+    return experts, topk
 
 
 def _option_problems(config: Mapping[str, Any], family: Family) -> list[str]:
@@ -226,73 +184,81 @@ def _option_problems(config: Mapping[str, Any], family: Family) -> list[str]:
     ]
     if config.get("quantization_config"):
         problems.append("quantization_config is set -> dequantize the weights first")
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
-    if groups is None and config["model_type"] != "llama":
-        problems.append("num_key_value_heads is missing -> add it")
-    if groups and heads % groups:
-        problems.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups} -> correct it")
-    if not (config.get("head_dim") or family.head_dim) and config["hidden_size"] % heads:
-        problems.append(f"hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads}")
     return problems
 
 
-def _rope(config: Mapping[str, Any], family: Family, problems: list[str]) -> tuple[float, float | None, float | None]:
+def _head_size(config: ConfigJson, family: Family) -> int:
+    return config.head_dim or family.head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _head_problems(config: ConfigJson, family: Family) -> Iterator[str]:
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if groups is None and config.model_type != "llama":
+        yield "num_key_value_heads is missing -> add it"
+    if groups and heads % groups:
+        yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups} -> correct it"
+    if not (config.head_dim or family.head_dim) and config.hidden_size % heads:
+        yield f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}"
+    elif (size := _head_size(config, family)) % 2:
+        yield f"head_dim is {size}, and rotary positions turn pairs of channels -> it must be even"
+
+
+def _rope(config: ConfigJson, family: Family, problems: list[str]) -> tuple[float, float | None, float | None]:
     """(rotary base, llama3 factor or None, linear factor or None)."""
-    new_style, old_style = config.get("rope_parameters"), config.get("rope_scaling")
+    new_style, old_style = config.rope_parameters, config.rope_scaling
     if new_style and old_style and new_style != old_style:
         problems.append("rope_parameters and rope_scaling are both set and differ -> keep the one that is right")
-    rope = dict(new_style or old_style or {})
-    if any(isinstance(value, Mapping) for value in rope.values()):
+    values = new_style or old_style or {}
+    if any(isinstance(value, Mapping) for value in values.values()):
         problems.append("rope_parameters differ by layer type -> not mapped")
         return family.rope_theta, None, None
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or family.rope_theta)
-    if (rotary := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1, 1.0):
+    rope = typed(Rope, values, problems, "rope_parameters." if new_style else "rope_scaling.")
+    if rope is None:
+        return family.rope_theta, None, None
+    theta = float(rope.rope_theta or config.rope_theta or family.rope_theta)
+    rotary = config.partial_rotary_factor if rope.partial_rotary_factor is None else rope.partial_rotary_factor
+    if rotary not in (None, 1):
         problems.append(f"partial_rotary_factor is {rotary!r} -> only 1 is mapped")
     return theta, *_rope_scaling(rope, problems)
 
 
-def _rope_scaling(rope: Mapping[str, Any], problems: list[str]) -> tuple[float | None, float | None]:
+def _rope_scaling(rope: Rope, problems: list[str]) -> tuple[float | None, float | None]:
     """(llama3 factor or None, linear factor or None)."""
-    rope_type, factor = rope.get("rope_type") or rope.get("type") or "default", rope.get("factor")
+    rope_type = rope.rope_type or rope.type or "default"
     if rope_type == "default":
         return None, None
     if rope_type not in ("llama3", "linear"):
         problems.append(f"rope type {rope_type!r} is not mapped -> default, linear and llama3 are")
         return None, None
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
-        problems.append(f"rope factor is {factor!r} -> it must be a number of at least 1")
+    if rope.factor is None:
+        problems.append("rope factor is None -> it must be a number of at least 1")
         return None, None
     if rope_type == "linear":
-        return None, float(factor)
+        return None, float(rope.factor)
     problems.extend(
-        f"llama3 rope {key} is {rope.get(key)!r}, Megatron-Core fixes it at {fixed} -> not mapped"
+        f"llama3 rope {key} is {getattr(rope, key)!r}, Megatron-Core fixes it at {fixed} -> not mapped"
         for key, fixed in LLAMA3_ROPE_CONSTANTS.items()
-        if rope.get(key) != fixed
+        if getattr(rope, key) != fixed
     )
-    return float(factor), None
+    return float(rope.factor), None
 
 
-def _window(config: Mapping[str, Any], family: Family, problems: list[str]) -> int | None:
+def _window(config: ConfigJson, family: Family, problems: list[str]) -> int | None:
     """Sliding window of every layer, or None. A window on some layers only is refused."""
-    kinds = set(config.get("layer_types") or [])
+    kinds = set(config.layer_types or [])
     if family.window == "per_layer":
-        if config.get("use_sliding_window") or kinds - {"full_attention"}:
+        if config.use_sliding_window or kinds - {"full_attention"}:
             problems.append("sliding windows (use_sliding_window, layer_types) are not mapped here -> turn them off")
         return None
-    window = config.get("sliding_window", family.sliding_window)
+    window = config.sliding_window if "sliding_window" in config.model_fields_set else family.sliding_window
     if window is None:
         if kinds - {"full_attention"}:
             problems.append(f"layer_types is {sorted(kinds)} without a sliding_window -> set one of them right")
-        return None
-    if family.window == "none":
+    elif family.window == "none":
         problems.append(f"sliding_window is {window!r}, which transformers ignores for this model -> set it to null")
-    elif not _is_positive(window, int):
-        problems.append(f"sliding_window is {window!r} -> it must be a positive integer or null")
     elif kinds - {"sliding_attention"}:
         problems.append(f"layer_types mixes {sorted(kinds)} -> a window on some layers only is not mapped")
-    else:
-        return window
-    return None
+    return window
 
 
 def transformer_config_kwargs(shape: ModelShape) -> dict[str, Any]:

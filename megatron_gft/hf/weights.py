@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from megatron_gft.errors import InputError
+from megatron_gft.hf.config_json import refuse_adapter
 from megatron_gft.hf.files import check_tensors
 from megatron_gft.hf.mapping import Entry, HfMapping, Shard
-from megatron_gft.hf.safetensors_io import SafetensorsFolder
-from megatron_gft.hf.shape import ModelShape, refuse_adapter
+from megatron_gft.hf.safetensors_io import SafetensorsFolder, refuse_nonfinite
+from megatron_gft.hf.shape import ModelShape
 from megatron_gft.parallel import Parallel
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -88,8 +89,10 @@ def load_hf_weights(
     for _, parameter, entry, shard in sorted(live, key=lambda item: weights.tensors[item[2].sources[0]].file.name):
         covered = 0
         for piece in shard.pieces:
-            source, rows = entry.sources[piece.source], (piece.start, piece.stop)
-            for start, chunk in weights.read_chunks(source, rows, shard.columns):
-                parameter[piece.offset + start : piece.offset + start + len(chunk)].copy_(chunk)
+            source = entry.sources[piece.source]
+            for start, chunk in weights.read_chunks(source, (piece.start, piece.stop), shard.columns):
+                rows = parameter[piece.offset + start : piece.offset + start + len(chunk)]
+                rows.copy_(chunk)
+                refuse_nonfinite(rows, f"{weights.tensors[source].file}: tensor {source}", [chunk])
             covered = piece.offset + piece.rows
         parameter[covered:].zero_()  # padding

@@ -31,7 +31,7 @@ from megatron_gft.atomic import sha256_json, writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_chunks
 from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, Problem, ProblemLog, problem_table, raise_errors
-from megatron_gft.hf.shape import read_config
+from megatron_gft.hf.config_json import read_config
 from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, id_digest, tokenizer_problems
 from megatron_gft.preprocess.staging import Staging, check_existing, existing_shards
 from megatron_gft.preprocess.workers import OrderedWorkers
@@ -189,10 +189,13 @@ def _check_vocabulary(options: PreprocessOptions, stamp: TokenizerStamp) -> None
     if options.model is None:
         return
     rows = read_config(options.model).get("vocab_size")
-    if not isinstance(rows, int) or stamp.vocab_size > rows:
+    if not isinstance(rows, int) or isinstance(rows, bool):
+        raise InputError(f"{options.model}/config.json: vocab_size is {rows!r} -> it must be an integer")
+    if stamp.vocab_size > rows:
         raise InputError(
-            f"{options.tokenizer}: token ids go up to {stamp.vocab_size - 1}, but {options.model} has a vocabulary of "
-            f"{rows} -> give the model's own tokenizer, or resize the model"
+            f"{options.tokenizer}: token ids go up to {stamp.vocab_size - 1}, but {options.model} has an embedding of "
+            f"{rows} rows (vocab_size) -> give the model's own tokenizer; if tokens were added to it, resize the "
+            "embedding first (transformers: model.resize_token_embeddings(len(tokenizer)), then save_pretrained)"
         )
 
 

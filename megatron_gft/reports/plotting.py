@@ -74,7 +74,8 @@ class Run:
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and finite values of a key, both [n]; empty when no record has it."""
-        pairs = [(record["step"], record[key]) for record in self.records if math.isfinite(record.get(key, math.nan))]
+        found = [(record["step"], record.get(key)) for record in self.records]
+        pairs = [pair for pair in found if isinstance(pair[1], int | float) and math.isfinite(pair[1])]
         steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
         return steps, values
 
@@ -93,15 +94,16 @@ def read_run(folder: str | Path) -> Run:
     path = Path(folder)
     path = path / "metrics.jsonl" if path.is_dir() else path
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot read metrics ({error.strerror}) -> name the folder of a run") from None
     records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            record["step"] + 0
-        except (ValueError, KeyError, TypeError):
+            if not math.isfinite(record["step"]):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if number == len(lines):
                 continue  # cut off: the run is writing it, or died
             raise InputError(f"{path}:{number}: not a record with a step -> is this a metrics.jsonl?") from None

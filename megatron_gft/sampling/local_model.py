@@ -22,6 +22,7 @@ from megatron_gft.chat_template import Prompt
 from megatron_gft.errors import InputError
 from megatron_gft.folders import from_folder
 from megatron_gft.hf.shape import DTYPES
+from megatron_gft.reading import absence
 from megatron_gft.sampling.settings import SamplingParams
 from megatron_gft.tokenizer import Tokenizer, load_tokenizer
 
@@ -76,7 +77,8 @@ class LocalModel:
         self.vocab_size: int = config.vocab_size
         if self.tokenizer.vocab_size > self.model.get_input_embeddings().num_embeddings:
             raise InputError(
-                f"{path}: the tokenizer has {self.tokenizer.vocab_size} ids, the model {self.vocab_size} -> mismatch"
+                f"{path}: the tokenizer has {self.tokenizer.vocab_size} ids, the model's embedding fewer rows "
+                f"({self.vocab_size}) -> take the model's own, or resize the embedding (resize_token_embeddings)"
             )
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
@@ -256,7 +258,7 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def _load_model(path: str | Path, dtype: torch.dtype | str, trust: bool) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     if not (Path(path) / "config.json").is_file():
-        raise InputError(f"{path}: no config.json -> give a Hugging Face model folder")
+        raise InputError(f"{path}: no Hugging Face model folder with a config.json: {absence(path)}")
     problem, remedy = "transformers cannot load a causal language model", "check config.json and the weight files"
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is absent is refused below, by name
     model, found = from_folder(AutoModelForCausalLM, path, problem, remedy, trust, dtype=dtype, **options)

@@ -164,5 +164,10 @@ def _refuse(shard: GroupShard, limits: LengthLimits, groups: np.ndarray) -> None
         )
     if len(groups) > len(shown):
         shown.append(f"... and {len(groups) - len(shown)} more groups of this shard")
-    hint = "raise the limit, or drop or truncate" if limits.policy == "error" else "raise the limit, or drop"
-    raise InputErrors(f"over-long groups, limits {limits.given()} -> {hint}", shown)
+    named = {
+        "max_response_tokens": "a response {} tokens (data.max_response_tokens)",
+        "max_sequence_tokens": "prompt and response {} (data.max_tokens_per_pack, the model's max_position_embeddings)",
+    }
+    most = ", ".join(named[name].format(limit) for name, limit in limits.given().items())
+    others = "drop or truncate" if limits.policy == "error" else "drop"
+    raise InputErrors(f"over-long groups: at most {most} -> raise the limit, or data.overlong={others}", shown)

@@ -1,0 +1,37 @@
+"""Numbers of a command line: within their bounds, or refused by the parser with exit code 2 and the option's name."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+MANY = 10**9
+"""More than anything that a user counts; beyond are typing errors, which would run for years or out of memory."""
+
+
+def count(low: int = 1, high: int = MANY) -> Callable[[str], int]:
+    """Reads an integer from ``low`` to ``high``."""
+
+    def read(text: str) -> int:
+        if not (text.strip().lstrip("+-").isdecimal() and len(text) < 20 and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} -> an integer from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+def number(low: float = 0.0, high: float = math.inf) -> Callable[[str], float]:
+    """Reads a finite number above ``low`` and up to ``high``."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low < value <= high):
+            limit = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} -> a number above {low:g}{limit}")
+        return value
+
+    return read

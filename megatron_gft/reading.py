@@ -1,0 +1,102 @@
+"""Small files that others wrote: read whole, or refused with one message that names the file and the likely cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_gft.errors import InputError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How the text begins that stands in a clone for a large file which Git LFS has not fetched."""
+
+
+JSON_FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json"),
+)
+TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
+
+
+def lfs_hint(path: str | os.PathLike) -> str:
+    """What to append to the message about a file that cannot be read; empty unless it is a Git LFS pointer."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) != LFS_POINTER:
+                return ""
+    except OSError:
+        return ""
+    return f"; {Path(path).name} is a Git LFS pointer, the file itself was not downloaded -> git lfs pull"
+
+
+def read_json(path: str | os.PathLike, cure: str = "copy the file again") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        cure: what a user does about a damaged file of this kind.
+
+    Raises:
+        InputError: it is missing or cannot be read, is not UTF-8 or JSON, has a key twice, or holds no object.
+    """
+    try:
+        value = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_twins)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}) -> {cure}") from None
+    except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of thousands of digits
+        raise InputError(f"{path}: not valid JSON ({error}){lfs_hint(path)} -> {cure}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds {type(value).__name__}, not an object -> {cure}")
+    return value
+
+
+def absence(path: str | os.PathLike) -> str:
+    """What to say of a path that is not there: where it was looked for, or how to get what it names on the hub."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name := str(path)) and not Path(name).parent.exists():
+        local = f"models/{name.partition('/')[2]}"
+        return f"no such folder, perhaps a name on the Hugging Face hub -> hf download {name} --local-dir {local}"
+    where = "" if Path(path).is_absolute() else f", seen from {os.getcwd()}"
+    return f"{'no such file in it' if Path(path).is_dir() else f'no such folder or file{where}'} -> check the path"
+
+
+def refuse_damage(folder: str | os.PathLike) -> None:
+    """Say which of a model folder's files is damaged; to be asked when a library could not read the folder.
+
+    Raises:
+        InputError: of the first one, or there is no such folder; none when all of them can be read.
+    """
+    from safetensors import SafetensorError, safe_open
+    from tokenizers import Tokenizer
+
+    if not Path(folder).exists():
+        raise InputError(f"{folder}: {absence(folder)}")
+    for path in sorted(Path(folder).glob("*")):
+        if path.name in JSON_FILES:
+            read_json(path)
+        if path.name == "tokenizer.json":
+            try:
+                Tokenizer.from_file(str(path))
+            except Exception as error:  # of the library's own, without a type
+                raise InputError(f"{path}: not a tokenizer ({error}) -> copy the file again") from error
+        if path.suffix == ".safetensors":
+            try:
+                safe_open(path, "numpy").keys()
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: damaged or truncated ({error}){lfs_hint(path)} -> copy it again") from error
+        if path.name in TEXT_FILES:
+            try:
+                path.read_text(encoding="utf-8")
+            except ValueError as error:
+                raise InputError(f"{path}: not UTF-8 ({error}) -> copy the file again") from error
+
+
+def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON does not say which of two values counts: each reader takes another one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in found if names.count(name) > 1)!r} stands there twice")
+    return found

@@ -1,0 +1,93 @@
+"""The command lines, each run in a forked process: hundreds of runs in seconds, none of which sees another.
+
+A fork is as a fresh process would be, but for the modules that are imported already; ``ranks.py`` says why that is
+sound.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ranks  # noqa: F401  # one thread, no CUDA
+
+from megatron_gft import cpu
+
+# What the command lines import when they run. A fork that finds them need not import them again.
+MODULES = (
+    *("job", "conversion.convert", "inspection.inputs", "inspection.output", "preprocess.run", "reports.plotting"),
+    *("sampling.generation", "sampling.local_model", "sampling.sources", "scoring.score", "sizing.report"),
+    *("evaluation.run", "validation"),
+)
+UNREADABLE_FOR = 65534  # the user "nobody"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: exit code (None: by a signal), and all that it printed."""
+
+    code: int | None
+    text: str
+
+    @property
+    def is_message(self) -> bool:
+        """Whether it ended as it should on bad input."""
+        return self.code == 2 and "Traceback" not in self.text
+
+
+def load() -> None:
+    """Import what the commands need, once, in the process that forks."""
+    for module in MODULES:
+        importlib.import_module(f"megatron_gft.{module}")
+    importlib.import_module("transformers.models.auto.modeling_auto")
+    importlib.import_module("transformers.models.llama.modeling_llama")
+
+
+def run(folder: Path, tool: str, *arguments: str, seconds: float = 120, as_nobody: bool = False) -> Ended:
+    """``main(arguments)`` of ``megatron_gft.commands.<tool>`` with ``folder`` as the working directory."""
+    main = importlib.import_module(f"megatron_gft.commands.{tool}").main
+    log = folder.parent / f".{folder.name}.{os.getpid()}.{time.monotonic_ns()}"
+    log.touch()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        _child(main, arguments, folder, log, seconds, as_nobody)
+    status = os.waitpid(pid, 0)[1]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    log.unlink()
+    return Ended(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None, text)
+
+
+def _child(main, arguments: Sequence[str], folder: Path, log: Path, seconds: float, as_nobody: bool) -> None:
+    code = 70
+    try:
+        output = os.open(log, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        sys.stdin = open(os.devnull)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        os.chdir(folder)
+        if as_nobody and os.geteuid() == 0:
+            os.seteuid(UNREADABLE_FOR)
+        if main.__module__.endswith(".plan"):
+            cpu._installed.clear()  # planning puts a redirection to "meta" upon the one to the CPU
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+        code = main(list(arguments)) or 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 2
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
