@@ -253,7 +253,7 @@ def test_a_source_record_that_is_none_is_refused(tiny, tmp_path, text):
     hf_to_megatron(tiny("llama3"), tmp_path / "ckpt")
     (tmp_path / "ckpt" / "files.json").unlink()
     (tmp_path / "ckpt" / "hf_source.json").write_text(text)
-    with pytest.raises(InputError, match=r"hf_source\.json: not a source record"):
+    with pytest.raises(InputError, match=r"hf_source\.json: (not a source record|not valid JSON|holds (list|str))"):
         megatron_to_hf(tmp_path / "ckpt", tmp_path / "back")
 
 
