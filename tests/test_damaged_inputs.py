@@ -483,11 +483,11 @@ def test_yaml_that_cannot_be(workspace, text, words):
     assert ended.is_message and all(word in ended.text for word in words), ended.text
 
 
-@pytest.mark.parametrize("file", ["hf/config.json", "config.yaml", "prompts.jsonl", STEP + ".metadata"])
+@pytest.mark.parametrize("file", ["hf/config.json", "config.yaml", STEP + ".metadata"])
 def test_files_that_may_not_be_read(workspace, file):
     workspace.parent.chmod(0o777)
     workspace.chmod(0o777)
-    command = {"prompts.jsonl": "columns", STEP + ".metadata": "run to hf"}.get(file, "plan")
+    command = {STEP + ".metadata": "run to hf"}.get(file, "plan")
     with changed(workspace / file, lambda path: path.chmod(0)):
         ended = tool_runs.run(workspace, *COMMANDS[command][0].split(), as_nobody=True)
     assert ended.is_message and file in ended.text and "ermission" in ended.text, ended.text
