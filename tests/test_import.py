@@ -351,7 +351,7 @@ def test_from_rows_to_shards(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("grouped", [True, False])
 def test_memory_does_not_grow_with_the_rows(grouped, tmp_path):
-    """300 000 rows of 600 bytes: 180 MB of text take no more memory than 30 000, beyond a partition."""
+    """300 000 rows, 71 MB of text, take no more memory than 30 000 beyond a partition."""
     peaks, environment = [], {**os.environ, "PYTHONPATH": str(ROOT)}
     for count in (30_000, 300_000):
         source = rows_file(tmp_path / f"{count}.jsonl", solutions(count, length=170))
