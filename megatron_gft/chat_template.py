@@ -5,9 +5,12 @@ Nothing here needs megatron; transformers comes with the first prompt that is re
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +21,7 @@ import yaml
 from megatron_gft.errors import InputError, nearest
 
 NO_TEMPLATE = "none"
+TEMPLATE_SECONDS = 5.0  # of CPU time for one prompt; templates take milliseconds
 TOOLS, KWARGS = "tools", "chat_template_kwargs"  # of a row, as requests to servers call them
 # Templates that print today's date would make other shards tomorrow: they get the date that Llama 3.x falls back to.
 _FIXED_DATE = (("%d", "26"), ("%b", "Jul"), ("%B", "July"), ("%m", "07"), ("%Y", "2024"), ("%y", "24"))
@@ -125,12 +129,12 @@ class ChatTemplate:
         return self._render(messages, options, True)
 
     def _render(self, messages: list[dict[str, Any]], options: TemplateOptions, generation_prompt: bool) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         template = (_FIXED_DATE_MACRO if "strftime_now" in self.text else "") + self.text
         known: dict[str, Any] = {**self._names, **options.kwargs, "chat_template": template, "tools": options.tools}
         try:
-            return render_jinja_template([messages], add_generation_prompt=generation_prompt, **known)[0][0]
+            return _render_in_time([messages], add_generation_prompt=generation_prompt, **known)
+        except TimeoutError as error:  # the next prompt would take as long
+            raise InputError(f"the chat template {error} -> read it, or set another with --chat-template") from None
         except Exception as error:  # a template is a program of the user's; it may raise anything
             raise ChatTemplateError(f"{type(error).__name__}: {error}") from error
 
@@ -172,6 +176,41 @@ class ChatTemplate:
                     "tokenizer_config.json (and eos_token_id in generation_config.json), or --chat-template FILE"
                 ),
             )
+
+
+def _render_in_time(conversations: list[Any], chat_template: str, **options: Any) -> str:
+    """transformers' rendering in its sandbox, ended after :data:`TEMPLATE_SECONDS` of CPU time.
+
+    Python runs signal handlers in the main thread and between two of its steps. So there is no limit in other threads,
+    and a power, a single step that may take for ever, is refused.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if _has_power(chat_template):
+        raise TimeoutError("computes a power (**), which may take for ever")
+    if threading.current_thread() is not threading.main_thread():
+        return render_jinja_template(conversations, chat_template=chat_template, **options)[0][0]
+
+    def end(*_: Any) -> None:
+        raise TimeoutError(f"takes more than {TEMPLATE_SECONDS:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+    try:
+        return render_jinja_template(conversations, chat_template=chat_template, **options)[0][0]
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
+
+
+@functools.lru_cache(16)
+def _has_power(template: str) -> bool:
+    from jinja2 import Environment
+
+    return any(kind == "operator" and text == "**" for _, kind, text in Environment().lex(template))
 
 
 def lost_text(prompt: Prompt, rendered: str) -> str | None:

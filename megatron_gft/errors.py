@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ EXIT_REQUEUE = 75
 """Exit code after a requested stop that wants to go on later (EX_TEMPFAIL); the Slurm script requeues on it."""
 
 
+_URL_PASSWORD = re.compile(r"(?<=://)[^/\s]*@")
 TRUST_HELP = "run Python code that the folder brings along (read it before)"
 
 
@@ -43,6 +45,18 @@ class InputErrors(InputError):
         return type(self), (self.heading, self.problems, self.shown)
 
 
+def shown(text: str, secrets: Iterable[str] = ()) -> str:
+    """Text of others as a terminal or a log may have it.
+
+    Control characters (and with them escape sequences and changes of the writing direction) are spelled, ``secrets``
+    and passwords in urls are starred out.
+    """
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    text = _URL_PASSWORD.sub("***@", text)
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most like a misspelt one ("did you mean ..."), None where none is alike (0 to 1: ``cutoff``)."""
     return next(iter(difflib.get_close_matches(name, known, 1, cutoff)), None)
@@ -65,7 +79,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs) or 0
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {shown(str(error))}", file=sys.stderr, flush=True)
             return EXIT_BAD_INPUT
         except OSError as error:  # of a file: no permission, a folder in its place, a loop of links, a full disk
             if error.filename is None:

@@ -43,9 +43,9 @@ def check_folder(folder: Path, patterns: Iterable[str]) -> None:
         InputErrors: every link out of the folder, and every FIFO, device or socket.
     """
     found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    problems = [file_problem(path, folder) for match in found for path in _files(match)]
-    if refused := [problem for problem in problems if problem is not None]:
-        raise InputErrors(f"{folder}: holds what is not read", refused)
+    special = (path for match in found for path in _files(match) if path.is_symlink() or not path.is_file())
+    if problems := list(filter(None, (file_problem(path, folder) for path in special))):
+        raise InputErrors(f"{folder}: holds what is not read", problems)
 
 
 def _files(path: Path) -> Iterator[Path]:

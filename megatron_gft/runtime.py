@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, InputError
+from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, InputError, shown
 from megatron_gft.launchers import find_launcher
 
 if TYPE_CHECKING:
@@ -103,8 +103,16 @@ def set_up_logging(rank: int) -> None:
         stream=sys.stderr,
         force=True,
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_show)
     for name in ("megatron", "torch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _show(record: logging.LogRecord) -> bool:
+    """Names of files, groups and tensors come from others; a log is read on a terminal."""
+    record.msg, record.args = shown(record.getMessage()), None
+    return True
 
 
 class StopRequest:

@@ -42,6 +42,34 @@ def compute(case):
 def leave_running(case):
     log(str(subprocess.Popen(["sleep", "300"]).pid))
     return sum(itertools.repeat(1, 10**12)) > 0  # in C, where no signal handler of Python is ever called
+
+def leave_a_daemon(case):
+    how, then = case.response.split()
+    if how == "setsid":
+        log(str(subprocess.Popen(["sleep", "300"], start_new_session=True).pid))
+    elif os.fork() == 0:  # twice, with a session between
+        os.setsid()
+        if (pid := os.fork()) == 0:
+            if how == "exec":
+                os.execvpe("sleep", ["sleep", "300"], {})
+            time.sleep(300)
+        log(str(pid))
+        os._exit(0)
+    if then == "dies":
+        time.sleep(0.3)
+        os._exit(3)
+    if then == "hangs":
+        time.sleep(60)
+    return True
+
+def write_everywhere(case):
+    if case.response:
+        for descriptor in range(3, 200):
+            try:
+                os.write(descriptor, case.response.encode("latin-1"))
+            except OSError:
+                pass
+    return True
 """
 
 
@@ -127,6 +155,46 @@ def test_what_a_verifier_has_started_ends_with_its_worker(slow):
         assert [verdict.outcome for verdict in pool.judge([Case("x", "x")])] == ["timeout"]
     (child,) = map(int, calls(slow))
     wait_until(lambda: gone(child))
+
+
+@pytest.mark.parametrize("then", ["returns", "hangs", "dies"])
+def test_a_session_of_its_own_does_not_outlive_scoring(slow, then):
+    """Whatever way a verifier leaves its process group, and however its worker ends."""
+    cases = [Case(f"{how} {then}", "x") for how in ("setsid", "fork", "exec")]
+    with VerifierPool(ScoringOptions("slow_rewards:leave_a_daemon", time_limit=0.6)) as pool:
+        outcomes = {verdict.outcome for verdict in pool.judge(cases)}
+    late = {"error", "timeout"}  # a daemon that was forked holds the pipe of a worker that died
+    assert outcomes <= {"returns": {"correct"}, "hangs": {"timeout"}, "dies": late}[then]
+    started = [int(pid) for pid in calls(slow)]
+    assert len(started) >= len(cases) and all(gone(pid) for pid in started)
+
+
+def test_no_daemon_outlives_a_killed_run(slow):
+    def run():
+        with VerifierPool(ScoringOptions("slow_rewards:leave_a_daemon")) as pool:
+            list(pool.judge([Case(f"{how} hangs", "x") for how in ("setsid", "exec", "fork")]))
+
+    pid = begin(run)
+    wait_until(lambda: calls(slow))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    wait_until(lambda: all(gone(int(child)) for child in calls(slow)))
+
+
+JUNK = {
+    "text": "junk" * 100,
+    "length": "\x00\x00\x10\x00ab",
+    "huge": "\xff\xff\xff\xff\x7f\xff\xff\xff\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_what_is_written_into_inherited_pipes_costs_one_response(slow, junk, capfd):
+    cases = [Case("", "x")] * 3 + [Case(JUNK[junk], "x")] + [Case("", "x")] * 3
+    with VerifierPool(ScoringOptions("slow_rewards:write_everywhere", time_limit=2)) as pool:
+        outcomes = [verdict.outcome for verdict in pool.judge(cases)]
+    assert outcomes == ["correct"] * 3 + ["error"] + ["correct"] * 3
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_time_in_which_all_was_suspended_is_nobodys(slow):

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from packaging.version import Version
 
+from megatron_gft.checkpoints.pickles import check_objects
 from megatron_gft.checkpoints.torch_dist import TorchDistReader
 from megatron_gft.errors import InputError
 from megatron_gft.hf.mapping import other_norm_name
@@ -38,7 +39,8 @@ def loadable_sharded_state_dict(state: dict[str, Any], checkpoint: str | Path) -
             place.
 
     Raises:
-        InputError: no ``torch_dist`` checkpoint, one of a later Megatron-Core, or of another kind of optimizer.
+        InputError: no ``torch_dist`` checkpoint, one of a later Megatron-Core, or of another kind of optimizer; or
+            reading it would call what no model needs.
     """
     reader = TorchDistReader(checkpoint)
     installed = megatron.core.__version__
@@ -56,6 +58,7 @@ def loadable_sharded_state_dict(state: dict[str, Any], checkpoint: str | Path) -
             f"{checkpoint}: holds {stored_form or 'weights without an optimizer'}, this run needs {wanted_form} -> set "
             "these as they were, or checkpoint.load_optimizer=false: weights and place go on, Adam begins afresh"
         )
+    check_objects(reader.folder, reader.metadata)
     return _loadable(state, set(reader.tensors), reader.objects)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_gft.atomic import atomic_file, fsync_path, sha256_file
 from megatron_gft.errors import InputError
+from megatron_gft.folders import file_problem, is_inner_name
 
 Files = dict[str, dict[str, Any]]
 """Size and sha256 of each file of a checkpoint, by its name in the folder."""
@@ -134,7 +135,11 @@ def find_damage(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     problems = []
     for name in sorted(expected)[part::parts]:
         file, entry = path / name, expected[name]
-        if not file.is_file():
+        if not is_inner_name(name):
+            problems.append(f"{FILES_FILE} names {name!r}, which is no file in the folder")
+        elif link := file_problem(file, path):
+            problems.append(link)
+        elif not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != entry["bytes"]:
             problems.append(f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written")

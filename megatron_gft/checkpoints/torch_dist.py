@@ -46,7 +46,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_gft.checkpoints.pickles import read_metadata
 from megatron_gft.errors import InputError
+from megatron_gft.folders import check_folder
 from megatron_gft.hf.safetensors_io import row_chunks
 
 CHUNK_BYTES = 16 * 2**20
@@ -221,22 +223,21 @@ class TorchDistReader:
     Attributes:
         tensors: key -> metadata with ``size`` and ``properties.dtype``.
         objects: keys of everything else (``_extra_state`` objects).
+        metadata: of torch, with the places of both.
 
     Raises:
-        InputError: the folder is not such a checkpoint.
+        InputError: the folder is not such a checkpoint, or its ``.metadata`` would call what is not listed.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / ".metadata").is_file():
             raise InputError(f"{folder}: no .metadata there -> name the folder of a torch_dist checkpoint (step-...)")
+        check_folder(self.folder, (".metadata", "*.distcp", "*.pt", "*.json"))
+        self.metadata = read_metadata(self.folder / ".metadata")
         self._reader = dcp.FileSystemReader(self.folder)
-        try:
-            metadata = self._reader.read_metadata()
-        except Exception as error:  # of damaged bytes pickle raises anything
-            raise InputError(f"{folder}/.metadata: damaged ({error}) -> use another checkpoint") from error
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        stored = metadata.state_dict_metadata
+        self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+        stored = self.metadata.state_dict_metadata
         self.tensors = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
         self.objects = stored.keys() - self.tensors.keys()
         self._stacked: dict[str, dict[int, TensorStorageMetadata]] = {}

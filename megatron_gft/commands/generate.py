@@ -6,7 +6,7 @@ import argparse
 
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
 from megatron_gft.commands.numbers import count
-from megatron_gft.errors import command
+from megatron_gft.errors import command, shown
 
 EPILOG = """examples:
   python tools/generate_groups.py --input gsm8k/train.parquet --output groups.jsonl \\
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     run = GenerationRun(prompts, options.output, sources, options.seed, template_kwargs(options.template_kwargs))
     summary = run.execute(allow_failures=options.allow_failures, progress=not options.quiet)
     counts = ", ".join(f"{name} {sum(by.values())}" for name, by in summary.responses.items())
-    print(f"{summary.output}: {summary.groups} groups; responses: {counts}; dropped: {dict(summary.dropped) or 'none'}")
+    dropped = dict(summary.dropped) or "none"
+    print(shown(f"{summary.output}: {summary.groups} groups; responses: {counts}; dropped: {dropped}"))
     for note, times in summary.notes.items():
-        print(f"note: {note}: {times}")
+        print(shown(f"note: {note}: {times}"))

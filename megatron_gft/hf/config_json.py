@@ -11,6 +11,7 @@ import pydantic
 from pydantic import Field
 
 from megatron_gft.errors import InputError
+from megatron_gft.folders import check_folder
 from megatron_gft.reading import absence, read_json
 
 # Of layers, heads, experts; of rows and columns. Beyond are typing errors: sizes of matrices no longer fit 64 bits.
@@ -112,6 +113,7 @@ def read_config(model: str | os.PathLike) -> dict[str, Any]:
         InputError: missing, or not a JSON object.
     """
     path = config_file(model)
+    check_folder(path.parent, (path.name,))
     if not Path(model).exists():
         raise InputError(f"{model}: no Hugging Face config.json there: {absence(model)}")
     if not path.is_file():

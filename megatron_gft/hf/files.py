@@ -55,7 +55,7 @@ class ModelFiles:
         if self.tokenizer is not None and self.tokenizer != self.folder:
             _copy(self.tokenizer, target, CARRIED_PATTERNS[2:])  # neither config.json nor generation_config.json
         if self.config is not None:
-            shutil.copyfile(self.config / "config.json", target / "config.json")
+            _copy(self.config, target, CARRIED_PATTERNS[:1])
 
 
 def _copy(source: Path, target: Path, patterns: Sequence[str]) -> None:

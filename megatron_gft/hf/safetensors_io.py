@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.folders import check_folder, is_inner_name
 from megatron_gft.reading import absence, lfs_hint, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -66,6 +67,7 @@ class SafetensorsFolder:
         self._open_path: Path | None = None
         self._file: safe_open | None = None
         self._read_bytes = 0
+        check_folder(self.folder, (INDEX_NAME, "*.safetensors"))
         index = self._read_index() if files is None else None
         if files is None:
             files = [SINGLE_NAME] if index is None else sorted(set(index.values()))
@@ -83,7 +85,7 @@ class SafetensorsFolder:
             raise InputError(
                 f"{path}: not a safetensors index (weight_map is {str(files)[:60]}) -> copy the file again"
             )
-        wrong = [name for name, file in files.items() if not isinstance(file, str) or not file]
+        wrong = [name for name, file in files.items() if not is_inner_name(file)]
         if wrong:
             shown = f"{wrong[0]!r}: {str(files[wrong[0]])[:60]}"
             raise InputError(f"{path}: weight_map does not name a file ({shown}) -> copy the file again")

@@ -18,13 +18,14 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import httpx2
 
 from megatron_gft.chat_template import KWARGS, ChatTemplateError
-from megatron_gft.errors import InputError
+from megatron_gft.errors import InputError, shown
 from megatron_gft.sampling.settings import Outcome, Sample, SampleFailure, SampleRequest, SamplingParams, with_own_eos
 from megatron_gft.sampling.sources import OpenAISource
 from megatron_gft.sampling.written import BY_TAGS, PUT_BACK, prompt_opens, server_tags, with_thoughts, written_sample
@@ -34,6 +35,9 @@ RETRIED_STATUS = frozenset({408, 409, 425, 429})
 FATAL_STATUS = frozenset({401, 403, 404})
 MAX_PAUSE_SECONDS = 60.0
 MAX_RETRY_AFTER_SECONDS = 120.0
+MAX_REPLY_BYTES = 256 << 20  # a hundred times the log-probs of a long response; what is longer is no reply
+SHORTEST_SECRET = 6  # a shorter word would take ordinary text with it
+SHOWN_CHARACTERS = 300  # of what a server says
 REFUSED_FINISH = frozenset({"content_filter", "tool_calls", "function_call"})  # the same seed gives the same again
 FAILURES_IN_A_ROW = 16  # requests given up after all their tries, without a success between them
 
@@ -64,12 +68,19 @@ class OpenAIBackend:
         self._source, self._tokenizer = source, source.load_tokenizer()
         self._tags = server_tags(source.thoughts, self._tokenizer)
         self._url = _endpoint(source.url, "chat/completions" if source.api == "chat" else "completions")
-        self._headers = {"Content-Type": "application/json", **_authorization(source.api_key_env)}
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",
+            **_authorization(source.api_key_env),
+        }
+        self._place = self._url.copy_with(query=None)  # for messages: a key may stand in the query
+        self._secrets = _secrets(source.url, self._headers)
         self._certificates = httpx2.create_ssl_context()
         try:
             self._client()
         except (httpx2.InvalidURL, ValueError, ImportError) as error:
-            raise InputError(f"proxy of the environment: {error} -> correct or unset HTTP_PROXY, ALL_PROXY") from None
+            reason = self._shown(str(error))
+            raise InputError(f"proxy of the environment: {reason} -> correct or unset HTTP_PROXY, ALL_PROXY") from None
 
     def _client(self) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(headers=self._headers, verify=self._certificates, timeout=None)
@@ -105,7 +116,7 @@ class OpenAIBackend:
                 failures += outcome.transient  # a refused prompt says nothing about the next one
                 if failures >= FAILURES_IN_A_ROW:
                     raise InputError(
-                        f"{self._url}: {failures} requests in a row failed, the last with: {outcome.reason} "
+                        f"{self._place}: {failures} requests in a row failed, the last with: {outcome.reason} "
                         "-> see to the server, then run again: finished samples are kept"
                     )
             everything.result()
@@ -122,9 +133,9 @@ class OpenAIBackend:
             try:
                 return self._read_sample(request, await self._post(client, body), params)
             except _Refused as refused:
-                return SampleFailure(request.key, str(refused))
+                return SampleFailure(request.key, self._shown(str(refused)))
             except _Transient as transient:
-                reason = str(transient)
+                reason = self._shown(str(transient))
                 longest = min(MAX_PAUSE_SECONDS, self._source.backoff * 2**attempt)
                 pause = max(random.uniform(0, longest), min(transient.retry_after, MAX_RETRY_AFTER_SECONDS))
         return SampleFailure(request.key, f"{reason} ({self._source.attempts} attempts)", transient=True)
@@ -135,9 +146,18 @@ class OpenAIBackend:
         Raises:
             _Transient, _Refused, InputError: every way to fail.
         """
+        content = bytearray()
         try:
-            async with asyncio.timeout(self._source.timeout):  # httpx would grant every single read the whole time-out
-                response = await client.post(self._url, content=body)
+            async with (
+                asyncio.timeout(self._source.timeout),  # httpx would grant every single read the whole time-out
+                client.stream("POST", self._url, content=body) as response,
+            ):
+                if packing := response.headers.get("Content-Encoding"):  # a bomb, or what never ends and gives nothing
+                    raise _Refused(f"reply packed with {packing}, which was not asked for")
+                async for piece in response.aiter_raw():
+                    content += piece
+                    if len(content) > MAX_REPLY_BYTES:
+                        raise _Refused(f"HTTP {response.status_code}: reply of more than {MAX_REPLY_BYTES >> 20} MiB")
         except TimeoutError as error:
             raise _Transient(f"no reply within {self._source.timeout:g} s") from error
         except (httpx2.HTTPError, OSError) as error:
@@ -146,18 +166,22 @@ class OpenAIBackend:
                 cause = inner
             raise _Transient(f"{type(cause).__name__}: {cause}") from error
         if response.status_code != 200:
-            self._refuse(response.status_code, response.headers.get("Retry-After", ""), response.content)
+            self._refuse(response.status_code, response.headers.get("Retry-After", ""), bytes(content))
         try:
-            return json.loads(response.content)
+            return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise _Transient(f"reply is not JSON ({len(response.content)} bytes)") from error
+            raise _Transient(f"reply is not JSON ({len(content)} bytes)") from error
+
+    def _shown(self, text: str) -> str:
+        """What a server or a library said, as it may be printed and kept."""
+        return shown(" ".join(text.split()), self._secrets)[:SHOWN_CHARACTERS]
 
     def _refuse(self, status: int, retry_after: str, content: bytes) -> None:
-        reason = f"HTTP {status}: {content[:300].decode('utf-8', 'replace').strip()}"
+        reason = self._shown(f"HTTP {status}: {content[:4096].decode('utf-8', 'replace').strip()}")
         if status in RETRIED_STATUS or status >= 500:
             raise _Transient(reason, float(retry_after) if retry_after.replace(".", "", 1).isdecimal() else 0.0)
         if status in FATAL_STATUS:
-            raise InputError(f"{self._url}: {reason} -> check url, model and api_key_env")
+            raise InputError(f"{self._place}: {reason} -> check url, model and api_key_env")
         raise _Refused(reason)
 
     def _body(self, request: SampleRequest, params: SamplingParams) -> dict[str, Any]:
@@ -195,7 +219,7 @@ class OpenAIBackend:
         missing = [name for name in ("token_ids", "logprobs") if choice.get(name) is None]
         if params.logprobs and text and missing:
             raise InputError(
-                f"{self._url}: the reply has no {missing[0]}, which log-probs need -> use a server that gives "
+                f"{self._place}: the reply has no {missing[0]}, which log-probs need -> use a server that gives "
                 "them (vLLM with return_token_ids), or set logprobs=false"
             )
         ids, logprobs = self._ids_and_logprobs(choice, finish, params)
@@ -203,7 +227,7 @@ class OpenAIBackend:
             sample = written_sample(request.key, finish, self._tokenizer, text, ids, logprobs)
             if sample.token_ids is None and lost_tags(text):
                 raise InputError(
-                    f"{self._url}: the server leaves out the special tokens around thoughts ({text[:20]!r}...) -> set "
+                    f"{self._place}: the server leaves out special tokens around thoughts ({text[:20]!r}...) -> set "
                     "extra_body='{skip_special_tokens: false}', or use its reasoning parser"
                 )
             return sample
@@ -222,7 +246,7 @@ class OpenAIBackend:
         try:
             return with_thoughts(thoughts, answer, spelled, self._tags, bool(opened))
         except InputError as error:
-            raise InputError(f"{self._url}: {error}") from None
+            raise InputError(f"{self._place}: {error}") from None
 
     def _choice(self, reply: Any) -> tuple[dict[str, Any], str, str]:
         """The one choice of a reply that ended as a response may, its text and the thoughts that were kept apart."""
@@ -235,7 +259,7 @@ class OpenAIBackend:
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise _Transient(f"reply without {error}") from error
         said = next((f": {str(part['error'])[:200]}" for part in (choice, reply) if part.get("error")), "")
-        if finish in REFUSED_FINISH:
+        if isinstance(finish, str) and finish in REFUSED_FINISH:
             raise _Refused(f"reply with finish_reason {finish!r}{said}")
         if calls:
             raise _Refused("reply with tool calls taken out of the text: start the server without a tool parser")
@@ -290,6 +314,15 @@ def _endpoint(url: str, method: str) -> httpx2.URL:
         raise InputError(f"url {url!r} is not http(s)://host[:port]/v1 -> correct it")
     # a password in it would be printed with every error: a key comes by api_key_env
     return base.copy_with(path=f"{base.path.rstrip('/')}/{method}", userinfo=b"")
+
+
+def _secrets(url: str, headers: Mapping[str, str]) -> set[str]:
+    """What must not be printed: the key, the password and the query's values of the url, as they are and encoded."""
+    parts = urllib.parse.urlsplit(url)
+    found = [headers.get("Authorization", "").removeprefix("Bearer "), parts.password or ""]
+    found += [word.partition("=")[2] for word in parts.query.split("&")]
+    spelled = {form for word in found for form in (word, urllib.parse.unquote(word), urllib.parse.quote(word, ""))}
+    return {word for word in spelled if len(word) >= SHORTEST_SECRET}
 
 
 def _authorization(variable: str | None) -> dict[str, str]:

@@ -6,7 +6,9 @@ outcome ``timeout``, and the other responses it held go to another worker. A wor
 The verdict must not depend on how busy the machine is: a worker that wants to compute but gets no CPU has longer, and
 time in which this process was suspended (Ctrl-Z, a scheduler) is nobody's.
 
-A worker leads a process group, which is killed with it: what a verifier has started does not outlive it.
+A worker leads a process group, which is killed with it; what has left the group is found below the fork server (see
+:mod:`megatron_gft.scoring.fork_server`) and ended when a worker is: what a verifier has started does not outlive it. Of
+the pipes of this program a worker holds its own, and what is no message on it costs the worker.
 
 Workers start from a fork server that has imported the verifier's library once, so that replacing one takes
 milliseconds. This module stays light, because every worker imports it.
@@ -19,8 +21,11 @@ import itertools
 import math
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
+import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -39,6 +44,8 @@ WINDOW_PER_WORKER = 32 * CASES_PER_MESSAGE  # verdicts kept back while an earlie
 START_LIMIT_SECONDS = 120.0
 LOOKS_PER_LIMIT = 4  # at a worker, before it may be said to have had its time
 STARVED_FACTOR = 10  # at most so many time limits of wall time for a worker that others keep off the CPU
+STRAY_ROUNDS = 50
+LONGEST_MESSAGE = 1 << 24
 GRACE_SECONDS = 5  # for a process to end; a worker whose parent died in the middle of a hang ends itself, too
 
 
@@ -56,14 +63,12 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
     def __init__(self, options: ScoringOptions):
         build_verifier(options.verifier, options.verifier_options)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
-            ["latex2sympy2_extended.latex2sympy2"]
-            if options.verifier == "math"
-            else ["megatron_gft.scoring.verifier_pool"]
-        )
+        library = "latex2sympy2_extended.latex2sympy2" if options.verifier == "math" else __name__
+        self._context.set_forkserver_preload(["megatron_gft.scoring.fork_server", library])
         self._options = options
         self._clock = _Clock(options.time_limit / LOOKS_PER_LIMIT)
         self._workers = [_Worker(self._context, options, self._clock) for _ in range(options.workers)]
+        self._fork_server = psutil.Process(self._workers[0].pid).parent()
         self.replaced = 0
         self._backlog: deque[tuple[int, Case]] = deque()  # not with a worker yet
         self._verdicts: dict[int, Verdict] = {}  # whose turn has not come
@@ -79,9 +84,25 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
         self.close()
 
     def close(self) -> None:
-        """Kill every worker."""
+        """Kill every worker, and what they have left behind."""
         for worker in self._workers:
             worker.kill()
+        self._end_strays()
+
+    def _end_strays(self) -> None:
+        """End what is below the fork server and is no process of this one: its parent, a worker or less, has ended."""
+        for _ in range(STRAY_ROUNDS):  # they may start others meanwhile
+            known = {child.pid for child in multiprocessing.active_children()}
+            strays = []
+            with contextlib.suppress(psutil.Error):
+                for child in self._fork_server.children() if self._fork_server else []:
+                    if child.pid not in known and child.status() != psutil.STATUS_ZOMBIE:
+                        strays += [child, *child.children(recursive=True)]
+            if not strays:
+                return
+            for stray in strays:
+                with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                    stray.kill()
 
     def judge(self, cases: Iterable[Case | Verdict]) -> Iterator[Verdict]:
         """One verdict per item, in order; a :class:`Verdict` among them is passed through. Reads a bounded window."""
@@ -125,12 +146,15 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
                 self._verdicts.update(worker.receive())
                 if not worker.closed:
                     continue
-                death = Verdict("error", 0.0, f"worker died with exit code {worker.exit_code()}")
+                code = worker.exit_code()
+                detail = "wrote into the pipe of the scorer" if code is None else f"died with exit code {code}"
+                death = Verdict("error", 0.0, f"worker {detail}")
             elif self._clock.now() >= worker.deadline and not worker.connection.poll() and not worker.extend():
                 death = Verdict("timeout", 0.0, f"no verdict within {self._options.time_limit:g} s")
             else:
                 continue
             worker.kill()
+            self._end_strays()
             if worker.starting:
                 raise InputError(f"verifier worker did not start: {death.detail} -> check the verifier's imports")
             self._workers[self._workers.index(worker)] = _Worker(self._context, self._options, self._clock)
@@ -171,11 +195,18 @@ class _Worker:
         self._process: ForkServerProcess = context.Process(target=_serve, args=(theirs, options), daemon=True)
         self._process.start()
         theirs.close()
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as pipe:  # of half a message nobody waits for more
+            pipe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", GRACE_SECONDS, 0))
         self._time_limit, self._clock = options.time_limit, clock
         self.pending: deque[tuple[int, Case]] = deque()
         self.starting, self.closed = True, False
         self._began, self._cpu_before = clock.now(), 0.0  # of the case at hand
         self.deadline = self._began + START_LIMIT_SECONDS
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None  # it was started
+        return self._process.pid
 
     @property
     def idle(self) -> bool:
@@ -193,7 +224,7 @@ class _Worker:
         """All verdicts that have arrived; the deadline moves with each."""
         try:
             while self.connection.poll():
-                message, self._cpu_before = self.connection.recv()
+                message, self._cpu_before = self._read()
                 self._restart_clock()
                 if isinstance(message, Verdict):
                     yield self.pending.popleft()[0], message
@@ -203,6 +234,21 @@ class _Worker:
                     raise InputError(message)
         except (EOFError, OSError):
             self.closed = True
+
+    def _read(self) -> tuple[Verdict | str | None, float]:
+        """One message of :func:`_serve`.
+
+        Raises:
+            OSError: it is none, or the connection is broken.
+        """
+        content = self.connection.recv_bytes(LONGEST_MESSAGE)
+        try:
+            message, cpu = pickle.loads(content)
+            if not isinstance(message, Verdict | str | None) or (isinstance(message, Verdict) and not self.pending):
+                raise ValueError("nothing that was asked for")
+            return message, float(cpu)
+        except Exception as error:  # pickle raises whatever the bytes make it raise
+            raise OSError(f"no message: {error}") from error
 
     def _restart_clock(self) -> None:
         self._began = self._clock.now()
@@ -214,7 +260,7 @@ class _Worker:
         if self.starting or now - self._began >= STARVED_FACTOR * self._time_limit:
             return False
         try:
-            process = psutil.Process(self._process.pid)
+            process = psutil.Process(self.pid)
             cpu, status = process.cpu_times(), process.status()
         except psutil.Error:
             return False
@@ -231,10 +277,8 @@ class _Worker:
 
     def kill(self) -> None:
         """End the process and whatever the verifier has started."""
-        pid = self._process.pid
-        assert pid is not None  # it was started
         with contextlib.suppress(OSError):  # it has not come to lead a group yet, or all of it is gone
-            os.killpg(pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join()
         self.connection.close()
@@ -246,6 +290,8 @@ def _serve(connection: Connection, options: ScoringOptions) -> None:
     Every message is a pair with the CPU seconds used so far.
     """
     os.setpgid(0, 0)
+    os.closerange(3, connection.fileno())  # the fork server's own pipes: writing there would end it
+    os.closerange(connection.fileno() + 1, 1 << 16)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit, highest = int(options.memory_limit_gib * 2**30), resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = limit if highest == resource.RLIM_INFINITY else min(limit, highest)

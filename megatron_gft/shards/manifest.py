@@ -22,6 +22,8 @@ import pydantic
 
 from megatron_gft.atomic import atomic_file, sha256_file, sha256_json
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.folders import file_problem as link_problem
+from megatron_gft.folders import is_inner_name
 
 FORMAT: Final = "megatron_gft.group_shard"
 FORMAT_VERSION: Final = 2  # 1 has no hashes of blocks
@@ -217,7 +219,7 @@ def _check_names(prefix: str | Path, manifest: ShardManifest) -> None:
     sidecars = [manifest.judgement.outcomes_file, *(of.rewards_file for of in manifest.judgements)]
     sidecars += manifest.logprob_files.values()
     needed = {f"{stem}.meta.bin", f"{stem}.meta.idx", *(name for name in sidecars if name is not None)}
-    odd = {name for name in files if not name.startswith(f"{stem}.") or "/" in name or "\0" in name}
+    odd = {name for name in files if not name.startswith(f"{stem}.") or "/" in name or not is_inner_name(name)}
     if wrong := sorted((needed - files.keys()) | odd):
         raise InputError(f"{path}: lists no file {wrong[0]!r}, or one that is none of {stem}.* -> preprocess again")
     for name, entry in files.items():
@@ -262,7 +264,11 @@ def check_files(prefix: str | Path, manifest: ShardManifest) -> None:
     """
     bulk = manifest.bulk_files
     checks = ((Path(prefix).with_name(name), entry, name not in bulk) for name, entry in manifest.files.items())
-    found = (file_problem(path, entry, contents=contents) for path, entry, contents in checks)
+    home = Path(os.path.realpath(manifest_path(prefix))).parent  # also of a shard that is linked as a whole
+    found = (
+        link_problem(path, path.parent, home) or file_problem(path, entry, contents=contents)
+        for path, entry, contents in checks
+    )
     if problems := [problem for problem in found if problem is not None]:
         tool = f"tools/inspect_groups.py {prefix} --verify"
         raise InputErrors(f"{prefix}: damaged shard -> copy it or preprocess again; all damage: {tool}", problems)
