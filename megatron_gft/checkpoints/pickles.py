@@ -23,40 +23,38 @@ from megatron_gft.folders import is_inner_name
 
 _NEVER_READ = ("rng_state", "rerun_state_machine_state")  # Megatron-LM's; nothing here asks for them
 
-_DCP = "torch.distributed.checkpoint"
+
+def _listed(text: str) -> frozenset[str]:
+    """Lines of a module and names in it."""
+    lines = (line.split() for line in text.splitlines())
+    return frozenset(f"{module} {name}" for module, *names in filter(None, lines) for name in names)
+
+
 # What .metadata of torch 2.6 to 2.13 and of Megatron-Core 0.8 to 0.19 holds, plans of cached saves included.
-_METADATA = frozenset(
-    f"{module} {name}"
-    for module, names in {
-        f"{_DCP}.metadata": "Metadata StorageMeta MetadataIndex ChunkStorageMetadata TensorStorageMetadata "
-        "BytesStorageMetadata TensorProperties _MEM_FORMAT_ENCODING",
-        f"{_DCP}.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
-        f"{_DCP}.filesystem": "_StorageInfo _StoragePrefix",
-        "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata MCoreSavePlan",
-        "torch": "Size",
-        "torch.serialization": "_get_layout",
-        "collections": "OrderedDict",
-        "pathlib": "PosixPath",
-        "pathlib._local": "PosixPath",
-    }.items()
-    for name in names.split()
-)
+_METADATA = _listed("""
+    torch.distributed.checkpoint.metadata Metadata StorageMeta MetadataIndex ChunkStorageMetadata TensorProperties
+    torch.distributed.checkpoint.metadata TensorStorageMetadata BytesStorageMetadata _MEM_FORMAT_ENCODING
+    torch.distributed.checkpoint.planner SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData
+    torch.distributed.checkpoint.filesystem _StorageInfo _StoragePrefix
+    megatron.core.dist_checkpointing.strategies.torch MCoreMetadata MCoreSavePlan
+    torch Size
+    torch.serialization _get_layout
+    collections OrderedDict
+    pathlib PosixPath
+    pathlib._local PosixPath
+""")
 # What Transformer Engine's FP8 state holds: megatron.core.safe_globals.SafeUnpickler of Megatron-Core 0.17 to 0.19.
-_EXTRA_STATE = frozenset(
-    f"{module} {name}"
-    for module, names in {
-        "collections": "OrderedDict",
-        "torch": "Size",
-        "torch._utils": "_rebuild_tensor_v2",
-        "torch._tensor": "_rebuild_from_type_v2",
-        "torch.storage": "UntypedStorage _load_from_bytes",
-        "transformer_engine.common.recipe": "DelayedScaling Float8CurrentScaling Float8BlockScaling MXFP8BlockScaling "
-        "NVFP4BlockScaling Format _FormatHelper MMParams QParams",
-        "megatron.core.extensions.transformer_engine": "TEDelayedScaling",
-        "megatron.core.safe_globals": "safe_load_from_bytes",
-    }.items()
-    for name in names.split()
-)
+_EXTRA_STATE = _listed("""
+    collections OrderedDict
+    torch Size
+    torch._utils _rebuild_tensor_v2
+    torch._tensor _rebuild_from_type_v2
+    torch.storage UntypedStorage _load_from_bytes
+    transformer_engine.common.recipe DelayedScaling Float8CurrentScaling Float8BlockScaling MXFP8BlockScaling
+    transformer_engine.common.recipe NVFP4BlockScaling Format _FormatHelper MMParams QParams
+    megatron.core.extensions.transformer_engine TEDelayedScaling
+    megatron.core.safe_globals safe_load_from_bytes
+""")
 
 
 class _Refused(Exception):
