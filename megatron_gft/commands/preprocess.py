@@ -14,7 +14,7 @@ from megatron_gft.groups.problems import describe_kinds, parse_policies
 
 EXAMPLES = """examples:
   python tools/preprocess_groups.py --input groups.jsonl --tokenizer models/Qwen2.5-7B --output-prefix data/train
-  python tools/preprocess_groups.py ... --tokenizer models/custom --trust-remote-code      (its .py files run: read them)
+  python tools/preprocess_groups.py ... --tokenizer models/custom --trust-remote-code   (read its .py files before)
   python tools/preprocess_groups.py --input 'scored/*.jsonl' --tokenizer spm.model --chat-template none \\
       --output-prefix data/train --workers 16 --max-response-tokens 2048 --policy long_response=truncate
   sbatch --array=1-32 ... --part $SLURM_ARRAY_TASK_ID/32       (32 independent sets of shards; train on data/train*)

@@ -102,8 +102,7 @@ class VllmBackend:
 
         self._vllm, self._requests_per_call = vllm, source.requests_per_call
         self._tokenizer = source.load_tokenizer()
-        trust = {"trust_remote_code": True} if source.trust_remote_code else {}
-        self._engine = vllm.LLM(model=source.model, **trust | source.engine)
+        self._engine = vllm.LLM(source.model, **{"trust_remote_code": source.trust_remote_code} | source.engine)
         self._longest = self._engine.llm_engine.model_config.max_model_len
 
     def generate(

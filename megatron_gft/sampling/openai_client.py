@@ -38,7 +38,7 @@ MAX_RETRY_AFTER_SECONDS = 120.0
 MAX_REPLY_BYTES = 256 << 20  # a hundred times the log-probs of a long response; what is longer is no reply
 SHORTEST_SECRET = 6  # a shorter word would take ordinary text with it
 SHOWN_CHARACTERS = 300  # of what a server says
-REFUSED_FINISH = frozenset({"content_filter", "tool_calls", "function_call"})  # the same seed gives the same again
+REFUSED_FINISH = ("content_filter", "tool_calls", "function_call")  # the same seed gives the same again
 FAILURES_IN_A_ROW = 16  # requests given up after all their tries, without a success between them
 
 
@@ -259,7 +259,7 @@ class OpenAIBackend:
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise _Transient(f"reply without {error}") from error
         said = next((f": {str(part['error'])[:200]}" for part in (choice, reply) if part.get("error")), "")
-        if isinstance(finish, str) and finish in REFUSED_FINISH:
+        if finish in REFUSED_FINISH:
             raise _Refused(f"reply with finish_reason {finish!r}{said}")
         if calls:
             raise _Refused("reply with tool calls taken out of the text: start the server without a tool parser")

@@ -146,9 +146,7 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
                 self._verdicts.update(worker.receive())
                 if not worker.closed:
                     continue
-                code = worker.exit_code()
-                detail = "wrote into the pipe of the scorer" if code is None else f"died with exit code {code}"
-                death = Verdict("error", 0.0, f"worker {detail}")
+                death = Verdict("error", 0.0, f"worker died with exit code {worker.exit_code()}")
             elif self._clock.now() >= worker.deadline and not worker.connection.poll() and not worker.extend():
                 death = Verdict("timeout", 0.0, f"no verdict within {self._options.time_limit:g} s")
             else:
@@ -196,7 +194,7 @@ class _Worker:
         self._process.start()
         theirs.close()
         with socket.socket(fileno=os.dup(self.connection.fileno())) as pipe:  # of half a message nobody waits for more
-            pipe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", GRACE_SECONDS, 0))
+            pipe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
         self._time_limit, self._clock = options.time_limit, clock
         self.pending: deque[tuple[int, Case]] = deque()
         self.starting, self.closed = True, False
@@ -232,8 +230,11 @@ class _Worker:
                     self.starting = False
                 else:
                     raise InputError(message)
-        except (EOFError, OSError):
+        except EOFError:
             self.closed = True
+        except OSError:  # it may live on
+            self.closed = True
+            self._process.kill()
 
     def _read(self) -> tuple[Verdict | str | None, float]:
         """One message of :func:`_serve`.
