@@ -179,31 +179,27 @@ class ChatTemplate:
 
 
 def _render_in_time(conversations: list[Any], chat_template: str, **options: Any) -> str:
-    """transformers' rendering in its sandbox, ended after :data:`TEMPLATE_SECONDS` of CPU time.
+    """transformers' rendering, with a TimeoutError after :data:`TEMPLATE_SECONDS` of CPU time.
 
-    Python runs signal handlers in the main thread and between two of its steps. So there is no limit in other threads,
-    and a power, a single step that may take for ever, is refused.
-
-    Raises:
-        TimeoutError: it takes longer.
+    Signal handlers run in the main thread, between two steps: a power, one step that may take for ever, is refused.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if _has_power(chat_template):
         raise TimeoutError("computes a power (**), which may take for ever")
-    if threading.current_thread() is not threading.main_thread():
-        return render_jinja_template(conversations, chat_template=chat_template, **options)[0][0]
 
     def end(*_: Any) -> None:
         raise TimeoutError(f"takes more than {TEMPLATE_SECONDS:g} s")
 
-    before = signal.signal(signal.SIGVTALRM, end)
-    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        signal.signal(signal.SIGVTALRM, end)
+        signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
     try:
         return render_jinja_template(conversations, chat_template=chat_template, **options)[0][0]
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
+        if is_main:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 @functools.lru_cache(16)

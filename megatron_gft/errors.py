@@ -46,11 +46,7 @@ class InputErrors(InputError):
 
 
 def shown(text: str, secrets: Iterable[str] = ()) -> str:
-    """Text of others as a terminal or a log may have it.
-
-    Control characters (and with them escape sequences and changes of the writing direction) are spelled, ``secrets``
-    and passwords in urls are starred out.
-    """
+    """Text of others for a terminal: control characters are spelled, ``secrets`` and passwords in urls starred out."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     text = _URL_PASSWORD.sub("***@", text)

@@ -11,7 +11,6 @@ from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.reading import refuse_damage
 
 MODEL_FILES = tuple("*.json *.jinja *.model *.tiktoken *.txt *.safetensors *.bin *.py *chat_templates".split())
-"""What transformers may open in a folder."""
 
 
 def is_inner_name(name: object) -> bool:
@@ -22,10 +21,7 @@ def is_inner_name(name: object) -> bool:
 
 
 def file_problem(path: Path, *folders: Path) -> str | None:
-    """Why ``path`` is not read: a link that leaves ``folders`` (all of them, if several), or no regular file.
-
-    Links into the blobs beside the snapshots of Hugging Face's cache stay inside.
-    """
+    """Why ``path`` is not read: a link that leaves all ``folders`` (and the blobs of the hub's cache), or no file."""
     roots = [Path(os.path.realpath(folder)) for folder in folders]
     roots += [root.parents[1] / "blobs" for root in roots if root.parent.name == "snapshots"]
     target = Path(os.path.realpath(path))
@@ -37,11 +33,7 @@ def file_problem(path: Path, *folders: Path) -> str | None:
 
 
 def check_folder(folder: Path, patterns: Iterable[str]) -> None:
-    """Look at what matches ``patterns`` in a folder, and at all below a folder that matches, before it is read.
-
-    Raises:
-        InputErrors: every link out of the folder, and every FIFO, device or socket.
-    """
+    """Raise InputErrors for links out of the folder, FIFOs, devices and sockets among what matches, and below it."""
     found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     special = (path for match in found for path in _files(match) if path.is_symlink() or not path.is_file())
     if problems := list(filter(None, (file_problem(path, folder) for path in special))):
@@ -60,12 +52,7 @@ def from_folder(
 ) -> Any:
     """``loader.from_pretrained(folder)``, which asks nothing and runs no code of the folder unless it is trusted.
 
-    Args:
-        loader: one of transformers' ``Auto`` classes.
-        problem: what to say when it fails, and ``remedy`` what to do about it.
-
-    Raises:
-        InputError: from all that transformers raises; a damaged file is named.
+    Whatever transformers raises becomes an InputError with ``problem`` and ``remedy``; a damaged file is named.
     """
     check_folder(Path(folder), MODEL_FILES)
     try:

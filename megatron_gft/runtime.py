@@ -110,7 +110,6 @@ def set_up_logging(rank: int) -> None:
 
 
 def _show(record: logging.LogRecord) -> bool:
-    """Names of files, groups and tensors come from others; a log is read on a terminal."""
     record.msg, record.args = shown(record.getMessage()), None
     return True
 

@@ -200,6 +200,7 @@ def test_no_pickle_of_a_checkpoint_runs_code(checkpoint, tmp_path, what):
 
 def test_a_tool_refuses_such_a_checkpoint_in_one_message(checkpoint, tmp_path, capsys):
     put_metadata(checkpoint, planner_data=Evil(tmp_path / "mark"))
+    (checkpoint / "files.json").unlink(missing_ok=True)  # whose writer would have changed it, too
     arguments = ["megatron-to-hf", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
     assert convert.main(arguments) == EXIT_BAD_INPUT
     said = capsys.readouterr().err
@@ -329,7 +330,7 @@ def test_lists_of_files_name_files_of_their_folder(checkpoint, name):
 
     (checkpoint / "files.json").write_text(json.dumps({name: {"bytes": 1, "sha256": ""}}))
     (problem,) = find_damage(checkpoint)
-    assert "which is no file in the folder" in problem and repr(name) in problem
+    assert f"files.json: {name!r} is no file in the folder" == problem
 
 
 def odd_name(name):
@@ -487,4 +488,4 @@ def test_a_template_does_not_take_for_ever(tmp_path, monkeypatch, capsys, what, 
     assert tool.main([*arguments_of(tool, folder), *(["--quiet"])]) == EXIT_BAD_INPUT
     said = capsys.readouterr().err
     assert "the chat template" in said and "-> read it" in said
-    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL and not any(signal.getitimer(signal.ITIMER_VIRTUAL))
+    assert not any(signal.getitimer(signal.ITIMER_VIRTUAL))

@@ -135,10 +135,9 @@ def find_damage(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     problems = []
     for name in sorted(expected)[part::parts]:
         file, entry = path / name, expected[name]
-        if not is_inner_name(name):
-            problems.append(f"{FILES_FILE} names {name!r}, which is no file in the folder")
-        elif link := file_problem(file, path):
-            problems.append(link)
+        inner = is_inner_name(name)
+        if problem := file_problem(file, path) if inner else f"{FILES_FILE}: {name!r} is no file in the folder":
+            problems.append(problem)
         elif not file.is_file():
             problems.append(f"{name} is missing")
         elif file.stat().st_size != entry["bytes"]:

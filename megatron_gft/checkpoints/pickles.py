@@ -1,8 +1,7 @@
 """The pickles of a checkpoint name what they call. Here that is looked at before torch or Megatron would call it.
 
 torch reads ``.metadata`` with a bare ``pickle.load``, and objects among the shards with ``torch.load(weights_only=
-False)``; Transformer Engine unpickles the bytes of ``_extra_state``. A file that is replaced between the look and the
-reading is not caught: whoever can write into the folder meanwhile is trusted.
+False)``; Transformer Engine unpickles the bytes of ``_extra_state``.
 """
 
 from __future__ import annotations
@@ -57,20 +56,13 @@ _EXTRA_STATE = _listed("""
 """)
 
 
-class _Refused(Exception):
-    """A class or function that is not on the list."""
-
-
 class _Inert:
     """Stands for an object that only the real reading builds."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
 
     def _ignore(self, *_: Any) -> None:
         pass
 
-    __setstate__ = __setitem__ = append = extend = _ignore
+    __init__ = __setstate__ = __setitem__ = append = extend = _ignore  # type: ignore[assignment]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -83,34 +75,24 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and f"{module} {name}" not in self._listed:
-            raise _Refused(f"{module}.{name}")
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not listed")
         if not self._inert:
             return super().find_class(module, name)
         return _load_weights if name.endswith("load_from_bytes") else _Inert
 
 
 def read_metadata(path: Path) -> Metadata:
-    """``.metadata`` as torch reads it, made of listed classes only; the files it names are in its folder.
-
-    Raises:
-        InputError: it names another class or a file elsewhere, or is damaged.
-    """
+    """``.metadata``; raises InputError when it names a class that is not listed or a file elsewhere, or is damaged."""
     with _told(path), open(path, "rb") as file:
         metadata = _Unpickler(file, _METADATA, inert=False).load()
         for info in metadata.storage_data.values():
             if not is_inner_name(info.relative_path) or min(info.offset, info.length) < 0:
                 raise ValueError(f"data at {info.relative_path!r}, byte {info.offset!r}, {info.length!r} long")
-        if not isinstance(metadata, Metadata):
-            raise ValueError(f"it holds {type(metadata).__name__}")
     return metadata
 
 
 def check_objects(folder: Path, metadata: Metadata) -> None:
-    """Look at ``common.pt`` and at every object among the shards that a model or an optimizer could ask for.
-
-    Raises:
-        InputError: one of them calls what is not listed, or is damaged; the message names it.
-    """
+    """Raise InputError when common.pt, or an object that a run could ask for, calls what is not listed."""
     if (common := folder / "common.pt").is_file():
         with _told(common):
             _load_weights(common.read_bytes())
@@ -129,8 +111,7 @@ def check_objects(folder: Path, metadata: Metadata) -> None:
 
 
 def _load_weights(content: bytes) -> Any:
-    """torch's own restricted reading; Megatron-Core has named the classes that it needs."""
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # Megatron has named its classes
 
 
 def _check_extra_state(value: Any) -> None:
@@ -144,16 +125,13 @@ def _check_extra_state(value: Any) -> None:
 
 @contextlib.contextmanager
 def _told(place: Path | str) -> Iterator[None]:
-    """Turn whatever a damaged or hostile pickle raises into one message."""
     try:
         yield
     except Exception as error:
-        named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        name = str(error) if isinstance(error, _Refused) else named and named[1]
-        if name:
+        if isinstance(error, pickle.UnpicklingError) and (named := re.search(r"GLOBAL (\S+)", str(error))):
             raise InputError(
-                f"{place}: would call {name} on reading, which no checkpoint of a model needs: it may run code "
+                f"{place}: would call {named[1]} on reading, which no checkpoint of a model needs: it may run code "
                 "-> do not use it; take the checkpoint from where you trust it"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{place}: damaged or missing ({reason}) -> use another checkpoint") from error

@@ -24,8 +24,7 @@ from megatron_gft.inspection.views import GroupView, TokenView
 _STYLES = {"plus": "green", "minus": "red", "zero": "bright_black", "prompt": "bright_black"}
 _UNLIMITED = 100_000  # columns of what is no terminal: nothing is wrapped
 
-# Text of models and files must not steer a terminal: control characters are spelled, and what turns the direction of
-# writing, which hides what a text says.
+# Text of models and files must not steer a terminal: control characters and turns of direction are spelled.
 _SPELLED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 _SPELLED |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 _SPELLED_IN_LINES = {code: text for code, text in _SPELLED.items() if chr(code) not in "\t\n"}

@@ -36,6 +36,7 @@ FATAL_STATUS = frozenset({401, 403, 404})
 MAX_PAUSE_SECONDS = 60.0
 MAX_RETRY_AFTER_SECONDS = 120.0
 MAX_REPLY_BYTES = 256 << 20  # a hundred times the log-probs of a long response; what is longer is no reply
+HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 SHORTEST_SECRET = 6  # a shorter word would take ordinary text with it
 SHOWN_CHARACTERS = 300  # of what a server says
 REFUSED_FINISH = ("content_filter", "tool_calls", "function_call")  # the same seed gives the same again
@@ -68,11 +69,7 @@ class OpenAIBackend:
         self._source, self._tokenizer = source, source.load_tokenizer()
         self._tags = server_tags(source.thoughts, self._tokenizer)
         self._url = _endpoint(source.url, "chat/completions" if source.api == "chat" else "completions")
-        self._headers = {
-            "Content-Type": "application/json",
-            "Accept-Encoding": "identity",
-            **_authorization(source.api_key_env),
-        }
+        self._headers = HEADERS | _authorization(source.api_key_env)
         self._place = self._url.copy_with(query=None)  # for messages: a key may stand in the query
         self._secrets = _secrets(source.url, self._headers)
         self._certificates = httpx2.create_ssl_context()
@@ -173,7 +170,6 @@ class OpenAIBackend:
             raise _Transient(f"reply is not JSON ({len(content)} bytes)") from error
 
     def _shown(self, text: str) -> str:
-        """What a server or a library said, as it may be printed and kept."""
         return shown(" ".join(text.split()), self._secrets)[:SHOWN_CHARACTERS]
 
     def _refuse(self, status: int, retry_after: str, content: bytes) -> None:
@@ -317,7 +313,7 @@ def _endpoint(url: str, method: str) -> httpx2.URL:
 
 
 def _secrets(url: str, headers: Mapping[str, str]) -> set[str]:
-    """What must not be printed: the key, the password and the query's values of the url, as they are and encoded."""
+    """The key, the password and the query's values of the url, as they are and encoded."""
     parts = urllib.parse.urlsplit(url)
     found = [headers.get("Authorization", "").removeprefix("Bearer "), parts.password or ""]
     found += [word.partition("=")[2] for word in parts.query.split("&")]

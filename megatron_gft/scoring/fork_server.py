@@ -1,7 +1,6 @@
 """Imported by the fork server of the verifiers' workers, and by nothing else: it keeps hold of what verifiers start.
 
-A process whose parent ended becomes the child of its nearest ancestor that asks for it, whatever session it has begun.
-So all that a worker leaves behind is below the fork server, where the scorer finds it, and ends with the fork server.
+A process whose parent ended becomes the child of its nearest ancestor that asks for it, whatever its session.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ import warnings
 
 import psutil
 
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-
 
 @atexit.register
 def _end_all_below() -> None:
@@ -25,5 +22,5 @@ def _end_all_below() -> None:
 
 
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
 warnings.filterwarnings("ignore", "forkserver: waitpid returned unexpected pid")  # of those, when they end

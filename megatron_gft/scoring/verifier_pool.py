@@ -6,9 +6,8 @@ outcome ``timeout``, and the other responses it held go to another worker. A wor
 The verdict must not depend on how busy the machine is: a worker that wants to compute but gets no CPU has longer, and
 time in which this process was suspended (Ctrl-Z, a scheduler) is nobody's.
 
-A worker leads a process group, which is killed with it; what has left the group is found below the fork server (see
-:mod:`megatron_gft.scoring.fork_server`) and ended when a worker is: what a verifier has started does not outlive it. Of
-the pipes of this program a worker holds its own, and what is no message on it costs the worker.
+A worker leads a process group, which is killed with it; what has left the group is found below the fork server
+(``fork_server.py``): what a verifier has started does not outlive it. What is no message on its pipe costs a worker.
 
 Workers start from a fork server that has imported the verifier's library once, so that replacing one takes
 milliseconds. This module stays light, because every worker imports it.
@@ -90,7 +89,7 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
         self._end_strays()
 
     def _end_strays(self) -> None:
-        """End what is below the fork server and is no process of this one: its parent, a worker or less, has ended."""
+        """End what is below the fork server and is no process of this one: its parent has ended."""
         for _ in range(STRAY_ROUNDS):  # they may start others meanwhile
             known = {child.pid for child in multiprocessing.active_children()}
             strays = []
@@ -203,8 +202,7 @@ class _Worker:
 
     @property
     def pid(self) -> int:
-        assert self._process.pid is not None  # it was started
-        return self._process.pid
+        return self._process.pid or 0  # never 0: it was started
 
     @property
     def idle(self) -> bool:
@@ -237,11 +235,7 @@ class _Worker:
             self._process.kill()
 
     def _read(self) -> tuple[Verdict | str | None, float]:
-        """One message of :func:`_serve`.
-
-        Raises:
-            OSError: it is none, or the connection is broken.
-        """
+        """One message of :func:`_serve`; raises OSError when it is none, or the connection is broken."""
         content = self.connection.recv_bytes(LONGEST_MESSAGE)
         try:
             message, cpu = pickle.loads(content)
