@@ -266,7 +266,7 @@ def check_files(prefix: str | Path, manifest: ShardManifest) -> None:
     checks = ((Path(prefix).with_name(name), entry, name not in bulk) for name, entry in manifest.files.items())
     home = Path(os.path.realpath(manifest_path(prefix))).parent  # also of a shard that is linked as a whole
     found = (
-        link_problem(path, path.parent, home) or file_problem(path, entry, contents=contents)
+        file_problem(path, entry, contents=contents) or link_problem(path, path.parent, home)
         for path, entry, contents in checks
     )
     if problems := [problem for problem in found if problem is not None]:
