@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_gft.gft import k3, log_ratio, published_losses, row_coefficient
 from megatron_gft.model import LossOutput, unwrap
-from megatron_gft.objectives import SOURCES, HeadSettings
+from megatron_gft.objectives import READ_Q, SOURCES, HeadSettings, by_source
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
 from megatron_gft.pipeline import schedule_arguments
@@ -89,8 +89,13 @@ def pack_token_sums(pack: Pack, output: LossOutput, head: HeadSettings) -> torch
         more[:, 0] = published_losses(logprobs, pack.token_weights, head, facts)
         if facts.sampled_logprobs is not None:
             gap, unknown = log_ratio(logprobs, facts.sampled_logprobs).double(), facts.sampled_logprobs.isnan()
-            clipped = ~unknown & ((c / gap.exp() - 1).abs() > 1e-5)
-            more[:, 1], more[:, 2], more[:, 3], more[:, 4] = unknown, ~unknown, gap.abs(), clipped
+            names = [name or "none" for name in by_source(head.coefficient)]
+            reads = torch.tensor([name in READ_Q or ":" in name for name in names], device=p.device)[
+                place // len(SIGNS)
+            ]
+            known = reads & ~unknown
+            more[:, 1], more[:, 2], more[:, 3] = reads & unknown, known, known * gap.abs()
+            more[:, 4] = known & ((c / gap.exp() - 1).abs() > 1e-5)
         if facts.anchor_weights is not None:
             more[:, 5] = facts.anchor_weights > 0
             more[:, 6] = more[:, 5] * k3(logprobs, facts)

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import naive_twin
 import numpy as np
@@ -23,9 +24,11 @@ from megatron_gft.batch import StepLoader, open_groups
 from megatron_gft.commands.train import read_command_line
 from megatron_gft.config import load_config
 from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.model import LossOutput
 from megatron_gft.objectives import OBJECTIVES, SOURCES, HeadSettings, by_source
 from megatron_gft.shards import Group, GroupShard, GroupShardWriter
 from megatron_gft.shards.manifest import FileEntry, write_manifest
+from megatron_gft.step import MORE_STATISTICS, pack_token_sums
 from megatron_gft.validation import check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -390,6 +393,24 @@ def test_named_log_probs_are_q_and_reference(tmp_path):
     assert GroupShard(tmp_path / "shard").manifest.fingerprint == before  # the order of groups stays
     shard = pickle.loads(pickle.dumps(GroupShard(tmp_path / "shard", ("other", "start"))))
     assert (shard[1].logprobs[0] == -1.5).all() and (shard[1].reference[0] == -2.5).all()
+
+
+def test_statistics_of_q_are_of_rows_that_read_it():
+    """Three experts, whose coefficient reads p alone, and four samples: one end without q, one ratio clipped."""
+    sources, n = torch.tensor([0, 0, 0, 2, 2, 2, 2], dtype=torch.int8), 7
+    q = torch.tensor([torch.nan, -1.0, torch.nan, -1.0, -1.5, -2.5, torch.nan])
+    pack = SimpleNamespace(
+        token_weights=torch.ones(n), advantages=torch.ones(n), sources=sources,
+        facts=gft.RowFacts(torch.ones(n), sources, q),
+    )  # fmt: skip
+    output = LossOutput(torch.zeros(()), torch.full((n,), -1.5), None)
+    sums = pack_token_sums(pack, output, HeadSettings(coefficient=("shaped", None, "clipped_ratio")))[2, 0]
+    found = dict(zip(MORE_STATISTICS, sums[-len(MORE_STATISTICS) :].tolist(), strict=True))
+    assert found["unknown_q"] == 1 and found["known_q"] == 3 and found["clipped"] == 1
+    assert found["sampling_gap"] == pytest.approx(0.5 + 0.0 + 1.0)
+    assert found["published_loss"] == pytest.approx(-(math.exp(-0.5) + 1 + 1.2 + 1))
+    everything = pack_token_sums(pack, output, HeadSettings(coefficient=("shaped", None, "clipped_ratio")))
+    assert everything[0, 0, -len(MORE_STATISTICS) + 1 :].tolist() == [0] * (len(MORE_STATISTICS) - 1)
 
 
 MAKE = "tools/compute_logprobs.py"
