@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_gft.atomic import atomic_file
 from megatron_gft.errors import InputError, InputErrors, nearest
@@ -203,7 +203,9 @@ class TrainConfig(Section):
     grad_spike_factor: float | None = Field(
         None, gt=1, description="a gradient norm this many times its running median is treated as nonfinite"
     )
-    collapse: Literal["warn", "stop", "off"] = Field("warn", description="positive responses become improbable too")
+    collapse: Annotated[Literal["warn", "stop", "off"], BeforeValidator(lambda v: v or "off")] = Field(
+        "warn", description="positive responses become improbable too"
+    )
     max_skipped_steps: NonNegativeInt = Field(10, description="skipped steps after which the run stops")
     watchdog_minutes: PositiveFloat = Field(30.0, description="a rank without progress for so long ends the job")
 

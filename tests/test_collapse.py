@@ -154,3 +154,9 @@ def test_noise_alone_seldom_warns(noise):
         reports = map(report_of, 5 + hard + own[0], 7 + hard + own[1])
         warned += any(guard.rises(report) is not None for report in reports)
     assert warned <= 1
+
+
+@pytest.mark.parametrize("text", ["off", "'off'", "false", "warn", "stop"])
+def test_yaml_reads_off_as_false(text):
+    collapse = load_config([], ["model.config=m", f"train.collapse={text}"]).train.collapse
+    assert collapse == {"'off'": "off", "false": "off"}.get(text, text)
