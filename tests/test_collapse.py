@@ -90,6 +90,7 @@ def validation(records: list[dict]) -> dict[int, float]:
     return {r["step"]: math.exp(-r["valid/expert/positive/nll"]) for r in records if "valid/loss" in r}
 
 
+@pytest.mark.slow
 def test_a_destructive_rate_is_noticed_before_validation_is_halved(learned, tmp_path):
     destructive = ("optimizer.lr=6e-3", "train.epochs=30")
     ended, records, said = run_from(learned, tmp_path / "warn", *destructive)

@@ -224,8 +224,10 @@ class Fewer(MemoryGroups):
         super().__init__(items, "fewer")
 
 
-@pytest.mark.parametrize(("correct", "plain"), [("rft", "sft"), ("dft_correct", "dft")])
-@pytest.mark.parametrize("normalize", ["tokens", "sequences", "groups"])
+@pytest.mark.parametrize(
+    ("correct", "plain", "normalize"),
+    [("rft", "sft", "tokens"), ("rft", "sft", "groups"), ("dft_correct", "dft", "sequences")],
+)
 def test_correct_only_is_sft_on_the_file_without_wrong_rows(root, correct, plain, normalize):
     groups = TinyGroups()
     whole = ("data.groups_per_step=30", f"objective.normalize={normalize}", "data.packing=shared_prefix")
