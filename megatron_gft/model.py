@@ -30,11 +30,12 @@ from torch.autograd.function import once_differentiable
 from megatron_gft.backend import build_layer_spec, build_transformer_config, choose_backend
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.gft import RowFacts, row_weights
+from megatron_gft.head_rows import VocabShard
 from megatron_gft.hf.shape import ModelShape, gpt_model_kwargs, padded_vocab_size
 from megatron_gft.objectives import HeadSettings, by_source
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
-from megatron_gft.vocab_parallel import VocabShard, linear_gft_loss
+from megatron_gft.vocab_parallel import linear_gft_loss
 
 
 class GFTOutputLayer(ColumnParallelLinear):

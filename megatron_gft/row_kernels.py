@@ -1,6 +1,6 @@
 """The head's two row passes as Triton kernels: every logit is read twice and written once.
 
-The eager passes of ``vocab_parallel`` are the reference; on a GPU each of theirs goes through memory several times
+The eager passes of ``head_rows`` are the reference; on a GPU each of theirs goes through memory several times
 (40 bytes a half-precision logit, 64 with entropy; here 6, with entropy or without). Logits come in and gradients go
 out in the dtype of the logits (half precision or float32); everything between is float32.
 
@@ -81,7 +81,7 @@ def row_statistics(
 
     Returns:
         float32 [3 or 4, T]: maximum, sum of e = exp(logit - maximum), logit of the label (-inf where another rank
-        owns it), and with ``entropy`` the sum of e * log(e). As ``vocab_parallel.exponentiate_rows_``.
+        owns it), and with ``entropy`` the sum of e * log(e). As ``head_rows.exponentiate_rows_``.
     """
     out = torch.empty((4 if entropy else 3, len(logits)), dtype=torch.float32, device=logits.device)
     if len(logits):

@@ -1,9 +1,8 @@
 """Log-probabilities and the GFT loss over a vocabulary that is cut across tensor-parallel ranks.
 
 :func:`vocab_parallel_logprobs` takes logits; :func:`linear_gft_loss` takes the last hidden state and never
-holds more than ``chunk_tokens`` rows of logits. Both rest on two row kernels (:func:`exponentiate_rows_`,
-:func:`softmax_gradient`) and one small all-gather of per-row statistics, so every rank sees bit-equal
-log-probabilities and takes the same branch at tau.
+holds more than ``chunk_tokens`` rows of logits. Both rest on the row passes of ``head_rows`` and one small all-gather
+of per-row statistics, so every rank sees bit-equal log-probabilities and takes the same branch at tau.
 
 Why the gradient can be made in forward: the loss is linear in the detached row weights, and row t's gradient
 ``w_t (softmax_t - onehot_t)`` needs row t alone. Per chunk: logits GEMM -> statistics -> combine over ranks -> p ->
@@ -28,7 +27,7 @@ Shapes: T rows, V vocabulary rows of all ranks (padding included), v = V/tp rows
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -36,141 +35,15 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron_gft.gft import RowFacts, row_weights
+from megatron_gft.head_rows import RowResult, VocabShard, choose_passes, combine, exponentiate_rows_, softmax_gradient
 from megatron_gft.objectives import OBJECTIVES, HeadSettings, by_source
-
-# Rows are handled in blocks so that several passes over them hit the cache (CPU), or so that float32
-# temporaries of half-precision logits stay small beside the chunk (elsewhere).
-_CPU_BLOCK_ELEMENTS = 2**18
-_BLOCKS_PER_CHUNK = 32
-
-
-@dataclass(frozen=True)
-class VocabShard:
-    """The vocabulary columns of this rank: ``size`` of them from ``start``, of which the first ``valid`` are real.
-
-    The rest is padding that makes the vocabulary divisible; its weights are zeros in converted checkpoints, so
-    its logits (0) must stay out of the softmax for the loss to equal the original model's. The ranks of ``tp_group``
-    hold the other columns; None is one rank.
-    """
-
-    start: int
-    size: int
-    valid: int
-    tp_group: dist.ProcessGroup | None
-
-    @classmethod
-    def of_rank(cls, size: int, tp_group: dist.ProcessGroup | None, vocab_size: int | None) -> VocabShard:
-        """Shard of this rank in ``tp_group``; ``vocab_size`` is the true size, None means no padding."""
-        rank, world_size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
-        start = rank * size
-        total = world_size * size if vocab_size is None else vocab_size
-        assert 0 < total <= world_size * size, f"vocab_size {total} exceeds {world_size} shards of {size} columns"
-        return cls(start, size, min(max(total - start, 0), size), tp_group if world_size > 1 else None)
-
-    def targets(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Column of each label here (0 where it is another rank's), and whether it is ours; both [T]."""
-        columns = labels - self.start
-        owned = (columns >= 0) & (columns < self.valid)
-        return torch.where(owned, columns, 0), owned
-
-
-def exponentiate_rows_(
-    logits: torch.Tensor, labels: torch.Tensor, shard: VocabShard, *, entropy: bool = False
-) -> torch.Tensor:
-    """Replace each row of ``logits`` [T, v] by exp(logit - row maximum) and return the row statistics.
-
-    Padding columns are neither read nor written. Half-precision rows are computed in float32.
-
-    Returns:
-        [3 or 4, T], float32 or wider: maximum, sum of exponentials, logit of the label (-inf where another
-        rank owns it), and with ``entropy`` the sum of e * log(e) over the exponentials e.
-    """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    columns, owned = shard.targets(labels)
-    statistics = torch.empty((4 if entropy else 3, len(logits)), dtype=dtype, device=logits.device)
-    target = logits.gather(1, columns[:, None])[:, 0].to(dtype)
-    statistics[2] = torch.where(owned, target, -torch.inf)
-    if shard.valid == 0:  # this shard is all padding: it adds nothing to any sum
-        statistics[0] = torch.finfo(dtype).min
-        statistics[1] = 0
-        statistics[3:] = 0
-        return statistics
-    for rows in _row_blocks(logits):
-        block = logits[rows, : shard.valid]
-        values = block.to(dtype)  # the block itself where it is float32 or wider
-        torch.amax(values, dim=1, out=statistics[0, rows])
-        shifted = values.sub_(statistics[0, rows, None])
-        if entropy:
-            shifted = shifted.clone()
-        torch.exp(shifted, out=values)
-        torch.sum(values, dim=1, out=statistics[1, rows])
-        if entropy:
-            torch.sum(shifted.mul_(values), dim=1, out=statistics[3, rows])
-        if values.dtype != block.dtype:
-            block.copy_(values)
-    return statistics
-
-
-class RowResult(NamedTuple):
-    """Per row, each [T]: log p of the label, entropy (or None), and exp(local maximum) / partition function."""
-
-    logprobs: torch.Tensor
-    entropy: torch.Tensor | None
-    scale: torch.Tensor
-
-
-def softmax_gradient(
-    exponentials: torch.Tensor,
-    labels: torch.Tensor,
-    shard: VocabShard,
-    rows: RowResult,
-    row_weights: torch.Tensor,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """``out[t] = row_weights[t] * (softmax[t] - onehot[t])`` [T, v] from :func:`exponentiate_rows_`'s result.
-
-    Args:
-        exponentials: [T, v] exp(logit - row maximum).
-        rows: what was combined over the ranks; softmax = exponentials * ``rows.scale``.
-        row_weights: [T] gradient with respect to -log p of each row.
-        out: [T, v], may be ``exponentials`` itself; padding columns are set to 0.
-    """
-    valid = slice(shard.valid)
-    torch.mul(exponentials[:, valid], (rows.scale * row_weights)[:, None], out=out[:, valid])
-    out[:, shard.valid :].zero_()
-    columns, owned = shard.targets(labels)
-    # w (p - 1) by expm1: no cancellation where p is close to 1, and no rounding of p to half precision
-    label_gradient = (row_weights * torch.expm1(rows.logprobs)).to(out.dtype)
-    current = out.gather(1, columns[:, None])[:, 0]
-    out.scatter_(1, columns[:, None], torch.where(owned, label_gradient, current)[:, None])
-    return out
-
-
-def _combine(statistics: torch.Tensor, tp_group: dist.ProcessGroup | None) -> RowResult:
-    """Statistics [3 or 4, T] of every rank -> the same row results on every rank; one all-gather."""
-    rank, gathered = 0, statistics[None]
-    if tp_group is not None:
-        rank = tp_group.rank()
-        gathered = statistics.new_empty((tp_group.size() * len(statistics), statistics.shape[1]))
-        dist.all_gather_into_tensor(gathered, statistics, group=tp_group)
-        gathered = gathered.view(-1, *statistics.shape)
-    maximum, sums, target = gathered[:, 0], gathered[:, 1], gathered[:, 2]
-    top = maximum.amax(0)
-    rescale = (maximum - top).exp()
-    total = (sums * rescale).sum(0)
-    logprobs = target.amax(0) - top - total.log()
-    entropy = None
-    if len(statistics) == 4:
-        expected = ((gathered[:, 3] + (maximum - top) * sums) * rescale).sum(0) / total  # E[logit - top]
-        entropy = total.log() - expected
-    return RowResult(logprobs, entropy, rescale[rank] / total)
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, shard):
         exponentials = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        rows = _combine(exponentiate_rows_(exponentials, labels, shard), shard.tp_group)
+        rows = combine(exponentiate_rows_(exponentials, labels, shard), shard.tp_group)
         ctx.shard = shard
         ctx.save_for_backward(exponentials, labels, rows.scale, rows.logprobs)
         return rows.logprobs
@@ -235,18 +108,20 @@ def _run_chunks(
     chunks = list(_chunks(len(hidden), settings.chunk_tokens))
     largest = max((rows.stop - rows.start for rows in chunks), default=0)
     buffer = torch.empty((largest, shard.size), dtype=hidden.dtype, device=hidden.device)
-    reductions = []
+    passes, reductions = choose_passes(buffer), []
     for rows in chunks:
         x, y = hidden[rows], labels[rows]
         logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
-        result = _combine(exponentiate_rows_(logits, y, shard, entropy=settings.entropy), shard.tp_group)
+        statistics = passes.statistics(logits, y, shard, settings.entropy)
+        result = combine(statistics, shard.tp_group)
         logprobs[rows] = result.logprobs
         if entropy is not None and result.entropy is not None:
             entropy[rows] = result.entropy
         weights[rows] = row_weights(result.logprobs, token_weights[rows], settings, facts and facts.at(rows))
         if gradients.hidden is None and gradients.weight is None:
             continue
-        logits_grad = softmax_gradient(logits, y, shard, result, weights[rows] * gradients.loss_scale, out=logits)
+        scaled = weights[rows] * gradients.loss_scale
+        logits_grad = passes.gradient_(logits, y, shard, statistics, result, scaled)
         if gradients.hidden is not None:
             torch.mm(logits_grad, weight, out=gradients.hidden[rows])
             if gradients.reduce_hidden and shard.tp_group is not None:
@@ -363,14 +238,6 @@ def _chunks(num_rows: int, largest: int) -> Iterator[slice]:
     pieces = -(-num_rows // largest)
     for i in range(pieces):
         yield slice(num_rows * i // pieces, num_rows * (i + 1) // pieces)
-
-
-def _row_blocks(logits: torch.Tensor) -> Iterator[slice]:
-    rows, columns = logits.shape
-    on_cpu = logits.device.type == "cpu"
-    step = max(1, _CPU_BLOCK_ELEMENTS // columns if on_cpu else -(-rows // _BLOCKS_PER_CHUNK))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _add_weight_gradient_(total: torch.Tensor, logits_grad: torch.Tensor, x: torch.Tensor, *, overwrite: bool) -> None:

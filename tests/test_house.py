@@ -18,7 +18,8 @@ FLOORS = (
     "config chat_template sentencepiece_model tokenizer groups",
     "hf validation",
     "shards",
-    "attention backend vocab_parallel model optimizer planning packing dataset batch pipeline row_kernels timing step",
+    "attention backend row_kernels head_rows vocab_parallel model optimizer planning packing dataset batch pipeline "
+    "timing step",
     "preprocess sampling scoring inspection evaluation",
     "checkpoints conversion",
     "metrics reports trainer job sizing",

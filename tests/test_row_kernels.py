@@ -6,9 +6,10 @@ unit in the last place, and not by half of one.
 
 import pytest
 import torch
+from ranks import run_ranks
 
 pytest.importorskip("triton")
-from megatron_gft import row_kernels
+from megatron_gft import head_rows, row_kernels, vocab_parallel
 
 LAST_PLACE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 DTYPES = list(LAST_PLACE)
@@ -90,3 +91,48 @@ def test_gradient_equals_the_formula(columns, padding, dtype):
     found = row_kernels.row_gradient_(logits, labels, start, columns, *arguments)
     assert found is logits and not found[:, columns:].any() and not found[4].any()
     torch.testing.assert_close(found[:, :columns].double(), expected, rtol=LAST_PLACE[dtype], atol=1e-6)
+
+
+# --- within the head --------------------------------------------------------------------------------------------------
+
+ROWS, CHANNELS, VOCABULARY, PADDED = 11, 8, 297, 304
+WEIGHTS = [[1.0, -0.5, 0.0, 2.0, 1e-3, 0.0, 0.7, -1.0, 0.3, 0.0, 1.5], [0.0] * ROWS]  # and rows that are all masked
+
+
+def head(passes, dtype, objective, weights, tp_group=None):
+    """Loss, log p, entropy, and both gradients of this rank, computed with ``passes``."""
+    vocab_parallel.choose_passes = lambda _: passes
+    rank, size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, CHANNELS, generator=generator).to(dtype)
+    matrix = torch.randn(PADDED, CHANNELS, generator=generator).to(dtype)
+    labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    hidden, matrix = hidden.double(), matrix.double().chunk(size)[rank].clone()  # the twin has the same values
+    dtype = torch.float64 if passes is head_rows.EAGER else dtype
+    hidden, matrix = hidden.to(dtype).requires_grad_(), matrix.to(dtype).requires_grad_()
+    settings = {"vocab_size": VOCABULARY, "entropy": True, "chunk_tokens": 4, "objective": objective}
+    outputs = vocab_parallel.linear_gft_loss(
+        hidden, matrix, labels, torch.tensor(weights), tp_group=tp_group, **settings
+    )
+    outputs[0].backward()
+    return [tensor.detach().double() for tensor in (*outputs, hidden.grad, matrix.grad)]
+
+
+def both_heads(dtype, objective, weights, size=1):
+    group = torch.distributed.group.WORLD if size > 1 else None
+    return [head(passes, dtype, objective, weights, group) for passes in (head_rows.EAGER, head_rows.kernels())]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=["mixed", "masked"])
+@pytest.mark.parametrize("objective", ["gft", "sft", "dft"])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_the_head_is_that_of_float64(monkeypatch, dtype, error, objective, weights):
+    monkeypatch.setattr(vocab_parallel, "choose_passes", None)  # put back what the cases set
+    for expected, found in zip(*both_heads(dtype, objective, weights), strict=True):
+        torch.testing.assert_close(found, expected, rtol=error, atol=error)
+
+
+def test_the_head_is_that_of_float64_over_two_ranks():
+    for eager, kernel in run_ranks(2, both_heads, torch.float32, "gft", WEIGHTS[0], 2):
+        for expected, found in zip(eager, kernel, strict=True):
+            torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
