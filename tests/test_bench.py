@@ -39,7 +39,10 @@ def alone(function, *args, **options):
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "contestant"), [("step_ratio", "gft"), ("dead_groups", "half_dead")])
+@pytest.mark.parametrize(
+    ("name", "contestant"),
+    [("step_ratio", "gft"), ("dead_groups", "half_dead"), ("objective_ratios", "grpo with anchor")],
+)
 def test_ratios_are_reported_with_their_spread(name, contestant):
     result = alone(getattr(step, name), TINY, pairs=3)
     low, middle, high = (result[contestant][f"ratio_{q}"] for q in ("quartile_low", "median", "quartile_high"))
