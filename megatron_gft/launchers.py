@@ -43,15 +43,19 @@ def name_rank(environment: MutableMapping[str, str]) -> None:
     """
     if "TORCHELASTIC_RUN_ID" in environment:
         return
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name, "set"):  # templates of jobs leave variables empty
+            del environment[name]
     launcher, port = find_launcher(environment, smallest=1), DEFAULT_PORT
-    if launcher and not environment.get("RANK") and not environment.get("WORLD_SIZE"):
+    if launcher and not environment.keys() & {"RANK", "WORLD_SIZE"}:
         environment.update(RANK=launcher.rank, WORLD_SIZE=launcher.size)
         if launcher.local_rank:
             environment["LOCAL_RANK"] = launcher.local_rank
         if launcher.name == "srun":  # rank 0 is on the first machine of node[03-05,9],other: node03
             first = re.split(r",(?![^[]*\])", environment.get("SLURM_STEP_NODELIST", ""))[0]
             environment.setdefault("MASTER_ADDR", re.sub(r"\[(\w+)[^]]*\]", r"\1", first))
-            port += int("0" + environment.get("SLURM_JOB_ID", "")) % 10000  # jobs may share a machine
+            job = environment.get("SLURM_JOB_ID", "")
+            port += int(job) % 10000 if job.isdecimal() else 0  # jobs may share a machine
     given = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     if problem := _problem(launcher, *given.values()):
         shown = ", ".join(f"{name}={value}" if value else f"no {name}" for name, value in given.items())
@@ -63,6 +67,8 @@ def name_rank(environment: MutableMapping[str, str]) -> None:
 
 
 def _problem(launcher: Launcher | None, rank: str, size: str, local_rank: str, address: str) -> str | None:
+    if local_rank and not local_rank.isdecimal():
+        return "LOCAL_RANK is no number"
     if not (rank or size or address):
         return None
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from megatron_gft.errors import EXIT_FAILED, InputError
 from megatron_gft.runtime import StopRequest
 
@@ -64,7 +66,7 @@ def _start_of(pid: int) -> str | None:
     except OSError:
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return None
         except PermissionError:
             pass
@@ -107,8 +109,8 @@ def run_lock(folder: Path, stop: StopRequest) -> Iterator[None]:
 def _read(path: Path) -> Holder | None:
     """Who the file names; None when it is damaged, or being written."""
     try:
-        return Holder(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError):
+        return TypeAdapter(Holder).validate_json(path.read_bytes(), strict=True)
+    except ValueError:
         return None
 
 

@@ -362,6 +362,11 @@ PODS = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "2345
         ({"WORLD_SIZE": "two", "RANK": "0", **MEET}, "WORLD_SIZE=two"),
         ({**SRUN, **PODS, "RANK": "0", "LOCAL_RANK": "0"}, "srun started 2 processes, this is 1"),
         ({**SRUN, **PODS, "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "srun started 2 processes, this is 1"),
+        (dict.fromkeys(("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), ""), None),
+        ({**PODS, "LOCAL_RANK": "", "MASTER_PORT": ""}, "1 2 - a 29500"),
+        ({**SRUN, **MEET, "SLURM_JOB_ID": "77_1"}, "1 2 0 a 29500"),
+        ({**PODS, "LOCAL_RANK": "one"}, "LOCAL_RANK=one"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
     ],
 )
 def test_a_process_knows_its_rank_or_refuses(variables, expected):
@@ -372,7 +377,7 @@ def test_a_process_knows_its_rank_or_refuses(variables, expected):
         return
     name_rank(named)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    assert expected == (" ".join(named.get(name) or "-" for name in names) if "RANK" in named else None)
+    assert expected == (" ".join(named.get(name, "-") for name in names) if "RANK" in named else None)
 
 
 @pytest.mark.parametrize(

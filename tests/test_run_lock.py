@@ -114,6 +114,21 @@ def test_a_folder_with_a_lock(tmp_path, monkeypatch, case, taken, seconds):
     assert took >= seconds and (seconds or took < 1)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"pid": "7"}, {"pid": 1.5}, {"pid": 10**30}, {"restart": None}, {"restart": "1"}, {"job": 7}, {"token": []}, ()],
+)
+def test_a_lock_with_odd_values_is_damaged(tmp_path, monkeypatch, odd):
+    """It becomes stale as another one does, and nothing else happens."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    path = write(tmp_path, None, 400)
+    values = asdict(Holder.this_process())
+    path.write_text(json.dumps({**values, "restart": 1, **odd}) if odd else "[" * 100_000)
+    with held(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
 def test_only_the_first_rank_takes_it_and_an_error_gives_it_back(tmp_path, monkeypatch):
     with held(tmp_path) as path:
         monkeypatch.setenv("RANK", "1")

@@ -89,6 +89,11 @@ def test_checkpoints_are_kept_and_pruned(model, tmp_path):
     assert find_checkpoint(folder, "latest").name == "step-00000004"
     assert find_checkpoint(folder, "previous").name == "step-00000003"
     assert not list(folder.glob(".step-*"))
+    beside = {path.name: path.read_bytes() for path in (folder / "step-00000004" / "hf").iterdir()}
+    train(model, output, "checkpoint.save_every=1", "checkpoint.keep_last=1", "train.epochs=2")
+    newest = folder / "step-00000008"  # what the run went on from is long gone
+    assert list_checkpoints(folder) == [newest]
+    assert {path.name: path.read_bytes() for path in (newest / "hf").iterdir()} == beside
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, EXIT_REQUEUE)])

@@ -246,7 +246,8 @@ class Checkpointer:
             write_json(partial / STATE_FILE, asdict(pending.state))
             files = {name: entry for share in shares for name, entry in share.items()}
             write_json(partial / FILES_FILE, files | describe_files(partial, [partial / STATE_FILE]))
-            publish(partial, pending.state.step, self.config.checkpoint.keep_last)
+            final = publish(partial, pending.state.step, self.config.checkpoint.keep_last)
+            self.model_files = ModelFiles(final / MODEL_FILES_FOLDER)  # what the run began with may go, or has gone
 
     def _sharded_state(self, *, loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
         state = model_state(self.chunks)

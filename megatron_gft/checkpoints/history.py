@@ -64,21 +64,21 @@ def find_checkpoint(folder: Path, which: str) -> Path | None:
         earlier = [path for path in complete if path.name < latest.name]
         if not earlier:
             raise InputError(
-                f"{folder}: checkpoint.resume=previous, and there is no checkpoint before {latest.name} -> restore "
-                "that one, or begin anew with another train.output"
+                f"{folder}: checkpoint.resume=previous, and there is no checkpoint before {latest.name[:40]} -> "
+                "restore that one, or begin anew with another train.output"
             )
         return earlier[-1]
     if latest not in complete:
         raise InputError(
-            f"{folder / LATEST_FILE}: names {named!r}, which is not there -> set checkpoint.resume=previous or "
-            "restore the folder"
+            f"{folder / LATEST_FILE}: names {str(named)[:40]!r}, which is not there -> restore that folder, or remove "
+            f"{LATEST_FILE}: then the newest one counts"
         )
     return latest
 
 
-def publish(partial: Path, step: int, keep_last: int) -> None:
+def publish(partial: Path, step: int, keep_last: int) -> Path:
     """Make the finished folder ``partial`` the newest checkpoint, and remove those that are not wanted any more:
-    all but the last ``keep_last``, and those of later steps, which belong to a past that was given up.
+    all but the last ``keep_last``, and those of later steps, which belong to a past that was given up. Its new name.
     """
     folder, final = partial.parent, partial.with_name(f"step-{step:08d}")
     fsync_path(partial)
@@ -97,6 +97,7 @@ def publish(partial: Path, step: int, keep_last: int) -> None:
             _remove(path)
     for leftover in folder.glob(".old-step-*"):  # of a process that died here
         shutil.rmtree(leftover, ignore_errors=True)
+    return final
 
 
 def _named(folder: Path) -> str | None:

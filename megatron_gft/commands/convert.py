@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
+    if os.environ.get("WORLD_SIZE", "") not in ("", "1"):  # started by torchrun
         dist.init_process_group("gloo")
     first = not dist.is_initialized() or dist.get_rank() == 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
