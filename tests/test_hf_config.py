@@ -21,6 +21,7 @@ from megatron_gft.hf.shape import (
     model_shape_from_config,
     padded_vocab_size,
     read_model_shape,
+    shape_differences,
     shape_problems,
     transformer_config_kwargs,
 )
@@ -30,6 +31,11 @@ LLAMA_3_1_70B, QWEN_2_5_MATH_1_5B, QWEN3_30B_A3B = (
     json.loads((EXAMPLES / model / "config.json").read_text())
     for model in ("llama3.1-70b", "qwen2.5-math-1.5b", "qwen3-30b-a3b")
 )
+
+MIXTRAL = QWEN3_30B_A3B | {
+    **{"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+    **{"norm_topk_prob": None, "sliding_window": None},
+}
 
 
 def shape_of(config, **changes):
@@ -74,6 +80,22 @@ def test_rope_and_window_options_reach_megatron():
     assert shape_of(QWEN_2_5_MATH_1_5B).window_size is None  # 4096 stands there, use_sliding_window is false
 
 
+@pytest.mark.parametrize(
+    ("scaling", "said"),
+    [
+        ({"rope_type": "linear", "factor": 8.0}, "linear 8.0"),
+        ({**LLAMA_3_1_70B["rope_scaling"], "factor": 16.0}, "llama3 16.0"),
+        ({"type": "linear", "factor": 1.0}, None),
+        (None, None),
+    ],
+)
+def test_a_difference_of_rope_scaling_names_both_kinds(scaling, said):
+    other = shape_of(LLAMA_3_1_70B, rope_scaling=scaling)
+    assert shape_differences(other, shape_of(LLAMA_3_1_70B)) == {"rope_scaling": (said, "llama3 8.0")}
+    assert shape_differences(other, other) == {}
+    assert bool(said) == bool(shape_differences(other, shape_of(LLAMA_3_1_70B, rope_scaling=None)))
+
+
 def test_router_order_follows_norm_topk_prob():
     assert not shape_of(QWEN3_30B_A3B).moe_router_pre_softmax
     assert shape_of(QWEN3_30B_A3B, norm_topk_prob=False).moe_router_pre_softmax
@@ -103,6 +125,8 @@ def test_router_order_follows_norm_topk_prob():
             {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
             "differ by layer type",
         ),
+        (LLAMA_3_1_70B, {"rope_scaling": None, "rope_parameters": {"rope_theta": 1e4}}, "in rope_parameters 10000.0"),
+        (MIXTRAL, {"norm_topk_prob": False}, "norm_topk_prob is False"),  # transformers does not read it
         (LLAMA_3_1_70B, {"quantization_config": {"bits": 4}}, "dequantize"),
         (LLAMA_3_1_70B, {"num_key_value_heads": 7}, "no multiple of num_key_value_heads 7"),
         (LLAMA_3_1_70B, {"num_hidden_layers": None}, "num_hidden_layers is None"),

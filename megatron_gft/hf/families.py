@@ -158,6 +158,6 @@ FAMILIES: dict[str, Family] = {
         rope_theta=1000000.0,
         num_experts_key="num_local_experts",
         window="uniform",
-        refused_options=_MOE,
+        refused_options={**_MOE, "norm_topk_prob": True},
     ),
 }

@@ -76,8 +76,6 @@ HF_KEYS = {
     "add_qkv_bias": "attention_bias",
     "share_embeddings_and_output_weights": "tie_word_embeddings",
     "rotary_base": "rope_theta",
-    "rope_scaling_factor": "rope_scaling",
-    "seq_len_interpolation_factor": "rope_scaling",
     "window_size": "sliding_window",
     "num_moe_experts": "num_experts",
     "moe_router_topk": "num_experts_per_tok",
@@ -93,8 +91,15 @@ def shape_differences(one: ModelShape, other: ModelShape) -> dict[str, tuple[obj
     The longest sequence is not among them: positions are computed, not learned.
     """
     pairs = {field.name: (getattr(one, field.name), getattr(other, field.name)) for field in dataclasses.fields(one)}
-    del pairs["max_sequence_length"]
+    for name in ("max_sequence_length", "rope_scaling_factor", "seq_len_interpolation_factor"):
+        del pairs[name]
+    pairs["rope_scaling"] = _scaling(one), _scaling(other)
     return {HF_KEYS.get(name, name): pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _scaling(shape: ModelShape) -> str | None:
+    llama3, linear = shape.rope_scaling_factor, shape.seq_len_interpolation_factor
+    return f"llama3 {llama3}" if llama3 else f"linear {linear}" if linear not in (None, 1) else None
 
 
 def read_model_shape(model: str | os.PathLike) -> ModelShape:
@@ -215,6 +220,10 @@ def _rope(config: ConfigJson, family: Family, problems: list[str]) -> tuple[floa
     rope = typed(Rope, values, problems, "rope_parameters." if new_style else "rope_scaling.")
     if rope is None:
         return family.rope_theta, None, None
+    if None not in (rope.rope_theta, config.rope_theta) and rope.rope_theta != config.rope_theta:
+        problems.append(
+            f"rope_theta is {config.rope_theta}, in rope_parameters {rope.rope_theta} -> keep the right one"
+        )
     theta = float(rope.rope_theta or config.rope_theta or family.rope_theta)
     rotary = config.partial_rotary_factor if rope.partial_rotary_factor is None else rope.partial_rotary_factor
     if rotary not in (None, 1):
