@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 from pydantic_core import from_json
 
 from megatron_gft.groups.problems import FIX, ProblemLog, raise_errors
@@ -132,6 +131,7 @@ def _reader(kind: Any) -> Callable[[Any], Any] | None:
     Numbers of 16 and 32 bits are as their own type spells them: 0.1, not 0.10000000149011612. A struct has every field
     that one of all rows has: null ones are left out. A map is an object, and keeps them.
     """
+    import numpy
     from pyarrow import types
 
     if types.is_float32(kind) or types.is_float16(kind):

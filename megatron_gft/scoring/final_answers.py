@@ -42,7 +42,8 @@ _COMMAND = (
     r"|\\(?:pi|infty)(?![A-Za-z])"
 )
 _LETTER = (
-    r"(?<![A-Za-z\\])(?![aI] +[A-Za-z])(?:[xyz]{2,3}|pi|[A-Za-z\u03c0])(?![A-Za-z\d'\u2019])(?:_(?:\w|\{\w{1,4}\}))?"
+    r"(?<![A-Za-z\\])(?![aI] +[A-Za-z])(?!(?:(?<=\d )m(?:/s)?|(?<=\d m/)s)\^)"  # 9 m^2 is an area
+    r"(?:[xyz]{2,3}|pi|[A-Za-z\u03c0])(?![A-Za-z\d'\u2019])(?:_(?:\w|\{\w{1,4}\}))?"
 )
 _FUNCTION = r"(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|ln|exp)"
 _NO_WORD = r"(?:sqrt|sin|cos|tan|log|ln|exp|pi|(?![A-Za-z]{2})[^()\[\]\n])"
@@ -85,7 +86,9 @@ _ANCHOR = re.compile(
 _MAX_ANCHOR_FILLER = 40
 _MAX_TAIL = 1000
 _MAX_ANCHORS = 20
-_FILLER = re.compile(r"^[\s*_:,]*(?:(?:therefore|thus|then|hence|so|simply|just|now|again)[\s*,:]+)*", re.IGNORECASE)
+_FILLERS = r"^[\s*_:,]*(?:(?:therefore|thus|then|hence|so|simply|just|now|again|given by|the following)[\s*,:]+)*"
+_FILLER = re.compile(_FILLERS, re.IGNORECASE)
+_ON_NEXT_LINE = re.compile(rf"{_FILLERS}[\s*_:]*(\$\$|\\\[)?\s*", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"(?:in)?correct|right|wrong|clear|as follows|below|above|given|found", re.IGNORECASE)
 _PERCENT_AFTER = re.compile(r"\s?(?:\$|\\[)\]])?\s?(?:\\?%|(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)\b)")
 _BETWEEN = r"[\s$,;.&}~+|\\]|\\[()\[\],;: ]|\\q?quad|\\text\{"
@@ -98,6 +101,7 @@ _IS = re.compile(r"[\s*]*(?:is|are|equals|must|=)(?![A-Za-z])")
 _SENTENCE_END = re.compile(
     r"\.(?=\s|\*|$)|[;\n!]|,?\s(?:because|since|as|where|when|if|so|which|with|for)\b|\s\((?=[^()]*(?:=|(?<![A-Za-z\\])[A-Za-z]{2}))"
 )
+_OUTSIDE = r"(?!(?:(?!\\begin).){0,400}?\\end)"  # of a matrix in the row
 _SENTENCES = re.compile(r"[.?!][$)\]\\]{0,2}\s|\n")
 _COMMAND_NAME = re.compile(r"\\(?:text\w*|mbox|mathrm|mathbf|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(
@@ -135,8 +139,8 @@ def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
     text = _NUMBERING.sub("", text)
     for anchor in reversed(list(_ANCHOR.finditer(text))[-_MAX_ANCHORS:]):
         tail = anchor["tail"] or ""
-        if tail.strip(" *:_\t") in ("", "$$", r"\["):
-            tail = text[anchor.end() :].lstrip("*_: \t\n").partition("\n\n")[0]
+        if opening := _ON_NEXT_LINE.fullmatch(tail + " "):
+            tail = (opening[1] or "") + text[anchor.end() :].lstrip("*_: \t\n").partition("\n\n")[0]
         answer = _anchored_answer(tail[:_MAX_TAIL])
         if answer is not None:
             return answer
@@ -330,7 +334,8 @@ def _last_row(formula: str) -> str:
     """What several rows, or steps with arrows between them, come to."""
     environment = re.fullmatch(r"\\begin\{(\w+)\*?\}(.*)\\end\{\1\*?\}", formula, re.DOTALL)
     if environment and environment[1] not in ("array", "matrix", "cases", "pmatrix", "bmatrix"):
-        formula = [row for row in environment[2].split(r"\\") if row.strip()][-1].replace("&", "")
+        rows = [row for row in re.split(rf"\\\\{_OUTSIDE}", environment[2], flags=re.DOTALL) if row.strip()]
+        formula = re.sub(f"&{_OUTSIDE}", "", rows[-1], flags=re.DOTALL)
     formula = re.split(r"\\(?:Long)?(?:[Rr]ightarrow|implies|therefore|iff|equiv)(?![A-Za-z])", formula)[-1]
     return formula.strip().rstrip(".,;").lstrip("=").strip()
 

@@ -60,6 +60,12 @@ _SPACING = re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad|(?<!\\)~")
 _TEXT_WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf)|bm|bold(?:symbol)?|vec|operatorname\*?)\s*\{([^{}]*)\}"
 )
+_BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
+_BOLD = re.compile(rf"\\(?:mathbf|bm|bold(?:symbol)?)\s*{_BRACED}")
+_DEGREES = re.compile(  # 30 degrees are no number of their own, but their sine is
+    r"(?<![A-Za-z])(\\?(?:sin|cos|tan|cot|sec|csc)(?:\s*\^\s*\{?\d\}?)?)\s*([({]\s*)?(-?\d+(?:\.\d+)?)\s*"
+    r"(?:\^\{?\s*\\circ\s*\}?|\\degree\b)(?(2)\s*[)}])"
+)
 _TWICE_ESCAPED = re.compile(r"\\\\(?=begin\b)|\A(?!.*\\begin\b).*\\\\[A-Za-z]", re.DOTALL)
 _INFINITY = re.compile(
     r"(?:\+\s*|(?P<sign>-\s*)|\b(?:positive|plus) |\b(?P<word>negative|minus) )?"
@@ -106,6 +112,7 @@ def one_spelling(answer: str, decimal: DecimalPolicy = "point") -> str:
         text = text.replace("\\\\", "\\")
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", re.sub(r",\\!\s*|\{,\}", ",", text))
     text = _SPACING.sub(" ", _LAYOUT.sub("", text))
+    text = _DEGREES.sub(r"\1(\\frac{\3\\pi}{180})", _BOLD.sub(_bold, text))
     text = (
         _TEXT_WRAPPER.sub(_text, text).replace(r"\varnothing", r"\emptyset").replace(r"\mathbb{R}", r"(-\infty,\infty)")
     )
@@ -117,6 +124,10 @@ def one_spelling(answer: str, decimal: DecimalPolicy = "point") -> str:
     if re.search(r"[\d=\\]", text):
         text = re.sub(r",(?:\s*,)+", ",", re.sub(rf"\s*(?:{LIST_WORD})\s*", ", ", text))
     return _decimal_point(text.strip().rstrip(".,;").strip(), decimal)
+
+
+def _bold(match: re.Match[str]) -> str:
+    return match[0] if re.fullmatch(r"[A-Za-z\s]*", match[1]) else match[1]
 
 
 def _text(match: re.Match[str]) -> str:
