@@ -26,6 +26,7 @@ from tiny_language_model import language_model_folder
 from tiny_tokenizers import byte_level_folder
 
 from megatron_gft.checkpoints.torch_dist import TorchDistReader
+from megatron_gft.checkpoints.verification import write_file_hashes
 from megatron_gft.commands import convert, evaluate, inspect, preprocess
 from megatron_gft.errors import EXIT_BAD_INPUT, InputError, command, shown
 from megatron_gft.sampling.openai_client import OpenAIBackend
@@ -200,7 +201,8 @@ def test_no_pickle_of_a_checkpoint_runs_code(checkpoint, tmp_path, what):
 
 def test_a_tool_refuses_such_a_checkpoint_in_one_message(checkpoint, tmp_path, capsys):
     put_metadata(checkpoint, planner_data=Evil(tmp_path / "mark"))
-    (checkpoint / "files.json").unlink(missing_ok=True)  # whose writer would have changed it, too
+    (checkpoint / "files.json").unlink(missing_ok=True)
+    write_file_hashes(checkpoint)  # as whoever changed it would
     arguments = ["megatron-to-hf", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
     assert convert.main(arguments) == EXIT_BAD_INPUT
     said = capsys.readouterr().err

@@ -189,6 +189,7 @@ def test_a_wrong_configuration_is_refused_before_torch_is_imported(tmp_path):
     (tmp_path / "run.yaml").write_text(f"model: {{config: {tmp_path}}}\ndata: {{train: [shard]}}\n")
     command = [sys.executable, "-X", "importtime", "-m", "megatron_gft.train", "--config", str(tmp_path / "run.yaml")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "WORLD_SIZE": "5"}
+    environment |= {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     run = subprocess.run([*command, "parallel.tp=5"], capture_output=True, text=True, env=environment, timeout=60)
     assert run.returncode == 2 and not re.findall(
         r"\| +(?:torch|megatron\.core|transformers)$", run.stderr, re.MULTILINE

@@ -27,7 +27,7 @@ from megatron_gft.groups.problems import DEFAULT_POLICIES
 from megatron_gft.preprocess.encode import ChunkEncoder
 from megatron_gft.preprocess.run import PreprocessOptions, preprocess
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
-from megatron_gft.tokenizer import NO_TEMPLATE, HuggingFaceTokenizer
+from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
 from tools.bench.timing import interleaved_seconds, lockstep_seconds, summary, wall_seconds
 
 STAMP = TokenizerStamp(fingerprint="0" * 64, vocab_size=32000, eos_id=2, bos_id=None, chat_template="none")
@@ -81,7 +81,7 @@ def _megatron_way(lines: Sequence[bytes], tokenizer: Any, prefix: Path, pieces: 
     builder.finalize(f"{prefix}.idx")
 
 
-def _our_way(path: Path, tokenizer: HuggingFaceTokenizer, prefix: Path) -> Iterator[int]:
+def _our_way(path: Path, tokenizer: Tokenizer, prefix: Path) -> Iterator[int]:
     """What one process of preprocessing does, reading and writing included; yields the tokens of each chunk."""
     encoder = ChunkEncoder(tokenizer, DEFAULT_POLICIES)
     shutil.rmtree(prefix.parent, ignore_errors=True)
@@ -104,7 +104,7 @@ def compare_preprocessing(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from transformers import AutoTokenizer
 
-    tokenizer = HuggingFaceTokenizer(tokenizer_folder, chat_template)
+    tokenizer = load_tokenizer(tokenizer_folder, chat_template)
     plain_tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
