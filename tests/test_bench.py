@@ -71,6 +71,7 @@ def test_padded_batches_waste_rows_and_give_the_same_gradient():
 # --- the head -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # a measurement of a process of its own
 def test_peak_memory_of_the_head_is_one_chunk_of_logits():
     """512 MB of logits in all, chunks of 64 MB; 5 MB of it are the block buffer and the GEMM library's own."""
     shape = head.HeadShape(tokens=4096, vocab=32000, hidden=32, chunk_tokens=512)

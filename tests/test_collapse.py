@@ -108,7 +108,12 @@ def test_a_destructive_rate_is_noticed_before_validation_is_halved(learned, tmp_
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("objective=gft_scaled", "optimizer.lr=1e-4"), ("objective=sft", "optimizer.lr=3e-2")]
+    "options",
+    [
+        (),
+        pytest.param(("objective=gft_scaled", "optimizer.lr=1e-4"), marks=pytest.mark.slow),
+        pytest.param(("objective=sft", "optimizer.lr=3e-2"), marks=pytest.mark.slow),
+    ],
 )
 def test_default_runs_and_sft_do_not_warn(learned, tmp_path, options):
     ended, _, said = run_from(learned, tmp_path / "run", "train.epochs=15", *options)

@@ -228,6 +228,7 @@ def test_rewards_that_are_missing_name_group_and_tool(workspace, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow  # test_dataset.py counts them without a run
 def test_overlong_responses_are_dropped_or_truncated_and_counted(workspace, tmp_path):
     for policy, word in (("drop", "dropped_responses="), ("truncate", "truncated_responses=")):
         done = command(
@@ -256,6 +257,7 @@ def changed(recipe: Path, target: Path, **values) -> Path:
     return target
 
 
+@pytest.mark.slow  # test_recipes.py loads the export of each recipe
 def test_what_a_recipe_run_exports_is_whole(workspace, recipe, tmp_path):
     """Tokenizer, chat template and generation settings come from the folder of the weights."""
     done = command(workspace, f"model.config={recipe}", f"train.output={tmp_path / 'run'}", "checkpoint.export_hf=last")
@@ -277,6 +279,7 @@ def test_what_a_recipe_run_exports_is_whole(workspace, recipe, tmp_path):
     assert load_tokenizer(next((tmp_path / "again" / "export").iterdir())).fingerprint == own.fingerprint
 
 
+@pytest.mark.slow  # test_shard_of_another_tokenizer is the same check
 def test_a_recipe_checks_the_tokenizer_of_the_weights(workspace, recipe, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(workspace / "model")
     tokenizer.add_tokens(["<more>"])
@@ -292,8 +295,8 @@ def test_a_recipe_checks_the_tokenizer_of_the_weights(workspace, recipe, tmp_pat
     ("values", "key"),
     [
         ({"rope_theta": 123456.0}, "rope_theta"),
-        ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling"),
+        pytest.param({"rms_norm_eps": 1e-3}, "rms_norm_eps", marks=pytest.mark.slow),
+        pytest.param({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling", marks=pytest.mark.slow),
     ],
 )
 def test_weights_of_another_function_are_refused(workspace, recipe, tmp_path, values, key):

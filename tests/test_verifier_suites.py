@@ -35,6 +35,7 @@ class Old:
 """
 
 
+@pytest.mark.slow  # tries a tool of ours, no part of the package
 def test_suites_are_read_and_not_run(tmp_path, capsys):
     (tmp_path / "test_theirs.py").write_text(TESTS)
     cases = read_suite([tmp_path / "test_theirs.py"])
