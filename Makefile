@@ -1,6 +1,7 @@
 # make install     an environment in .venv to work in
 # make test        the fast tests, on a machine with Python 3.11+ and git
 # make test-all    these and the slow ones: all that need no GPU
+# make test-slurm  jobs on a real Slurm of two nodes on this machine: root, and Debian's slurmctld slurmd slurm-client munge
 # make quickstart  the whole pipeline on a real 135M model: groups -> shards -> training -> Hugging Face export
 # make quickstart DATA=problems.parquet   the same on question/answer rows
 # make versions    the core tests against the newest supported Megatron-Core, or VERSIONS="0.17.1 0.18.2"
@@ -18,7 +19,7 @@ TEST_WORKERS ?= 2
 # A file's tests share what is costly to make, so a file stays with one worker.
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: install test test-slow test-all lint soak versions quickstart gpu-check clean
+.PHONY: install test test-slow test-all test-slurm lint soak versions quickstart gpu-check clean
 
 # torch first and by itself: its index decides whether the CPU or the CUDA build is taken, and Megatron-Core's
 # own requirement would take the newest.
@@ -38,12 +39,16 @@ $(DEV_STAMP): $(STAMP) requirements-dev.txt
 install: $(STAMP)
 
 test: $(DEV_STAMP)
-	$(PYTEST) -m "not slow and not soak"
+	$(PYTEST) -m "not slow and not soak and not slurm"
 
 test-slow: $(DEV_STAMP)
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+# One after the other: they share the two nodes. Where they cannot run, each says what is missing.
+test-slurm: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m slurm -rs --durations 5 tests/test_slurm.py
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

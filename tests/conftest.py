@@ -23,15 +23,18 @@ def pytest_configure():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked ``gpu`` need a CUDA device; ``soak`` runs only when asked for with ``-m soak``."""
+    """Tests marked ``gpu`` need a CUDA device; ``soak`` and ``slurm`` run only when asked for by ``-m``."""
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     not_asked = pytest.mark.skip(reason="runs in make soak")
+    slurm = pytest.mark.skip(reason="runs in make test-slurm")
     soak = "soak" in (config.getoption("-m") or "") or os.environ.get("MEGATRON_GFT_SOAK") == "1"
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if "soak" in item.keywords and not soak:
             item.add_marker(not_asked)
+        if "slurm" in item.keywords and "slurm" not in (config.getoption("-m") or ""):
+            item.add_marker(slurm)
 
 
 @pytest.fixture(scope="session")

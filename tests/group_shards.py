@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,28 @@ def write_shard(prefix: Path, groups: int = 20, seed: int = 0, stamp: TokenizerS
         for group in content:
             writer.add_group(**group)
     return content
+
+
+def write_recipe(folder: Path, tp: int) -> Path:
+    """A two-layer Llama, a shard of random groups, and a configuration of two steps cut over ``tp`` tensor ranks."""
+    from tiny_models import write_tiny_model  # imports transformers, which most tests do without
+
+    from megatron_gft.tokenizer import tokenizer_fingerprint
+
+    model = write_tiny_model(folder / "hf", "llama3", num_hidden_layers=2)
+    stamp = TokenizerStamp(
+        fingerprint=tokenizer_fingerprint(model), vocab_size=256, eos_id=2, bos_id=None, chat_template="none"
+    )
+    write_shard(folder / "groups", groups=40, stamp=stamp)
+    config = {
+        "model": {"config": str(model), "precision": "fp32"},
+        "parallel": {"tp": tp},
+        "data": {"train": [str(folder / "groups")], "groups_per_step": 8, "max_tokens_per_pack": 128},
+        "objective": {"name": "sft", "sources": ["expert", "teacher", "self"]},
+        "train": {"max_steps": 2},
+        "checkpoint": {"init_from": f"hf:{model}"},
+        "logging": {"progress_bar": False, "tensorboard": False},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(config))
+    return path

@@ -1,4 +1,4 @@
-"""The launch scripts as a user starts them, for real, on CPU processes; Slurm's commands are stand-ins."""
+"""The launch scripts as a user starts them, for real, on CPU processes; under Slurm in test_slurm.py."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ import sys
 import time
 from pathlib import Path
 
-import fake_slurm
 import psutil
 import pytest
-from group_shards import TokenizerStamp, write_shard
-from tiny_models import write_tiny_model
+from group_shards import write_recipe
 
 from megatron_gft.commands.launch import Job, apply_environment, commands
 from megatron_gft.errors import EXIT_REQUEUE, InputError
 from megatron_gft.launchers import name_rank
 from megatron_gft.run_lock import LOCK_FILE, run_lock
 from megatron_gft.runtime import StopRequest
-from megatron_gft.tokenizer import tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("gft_70b.sh", "gft_7b.sh", "gft_local.sh")
@@ -35,24 +32,7 @@ LIMIT = 240
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     """A two-layer Llama, a shard of random groups, and a configuration cut over two tensor ranks."""
-    folder = tmp_path_factory.mktemp("tiny")
-    model = write_tiny_model(folder / "hf", "llama3", num_hidden_layers=2)
-    stamp = TokenizerStamp(
-        fingerprint=tokenizer_fingerprint(model), vocab_size=256, eos_id=2, bos_id=None, chat_template="none"
-    )
-    write_shard(folder / "groups", groups=40, stamp=stamp)
-    config = {
-        "model": {"config": str(model), "precision": "fp32"},
-        "parallel": {"tp": 2},
-        "data": {"train": [str(folder / "groups")], "groups_per_step": 8, "max_tokens_per_pack": 128},
-        "objective": {"name": "sft", "sources": ["expert", "teacher", "self"]},
-        "train": {"max_steps": 2},
-        "checkpoint": {"init_from": f"hf:{model}"},
-        "logging": {"progress_bar": False, "tensorboard": False},
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(json.dumps(config))
-    return path
+    return write_recipe(tmp_path_factory.mktemp("tiny"), tp=2)
 
 
 def environment(recipe: Path | None, **variables: str) -> dict[str, str]:
@@ -111,24 +91,19 @@ def wait_for_step(run: Path, process: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
-def start_script(way: str, script: str, recipe: Path, run: Path, folder: Path, *overrides: str) -> subprocess.Popen:
-    """Start ``launch/script`` on two processes in one of the three ways."""
+def start_script(way: str, script: str, recipe: Path, run: Path, *overrides: str) -> subprocess.Popen:
+    """Start ``launch/script`` on two processes by bash or torchrun."""
     target = [f"launch/{script}", f"train.output={run}", *overrides]
     if way == "bash":
         return start(["bash", *target], **environment(recipe, GPUS_PER_NODE="2"))
-    if way == "torchrun":
-        return start([*TORCHRUN, "--nproc-per-node", "2", "--standalone", *target], **environment(recipe))
-    path = f"{fake_slurm.install(folder / 'bin')}:{os.environ['PATH']}"
-    variables = {"PATH": path, "FAKE_NODES": "2", "GPUS_PER_NODE": "1", "LOG_DIR": str(folder / "logs")}
-    variables["MASTER_PORT"] = str(free_port())
-    return start(["sbatch", "launch/slurm.sbatch", *target], **environment(recipe, **variables))
+    return start([*TORCHRUN, "--nproc-per-node", "2", "--standalone", *target], **environment(recipe))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["bash", "torchrun", "sbatch"])
+@pytest.mark.parametrize("way", ["bash", "torchrun"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_in_every_way(script, way, recipe, tmp_path):
-    finish(start_script(way, script, recipe, tmp_path / "run", tmp_path))
+    finish(start_script(way, script, recipe, tmp_path / "run"))
     assert steps(tmp_path / "run") == [1, 2]
 
 
@@ -150,7 +125,7 @@ def test_scripts_differ_only_in_what_they_run():
 
 def test_bash_passes_signals_on_and_reports_the_stop(recipe, tmp_path):
     run = tmp_path / "run"
-    process = start_script("bash", "gft_local.sh", recipe, run, tmp_path, "train.max_steps=null", "train.epochs=1000")
+    process = start_script("bash", "gft_local.sh", recipe, run, "train.max_steps=null", "train.epochs=1000")
     wait_for_step(run, process)
     process.send_signal(signal.SIGUSR1)
     finish(process, EXIT_REQUEUE)
@@ -181,55 +156,44 @@ def test_bare_torchrun_starts_over_with_the_sizes_of_the_environment(recipe, tmp
     assert len(list((tmp_path / "logs").rglob("stderr.log"))) == 2
 
 
-def stop_before_the_time_limit(recipe: Path, run: Path, folder: Path) -> int:
-    """Run under Slurm until the signal of ``--signal=B:USR1@300`` comes; the last finished step."""
-    process = start_script("sbatch", "gft_7b.sh", recipe, run, folder, "train.max_steps=null", "train.epochs=1000")
-    wait_for_step(run, process)
-    process.send_signal(signal.SIGUSR1)
-    output = finish(process)
-    assert (folder / "bin" / "requeued").read_text() == "4711\n", output
-    return steps(run)[-1]
-
-
-def test_slurm_requeues_before_the_time_limit(recipe, tmp_path):
-    done = stop_before_the_time_limit(recipe, tmp_path / "run", tmp_path)
-    logs = sorted((tmp_path / "logs" / "4711" / "restart-0").iterdir())
-    assert [log.name for log in logs] == ["rank-0.log", "rank-1.log"]
-    assert f"step {done}/" in logs[0].read_text()
-
-
-@pytest.mark.slow
-def test_requeued_job_resumes(recipe, tmp_path):
-    run = tmp_path / "run"
-    done = stop_before_the_time_limit(recipe, run, tmp_path)
-    options = [f"train.max_steps={done + 2}", "train.epochs=1000"]
-    finish(start_script("sbatch", "gft_7b.sh", recipe, run, tmp_path, *options))
-    assert steps(run) == list(range(1, done + 3))
-    assert (tmp_path / "bin" / "requeued").read_text() == "4711\n"
-
-
-@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 0), ("SIGTERM", 0)])
-@pytest.mark.parametrize("moment", ["before srun", "first lines"])
-def test_slurm_script_takes_a_stop_at_any_time(recipe, tmp_path, name, code, moment):
-    """USR1 requeues, TERM ends with 0; srun, or Python before our first line, may still die of it."""
-    path = fake_slurm.install(tmp_path / "bin")
-    if moment == "before srun":
-        scontrol = path / "scontrol"
-        scontrol.write_text(scontrol.read_text().replace("echo 127", "touch $(dirname $0)/now; sleep 1; echo 127"))
-    else:
-        python = path / "python"
-        python.write_text(f"#!/bin/bash\ntouch {path}/now; sleep 1; exec {sys.executable} $*\n")
-        python.chmod(0o755)
-    variables = {"PATH": f"{path}:{os.environ['PATH']}", "LOG_DIR": str(tmp_path / "logs"), "GPUS_PER_NODE": "2"}
-    if moment == "first lines":
-        variables["PYTHON"] = str(path / "python")
-    target = ["launch/gft_7b.sh", f"train.output={tmp_path / 'run'}"]
-    process = start(["sbatch", "launch/slurm.sbatch", *target], **environment(recipe) | variables)
-    while not (path / "now").exists():
-        time.sleep(0.02)
-    process.send_signal(signal.Signals[name])
-    finish(process, code)
-    assert (path / "requeued").exists() == (name == "SIGUSR1") and steps(tmp_path / "run") == []
+@pytest.mark.parametrize(
+    ("asked", "moment", "srun", "expected"),
+    [
+        (None, "in srun", 0, 0),
+        (None, "in srun", 2, 2),
+        (None, "in srun", 75, "requeued"),  # asked by someone else than the script
+        ("SIGUSR1", "before srun", 0, "requeued"),
+        ("SIGTERM", "before srun", 0, 0),
+        ("SIGUSR1", "in srun", 75, "requeued"),
+        ("SIGUSR1", "in srun", 138, "requeued"),  # a task, or srun itself, died of it
+        ("SIGUSR1", "in srun", 0, 0),  # the run was at its end
+        ("SIGUSR1", "in srun", 1, 1),
+        ("SIGTERM", "in srun", 0, 0),
+        ("SIGTERM", "in srun", 143, 0),
+        ("SIGTERM", "in srun", 1, 1),
+    ],
+)
+def test_slurm_script_answers_signals_and_exit_codes(tmp_path, asked, moment, srun, expected):
+    """Needs no Slurm: ``srun`` only hears the signal that the script passes on, and ends with a code."""
+    now = f"touch {tmp_path}/now; sleep 0.5" if asked else ":"
+    commands = {
+        "srun": f"trap 'exit {srun}' USR1 TERM\n{now}\n" + ("sleep 20 & wait" if asked else f"exit {srun}"),
+        "scontrol": f'[ "$1" = requeue ] && touch {tmp_path}/requeued-$2 && exit\n'
+        + (f"{now}; " if moment == "before srun" else "")
+        + "echo 127.0.0.1",
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "1"}
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG_DIR": str(tmp_path / "logs")}
+    process = start(["bash", "launch/slurm.sbatch", "launch/gft_7b.sh"], **environment(None, **variables))
+    if asked:
+        while not (tmp_path / "now").exists():
+            time.sleep(0.02)
+        process.send_signal(signal.Signals[asked])
+    finish(process, 0 if expected == "requeued" else expected)
+    assert (tmp_path / "requeued-4711").exists() == (expected == "requeued")
 
 
 def test_slurm_script_refuses_other_tasks_than_gpus():
@@ -268,7 +232,7 @@ def test_bash_refuses_before_starting_anything(variables, message):
 
 
 def test_config_errors_are_said_once(recipe, tmp_path):
-    process = start_script("torchrun", "gft_7b.sh", recipe, tmp_path / "run", tmp_path, "parallel.pp=3")
+    process = start_script("torchrun", "gft_7b.sh", recipe, tmp_path / "run", "parallel.pp=3")
     output = finish(process, expected=1)
     assert output.count("2 layers do not divide by PP 3") == 1
 
@@ -296,18 +260,12 @@ def test_a_second_start_is_refused(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["plain srun", "Kubernetes"])
-def test_processes_of_other_launchers_meet(recipe, tmp_path, way):
+def test_pods_of_one_job_meet(recipe, tmp_path):
     """One run of two ranks, not two runs of one into the same folder."""
     port, processes = str(free_port()), []
     for rank in ("0", "1"):
-        if way == "Kubernetes":
-            variables = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "GPUS_PER_NODE": "1"}
-            command = ["bash", "launch/gft_local.sh"]
-        else:
-            variables = SRUN | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NODELIST": "127.0.0.1"}
-            command = [sys.executable, "-m", "megatron_gft.train", "--config", str(recipe)]
-        command.append(f"train.output={tmp_path / 'run'}")
+        variables = {"WORLD_SIZE": "2", "RANK": rank, "MASTER_ADDR": "127.0.0.1", "GPUS_PER_NODE": "1"}
+        command = ["bash", "launch/gft_local.sh", f"train.output={tmp_path / 'run'}"]
         processes.append(start(command, **environment(recipe, MASTER_PORT=port), **variables))
     for process in processes:
         finish(process)
@@ -318,7 +276,7 @@ def test_processes_of_other_launchers_meet(recipe, tmp_path, way):
 @pytest.mark.parametrize("delay", [0.0, 0.3, 1.0, 3.0])
 def test_workers_of_a_script_take_a_stop_while_they_start(recipe, tmp_path, delay):
     """From the moment when the agent has them, before their interpreter is up."""
-    process = start_script("bash", "gft_local.sh", recipe, tmp_path / "run", tmp_path, "train.epochs=1000")
+    process = start_script("bash", "gft_local.sh", recipe, tmp_path / "run", "train.epochs=1000")
     while not any("TORCHELASTIC_RUN_ID" in child.environ() for child in psutil.Process(process.pid).children()):
         time.sleep(0.02)
     time.sleep(delay)
