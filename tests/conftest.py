@@ -29,11 +29,11 @@ def pytest_collection_modifyitems(config, items):
     slurm = pytest.mark.skip(reason="runs in make test-slurm")
     soak = "soak" in (config.getoption("-m") or "") or os.environ.get("MEGATRON_GFT_SOAK") == "1"
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if "soak" in item.keywords and not soak:
+        if item.get_closest_marker("soak") and not soak:
             item.add_marker(not_asked)
-        if "slurm" in item.keywords and "slurm" not in (config.getoption("-m") or ""):
+        if item.get_closest_marker("slurm") and "slurm" not in (config.getoption("-m") or ""):
             item.add_marker(slurm)
 
 
