@@ -220,11 +220,10 @@ def _rope(config: ConfigJson, family: Family, problems: list[str]) -> tuple[floa
     rope = typed(Rope, values, problems, "rope_parameters." if new_style else "rope_scaling.")
     if rope is None:
         return family.rope_theta, None, None
-    if None not in (rope.rope_theta, config.rope_theta) and rope.rope_theta != config.rope_theta:
-        problems.append(
-            f"rope_theta is {config.rope_theta}, in rope_parameters {rope.rope_theta} -> keep the right one"
-        )
-    theta = float(rope.rope_theta or config.rope_theta or family.rope_theta)
+    given = [theta for theta in (rope.rope_theta, config.rope_theta) if theta is not None]
+    if len(set(given)) > 1:
+        problems.append(f"rope_theta is {given[1]}, in rope_parameters {given[0]} -> keep the right one")
+    theta = float([*given, family.rope_theta][0])
     rotary = config.partial_rotary_factor if rope.partial_rotary_factor is None else rope.partial_rotary_factor
     if rotary not in (None, 1):
         problems.append(f"partial_rotary_factor is {rotary!r} -> only 1 is mapped")
