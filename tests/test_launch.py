@@ -166,6 +166,7 @@ def test_bare_torchrun_starts_over_with_the_sizes_of_the_environment(recipe, tmp
         ("SIGTERM", "before srun", 0, 0),
         ("SIGUSR1", "in srun", 75, "requeued"),
         ("SIGUSR1", "in srun", 138, "requeued"),  # a task, or srun itself, died of it
+        ("SIGUSR1", "before its tasks", 75, "requeued"),  # srun has nobody to hand it to: said again
         ("SIGUSR1", "in srun", 0, 0),  # the run was at its end
         ("SIGUSR1", "in srun", 1, 1),
         ("SIGTERM", "in srun", 0, 0),
@@ -177,7 +178,9 @@ def test_slurm_script_answers_signals_and_exit_codes(tmp_path, asked, moment, sr
     """Needs no Slurm: ``srun`` only hears the signal that the script passes on, and ends with a code."""
     now = f"touch {tmp_path}/now; sleep 0.5" if asked else ":"
     commands = {
-        "srun": f"trap 'exit {srun}' USR1 TERM\n{now}\n" + ("sleep 20 & wait" if asked else f"exit {srun}"),
+        "srun": ("trap : USR1\n" if moment == "before its tasks" else f"trap 'exit {srun}' USR1 TERM\n")
+        + f"{now}\n"
+        + (f"sleep 20 & wait; trap 'exit {srun}' USR1; wait" if asked else f"exit {srun}"),
         "scontrol": f'[ "$1" = requeue ] && touch {tmp_path}/requeued-$2 && exit\n'
         + (f"{now}; " if moment == "before srun" else "")
         + "echo 127.0.0.1",

@@ -37,8 +37,7 @@ def nothing_is_left(slurm, tmp_path):
     yield
     slurm.run("scancel", "--user=root")
     wait_for(slurm.ready, "idle nodes after the test")
-    left = [process.cmdline() for process in slurm.processes()]
-    assert len(left) == 4, left
+    wait_for(lambda: len(slurm.processes()) == 4, "the daemons alone", 15)
 
 
 class Run:
@@ -109,7 +108,7 @@ def test_requeued_at_the_time_limit_it_resumes(slurm, recipe, tmp_path):
     assert run.checkpoints and "requeued" in run.said()
     slurm.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
     run.wait_for_step(done + 1)
-    slurm.run("scancel", "--batch", "--signal=USR1", run.job)
+    slurm.run("scancel", "--signal=USR1", run.job)  # to the ranks alone, as users do
     run.wait("PENDING", restarts=2)
     assert run.steps == list(range(1, run.steps[-1] + 1)), "a step was lost or done twice"
 
@@ -151,18 +150,21 @@ def test_a_killed_rank_ends_the_job(slurm, recipe, tmp_path):
     assert f"logs of all ranks: {run.logs}" in run.said()
 
 
-def test_a_node_set_to_down_requeues_and_resumes(slurm, recipe, tmp_path):
-    """Slurm sends SIGTERM to the ranks, and starts the job again when there are two nodes."""
+@pytest.mark.parametrize("way", ["node down", "requeue"])
+def test_what_slurm_requeues_saves_and_resumes(slurm, recipe, tmp_path, way):
+    """A node set to down, and what preemption does: Slurm sends SIGTERM to the ranks and starts the job again."""
     run = Run(slurm, recipe, tmp_path, *ENDLESS)
     run.wait_for_step(1)
-    slurm.run("scontrol", "update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
+    down = ("update", f"NodeName={NODES[1]}", "State=DOWN", "Reason=test")
+    slurm.run("scontrol", *(down if way == "node down" else ("requeue", run.job)))
     try:
         run.wait("PENDING", restarts=1)
         wait_for(lambda: not ranks(slurm), "the end of its ranks")
         done = run.steps[-1]
         assert run.checkpoints[-1].endswith(f"{done}"), run.said()
     finally:
-        slurm.run("scontrol", "update", f"NodeName={NODES[1]}", "State=RESUME")
+        if way == "node down":
+            slurm.run("scontrol", "update", f"NodeName={NODES[1]}", "State=RESUME")
     run.wait_for_step(done + 1)
     slurm.run("scancel", run.job)
     run.wait("CANCELLED", restarts=1)
