@@ -436,3 +436,16 @@ def test_a_checkpoint_of_another_model_is_refused(model, whole, tmp_path):
     other = write_tiny_model(tmp_path / "hf", "llama_tied_linear", num_hidden_layers=2, hidden_size=32)
     with pytest.raises(RuntimeError, match="(?s)InputError.*hidden_size: 32 by .*, 64 by"):
         train(str(other), tmp_path / "run", f"checkpoint.init_from={whole}")
+
+
+def test_weights_without_a_place_in_the_model_are_refused(whole, tmp_path):
+    """A head of its own, where the model has none: without it another function would be trained, in silence."""
+    untied = write_tiny_model(tmp_path / "u", "llama_tied_linear", num_hidden_layers=2, tie_word_embeddings=False)
+    run = tmp_path / "run"
+    train(str(untied), run, "train.max_steps=1")
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    allowed = "model.allow_config_mismatch=[tie_word_embeddings]"
+    for start in ((run, allowed), (tmp_path / "other", allowed, f"checkpoint.init_from={run}")):
+        with pytest.raises(RuntimeError, match=r"(?s)InputError.*output_layer.weight \[512, 64\] has no place"):
+            train(str(untied), *start)

@@ -33,7 +33,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_gft.atomic import write_json
-from megatron_gft.checkpoints.compat import loadable_sharded_state_dict, misfits
+from megatron_gft.checkpoints.compat import asked_for, loadable_sharded_state_dict, misfits
 from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, publish
 from megatron_gft.checkpoints.starts import CONFIG_FILE
 from megatron_gft.checkpoints.torch_dist import replace_results_queue
@@ -298,7 +298,7 @@ def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) 
 def _load(path: Path, state: dict[str, Any], chunks: list[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
     """What ``state`` asks for; the weights in it are put into the chunks."""
     state = loadable_sharded_state_dict(state, path)
-    if problems := {problem for found in gather_results(lambda: list(misfits(state, path))) for problem in found}:
+    if problems := set(misfits(set().union(*gather_results(lambda: asked_for(state))), path)):
         raise InputErrors(f"{path}: its tensors are not those of this model", sorted(problems), shown=12)
     read_json(path / "metadata.json", "use another checkpoint")
     try:

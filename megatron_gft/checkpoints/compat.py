@@ -71,24 +71,32 @@ def _optimizer_form(keys: Collection[str]) -> str | None:
     return f"the state of {'optimizer.distributed=true' if 'param' in kinds else other}"
 
 
-def misfits(state: dict[str, Any], checkpoint: str | Path) -> Iterator[str]:
-    """Every tensor that ``state`` asks for and the checkpoint has in another shape, or not at all.
+Asked = tuple[str, tuple[int, ...], int]
+"""Key and shape of a tensor, and how many of its first dimensions may differ: a vocabulary has padding."""
 
-    Megatron says of these at most which ranks failed. Rows of a vocabulary may differ by their padding.
+
+def asked_for(state: dict[str, Any]) -> set[Asked]:
+    """What a sharded state loads."""
+    values = (value.build() if isinstance(value, ShardedTensorFactory) else value for value in nested_values(state))
+    parts = (part for value in values for part in nested_values({"": value}) if isinstance(part, ShardedTensor))
+    return {(part.key, tuple(part.global_shape), int(part.allow_shape_mismatch)) for part in parts}
+
+
+def misfits(asked: set[Asked], checkpoint: str | Path) -> Iterator[str]:
+    """Every tensor that a model asks for, on all ranks, and the checkpoint has in another shape, or not at all.
+
+    Megatron says of these at most which ranks failed. And of weights that no rank asks for it says nothing: biases, or
+    a head of its own where the model's is tied.
     """
     stored = TorchDistReader(checkpoint).tensors
-    for value in nested_values(state):
-        parts = nested_values({"": value.build()}) if isinstance(value, ShardedTensorFactory) else [value]
-        for part in parts:
-            if not isinstance(part, ShardedTensor):
-                continue
-            if part.key not in stored:
-                yield f"{part.key} is missing"
-                continue
-            found, wanted = tuple(stored[part.key].size), tuple(part.global_shape)
-            free = 1 if part.allow_shape_mismatch else 0
-            if found[free:] != wanted[free:] or len(found) != len(wanted):
-                yield f"{part.key} is {list(found)}, this model and its optimizer make it {list(wanted)}"
+    for key, wanted, free in asked:
+        if key not in stored:
+            yield f"{key} is missing"
+        elif (found := tuple(stored[key].size))[free:] != wanted[free:] or len(found) != len(wanted):
+            yield f"{key} is {list(found)}, this model and its optimizer make it {list(wanted)}"
+    for key in stored.keys() - {key for key, _, _ in asked}:
+        if key.startswith(("embedding.", "decoder.", "output_layer.")):
+            yield f"{key} {list(stored[key].size)} has no place in this model"
 
 
 def _loadable(state: dict[str, Any], tensors: set[str], objects: set[str]) -> dict[str, Any]:
