@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_gft.backend import known_fields
 from megatron_gft.config import OptimizerConfig
+from megatron_gft.errors import InputError
 
 
 def wrap_data_parallel(
@@ -104,7 +105,17 @@ def build_scheduler(
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Restore moments and step counts; learning rate, betas, eps and weight decay stay those of the configuration."""
+    """Restore moments and step counts; learning rate, betas, eps and weight decay stay those of the configuration.
+
+    Raises:
+        InputError: experts had an optimizer of their own and have none now, or the other way round.
+    """
+    apart = len(getattr(optimizer, "chained_optimizers", ())) > 1  # by number, then
+    if {isinstance(name, int) for name in state} != {apart}:
+        raise InputError(
+            "the checkpoint's optimizer is one of another parallel.ep: Megatron-Core keeps experts apart where ep > 1 "
+            "-> set parallel.ep as it was, or checkpoint.load_optimizer=false: weights and place go on"
+        )
     wanted = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
     with torch.no_grad():  # the loader of one of Megatron's formats writes into leaf views
         optimizer.load_state_dict(state)
