@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import threading
 from pathlib import Path
 
 if not os.path.exists("/dev/nvidiactl"):
@@ -12,6 +13,10 @@ import hypothesis
 import pytest
 import ranks  # noqa: F401
 import torch
+from tqdm import tqdm
+
+# tqdm's own lock is a semaphore that all forks share: a child killed while it holds it would stop every later one.
+tqdm.set_lock(threading.RLock())
 
 hypothesis.settings.register_profile("shared machine", deadline=None)  # others' load is no fault of ours
 hypothesis.settings.load_profile("shared machine")
@@ -20,6 +25,18 @@ hypothesis.settings.load_profile("shared machine")
 def pytest_configure():
     """Tests of Ctrl-C work in a background job too, where shells have SIGINT ignored, by children as well."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A run in this process takes over its signals; children that later tests fork would not end by SIGTERM."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -110,6 +110,7 @@ def _work(
     function: Callable[[Any], Any], tasks: Any, out: Connection, readers: Sequence[Connection], parent: int
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent ends its workers by it, whatever it does itself
     for reader in readers:  # the parent's: who writes to a dead parent must notice
         reader.close()
     gc.freeze()  # what came with the fork (torch, transformers) is never garbage: do not look at it again and again
