@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # The same bad input stops every rank. Ranks other than a machine's first wait so long with their message, by when
 # torchrun has ended them because of the first one's exit code; what only they saw is still said.
-QUIET_SECONDS = 3.0
+QUIET_SECONDS = 8.0
 
 FEWEST_OPEN_FILES = 256  # one process alone has some 120
 SYSTEM_LIMITS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE)
