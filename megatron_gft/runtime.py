@@ -134,12 +134,13 @@ class StopRequest:
         self.received, self.starting, self.failing = 0, True, False
         self.store: dist.Store | None = None
         self.release: Callable[[], None] = lambda: None
-        self._heard, written = os.pipe()
-        os.set_blocking(written, False)
+        self._heard, self._written = os.pipe()
+        os.set_blocking(self._written, False)
+        self._left_store = threading.Event()
         for number in self.CODES:
             if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGINT:  # a shell's background job
                 signal.signal(number, self._receive)
-        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not ours
         threading.Thread(target=self._watch, daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.CODES)  # launch.py starts workers with them blocked
@@ -163,6 +164,7 @@ class StopRequest:
                 self._watch_store(self.store, asked)
             elif asked and time.monotonic() >= until:
                 self._leave(asked, silent=self.failing)
+        self._left_store.set()
         while True:  # a thread of this process that blocks no signal
             os.read(self._heard, 1)
 
@@ -200,6 +202,10 @@ class StopRequest:
         while self.store is not None and self.store.compare_set("gft/start", "", "training") != b"training":
             time.sleep(1)
         self.starting = False
+        os.write(self._written, b"\0")
+        self._left_store.wait(
+            self.GRACE_SECONDS
+        )  # a thread in torch's C++ code when Python shuts down aborts the process
 
     def ended(self) -> None:
         """Later signals do not change the exit code: while Python shuts down they would kill."""
