@@ -203,9 +203,8 @@ class StopRequest:
             time.sleep(1)
         self.starting = False
         os.write(self._written, b"\0")
-        self._left_store.wait(
-            self.GRACE_SECONDS
-        )  # a thread in torch's C++ code when Python shuts down aborts the process
+        # A thread that is in torch's C++ code when Python shuts down aborts the process.
+        self._left_store.wait(self.GRACE_SECONDS)
 
     def ended(self) -> None:
         """Later signals do not change the exit code: while Python shuts down they would kill."""
