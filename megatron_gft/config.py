@@ -36,18 +36,13 @@ from megatron_gft.reading import lfs_hint
 class Section(pydantic.BaseModel):
     """A section of the tree: unknown keys are errors, values are fixed once read."""
 
-    # validators are made when the first file is read: --help needs none
     model_config = pydantic.ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, defer_build=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        defer_build=True,  # validators are made when the first file is read: --help needs none
     )
-
-    @pydantic.field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
-            raise ValueError("true and false are no value for this")
-        return value
 
 
 class ModelConfig(Section):

@@ -162,7 +162,7 @@ class StopRequest:
                 )
             if self.store is not None:
                 self._watch_store(self.store, asked)
-            elif asked and time.monotonic() >= until:
+            elif asked and (self.failing or time.monotonic() >= until):
                 self._leave(asked, silent=self.failing)
         self._left_store.set()
         while True:  # a thread of this process that blocks no signal
