@@ -8,8 +8,9 @@ from ranks import run_ranks
 
 from tools.bench import data, head, packing, start_up, step
 from tools.bench.timing import lockstep_seconds, summary
+from tools.bench.workbench import StepShape
 
-TINY = step.StepShape(
+TINY = StepShape(
     layers=1,
     hidden=32,
     heads=4,

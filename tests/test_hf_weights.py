@@ -226,12 +226,14 @@ def load_with_another_shape(folder):
     parallel = initialize_parallel()
     shape = dataclasses.replace(read_model_shape(folder), ffn_hidden_size=128)
     chunks = build_gpt(shape, parallel)
-    with pytest.raises(InputError, match=r"linear_fc1\.weight is \(256, 64\), by the Hugging Face model \(352, 64\)"):
+    with pytest.raises(InputError) as refused:
         load_hf_weights(chunks, read_model_shape(folder), folder, parallel)
+    return str(refused.value)
 
 
 def test_a_model_of_another_shape_is_refused(tiny):
-    run_ranks(1, load_with_another_shape, tiny("llama3"))
+    [message] = run_ranks(1, load_with_another_shape, tiny("llama3"))
+    assert "linear_fc1.weight is (256, 64), by the Hugging Face model (352, 64)" in message
 
 
 @settings(deadline=None)

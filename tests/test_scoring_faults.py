@@ -179,7 +179,10 @@ def test_no_daemon_outlives_a_killed_run(slow):
     wait_until(lambda: calls(slow))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    wait_until(lambda: all(gone(int(child)) for child in calls(slow)))
+    daemons = [int(child) for child in calls(slow)]  # of a dead run: no more come
+    assert daemons
+    wait_until(lambda: all(map(gone, daemons)))
+    assert calls(slow) == list(map(str, daemons))
 
 
 JUNK = {
