@@ -131,6 +131,8 @@ def _take(path: Path, mine: Holder) -> None:
         try:
             _create(path, mine)
         except FileExistsError:
+            if path.is_symlink():  # one that leads nowhere can be neither made nor read
+                raise InputError(f"{path}: a link, which is no run's lock -> remove it") from None
             with contextlib.suppress(FileNotFoundError):
                 holder = _read(path)
                 _wait_for_its_end(path, holder, mine)

@@ -194,3 +194,12 @@ def test_the_holder_can_be_found(tmp_path):
     with held(tmp_path) as path:
         content = json.loads(path.read_text())
     assert content["host"] == socket.gethostname() and content["pid"] == os.getpid() and content["started"].isdecimal()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "elsewhere.json"])
+def test_a_link_is_no_lock(tmp_path, target):
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (tmp_path / LOCK_FILE).symlink_to(target)
+    with pytest.raises(InputError, match=f"{LOCK_FILE}: a link.* -> remove it"), held(tmp_path):
+        pass
+    assert (tmp_path / LOCK_FILE).is_symlink() and (tmp_path / "elsewhere.json").read_text() == "{}"
