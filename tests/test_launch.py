@@ -280,7 +280,15 @@ def test_pods_of_one_job_meet(recipe, tmp_path):
 def test_workers_of_a_script_take_a_stop_while_they_start(recipe, tmp_path, delay):
     """From the moment when the agent has them, before their interpreter is up."""
     process = start_script("bash", "gft_local.sh", recipe, tmp_path / "run", "train.epochs=1000")
-    while not any("TORCHELASTIC_RUN_ID" in child.environ() for child in psutil.Process(process.pid).children()):
+
+    def is_worker(child: psutil.Process) -> bool:
+        try:
+            return "TORCHELASTIC_RUN_ID" in child.environ()
+        except psutil.Error:  # short-lived helpers of the agent end between the listing and the look
+            return False
+
+    while not any(map(is_worker, psutil.Process(process.pid).children())):
+        assert process.poll() is None, "the agent ended before it had workers"
         time.sleep(0.02)
     time.sleep(delay)
     process.send_signal(signal.SIGUSR1)
