@@ -100,6 +100,9 @@ def build_transformer_config(
         "bias_dropout_fusion": False,
         "moe_grouped_gemm": backend == "transformer_engine" and bool(shape.num_moe_experts),
     }
+    if parallel.layers_per_stage is not None:
+        stages = [["decoder"] * layers for layers in parallel.layers_per_stage]
+        kwargs["pipeline_model_parallel_layout"] = [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
     if model.recompute == "full":
         kwargs |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif model.recompute == "core_attention":

@@ -80,6 +80,9 @@ class ParallelConfig(Section):
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     pp: PositiveInt = Field(1, description="pipeline stages")
     vpp: int | None = Field(None, ge=2, description="model chunks per pipeline rank (interleaved schedule)")
+    layers_per_stage: list[PositiveInt] | None = Field(
+        None, description="of each stage, [15, 13]; with vpp of each chunk, in the model's order; default: all alike"
+    )
     cp: PositiveInt = Field(1, description="context-parallel size")
     ep: PositiveInt = Field(1, description="expert-parallel size (MoE)")
     etp: PositiveInt | None = Field(None, description="tensor-parallel size of the experts; default tp")

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_gft.config import Config
+from megatron_gft.config import Config, ParallelConfig
 from megatron_gft.errors import InputErrors
 from megatron_gft.hf.shape import ModelShape, shape_problems
 from megatron_gft.objectives import SOURCES, by_source
@@ -63,14 +63,13 @@ def _parallel(config: Config, shape: ModelShape) -> Iterator[str]:
     p = config.parallel
     sizes = {
         "parallel.tp": {"tp": p.tp},
-        "parallel.pp": {"pp": p.pp, "vpp": p.vpp or 1},
+        "parallel.pp": {"pp": p.pp, "vpp": p.vpp or 1} if p.layers_per_stage is None else {},
         "parallel.ep": {"ep": p.ep},
         "parallel.etp": {"etp": p.etp or p.tp},
     }
     for key, size in sizes.items():
         yield from (f"{key}: {text}" for text in shape_problems(shape, **size))
-    if p.vpp is not None and p.pp < 2:
-        yield (f"parallel.vpp={p.vpp} interleaves pipeline stages and parallel.pp is 1 -> raise it or drop vpp")
+    yield from _stages(p, shape)
     if p.sequence_parallel and p.tp == 1:
         yield "parallel.sequence_parallel cuts over tensor ranks and parallel.tp is 1 -> set it to false"
     if p.etp is not None and not shape.num_moe_experts:
@@ -80,6 +79,18 @@ def _parallel(config: Config, shape: ModelShape) -> Iterator[str]:
             f"parallel.tp={p.tp}: Megatron-Core trains mixture-of-experts with tensor parallelism only together with "
             "sequence parallelism -> set parallel.sequence_parallel=true"
         )
+
+
+def _stages(p: ParallelConfig, shape: ModelShape) -> Iterator[str]:
+    layers, chunks = p.layers_per_stage, p.pp * (p.vpp or 1)
+    if layers is not None and (len(layers) != chunks or sum(layers) != shape.num_layers):
+        yield (
+            f"parallel.layers_per_stage={layers}: {len(layers)} stages with {sum(layers)} layers, for {chunks} "
+            f"(parallel.pp * parallel.vpp) and the model's {shape.num_layers} -> one number a stage, their sum the "
+            "model's"
+        )
+    if p.vpp is not None and p.pp < 2:
+        yield (f"parallel.vpp={p.vpp} interleaves pipeline stages and parallel.pp is 1 -> raise it or drop vpp")
 
 
 def _data(config: Config, shape: ModelShape, training: bool) -> Iterator[str]:

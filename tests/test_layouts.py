@@ -53,6 +53,8 @@ LAYOUTS = [
     (2, "untied", f"{PP2} {VPP2} {MEDIUM} {PLAIN}"),
     (2, "untied", f"{PP2} {VPP2} {SMALL} {OVERLAP_ALL}"),
     (4, "deep", f"{PP4} {VPP2} {SMALL}"),
+    (2, "tied", f"{PP2} {SMALL} parallel.layers_per_stage=[3,1]"),
+    (2, "deep", f"{PP2} {VPP2} {SMALL} parallel.layers_per_stage=[2,3,1,2]"),
     # context parallel
     (2, "tied", f"{CP2} {MEDIUM}"),
     (2, "untied", f"{CP2} {SHARED} {SELECTIVE}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
@@ -20,13 +21,23 @@ from ranks import run_ranks
 from tiny_models import write_tiny_model
 
 from megatron_gft.batch import StepLoader
-from megatron_gft.config import load_config
-from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.config import ParallelConfig, load_config
+from megatron_gft.hf.shape import ModelShape, read_model_shape
 from megatron_gft.model import build_model, unwrap
 from megatron_gft.optimizer import build_optimizer, wrap_data_parallel
 from megatron_gft.parallel import initialize_parallel, seed_everything
+from megatron_gft.planning import FlopModel
 from megatron_gft.sizing.memory import StaticMemory, estimate_activations, microbatches_in_flight, static_memory
-from megatron_gft.sizing.throughput import AssumedGroups, StepStatistics, Workload, estimate_step_time, pipeline_bubble
+from megatron_gft.sizing.throughput import (
+    AssumedGroups,
+    StepStatistics,
+    StepTime,
+    Workload,
+    better_cut,
+    estimate_step_time,
+    head_in_layers,
+    pipeline_bubble,
+)
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +71,7 @@ LAYOUTS = {
     "tensor": ("llama3", 2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
     "pipeline, tied": ("llama_tied_linear", 2, ["parallel.pp=2"]),
     "interleaved": ("qwen2", 2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "uneven stages": ("qwen2", 2, ["parallel.pp=2", "parallel.layers_per_stage=[3,1]"]),
     "data, overlapped": ("qwen3", 2, ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]),
     "data, not sharded": ("llama3", 2, ["optimizer.distributed=false"]),
     "bf16 gradients": ("llama3", 2, ["optimizer.grad_reduce_in_fp32=false"]),
@@ -242,35 +254,89 @@ def test_assumed_groups_have_the_stated_means():
     assert AssumedGroups(Workload(), longest=99).fingerprint != groups.fingerprint
 
 
-def test_step_time_adds_up():
-    steps = StepStatistics(
-        assumed=True,
-        groups=1000,
-        steps_per_epoch=10,
-        sampled_steps=1,
-        packs_per_rank=16,
-        tokens=1e6,
-        loss_tokens=5e5,
-        padding_share=0.1,
-        dead_groups=0,
-        fill=0.9,
-        balance=0.8,
-        flops=64e15,
+STEPS = StepStatistics(
+    assumed=True,
+    groups=1000,
+    steps_per_epoch=10,
+    sampled_steps=1,
+    packs_per_rank=16,
+    tokens=1e6,
+    loss_tokens=5e5,
+    padding_share=0.1,
+    dead_groups=0,
+    fill=0.9,
+    balance=0.8,
+    flops=64e15,
+)
+# 8 layers; the vocabulary that makes the head on half of the rows as dear as half a layer or three layers on all.
+SHAPE = read_model_shape(LLAMA_70B.rpartition("/")[0])
+HEAD = FlopModel.from_shape(SHAPE).head_per_row / SHAPE.vocab_size * 5e5 / 64e15  # of the step's FLOPs, per row
+
+
+def shape_with(head_in_layers: float) -> ModelShape:
+    """Eight layers and a head of this size in layers."""
+    vocab = round(head_in_layers / (8 + head_in_layers) / HEAD)
+    return dataclasses.replace(SHAPE, num_layers=8, vocab_size=vocab)
+
+
+def step_time(*overrides: str, head: float = 0.0, parameters: int = 10**9) -> StepTime:
+    config = load_config([], ["model.config=unused", "checkpoint.save_every=null", *overrides])
+    return estimate_step_time(
+        config, shape_with(head), STEPS, static_of(parameters), 64, efficiency=0.5, peak_tflops=1000
     )
-    config = load_config([], ["model.config=unused", "parallel.pp=4", "parallel.vpp=2"])
-    time = estimate_step_time(config, steps, static_of(10**9), 64, efficiency=0.5, peak_tflops=1000)
+
+
+def test_step_time_adds_up():
+    time = step_time("parallel.pp=4", "parallel.vpp=2")
     assert pipeline_bubble(4, 2, 16) == 3 / 32
     assert math.isclose(time.compute_seconds, 1e15 / 0.5e15 / 0.8)
     assert math.isclose(time.gradient_sync_seconds, 6e9 / 300e9)
     assert math.isclose(time.seconds, 2.5 * (1 + 3 / 32) + 0.02)
     assert math.isclose(time.mfu, 1 / time.seconds)
     assert math.isclose(time.epoch_hours, 10 * time.seconds / 3600)
-    overlapped = load_config([], ["model.config=unused", "optimizer.overlap_grad_reduce=true", "model.recompute=full"])
-    time = estimate_step_time(overlapped, steps, static_of(10**9), 64, efficiency=0.5, peak_tflops=1000)
+    time = step_time("optimizer.overlap_grad_reduce=true", "model.recompute=full")
     assert math.isclose(time.seconds, 2.5 * 4 / 3), "less traffic than one pack takes"
-    four = load_config([], ["model.config=unused", "parallel.tp=4", "optimizer.overlap_grad_reduce=true"])
-    time = estimate_step_time(four, steps, static_of(10**10), 64, efficiency=0.5, peak_tflops=1000)
+    time = step_time("parallel.tp=4", "optimizer.overlap_grad_reduce=true", parameters=10**10)
     assert math.isclose(time.gradient_sync_seconds, 60e9 / (2 * 40e9) - 2.5 / 16), "two ports a machine and group"
+    # 8 layers of a TP group's 1e6 / 16 rows: 8 times 3/4 of [rows, h] in bf16
+    assert math.isclose(time.tensor_parallel_seconds, 8 * 8 * 0.75 * 62500 * 8192 * 2 / 300e9)
+    saved = step_time("checkpoint.save_every=20")
+    assert math.isclose(saved.save_seconds, 12e9 / 2e9 / 20)
+    assert math.isclose(saved.seconds, step_time().seconds + saved.save_seconds)
+
+
+def test_the_output_layer_counts_where_it_is():
+    assert math.isclose(head_in_layers(shape_with(1.5), STEPS), 1.5, rel_tol=1e-4)
+    even, uneven = (
+        step_time("parallel.pp=2", head=2),
+        step_time("parallel.pp=2", "parallel.layers_per_stage=[5,3]", head=2),
+    )
+    assert math.isclose(even.stage_balance, 5 / 6, rel_tol=1e-4) and math.isclose(uneven.stage_balance, 1, rel_tol=1e-4)
+    assert math.isclose(even.compute_seconds / uneven.compute_seconds, 6 / 5, rel_tol=1e-4)
+    # full recomputation repeats the layers alone
+    full = step_time("model.recompute=full", head=2).compute_seconds / step_time(head=2).compute_seconds
+    assert math.isclose(full, (8 * 4 / 3 + 2) / 10, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("head", "pp", "now", "better"),
+    [
+        (2, 2, None, ([5, 3], 1 / 6)),
+        (2, 2, [5, 3], None),
+        (0.1, 2, None, None),
+        (1.9, 4, None, ([3, 2, 2, 1], 1 - 3 / 3.9)),
+        (30, 2, None, ([7, 1], 1 - 31 / 34)),
+        (5, 1, None, None),
+        (5, 8, None, None),
+    ],
+)
+def test_a_better_cut_is_named(head, pp, now, better):
+    parallel = ParallelConfig(pp=pp, layers_per_stage=now)
+    found = better_cut(parallel, shape_with(head), STEPS)
+    if better is None:
+        assert found is None
+    else:
+        assert found[0] == better[0] and math.isclose(found[1], better[1], rel_tol=1e-3)
 
 
 # --- the tool -----------------------------------------------------------------------------------------------------

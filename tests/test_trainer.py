@@ -27,7 +27,7 @@ VOCAB = 503
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "hf", "llama_tied_linear", num_hidden_layers=2))
+    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "hf", "llama_tied_linear", num_hidden_layers=4))
 
 
 def train(model: str, output: Path, *overrides: str, world_size: int = 1, timeout: float = 120) -> list[dict]:
@@ -65,7 +65,7 @@ def test_resume_in_the_same_layout_is_bit_for_bit(model, tmp_path, world_size, f
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        ((2, ("parallel.tp=2",)), (2, ("parallel.pp=2",))),
+        ((2, ("parallel.tp=2",)), (2, ("parallel.pp=2", "parallel.layers_per_stage=[3,1]"))),
         ((2, ()), (1, ())),
         ((2, ("parallel.pp=2",)), (4, ("parallel.tp=2", "parallel.sequence_parallel=true"))),
         ((1, ()), (2, ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"))),
@@ -443,7 +443,7 @@ def test_weights_and_biases_gets_every_record_when_asked_for(model, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(model, whole, tmp_path):
-    other = write_tiny_model(tmp_path / "hf", "llama_tied_linear", num_hidden_layers=2, hidden_size=32)
+    other = write_tiny_model(tmp_path / "hf", "llama_tied_linear", num_hidden_layers=4, hidden_size=32)
     with pytest.raises(RuntimeError, match="(?s)InputError.*hidden_size: 32 by .*, 64 by"):
         train(str(other), tmp_path / "run", f"checkpoint.init_from={whole}")
 

@@ -72,6 +72,8 @@ RULES = [
     (["parallel.tp=6"], DENSE, 6, ["parallel.tp: 4 KV groups and TP 6", "choose such a TP"]),
     (["parallel.pp=5"], DENSE, 5, ["parallel.pp: 12 layers do not divide by PP 5", "choose sizes"]),
     (["parallel.pp=2", "parallel.vpp=4"], DENSE, 2, ["parallel.pp: 12 layers", "4 virtual stages"]),
+    (["parallel.pp=2", "parallel.layers_per_stage=[7,6]"], DENSE, 2, ["[7, 6]: 2 stages with 13 layers", "12 -> one"]),
+    (["parallel.layers_per_stage=[6,6]"], DENSE, 1, ["layers_per_stage=[6, 6]: 2 stages", "for 1 (parallel.pp"]),
     (["parallel.ep=2"], DENSE, 2, ["parallel.ep: ", "the model has no experts", "set it to 1"]),
     (["parallel.ep=4"], EXPERTS, 4, ["parallel.ep: 6 experts do not divide by EP 4"]),
     (["parallel.etp=5"], EXPERTS, 5, ["parallel.etp: expert ffn size 144 does not divide by expert TP 5"]),

@@ -328,7 +328,10 @@ def shape_problems(
     if shape.num_query_groups % tp and tp % shape.num_query_groups:
         yield (f"{shape.num_query_groups} KV groups and TP {tp}: neither divides the other -> choose such a TP")
     if shape.num_layers % (pp * vpp):
-        yield (f"{shape.num_layers} layers do not divide by PP {pp} x {vpp} virtual stages -> choose sizes that do")
+        yield (
+            f"{shape.num_layers} layers do not divide by PP {pp} x {vpp} virtual stages -> choose sizes that do, or "
+            "set parallel.layers_per_stage"
+        )
     if shape.num_moe_experts is None:
         if shape.ffn_hidden_size % tp:
             yield f"ffn_hidden_size {shape.ffn_hidden_size} does not divide by TP {tp} -> choose such a TP"

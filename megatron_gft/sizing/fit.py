@@ -24,6 +24,7 @@ from megatron_gft.sizing.memory import (
     estimate_activations,
     measure_stage,
     simulated_rank,
+    stage_layers,
 )
 from megatron_gft.sizing.throughput import (
     GPUS_PER_NODE,
@@ -31,8 +32,10 @@ from megatron_gft.sizing.throughput import (
     StepStatistics,
     StepTime,
     Workload,
+    better_cut,
     describe_steps,
     estimate_step_time,
+    head_in_layers,
     stated_efficiency,
 )
 from megatron_gft.validation import check
@@ -160,7 +163,7 @@ def make_plan(
     if steps:
         fullest = max((stage.exact for stage in stages), key=lambda exact: exact.total)
         speed = {"efficiency": efficiency or stated_efficiency(config, shape), "peak_tflops": device.peak_tflops}
-        time = estimate_step_time(config, steps, fullest, world_size, **speed)
+        time = estimate_step_time(config, shape, steps, fullest, world_size, **speed)
     notes = tuple(_notes(config, shape, steps, with_steps))
     plan = Plan(world_size, config, shape, device, stages, steps, time, None, notes)
     if plan.fits:
@@ -173,12 +176,13 @@ def make_plan(
 
 
 def _stages(config: Config, shape: ModelShape, world_size: int, packs: int | None) -> tuple[StagePlan, ...]:
-    """First, second and last stage are built; those between hold the same layers as the second."""
-    pp = config.parallel.pp
-    measured = {stage: measure_stage(config, shape, world_size, stage) for stage in sorted({0, min(1, pp - 1), pp - 1})}
+    """Stages that hold the same are built once: as many layers, and neither or both of them at an end."""
+    pp, layers = config.parallel.pp, stage_layers(config.parallel, shape.num_layers)
+    measured: dict[tuple[int, bool, bool], StaticMemory] = {}
     stages = []
     for stage in range(pp):
-        exact = measured.get(stage) or measured[1]
+        key = (layers[stage], stage == 0, stage == pp - 1)
+        exact = measured[key] = measured.get(key) or measure_stage(config, shape, world_size, stage)
         stages.append(StagePlan(stage, exact, estimate_activations(config, shape, stage, exact, packs)))
     return tuple(stages)
 
@@ -211,4 +215,10 @@ def _notes(config: Config, shape: ModelShape, steps: StepStatistics | None, with
         yield (
             f"{steps.packs_per_rank:.0f} packs per rank leave the pipeline of {p.pp} stages idle much of the time "
             "-> more data.groups_per_step, smaller parallel.pp, or parallel.vpp"
+        )
+    if steps is not None and p.vpp is None and (better := better_cut(p, shape, steps)):
+        layers, gain = better
+        yield (
+            f"the output layer works as long as {head_in_layers(shape, steps):.1f} layers, on the last stage -> "
+            f"parallel.layers_per_stage={layers} makes a step {gain:.1%} faster"
         )

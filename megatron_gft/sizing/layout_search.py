@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_gft.config import Config
 from megatron_gft.errors import InputErrors
@@ -79,7 +80,9 @@ def _changed(config: Config, shape: ModelShape, tp: int, pp: int, ep: int, pack:
     """``config`` in another layout. Virtual stages stay where they divide; TP brings sequence parallelism with it."""
     p = config.parallel
     keeps_vpp = p.vpp is not None and pp > 1 and shape.num_layers % (pp * p.vpp) == 0
-    sizes = {"tp": tp, "pp": pp, "ep": ep, "vpp": p.vpp if keeps_vpp else None}
+    sizes: dict[str, Any] = {"tp": tp, "pp": pp, "ep": ep, "vpp": p.vpp if keeps_vpp else None}
+    if pp != p.pp:
+        sizes["layers_per_stage"] = None
     sizes["sequence_parallel"] = tp > 1 and (p.sequence_parallel or p.tp == 1)
     return config.model_copy(
         update={

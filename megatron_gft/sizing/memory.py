@@ -15,6 +15,7 @@ f MLP channels, v vocabulary rows; all sizes in bytes.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_gft import cpu
-from megatron_gft.config import Config
+from megatron_gft.config import Config, ParallelConfig
 from megatron_gft.errors import InputError
 from megatron_gft.hf.shape import ModelShape, padded_vocab_size
 from megatron_gft.model import build_model
@@ -168,6 +169,13 @@ class ActivationMemory:
         return self.saved + self.working + self.fp8_copies
 
 
+def stage_layers(parallel: ParallelConfig, num_layers: int) -> list[int]:
+    """Layers of each pipeline rank, all its chunks together."""
+    chunks = parallel.pp * (parallel.vpp or 1)
+    layers = parallel.layers_per_stage or [num_layers // chunks] * chunks
+    return [sum(layers[stage :: parallel.pp]) for stage in range(parallel.pp)]
+
+
 def microbatches_in_flight(stage: int, pp: int, vpp: int | None, packs: int | None = None) -> int:
     """Model chunks with saved activations on a stage at the peak of 1F1B or interleaved 1F1B.
 
@@ -191,7 +199,8 @@ def estimate_activations(
     dtype = 2 if m.precision == "bf16" else 4
     residual = rows * shape.hidden_size * dtype / (p.tp if p.sequence_parallel else 1)  # [T/(c t), h]
     layer = _layer_bytes(config, shape, rows, dtype)
-    in_flight = microbatches_in_flight(stage, p.pp, p.vpp, packs) * shape.num_layers // (p.pp * (p.vpp or 1))
+    layers = stage_layers(p, shape.num_layers)[stage]
+    in_flight = math.ceil(microbatches_in_flight(stage, p.pp, p.vpp, packs) * layers / (p.vpp or 1))
     per_layer = residual if m.recompute == "full" else layer
     saved = in_flight * per_layer
     working = BACKWARD_WORKING_SHARE * layer + (layer if m.recompute == "full" else 0)

@@ -62,8 +62,9 @@ def _steps(plan: Plan) -> list[str]:
         f"  fill {steps.fill:.1%}, balance {steps.balance:.1%}, {steps.dead_groups:.1f} groups per step without signal",
         "time (estimate)",
         f"  {time.seconds:.2f} s per step = {time.compute_seconds:.2f} s at {time.efficiency:.0%} of "
-        f"{plan.device.peak_tflops:g} TFLOP/s + bubble {time.bubble:.1%} + {time.gradient_sync_seconds:.2f} s "
-        f"gradients ({hidden})",
+        f"{plan.device.peak_tflops:g} TFLOP/s (stages {time.stage_balance:.1%} even) + "
+        f"{time.tensor_parallel_seconds:.2f} s tensor parallel + bubble {time.bubble:.1%}",
+        f"  + {time.gradient_sync_seconds:.2f} s gradients ({hidden}) + {time.save_seconds:.2f} s saves",
         f"  MFU {time.mfu:.1%}, {time.tokens_per_second_per_device:,.0f} tokens/s per device, "
         f"{time.epoch_hours:.2f} h per epoch",
         "",

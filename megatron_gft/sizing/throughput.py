@@ -6,6 +6,7 @@ training. Seconds and MFU are estimates, as good as the efficiency they start fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -14,12 +15,13 @@ import numpy as np
 
 from megatron_gft.atomic import sha256_json
 from megatron_gft.batch import Groups, StepLoader
-from megatron_gft.config import Config
+from megatron_gft.config import Config, ParallelConfig
 from megatron_gft.hf.shape import ModelShape
 from megatron_gft.objectives import SOURCES
 from megatron_gft.parallel import Parallel
+from megatron_gft.planning import FlopModel
 from megatron_gft.shards import GroupTable
-from megatron_gft.sizing.memory import StaticMemory
+from megatron_gft.sizing.memory import StaticMemory, stage_layers
 
 ANCHORS = {
     # Llama-3.1-70B, 64 to 2048 H100, BF16: NVIDIA dgxc-benchmarking v25.04.01, llama3.1/README.md (bubble 1 %)
@@ -29,13 +31,19 @@ ANCHORS = {
     # Qwen3-30B-A3B, 16 H100, 121 TFLOP/s: same page
     "mixture of experts": 0.12,
 }
-"""Published model FLOPs per second of one H100 over its dense bf16 peak, while it computes."""
+"""Published model FLOPs per second of one H100 over its dense bf16 peak, while it computes. These runs hide the
+collectives of tensor parallelism behind matrix products, which packs of varying length cannot (``tp_comm_overlap``)."""
 
 # TP 8 instead of TP 4 for 70B, 509 instead of 710 TFLOP/s: Megatron-Bridge, skills/nemo-mbridge-perf-memory-tuning.
 TP8_FACTOR = 0.72
 # Bytes per second and GPU that collectives reach: NVLink 4 inside a machine, one 400 Gb/s port each between machines.
 NVLINK_BANDWIDTH, NETWORK_BANDWIDTH = 300e9, 40e9
 GPUS_PER_NODE = 8
+# A save stalls training until float32 weights and both moments of a rank's parameters are gathered over its
+# data-parallel group and copied to the host; how fast has not been measured on a GPU.
+SAVED_BYTES, SAVE_BANDWIDTH = 12, 2e9
+# A cut of the layers that saves less is not worth a key.
+SMALLEST_GAIN = 0.02
 # Full recomputation runs the forward pass twice: 4 instead of 3 units of work.
 RECOMPUTE_FACTOR = 4 / 3
 # Steps that are planned to describe an epoch; fewer where that would take long.
@@ -146,19 +154,49 @@ def pipeline_bubble(pp: int, vpp: int | None, packs: float) -> float:
     return (pp - 1) / (packs * (vpp or 1))
 
 
+def head_in_layers(shape: ModelShape, steps: StepStatistics) -> float:
+    """Work of the output layer on its loss rows, in transformer layers' on all rows."""
+    head = FlopModel.from_shape(shape).head_per_row * steps.loss_tokens
+    return shape.num_layers * head / (steps.flops - head)
+
+
+def better_cut(parallel: ParallelConfig, shape: ModelShape, steps: StepStatistics) -> tuple[list[int], float] | None:
+    """``parallel.layers_per_stage`` with a less busy busiest stage, and the share of time it saves; None below 2 %."""
+    head, pp = head_in_layers(shape, steps), parallel.pp
+    cuts = {}
+    for last in range(1, shape.num_layers // pp + 1 if pp > 1 else 0):
+        each, more = divmod(shape.num_layers - last, pp - 1)
+        layers = [each + 1] * more + [each] * (pp - 1 - more) + [last]  # the first ones hold most activations, too
+        cuts[max(layers[0], last + head)] = layers
+    now = _busiest(stage_layers(parallel, shape.num_layers), head)
+    if not cuts or (best := min(cuts)) > (1 - SMALLEST_GAIN) * now:
+        return None
+    return cuts[best], 1 - best / now
+
+
+def _busiest(layers: list[int], head: float) -> float:
+    """Work of the busiest stage in layers."""
+    return max(*layers[:-1], layers[-1] + head) if len(layers) > 1 else layers[0] + head
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of a step and what they rest on; an estimate.
 
-    ``efficiency`` is the share of the device's bf16 peak reached while computing, tensor-parallel communication
-    included, ``mfu`` that of the whole step (recomputation does not count as useful work);
-    ``gradient_sync_seconds`` is what is not hidden behind computing.
+    ``efficiency`` is the share of the device's bf16 peak reached while computing, ``stage_balance`` the mean work of a
+    pipeline stage over that of the busiest (the last one has the output layer), ``mfu`` the share of the peak over
+    the whole step (recomputation does not count as useful work). ``tensor_parallel_seconds``: collectives between
+    layers, which nothing hides as long as packs differ in length; ``gradient_sync_seconds``: what is not hidden
+    behind computing; ``save_seconds``: a save's stall, spread over ``checkpoint.save_every`` steps.
     """
 
     efficiency: float
     compute_seconds: float
+    stage_balance: float
+    tensor_parallel_seconds: float
     bubble: float
     gradient_sync_seconds: float
+    save_seconds: float
     seconds: float
     mfu: float
     tokens_per_second_per_device: float
@@ -182,8 +220,22 @@ def _gradient_bandwidth(tp: int, world_size: int) -> float:
     return NVLINK_BANDWIDTH if world_size <= GPUS_PER_NODE else min(NVLINK_BANDWIDTH, members * NETWORK_BANDWIDTH)
 
 
+def _tensor_parallel_seconds(config: Config, shape: ModelShape, tokens: float, layers: int) -> float:
+    """Collectives of ``layers`` layers for ``tokens`` rows of one tensor-parallel group.
+
+    Attention and MLP each gather their input and scatter their output, in forward, backward and recomputation
+    (arXiv 2205.05198, section 4.2.2); without sequence parallelism two all-reduces move the same bytes.
+    """
+    p = config.parallel
+    passes = 3 if config.model.recompute == "full" else 2
+    element = 2 if config.model.precision == "bf16" else 4
+    volume = 4 * passes * tokens / p.cp * shape.hidden_size * element * (p.tp - 1) / p.tp
+    return layers * volume / (NVLINK_BANDWIDTH if p.tp <= GPUS_PER_NODE else NETWORK_BANDWIDTH)
+
+
 def estimate_step_time(
     config: Config,
+    shape: ModelShape,
     steps: StepStatistics,
     static: StaticMemory,
     world_size: int,
@@ -191,10 +243,15 @@ def estimate_step_time(
     efficiency: float,
     peak_tflops: float,
 ) -> StepTime:
-    """Work of the busiest rank at the stated efficiency, the pipeline's bubble, and gradient traffic not hidden."""
+    """Work of the busiest stage of the busiest rank at the stated efficiency, and what is not hidden behind it."""
     p = config.parallel
-    work = steps.flops / world_size * (RECOMPUTE_FACTOR if config.model.recompute == "full" else 1.0)
-    compute = work / (peak_tflops * 1e12 * efficiency) / steps.balance
+    layers, head = stage_layers(p, shape.num_layers), head_in_layers(shape, steps)
+    again = RECOMPUTE_FACTOR if config.model.recompute == "full" else 1.0  # the output layer's is never repeated
+    stage_balance = (shape.num_layers + head / again) / p.pp / _busiest(layers, head / again)
+    work = steps.flops / world_size * (shape.num_layers * again + head) / (shape.num_layers + head)
+    compute = work / (peak_tflops * 1e12 * efficiency) / steps.balance / stage_balance
+    tokens = steps.tokens * p.tp * p.pp * p.cp / world_size
+    traffic = _tensor_parallel_seconds(config, shape, tokens, max(layers))
     bubble = pipeline_bubble(p.pp, p.vpp, steps.packs_per_rank)
     sync = 0.0
     if world_size > p.tp * p.pp:
@@ -202,12 +259,16 @@ def estimate_step_time(
         sync = (static.gradients + static.weights) / _gradient_bandwidth(p.tp, world_size)
         if config.optimizer.overlap_grad_reduce:  # behind the last pack's backward and the first one's forward
             sync = max(0.0, sync - compute / steps.packs_per_rank)
-    seconds = compute * (1 + bubble) + sync
+    save = SAVED_BYTES * static.parameters / SAVE_BANDWIDTH / (config.checkpoint.save_every or math.inf)
+    seconds = (compute + traffic) * (1 + bubble) + sync + save
     return StepTime(
         efficiency=efficiency,
         compute_seconds=compute,
+        stage_balance=stage_balance,
+        tensor_parallel_seconds=traffic,
         bubble=bubble,
         gradient_sync_seconds=sync,
+        save_seconds=save,
         seconds=seconds,
         mfu=steps.flops / world_size / seconds / (peak_tflops * 1e12),
         tokens_per_second_per_device=steps.tokens * (1 - steps.padding_share) / seconds / world_size,
