@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from megatron_gft.atomic import atomic_file
 from megatron_gft.errors import InputError, InputErrors, nearest
@@ -30,7 +31,19 @@ from megatron_gft.objectives import (
     ZeroVariance,
     by_source,
 )
-from megatron_gft.reading import lfs_hint
+from megatron_gft.reading import YamlLoader, read_yaml
+
+
+def _is_number(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic would take true for 1
+        raise PydanticCustomError("number", "input should be a number")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_is_number), Field(le=2**53)]
+Float = Annotated[float, BeforeValidator(_is_number)]
+PositiveInt, NonNegativeInt = Annotated[Int, Field(gt=0)], Annotated[Int, Field(ge=0)]
+PositiveFloat, NonNegativeFloat = Annotated[Float, Field(gt=0)], Annotated[Float, Field(ge=0)]
 
 
 class Section(pydantic.BaseModel):
@@ -79,7 +92,7 @@ class ParallelConfig(Section):
 
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     pp: PositiveInt = Field(1, description="pipeline stages")
-    vpp: int | None = Field(None, ge=2, description="model chunks per pipeline rank (interleaved schedule)")
+    vpp: Int | None = Field(None, ge=2, description="model chunks per pipeline rank (interleaved schedule)")
     layers_per_stage: list[PositiveInt] | None = Field(
         None, description="of each stage, [15, 13]; with vpp of each chunk, in the model's order; default: all alike"
     )
@@ -131,20 +144,20 @@ class ObjectiveConfig(Section):
     )
     sources: list[Source] | None = Field(None, min_length=1, description="which responses train")
     negative_scale: NonNegativeFloat = Field(1.0, description="factor of negative advantages; 0 leaves them out")
-    baseline_shift: float = Field(0.0, description="taken from advantages, in groups of equal rewards too")
-    eps_low: float = Field(0.2, ge=0, le=1, description="p/q below 1 - eps_low is clipped where the advantage is < 0")
+    baseline_shift: Float = Field(0.0, description="taken from advantages, in groups of equal rewards too")
+    eps_low: Float = Field(0.2, ge=0, le=1, description="p/q below 1 - eps_low is clipped where the advantage is < 0")
     eps_high: NonNegativeFloat = Field(0.2, description="p/q above 1 + eps_high is clipped where the advantage is > 0")
     normalize: Normalize = Field("tokens", description="what the step's loss is divided by")
     per_source_denominator: bool = Field(False, description="each source is divided by its own count")
     zero_variance: ZeroVariance = Field("keep", description="groups with equal rewards count in the divisor, or not")
-    mu_peak: float | None = Field(None, ge=0, le=1, description="weight of experts; that of other sources is 1 less it")
-    mu_valley: float | None = Field(None, ge=0, le=1, description="where mu_peak decays to; default: it stays")
+    mu_peak: Float | None = Field(None, ge=0, le=1, description="weight of experts; that of other sources is 1 less it")
+    mu_valley: Float | None = Field(None, ge=0, le=1, description="where mu_peak decays to; default: it stays")
     mu_warmup_steps: NonNegativeInt = Field(0, description="steps of its rise from 0")
     mu_decay_steps: NonNegativeInt = Field(0, description="steps of its cosine decay to mu_valley")
     source_weights: dict[Source, PositiveFloat] = Field(default_factory=dict, description="of a source; default 1")
-    tau: float = Field(0.1, ge=0, le=1, description="probability above which the coefficient is 1")
+    tau: Float = Field(0.1, ge=0, le=1, description="probability above which the coefficient is 1")
     shaping: PositiveFloat = Field(0.1, description="g of the coefficient shaped")
-    ratio_dual_clip: float | None = Field(None, gt=1, description="p/q clipped above this where the advantage is < 0")
+    ratio_dual_clip: Float | None = Field(None, gt=1, description="p/q clipped above this where the advantage is < 0")
     beta: NonNegativeFloat = Field(0.0, description="weight of the KL anchor (k3) to the model of reference")
     reference: str | None = Field(None, description="name of the shards' log-probs of the anchor's model")
     kl_sources: list[Source] = Field(["self"], min_length=1, description="responses that the anchor applies to")
@@ -183,8 +196,8 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegativeInt = Field(0, description="update k of them uses lr * k / warmup_steps")
     decay_steps: PositiveInt | None = Field(None, description="steps until min_lr; default: all steps of the run")
     weight_decay: NonNegativeFloat = Field(0.0, description="not applied to norms and biases")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients")
+    beta1: Float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    beta2: Float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients")
     eps: PositiveFloat = Field(1e-8, description="added to the root of the mean square")
     clip_grad: NonNegativeFloat = Field(1.0, description="global gradient norm; 0 turns clipping off")
     distributed: bool = Field(True, description="shard the optimizer state over data-parallel ranks")
@@ -197,16 +210,16 @@ class TrainConfig(Section):
     """How long, and what to do on the way."""
 
     output: str = Field("runs/gft", description="folder of the run: config, metrics, checkpoints, exports")
-    seed: int = Field(1234, ge=0, description="order of the groups and initial weights")
+    seed: Int = Field(1234, ge=0, description="order of the groups and initial weights")
     epochs: PositiveInt = Field(1, description="passes over the groups")
     max_steps: PositiveInt | None = Field(None, description="stop earlier")
     validate_every: PositiveInt | None = Field(None, description="steps between validations; null: never")
     validate_groups: PositiveInt = Field(256, description="groups of one validation")
     nonfinite: Literal["stop", "skip"] = Field("stop", description="a step whose loss or gradient is not finite")
-    grad_spike_factor: float | None = Field(
+    grad_spike_factor: Float | None = Field(
         None, gt=1, description="a gradient norm this many times its running median is treated as nonfinite"
     )
-    collapse: Annotated[Literal["warn", "stop", "off"], BeforeValidator(lambda v: v or "off")] = Field(
+    collapse: Annotated[Literal["warn", "stop", "off"], BeforeValidator(lambda v: "off" if v is False else v)] = Field(
         "warn", description="positive responses become improbable too"
     )
     max_skipped_steps: NonNegativeInt = Field(10, description="skipped steps after which the run stops")
@@ -307,9 +320,10 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         if not separator or not key:
             raise InputError(f"override {override!r}: not of the form section.key=value")
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise InputError(f"override {override[:80]!r}: the value is not valid YAML") from None
+            value = yaml.load(text, Loader=YamlLoader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            why = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+            raise InputError(f"override {override[:80]!r}: the value is not valid YAML ({why})") from None
         _set(tree, key.split("."), value)
     try:
         return Config.model_validate(tree)
@@ -317,44 +331,6 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         problems = [problem for problem in error.errors() if "dict[" not in str(problem["loc"][-1])]  # of a union
         heading = " ".join(["configuration", *map(str, files)])
         raise InputErrors(heading, list(map(_explain, problems))) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-6`` as a string; people who write learning rates mean a number. A key given twice, of which
-    YAML takes the last, is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                problem = f"the key {key.value!r} is given twice"
-                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of a YAML file.
-
-    Raises:
-        InputError: it cannot be read, or holds something else.
-    """
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the configuration ({error.strerror}) -> pass --config FILE") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date, a huge number
-        raise InputError(f"{path}: not valid YAML: {error}{lfs_hint(path)}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: a configuration is a mapping of sections, this is {type(value).__name__}")
-    return value
 
 
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from megatron_gft.config import Config
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.gft import check_user_coefficient
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
-from megatron_gft.hf.shape import ModelShape, read_model_shape, shape_differences
+from megatron_gft.hf.shape import SAME_TENSORS, ModelShape, read_model_shape, shape_differences
 from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.metrics import Reporter
@@ -166,12 +166,12 @@ def _check_function(config: Config, shape: ModelShape, folder: Path | None) -> N
         key: f"{key}: {ours!r} by {config.model.config}, {theirs!r} by {folder}"
         for key, (ours, theirs) in shape_differences(shape, read_model_shape(folder)).items()
     }
-    refused = [key for key in lines if key not in config.model.allow_config_mismatch]
-    if refused:
+    others = lines.keys() - SAME_TENSORS
+    if refused := [key for key in lines if key in others or key not in config.model.allow_config_mismatch]:
+        allow = f", or train them as another function: model.allow_config_mismatch=[{','.join(lines)}]"
         raise InputErrors(
-            f"model.config is not that of the weights -> take theirs (model.config={folder}), or train them as another "
-            f"function: model.allow_config_mismatch=[{','.join(lines)}]",
-            [lines[key] for key in refused],
+            f"model.config is not that of the weights -> take theirs (model.config={folder}){'' if others else allow}",
+            [lines[key] + (", which makes other tensors" if key in others else "") for key in refused],
         )
     for line in lines.values():
         logger.warning("allowed by model.allow_config_mismatch: %s", line)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_gft.errors import InputError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -50,6 +52,56 @@ def read_json(path: str | os.PathLike, cure: str = "copy the file again") -> dic
         raise InputError(f"{path}: not valid JSON ({error}){lfs_hint(path)} -> {cure}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds {type(value).__name__}, not an object -> {cure}")
+    return value
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-6`` as a string; people who write learning rates mean a number. It reads 010 as 8 and 1:30
+    as 90, and takes the last of a key given twice: errors here."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        kind = "int" if node.tag.endswith("int") else "float"
+        number = getattr(super(), f"construct_yaml_{kind}")(node)
+        plain = node.value.replace("_", "")
+        if ":" in plain or (re.match(r"[-+]?0\d", plain) and float(plain) != number):
+            raise yaml.constructor.ConstructorError(
+                problem=f"{node.value} is {number} in YAML -> write that, or quote it", problem_mark=node.start_mark
+            )
+        return number
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag in ("int", "float"):
+    YamlLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", YamlLoader.construct_number)
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of a YAML file.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the configuration ({error.strerror}) -> pass --config FILE") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date, a huge number
+        raise InputError(f"{path}: not valid YAML: {error}{lfs_hint(path)}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a configuration is a mapping of sections, this is {type(value).__name__}")
     return value
 
 

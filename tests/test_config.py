@@ -1,6 +1,7 @@
 """The configuration tree: precedence, presets, messages, and that reading it is quick."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,38 @@ def test_messages_name_the_key_and_the_nearest_one(overrides, parts):
     message = problem_of(BASE + overrides)
     for part in parts:
         assert part in message, message
+
+
+def number_fields():
+    """Keys whose value is a number, or a list, mapping or choice of one; and the ways to put a value in its place."""
+    for section, of in Config.model_fields.items():
+        for key, field in of.annotation.model_fields.items():
+            kind = str(field.annotation)
+            if re.search(r"\b(int|float)\b", kind):
+                yield f"{section}.{key}", "{expert: %s}" if "dict" in kind else "[%s]" if "list" in kind else "%s"
+
+
+@pytest.mark.parametrize("text", ["true", "off", "010", "1:30", ".nan", "-.inf", "1e400", "three", "{a: 1}", "[[1]]"])
+def test_a_number_is_a_number(text):
+    fields = dict(number_fields())
+    assert len(fields) > 45 and fields["data.train_weights"] == "[%s]"
+    for key, form in fields.items():
+        if text != "010":
+            message = problem_of([*BASE, f"{key}={form % text}"])
+            assert key in message and ("got" in message or "is 90 in YAML" in message), message
+    assert "010 is 8 in YAML" in problem_of([*BASE, "train.seed=010"])
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e3", 1000), ("8.0", 8), ("08", 8), ("1_000", 1000), ("'3'", 3)])
+def test_whole_numbers_in_every_notation(text, value):
+    assert load_config([], [*BASE, f"train.seed={text}"]).train.seed == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("off", "off"), ("false", "off"), ("stop", "stop"), ("'off'", "off")])
+def test_yaml_off_is_the_choice_off(text, value):
+    assert load_config([], [*BASE, f"train.collapse={text}"]).train.collapse == value
+    for other in ("true", "0", "null", "[]"):
+        assert "train.collapse: " in problem_of([*BASE, f"train.collapse={other}"])
 
 
 def test_missing_model_is_named():

@@ -258,9 +258,15 @@ def test_a_source_record_that_is_none_is_refused(tiny, tmp_path, text):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny, tmp_path):
-    hf_to_megatron(tiny("llama3"), tmp_path / "ckpt")
+    """By its config.json; where it has none, by its tensors."""
+    for name, other in (("llama3", "qwen3"), ("qwen3", "llama3")):
+        hf_to_megatron(tiny(name), tmp_path / name)
+        with pytest.raises(InputError, match=r"(?s)not the config\.json of this model.*model_type: .*rope_theta: "):
+            megatron_to_hf(tmp_path / name, tmp_path / "back", hf_dir=tiny(other))
+        shutil.rmtree(tmp_path / name / "hf")
+        for file in ("files.json", "hf_source.json"):
+            (tmp_path / name / file).unlink()
     with pytest.raises(InputError, match=r"decoder\.layers\.self_attention\.q_layernorm\.weight is missing"):
-        megatron_to_hf(tmp_path / "ckpt", tmp_path / "back", hf_dir=tiny("qwen3"))
-    hf_to_megatron(tiny("qwen3"), tmp_path / "qwen3")
+        megatron_to_hf(tmp_path / "llama3", tmp_path / "back", hf_dir=tiny("qwen3"))
     with pytest.raises(InputError, match=r"q_layernorm\.weight has no place in LlamaForCausalLM"):
         megatron_to_hf(tmp_path / "qwen3", tmp_path / "back", hf_dir=tiny("llama3"))

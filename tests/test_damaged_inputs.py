@@ -399,13 +399,34 @@ def test_nan_in_a_checkpoint_is_refused_on_every_way_in(workspace, monkeypatch):
     ],
 )
 def test_a_checkpoint_of_another_shape_names_tensor_and_shapes(workspace, values, tensor, ours):
-    allowed = "model.allow_config_mismatch=[intermediate_size,num_hidden_layers,num_key_value_heads]"
+    """One of Megatron's own, with no config.json beside it; where there is one, the keys are named, allowed or not."""
     with changed(workspace / "hf", keys(**values)):
-        for command in ("train from checkpoint", "resume"):
-            ended = run(workspace, COMMANDS[command][0], allowed)
-            assert ended.is_message and f"{tensor} is [" in ended.text and str(ours) in ended.text, ended.text
+        with changed(workspace / "ckpt", of_megatron):
+            for command, *more in (("train from checkpoint",), ("to hf", "--hf", "hf")):
+                ended = run(workspace, COMMANDS[command][0], *more)
+                assert ended.is_message and f"{tensor} is [" in ended.text and str(ours) in ended.text, ended.text
+        allowed = f"model.allow_config_mismatch=[{','.join(values)}]"
+        for command in ("train", "train from checkpoint", "resume"):
+            ended = run(workspace, COMMANDS[command][0], allowed, "checkpoint.init_from=ckpt")
+            assert ended.is_message and "allow_config_mismatch" not in ended.text, ended.text
+            assert all(f"{key}: {value} by hf, " in ended.text for key, value in values.items()), ended.text
         ended = run(workspace, COMMANDS["to hf"][0], "--hf", "hf")
-    assert ended.is_message and f"{tensor} is [" in ended.text and str(ours) in ended.text, ended.text
+        assert ended.is_message and all(f"{key}: {value}, " in ended.text for key, value in values.items()), ended.text
+
+
+def of_megatron(checkpoint: Path) -> None:
+    """Without what this package puts beside the weights."""
+    shutil.rmtree(checkpoint / "hf")
+    gone("files.json", "hf_source.json")(checkpoint)
+
+
+def test_a_vocabulary_beyond_the_rows_of_a_checkpoint_is_refused(workspace):
+    """Megatron pads it, so more rows than tokens are right, and fewer were filled with nothing."""
+    for vocab_size, right in ((500, True), (520, False)):
+        with changed(workspace / "hf", keys(vocab_size=vocab_size)), changed(workspace / "ckpt", of_megatron):
+            ended = run(workspace, COMMANDS["train from checkpoint"][0], "model.make_vocab_size_divisible_by=1")
+        said = "embedding.word_embeddings.weight is [503, 32], this model's vocabulary has 520 tokens"
+        assert ended.code == 0 if right else ended.is_message and said in ended.text, ended.text
 
 
 # --- configurations and command lines -------------------------------------------------------------------------------

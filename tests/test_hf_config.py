@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.families import FAMILIES
-from megatron_gft.hf.mapping import parameter_count
+from megatron_gft.hf.mapping import HfMapping, parameter_count
 from megatron_gft.hf.shape import (
+    SAME_TENSORS,
     gpt_model_kwargs,
     model_shape_from_config,
     padded_vocab_size,
@@ -94,6 +96,20 @@ def test_a_difference_of_rope_scaling_names_both_kinds(scaling, said):
     assert shape_differences(other, shape_of(LLAMA_3_1_70B)) == {"rope_scaling": (said, "llama3 8.0")}
     assert shape_differences(other, other) == {}
     assert bool(said) == bool(shape_differences(other, shape_of(LLAMA_3_1_70B, rope_scaling=None)))
+
+
+def test_only_keys_that_no_tensor_depends_on_may_differ():
+    """Every field of a shape, changed by itself, changes the tensors, or is one that can be allowed; but for those that
+    belong to the family, and one that models with experts do not use."""
+    shape = shape_of(QWEN3_30B_A3B)
+    for field in dataclasses.fields(shape):
+        value = getattr(shape, field.name)
+        other = {bool: not value, int: value and 2 * value, float: value and 2 * value}.get(type(value), (7, 0))
+        if field.name not in ("architecture", "model_type", "add_qkv_bias", "qk_layernorm", "ffn_hidden_size"):
+            changed = dataclasses.replace(shape, **{field.name: other})
+            keys = shape_differences(changed, shape).keys()
+            same = HfMapping(changed).hf_shapes == HfMapping(shape).hf_shapes
+            assert same == (keys <= SAME_TENSORS), (field.name, keys)
 
 
 def test_router_order_follows_norm_topk_prob():

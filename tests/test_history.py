@@ -90,14 +90,18 @@ def test_a_damaged_list_of_files_is_damage(tmp_path, text):
     assert find_damage(tmp_path / "step-00000003")[0].startswith("files.json: damaged")
 
 
-def test_half_a_checkpoint_is_refused_before_it_could_be_overwritten(tmp_path):
+def test_half_a_checkpoint_is_refused_or_put_aside(tmp_path, caplog):
     (tmp_path / "step-00000004").mkdir()
     with pytest.raises(InputError, match="step-00000004: incomplete"):
         find_checkpoint(tmp_path, "latest")
     made(tmp_path, 3)
     assert step_of(find_checkpoint(tmp_path, "latest")) == 3
-    publish(fill(tmp_path, 4), 4, 2)
-    assert steps(tmp_path) == [3, 4]
+    for number in (1, 2):  # nobody knows what is in it
+        (tmp_path / "step-00000004" / "theirs").write_text(str(number))
+        publish(fill(tmp_path, 4), 4, 2)
+        assert steps(tmp_path) == [3, 4] and f"it is incomplete-{number}-step-00000004 now" in caplog.text
+        assert (tmp_path / f"incomplete-{number}-step-00000004" / "theirs").read_text() == str(number)
+        (tmp_path / "step-00000004" / "files.json").unlink()
 
 
 @pytest.mark.parametrize(

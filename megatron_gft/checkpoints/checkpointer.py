@@ -298,7 +298,8 @@ def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) 
 def _load(path: Path, state: dict[str, Any], chunks: list[torch.nn.Module], parallel: Parallel) -> dict[str, Any]:
     """What ``state`` asks for; the weights in it are put into the chunks."""
     state = loadable_sharded_state_dict(state, path)
-    if problems := set(misfits(set().union(*gather_results(lambda: asked_for(state))), path)):
+    asked = set().union(*gather_results(lambda: asked_for(state)))
+    if problems := set(misfits(asked, path, unwrap(chunks[0]).shape.vocab_size)):
         raise InputErrors(f"{path}: its tensors are not those of this model", sorted(problems), shown=12)
     read_json(path / "metadata.json", "use another checkpoint")
     try:

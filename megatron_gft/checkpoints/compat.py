@@ -82,7 +82,7 @@ def asked_for(state: dict[str, Any]) -> set[Asked]:
     return {(part.key, tuple(part.global_shape), int(part.allow_shape_mismatch)) for part in parts}
 
 
-def misfits(asked: set[Asked], checkpoint: str | Path) -> Iterator[str]:
+def misfits(asked: set[Asked], checkpoint: str | Path, vocab_size: int) -> Iterator[str]:
     """Every tensor that a model asks for, on all ranks, and the checkpoint has in another shape, or not at all.
 
     Megatron says of these at most which ranks failed. And of weights that no rank asks for it says nothing: biases, or
@@ -94,6 +94,8 @@ def misfits(asked: set[Asked], checkpoint: str | Path) -> Iterator[str]:
             yield f"{key} is missing"
         elif (found := tuple(stored[key].size))[free:] != wanted[free:] or len(found) != len(wanted):
             yield f"{key} is {list(found)}, this model and its optimizer make it {list(wanted)}"
+        elif key.startswith(("embedding.", "output_layer.")) and free and found[0] < vocab_size:
+            yield f"{key} is {list(found)}, this model's vocabulary has {vocab_size} tokens"
     for key in stored.keys() - {key for key, _, _ in asked}:
         if key.startswith(("embedding.", "decoder.", "output_layer.")):
             yield f"{key} {list(stored[key].size)} has no place in this model"

@@ -13,7 +13,9 @@ Every change is one rename or one replacement of ``latest``, so a process may di
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,6 +25,8 @@ from typing import Any
 from megatron_gft.atomic import atomic_file, fsync_path, sha256_file
 from megatron_gft.errors import InputError
 from megatron_gft.folders import file_problem, is_inner_name
+
+logger = logging.getLogger(__name__)
 
 Files = dict[str, dict[str, Any]]
 """Size and sha256 of each file of a checkpoint, by its name in the folder."""
@@ -82,7 +86,11 @@ def publish(partial: Path, step: int, keep_last: int) -> Path:
     """
     folder, final = partial.parent, partial.with_name(f"step-{step:08d}")
     fsync_path(partial)
-    if final.exists():  # of a past that was given up; ``latest`` must not name it while it is gone
+    if final.exists() and not (final / FILES_FILE).is_file():  # half a copy, perhaps the only one there is
+        aside = next(path for n in itertools.count(1) if not (path := folder / f"incomplete-{n}-{final.name}").exists())
+        os.rename(final, aside)
+        logger.warning("%s: had no %s, so no run wrote it whole; it is %s now", final, FILES_FILE, aside.name)
+    elif final.exists():  # of a past that was given up; ``latest`` must not name it while it is gone
         earlier = [path for path in list_checkpoints(folder) if step_of(path) < step]
         if earlier and _named(folder) == final.name:
             _point_to(earlier[-1])

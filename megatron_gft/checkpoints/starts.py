@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_gft.config import Config, read_yaml
+from megatron_gft.config import Config
 from megatron_gft.errors import InputErrors
+from megatron_gft.reading import read_yaml
 
 CONFIG_FILE = "config.yaml"
 """Of the first start in the run folder, and in each checkpoint that of the start that wrote it."""

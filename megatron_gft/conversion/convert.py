@@ -54,7 +54,7 @@ from megatron_gft.hf.safetensors_io import (
     write_index,
     write_shard,
 )
-from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.hf.shape import read_model_shape, shape_differences
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count, shared_directory
 
 logger = logging.getLogger(__name__)
@@ -317,6 +317,10 @@ def _model_files(checkpoint: Path, hf_dir: str | Path | None) -> Path:
     folder = Path(hf_dir) if hf_dir is not None else checkpoint / MODEL_FILES_FOLDER
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json -> name the Hugging Face folder of this model with --hf")
+    if folder != (own := checkpoint / MODEL_FILES_FOLDER) and (own / "config.json").is_file():
+        differences = shape_differences(read_model_shape(folder), read_model_shape(own))
+        if problems := [f"{key}: {given!r}, {stored!r} by {own}" for key, (given, stored) in differences.items()]:
+            raise InputErrors(f"--hf {folder}: not the config.json of this model -> leave --hf out", problems)
     return folder
 
 

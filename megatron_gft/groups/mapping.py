@@ -23,12 +23,13 @@ import pydantic
 from pydantic import Field
 from pydantic_core import PydanticCustomError
 
-from megatron_gft.config import Section, read_yaml
+from megatron_gft.config import Float, Section
 from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.groups.messages import as_prompt, with_text
 from megatron_gft.groups.records import gold_answer, number_text
 from megatron_gft.groups.rows import cell
 from megatron_gft.objectives import SOURCE_CODES, Source
+from megatron_gft.reading import read_yaml
 
 _ABSENT = object()
 _Value = Callable[[str | None], Any]  # column -> cell
@@ -45,7 +46,7 @@ class Responses(Section):
         None, description="column of the text, or conversation that ends with it; sol_* for several"
     )
     source: str = Field("teacher", description="expert, teacher or self, or the column that says it")
-    reward: float | str | None = Field(None, union_mode="left_to_right", description="column, or number for all")
+    reward: Float | str | None = Field(None, union_mode="left_to_right", description="column, or number for all")
     finish_reason: list[str] = Field([], description="columns, the first with a value: stop, length, or true: complete")
     model: str | None = Field(None, description="column with the name of the model")
 

@@ -85,6 +85,13 @@ HF_KEYS = {
 """Keys of config.json for fields of :class:`ModelShape`; the others have one name. For messages."""
 
 
+SAME_TENSORS = frozenset(
+    "architecture model_type rms_norm_eps rope_theta rope_scaling sliding_window num_experts_per_tok "
+    "norm_topk_prob".split()
+)
+"""Of the keys that :func:`shape_differences` gives those which no tensor's shape depends on."""
+
+
 def shape_differences(one: ModelShape, other: ModelShape) -> dict[str, tuple[object, object]]:
     """Both values of everything in which two models compute another function, by the key of config.json.
 

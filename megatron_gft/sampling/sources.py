@@ -22,12 +22,13 @@ from typing import Annotated, Any, Literal, get_origin
 
 import pydantic
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from megatron_gft.chat_template import KWARGS, NO_TEMPLATE, TemplateOptions
-from megatron_gft.config import Section, read_yaml
+from megatron_gft.config import Float, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.groups import cell
+from megatron_gft.reading import read_yaml
 from megatron_gft.sampling.prompts import PromptRow, scalar_text
 from megatron_gft.sampling.settings import Backend, SamplingParams, model_fingerprint
 from megatron_gft.tokenizer import Tokenizer, load_tokenizer
@@ -83,7 +84,7 @@ class SampledSource(Source):
     trust_remote_code: bool = Field(False, exclude=True, description="run Python code of the model's folder")
     k: PositiveInt = Field(1, exclude=True, description="responses per prompt")
     temperature: NonNegativeFloat = Field(1.0, description="0: greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: Float = Field(1.0, gt=0, le=1)
     top_k: NonNegativeInt = Field(0, description="0: off")
     max_tokens: PositiveInt = Field(1024, description="longest response; a longer one is marked finish_reason length")
     stop: list[str] = Field(default_factory=list, description="texts that end a response; not part of it")
