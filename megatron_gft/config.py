@@ -42,8 +42,10 @@ def _is_number(value: Any) -> Any:
 
 Int = Annotated[int, BeforeValidator(_is_number), Field(le=2**53)]
 Float = Annotated[float, BeforeValidator(_is_number)]
-PositiveInt, NonNegativeInt = Annotated[Int, Field(gt=0)], Annotated[Int, Field(ge=0)]
-PositiveFloat, NonNegativeFloat = Annotated[Float, Field(gt=0)], Annotated[Float, Field(ge=0)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+NonNegativeInt = Annotated[Int, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
 
 
 class Section(pydantic.BaseModel):
