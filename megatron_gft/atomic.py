@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -68,6 +70,34 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def working_folder(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` for what is being made: this process's alone, gone afterwards.
+
+    What killed processes left there goes first.
+
+    Raises:
+        InputError: a living process makes ``output``.
+    """
+    prefix = f".{output.name}.tmp-"
+    folder = output.with_name(prefix + "work")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(folder / "lock")  # gone: that run ended just now
+        except (BlockingIOError, FileNotFoundError):
+            raise InputError(f"{output}: in use by another run -> wait for it, or choose another output") from None
+        old = [left for left in output.parent.glob(glob.escape(prefix) + "*") if left != folder]  # named by process
+        for left in [folder / "made", *(left for left in old if not Path("/proc", left.name[len(prefix) :]).exists())]:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        try:
+            (folder / "made").mkdir()
+            yield folder / "made"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

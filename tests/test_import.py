@@ -322,10 +322,47 @@ def test_every_response_is_written_or_counted_whatever_the_order_and_the_partiti
     monkeypatch.setattr(importing, "_PARTITION_BYTES", 5000)
     monkeypatch.setattr(importing, "_BUFFER_BYTES", 300)
     _, again, parted = imported(tmp_path, rows, *OPTIONS, name="parted.jsonl")
-    assert {r.id: r for r in parted} == {r.id: r for r in whole} and [r.id for r in parted] != [r.id for r in whole]
-    assert again["dropped"] == summary["dropped"]
-    imported(tmp_path, rows, *OPTIONS, name="again.jsonl")
-    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "parted.jsonl").read_bytes()
+    assert parted == whole and again["dropped"] == summary["dropped"] and again["first"] == summary["first"]
+    seen = dict.fromkeys(row["problem"] for row in rows)
+    assert [r.prompt for r in parted] == [p for p in seen if p in {r.prompt for r in parted}]  # as they first appear
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), packed := tmp_path / "rows.parquet")
+    monkeypatch.setattr(importing, "_PARTITION_BYTES", 700)  # another number of files of keys
+    imported(tmp_path, packed, *OPTIONS, name="packed.jsonl")
+    assert (tmp_path / "packed.jsonl").read_bytes() == (tmp_path / "parted.jsonl").read_bytes()
+
+
+def test_two_groups_of_one_id_are_kept_and_said(tmp_path, capsys):
+    rows = [openr1(), openr1(problem="2+2?"), openr1(uuid="u2"), openr1(problem="3+3?")]
+    _, summary, records = imported(tmp_path, rows, "--mapping", "openr1-math")
+    assert [record.id for record in records] == ["u1", "u1", "u2", "u1"] and summary["notes"]["duplicate_id"] == 2
+    assert "note: 2 duplicate_id (first: " in (said := capsys.readouterr().out) and "in.jsonl:2)" in said
+    _, summary, _ = imported(tmp_path, [openr1(uuid=None)] * 2, "--mapping", "openr1-math", name="b.jsonl")
+    assert summary["notes"]["duplicate_id"] == 1  # one row twice: its hash is its id
+
+
+def test_what_a_killed_import_left_goes_with_the_next_and_only_that(tmp_path, capsys):
+    output, others = tmp_path / "out.jsonl", (".out.jsonl.bak", f".out.jsonl.tmp-{os.getpid()}", ".out.jsonl2.tmp-1")
+    for name in others:
+        (tmp_path / name).write_text("of another, or of a living process")
+    command = ["--input", str(rows_file(tmp_path / "in.jsonl", [openr1()])), "--output", str(output), "--quiet"]
+    command += ["--mapping", "openr1-math"]
+    code = (
+        "import sys; from megatron_gft.commands.import_groups import main; from megatron_gft.groups import importing\n"
+    )
+    code += f"importing.read_chunks = lambda file: print(1, flush=True) or sys.stdin.read()\nmain({command})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=-1, stdout=-1)
+    assert first.stdout is not None and first.stdin is not None
+    first.stdout.readline()  # it reads
+    assert main(command) == 2 and "out.jsonl: in use by another run" in capsys.readouterr().err
+    first.kill()
+    first.communicate()
+    (tmp_path / ".out.jsonl.tmp-0x1").mkdir()  # as earlier versions named theirs
+    (tmp_path / ".out.jsonl.tmp-99999999").write_text("x")
+    assert (tmp_path / ".out.jsonl.tmp-work" / "made").is_dir()
+    assert main(command) == 0
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"in.jsonl", "out.jsonl", "out.jsonl.summary.json", *others}
 
 
 def test_from_rows_to_shards(tmp_path):

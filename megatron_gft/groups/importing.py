@@ -1,7 +1,8 @@
 """Group files out of rows that others stored: read by a mapping, put together by a key, checked, counted.
 
 Rows pass one by one. Where several make a group, their parts are first spread over files by a hash of the key: one
-file at a time is then held in memory, and no order of the rows is needed. The same inputs give the same bytes.
+file at a time is then held in memory, and no order of the rows is needed. Groups stand in the order of their first
+rows: the same rows give the same bytes, in whatever format.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from megatron_gft import __version__
-from megatron_gft.atomic import sha256_file, write_json, writing
+from megatron_gft.atomic import sha256_file, working_folder, write_json, writing
 from megatron_gft.errors import InputErrors
 from megatron_gft.groups.files import output_problems, read_chunks, refuse_problems, write_group_file
 from megatron_gft.groups.mapping import Dropped, Mapping, Part, RowReader
 from megatron_gft.groups.problems import DROP, KEEP, KINDS, ProblemLog
-from megatron_gft.groups.records import GroupRecord, check_group, parse_group
+from megatron_gft.groups.records import GroupRecord, check_group, id_digest, parse_group
 from megatron_gft.groups.rows import iter_rows
 
 LEAST_RESPONSES = 2  # one alone has no advantage
@@ -94,13 +96,14 @@ def import_groups(
     if problems:
         raise InputErrors("cannot begin", problems)
     summary = ImportSummary(str(output), mapping.model_dump(mode="json"), list(inputs))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with writing(output), tempfile.TemporaryDirectory(prefix=f".{output.name}.tmp-", dir=output.parent) as folder:
+    with writing(output), working_folder(output) as folder:
         parts = _parts(inputs, mapping, summary, progress)
-        together = _by_key(parts, Path(folder), _partitions(inputs)) if mapping.group_by else ([part] for part in parts)
-        write_group_file(output, _records(together, summary))
-        summary.sha256 = sha256_file(output)
-        write_json(summary_file, vars(summary))
+        together = _by_key(parts, folder, _partitions(inputs)) if mapping.group_by else ([part] for part in parts)
+        write_group_file(made := folder / output.name, _records(together, summary))
+        summary.sha256 = sha256_file(made)
+        write_json(folder / summary_file.name, vars(summary))
+        for file in (output, summary_file):
+            os.replace(folder / file.name, file)
     return summary
 
 
@@ -129,27 +132,36 @@ def _refuse_unseen(reader: RowReader, place: str, row: dict[str, Any]) -> None:
 
 
 def _partitions(inputs: Sequence[str]) -> int:
-    """How many files of keys; a function of the inputs alone, as the order of the output depends on it."""
+    """How many files of keys: enough to hold one in memory."""
     text = sum(os.path.getsize(name) * (1 if name.endswith(("l", "n")) else _TEXT_PER_PACKED_BYTE) for name in inputs)
     return min(_MOST_PARTITIONS, 1 + text // _PARTITION_BYTES)
 
 
 def _by_key(parts: Iterable[Part], folder: Path, count: int) -> Iterator[list[Part]]:
-    """The parts of each group, in the order of the rows; groups in the order of their first rows within a partition."""
+    """The parts of each group, in the order of the rows; groups in the order of their first rows."""
     waiting = [bytearray() for _ in range(count)]
-    for part in parts:
+    for row, part in enumerate(parts):
         key = hashlib.blake2b(part.key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         number = int(key[:16], 16) % count
-        waiting[number] += json.dumps(part._replace(key=key)).encode() + b"\n"
+        waiting[number] += json.dumps([row, part._replace(key=key)]).encode() + b"\n"
         if len(waiting[number]) >= _BUFFER_BYTES:
             _append(folder / str(number), waiting[number])
-    for number, last in enumerate(waiting):
-        _append(folder / str(number), last)
-        groups: dict[str, list[Part]] = {}
-        with open(folder / str(number), "rb") as lines:
-            for part in (Part(*json.loads(line)) for line in lines):
-                groups.setdefault(part.key, []).append(part)
-        yield from groups.values()
+    first_rows, starts = array("q"), array("q")  # 16 bytes a group
+    with open(folder / "groups", "w+b") as together:
+        for number, last in enumerate(waiting):
+            _append(folder / str(number), last)
+            groups: dict[str, list[Any]] = {}  # first row, parts
+            with open(folder / str(number), "rb") as lines:
+                for row, part in map(json.loads, lines):
+                    groups.setdefault(Part(*part).key, [row]).append(part)
+            (folder / str(number)).unlink()
+            for row, *own in groups.values():
+                first_rows.append(row)
+                starts.append(together.tell())
+                together.write(json.dumps(own).encode() + b"\n")
+        for group in np.argsort(first_rows):
+            together.seek(starts[group])
+            yield [Part(*part) for part in json.loads(together.readline())]
 
 
 def _append(path: Path, held: bytearray) -> None:
@@ -159,7 +171,7 @@ def _append(path: Path, held: bytearray) -> None:
 
 
 def _records(groups: Iterable[list[Part]], summary: ImportSummary) -> Iterator[GroupRecord]:
-    problems = ProblemLog(POLICIES)
+    problems, ids = ProblemLog(POLICIES), set[bytes]()
     for parts in groups:
         value, place = _value(parts, summary), parts[0].place
         record = parse_group(value, place, problems)
@@ -175,6 +187,9 @@ def _records(groups: Iterable[list[Part]], summary: ImportSummary) -> Iterator[G
         rewarded = sum(response.reward is not None for response in record.responses)
         if 0 < rewarded < left:
             summary.drop("notes", "partly_rewarded", place)
+        if (digest := id_digest(record.id)) in ids:
+            summary.drop("notes", "duplicate_id", place)  # preprocessing has a policy for them
+        ids.add(digest)
         summary.groups, summary.responses, summary.rewarded = (
             summary.groups + 1,
             summary.responses + left,

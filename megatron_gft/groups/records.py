@@ -375,3 +375,8 @@ def check_group(record: GroupRecord, log: GroupProblems) -> bool:
     if len(kept) == 1 or len(rewards) > 1 or None in rewards:
         return True
     return log.found("equal_rewards", f"all {len(kept)} rewards are {rewards.pop()}") == KEEP
+
+
+def id_digest(group_id: str) -> bytes:
+    """16 bytes that stand for an id where millions of ids are remembered."""
+    return hashlib.blake2b(group_id.encode("utf-8"), digest_size=16).digest()

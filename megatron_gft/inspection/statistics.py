@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_gft.groups import SOURCES
+from megatron_gft.groups.records import id_digest
 from megatron_gft.planning import GroupLengths, plan_step
-from megatron_gft.preprocess.encode import id_digest
 from megatron_gft.shards.encoded import PROMPT_MODE, EncodedGroups
 
 EXAMPLES_PER_KIND = 5

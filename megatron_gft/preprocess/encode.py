@@ -8,7 +8,6 @@ was cut off. What generation recorded of a prompt's rendering (``rendering`` of 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import re
@@ -349,8 +348,3 @@ def _lineage(record: ResponseRecord) -> str:
 @functools.lru_cache(maxsize=1024)  # one object for all that are equal: it is pickled once a chunk
 def _lineage_text(source: str, model: str | None, sampling: str) -> str:
     return f'{{"model": {json.dumps(model)}, "sampling": {sampling}, "source": {json.dumps(source)}}}'
-
-
-def id_digest(group_id: str) -> bytes:
-    """16 bytes that stand for an id where millions of ids are remembered."""
-    return hashlib.blake2b(group_id.encode("utf-8"), digest_size=16).digest()

@@ -31,8 +31,9 @@ from megatron_gft.atomic import sha256_json, writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_chunks
 from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, Problem, ProblemLog, problem_table, raise_errors
+from megatron_gft.groups.records import id_digest
 from megatron_gft.hf.config_json import read_config
-from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, id_digest, tokenizer_problems
+from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, tokenizer_problems
 from megatron_gft.preprocess.staging import Staging, check_existing, existing_shards
 from megatron_gft.preprocess.workers import OrderedWorkers
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
