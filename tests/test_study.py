@@ -81,11 +81,14 @@ def test_rates_are_chosen_on_whole_seeds_and_on_validation_only():
     assert report.chosen_rate({}, "gft", lrs, 2) is None
 
 
-def test_the_bootstrap_pairs_problems_and_seeds():
+def test_the_bootstrap_draws_problems_and_seeds():
     rng = np.random.default_rng(1)
-    values = np.clip(rng.normal(0.3, 0.2, size=(5, 200)), 0, 1)
-    mean, low, high = report.bootstrap(values)
-    assert low < mean < high and high - low == pytest.approx(4 * 0.2 / 1000**0.5, rel=0.4)
+    of_problems, of_seeds = rng.normal(0.3, 0.1, size=(1, 200)), rng.normal(0.3, 0.1, size=(50, 1))
+    for values, independent in ((of_problems.repeat(5, 0), 200), (of_seeds.repeat(20, 1), 50)):
+        mean, low, high = report.bootstrap(values)
+        assert low < mean < high and high - low == pytest.approx(4 * values.std() / independent**0.5, rel=0.15)
+    noise = rng.normal(0.3, 0.1, size=(5, 200))  # crossed draws are wider than noise alone needs, never narrower
+    assert 1 < (np.diff(report.bootstrap(noise)[1:]) / (4 * 0.1 / 1000**0.5)).item() < 1.8
     assert report.bootstrap(np.full((3, 10), 0.1)) == pytest.approx((0.1, 0.1, 0.1))
 
 
