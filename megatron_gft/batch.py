@@ -73,6 +73,14 @@ class StepBatch:
         return int(self.lengths.sum())
 
 
+def length_limits(config: Config, shape: ModelShape) -> LengthLimits:
+    """What a pack and the model hold at most; a prompt and its response take one row less than their tokens, since the
+    last one is only a label."""
+    data, unit = config.data, math.lcm(*config.row_multiples)
+    longest = min(data.max_tokens_per_pack // unit * unit, shape.max_sequence_length) + 1
+    return LengthLimits(data.max_response_tokens, longest, data.overlong)
+
+
 def open_groups(
     config: Config, shape: ModelShape, model_files: Path | None = None
 ) -> tuple[GroupSplit, GroupSplit | None]:
@@ -85,7 +93,6 @@ def open_groups(
         InputError: missing or damaged shards, another tokenizer than the model's, responses that do not fit a pack.
     """
     data = config.data
-    unit = math.lcm(*config.row_multiples)
     tokenizer = Path(config.model.tokenizer or model_files or config.model.folder)
     check = not data.allow_tokenizer_mismatch and (config.model.tokenizer is not None or has_tokenizer(tokenizer))
     splits = build_group_datasets(
@@ -97,12 +104,7 @@ def open_groups(
         cache=data.cache,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer) if check else None,
         vocab_size=shape.vocab_size,
-        limits=LengthLimits(
-            max_response_tokens=data.max_response_tokens,
-            # a prompt and its response take one row less than their tokens: the last one is only a label
-            max_sequence_tokens=min(data.max_tokens_per_pack // unit * unit, shape.max_sequence_length) + 1,
-            policy=data.overlong,
-        ),
+        limits=length_limits(config, shape),
         logprobs=((data.logprobs or "sampled") if config.q_sources else None, config.objective.reference),
     )
     tempered = [
@@ -134,6 +136,7 @@ class StepLoader:
         self.flop_model = FlopModel.from_shape(shape)
         self.source_codes = [SOURCES.index(source) for source in self.objective.sources or SOURCES]
         self.q_codes = [] if validation else [SOURCE_CODES[source] for source in config.q_sources]
+        self.with_sampled = bool(self.q_codes)  # packs bring log q
         self.anchor_codes = [SOURCE_CODES[source] for source in self.objective.kl_sources if self.objective.beta]
         self.alignment, self.pad_multiple = config.row_multiples
 
@@ -253,7 +256,7 @@ class StepLoader:
                 batch.weights,
                 batch.advantages,
                 batch.anchors if self.objective.beta else None,
-                sampled=bool(self.q_codes),
+                sampled=self.with_sampled,
                 pad_multiple=self.pad_multiple,
                 segment_multiple=self.alignment,
             )

@@ -83,7 +83,7 @@ def build_trainer(
         optimizer,
         parallel,
         config=config,
-        model_files=_model_files(config, resume_from),
+        model_files=model_files(config, resume_from),
     )
     state = RunState(data_fingerprint=train_groups.fingerprint, groups_per_step=config.data.groups_per_step)
     if resume_from is not None:
@@ -116,6 +116,29 @@ def build_trainer(
     return trainer
 
 
+def join(config: Config, store: dist.Store | None = None) -> tuple[torch.device, Parallel]:
+    """Meet the other processes (at ``store``) in the configured layout: this process's device, and its place."""
+    p = config.parallel
+    device = start_process_group(p.collective_timeout_minutes, store)
+    set_up_logging(dist.get_rank())
+    return device, initialize_parallel(
+        tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp, timeout_minutes=p.collective_timeout_minutes
+    )
+
+
+def load_model(config: Config, shape: ModelShape, parallel: Parallel) -> list[torch.nn.Module]:
+    """This rank's chunks with the weights of ``checkpoint.init_from``, to be run forward only.
+
+    Raises:
+        InputError: weights that are damaged, or not those of ``model.config``.
+    """
+    _check_function(config, shape, _weights_folder(config, None))
+    seed_everything(config.train.seed, parallel)
+    _, modules = build_model(shape, config.model, config.objective, config.parallel, parallel)
+    _initial_weights(config, shape, parallel, modules)
+    return [module.eval() for module in modules]
+
+
 def _resume_point(config: Config, checkpoints: Path) -> Path | None:
     if config.checkpoint.resume == "never":
         if list_checkpoints(checkpoints):
@@ -139,7 +162,7 @@ def _weights_folder(config: Config, resume_from: Path | None) -> Path | None:
     return newest_checkpoint(Path(origin), "checkpoint.init_from") / MODEL_FILES_FOLDER
 
 
-def _model_files(config: Config, resume_from: Path | None) -> ModelFiles:
+def model_files(config: Config, resume_from: Path | None) -> ModelFiles:
     """Tokenizer, template and generation settings come from the weights' folder: a recipe has a config.json only."""
     tokenizer = Path(config.model.tokenizer) if config.model.tokenizer else None
     other_config = config.model.folder if config.model.allow_config_mismatch else None
@@ -212,14 +235,9 @@ def open_run(config: Config, shape: ModelShape, store: dist.Store, stop: StopReq
     """
     for name in {name for name in by_source(config.objective.coefficient) if name and ":" in name}:
         check_user_coefficient(name, with_q=config.data.logprobs is not None)
-    files = _model_files(config, _resume_point(config, Path(config.train.output) / "checkpoints")).folder
+    files = model_files(config, _resume_point(config, Path(config.train.output) / "checkpoints")).folder
     data = None if config.data.cache else open_groups(config, shape, files)  # Megatron's cache needs the process group
-    device = start_process_group(config.parallel.collective_timeout_minutes, store)
-    set_up_logging(dist.get_rank())
-    p = config.parallel
-    parallel = initialize_parallel(
-        tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp, timeout_minutes=p.collective_timeout_minutes
-    )
+    device, parallel = join(config, store)
     train_groups, valid_groups = data or open_groups(config, shape, files)
     for split in filter(None, (train_groups, valid_groups)):
         if any(asdict(split.limited).values()):

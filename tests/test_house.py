@@ -22,7 +22,7 @@ FLOORS = (
     "timing step",
     "preprocess sampling scoring inspection evaluation",
     "checkpoints conversion",
-    "metrics reports trainer job sizing",
+    "metrics reports trainer job logprobs sizing",
     "commands train",
 )
 FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}

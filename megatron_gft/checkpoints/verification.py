@@ -6,10 +6,11 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_gft.atomic import fsync_path, sha256_file, write_json
-from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, find_damage
+from megatron_gft.atomic import fsync_path, sha256_file, sha256_json, write_json
+from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, find_damage, newest_checkpoint
 from megatron_gft.errors import InputErrors
 from megatron_gft.hf.files import HASHED_SINCE, read_source_record
+from megatron_gft.hf.safetensors_io import SafetensorsFolder
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,26 @@ def write_file_hashes(folder: Path) -> None:
     shares = gather_results(lambda: describe_files(folder, files[rank::count]), folder)
     if rank == 0:
         write_json(folder / FILES_FILE, {name: entry for share in shares for name, entry in share.items()})
+
+
+def model_hash(origin: str) -> str:
+    """Hex sha256 that is the identity of what ``checkpoint.init_from`` names: of a checkpoint's files.json, or of the
+    hashes of the files (of a Hugging Face folder: config.json and weights), by name. Collective.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if origin.startswith("hf:"):
+        folder = Path(origin.removeprefix("hf:"))
+        files = [folder / "config.json", *{info.file for info in SafetensorsFolder(folder).tensors.values()}]
+    else:
+        folder = newest_checkpoint(Path(origin), "checkpoint.init_from")
+        if (folder / FILES_FILE).is_file():
+            return sha256_file(folder / FILES_FILE)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+    rank, count = process_rank_and_count()
+    shares = gather_results(lambda: {str(p.relative_to(folder)): sha256_file(p) for p in sorted(files)[rank::count]})
+    return sha256_json({name: sha256 for share in shares for name, sha256 in share.items()})
 
 
 def verify_checkpoint(path: Path, remedy: str = "restore these files, or take another checkpoint") -> None:

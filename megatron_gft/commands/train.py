@@ -6,11 +6,12 @@ Configuration problems end the program with exit code 2 before torch is imported
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +80,26 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
     return config, shape
 
 
+@contextlib.contextmanager
+def one_message(stop: StopRequest | None = None) -> Iterator[None]:
+    """Of the bad input that stops every rank, a machine's first one tells at once, the others when they are left to.
+
+    Raises:
+        InputError: also for an OSError that the user can see to.
+    """
+    try:
+        yield
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in SYSTEM_LIMITS:
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise InputError(str(error)) from None
+        if stop is not None:
+            stop.failing = True
+        time.sleep(QUIET_SECONDS)
+        raise InputError(f"rank {os.environ['RANK']}: {error}") from None
+
+
 @command
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
     """Train; the exit code is 0, 2 for bad input, or that of the stop that was asked for.
@@ -87,7 +108,7 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
         stop: made in the first lines of the process.
     """
     stop = stop or StopRequest()
-    try:
+    with one_message(stop):
         config, shape = parse(argv)
         if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < FEWEST_OPEN_FILES:
             raise InputError(f"ulimit -n: {limit} open files are too few -> ulimit -n 4096")
@@ -96,12 +117,4 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
         store = meet(config.parallel.collective_timeout_minutes, stop)
         with run_lock(Path(config.train.output), stop), open_run(config, shape, store, stop) as trainer:
             return trainer.run()
-        return EXIT_FAILED  # it stopped, and has said why
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in SYSTEM_LIMITS:
-            raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            raise InputError(str(error)) from None
-        stop.failing = True
-        time.sleep(QUIET_SECONDS)
-        raise InputError(f"rank {os.environ['RANK']}: {error}") from None
+    return EXIT_FAILED  # it stopped, and has said why

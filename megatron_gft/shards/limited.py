@@ -126,20 +126,25 @@ class LimitedGroups:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _locate(self, i: int) -> tuple[GroupShard, int]:
+    @property
+    def fingerprint(self) -> str:
+        """Of what the shards hold, whatever the limits."""
+        return " ".join(shard.manifest.fingerprint for shard in self.shards)
+
+    def locate(self, i: int) -> tuple[GroupShard, int]:
         """Shard of group ``i``, and its position there."""
         number = int(np.searchsorted(self._starts, i, side="right")) - 1
         kept, i = self._kept[number], i - int(self._starts[number])
         return self.shards[number], i if kept is None else int(kept[i])
 
     def __getitem__(self, i: int) -> Group:
-        shard, position = self._locate(i)
+        shard, position = self.locate(i)
         group = shard[position]
         return group if self._limits is None else self._limits.of_group(group)
 
     def describe(self, i: int) -> str:
         """Shard, position and id of group ``i``, for messages."""
-        shard, position = self._locate(i)
+        shard, position = self.locate(i)
         return f"{shard.prefix} group {position} (id {shard.meta(position)['id']!r})"
 
     def table(self, groups: np.ndarray, *, ends: bool = False) -> GroupTable:

@@ -207,10 +207,9 @@ class GroupShard:
         response = first - i  # each earlier group has one prompt
         with self._reading():
             lengths = self._lengths[first:end].tolist()
-            pointer = int(self._pointers[first])
             tokens = self._tokens(first, sum(lengths))
             prompt, *responses = _pieces(tokens, lengths)
-            before = pointer // tokens.itemsize - int(self._prompt_tokens_before[i])
+            before = int(self.response_starts[i])
             logprobs = [known if known is None else _pieces(known[before:], lengths[1:]) for known in self._logprobs]
             rewards = self.rewards[response : response + len(responses)].copy()
             ended = tokens[np.cumsum(lengths)[1:] - 1] == self.manifest.tokenizer.eos_id
@@ -325,10 +324,10 @@ class GroupShard:
         return [self._sidecar(files.get(name or ""), count, np.float32) for name in self.names]
 
     @functools.cached_property
-    def _prompt_tokens_before(self) -> np.ndarray:
-        """int64 [G]: prompt tokens of all earlier groups; log-probs are stored of response tokens only."""
-        prompts = self.prompt_lengths.astype(np.int64)
-        return np.cumsum(prompts) - prompts
+    def response_starts(self) -> np.ndarray:
+        """int64 [G + 1]: response tokens of all earlier groups, which is where a group's log-probs begin in a file."""
+        before = np.append(self._pointers[self._documents[:-1]] // 4, self._lengths.sum(dtype=np.int64))
+        return before - np.concatenate([[0], np.cumsum(self.prompt_lengths, dtype=np.int64)])
 
 
 def _pieces(values: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
