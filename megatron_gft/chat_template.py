@@ -10,7 +10,9 @@ import hashlib
 import json
 import re
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,7 +183,8 @@ class ChatTemplate:
 def _render_in_time(conversations: list[Any], chat_template: str, **options: Any) -> str:
     """transformers' rendering, with a TimeoutError after :data:`TEMPLATE_SECONDS` of CPU time.
 
-    Signal handlers run in the main thread, between two steps: a power, one step that may take for ever, is refused.
+    Signal handlers run in the main thread, between two steps; other threads (of servers' prompts) look at their time at
+    every line, which takes some 15 times as long. A power, one step that may take for ever, is refused.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -191,15 +194,23 @@ def _render_in_time(conversations: list[Any], chat_template: str, **options: Any
     def end(*_: Any) -> None:
         raise TimeoutError(f"takes more than {TEMPLATE_SECONDS:g} s")
 
+    def look(*_: Any) -> Any:
+        return look if time.thread_time() < limit else end()
+
     is_main = threading.current_thread() is threading.main_thread()
+    traced, limit = sys.gettrace(), time.thread_time() + TEMPLATE_SECONDS
     if is_main:
         signal.signal(signal.SIGVTALRM, end)
         signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+    else:
+        sys.settrace(look)
     try:
         return render_jinja_template(conversations, chat_template=chat_template, **options)[0][0]
     finally:
         if is_main:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        else:
+            sys.settrace(traced)
 
 
 @functools.lru_cache(16)

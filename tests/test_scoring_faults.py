@@ -230,3 +230,17 @@ def test_a_worker_that_others_keep_off_the_cpu_has_longer(slow):
                 other.kill()
                 other.wait()
     assert outcomes == ["correct", "timeout"]
+
+
+def test_workers_do_not_run_the_script_that_scores(slow):
+    """multiprocessing's do, and a script without ``if __name__`` began again in each of them."""
+    (slow / "script.py").write_text(
+        "import os\n"
+        "from megatron_gft.scoring.judging import ScoringOptions\n"
+        "from megatron_gft.scoring.verifier_pool import VerifierPool\n"
+        "print('begun', flush=True)\n"
+        "with VerifierPool(ScoringOptions('slow_rewards:judge', workers=2)) as pool:\n"
+        "    assert pool._fork_server.ppid() == os.getpid()\n"
+    )
+    ended = subprocess.run([sys.executable, "script.py"], cwd=slow, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout.split(), ended.stderr) == (0, ["begun"], "")

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from openai_server import FaultyServer
 from tiny_language_model import language_model_folder
 from tiny_tokenizers import byte_level_folder
 
+from megatron_gft.chat_template import ChatTemplate
 from megatron_gft.checkpoints.torch_dist import TorchDistReader
 from megatron_gft.checkpoints.verification import write_file_hashes
 from megatron_gft.commands import convert, evaluate, inspect, preprocess
@@ -491,3 +493,17 @@ def test_a_template_does_not_take_for_ever(tmp_path, monkeypatch, capsys, what, 
     said = capsys.readouterr().err
     assert "the chat template" in said and "-> read it" in said
     assert not any(signal.getitimer(signal.ITIMER_VIRTUAL))
+
+
+@pytest.mark.parametrize("what", SLOW_TEMPLATES)
+def test_nor_does_it_in_a_thread(monkeypatch, what):
+    """Prompts of servers are rendered in threads, which no signal reaches."""
+    monkeypatch.setattr("megatron_gft.chat_template.TEMPLATE_SECONDS", 0.3)
+    with ThreadPoolExecutor(1) as thread:
+        for text in ("{{ messages[0].content }}", SLOW_TEMPLATES[what], "{{ messages[0].content }}"):
+            rendered = thread.submit(ChatTemplate(text, {}).render, "p")
+            if text == SLOW_TEMPLATES[what]:
+                assert "the chat template" in str(rendered.exception(30)) and "-> read it" in str(rendered.exception())
+            else:
+                assert rendered.result(30) == "p"
+        assert thread.submit(sys.gettrace).result() is sys.gettrace()

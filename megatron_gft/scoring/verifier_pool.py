@@ -25,11 +25,13 @@ import resource
 import signal
 import socket
 import struct
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -67,7 +69,11 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
         self._options = options
         self._clock = _Clock(options.time_limit / LOOKS_PER_LIMIT)
         self._workers = [_Worker(self._context, options, self._clock) for _ in range(options.workers)]
-        self._fork_server = psutil.Process(self._workers[0].pid).parent()
+        self._fork_server: psutil.Process | None = None
+        with contextlib.suppress(psutil.Error):  # a worker has ended already
+            parent = psutil.Process(self._workers[0].pid).parent()
+            if parent and parent.ppid() == os.getpid():  # else it has died, and its workers are those of init
+                self._fork_server = parent
         self.replaced = 0
         self._backlog: deque[tuple[int, Case]] = deque()  # not with a worker yet
         self._verdicts: dict[int, Verdict] = {}  # whose turn has not come
@@ -184,13 +190,25 @@ class _Clock:
         return self._now
 
 
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """multiprocessing would run the user's script in every worker: all of it, where no ``if __name__`` keeps it back.
+    Nothing of it is needed there."""
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
 class _Worker:
     """The parent's side of one process: the cases it holds, oldest first, and the time by which it must answer."""
 
     def __init__(self, context: Any, options: ScoringOptions, clock: _Clock):
         self.connection, theirs = context.Pipe()
         self._process: ForkServerProcess = context.Process(target=_serve, args=(theirs, options), daemon=True)
-        self._process.start()
+        with _without_script():
+            self._process.start()
         theirs.close()
         with socket.socket(fileno=os.dup(self.connection.fileno())) as pipe:  # of half a message nobody waits for more
             pipe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1, 0))
