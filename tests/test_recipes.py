@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from test_plan import ask
 from test_train_cli import train_command, write_shard
 from tiny_models import write_tiny_tokenizer
 
@@ -21,7 +23,6 @@ from megatron_gft.validation import check
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples").glob("*/gpus-*.yaml"))
 FP8 = "examples/fp8.yaml"
-GIB = 2**30
 
 # As the publishers state them (model cards, papers), in billions.
 PARAMETERS = {
@@ -82,18 +83,11 @@ def test_recipe_loads_and_is_sound(recipe):
 
 @pytest.mark.slow  # plans of every recipe; test_plan.py plans some
 def test_every_recipe_fits_and_its_readme_says_so():
-    """``parallel`` on its own GPUs, with the budget of an H100 80 GB; memory of the table in each README."""
-    plans = ask(
-        plan=[[files, [], world_size(recipe), False] for recipe in RECIPES for files in ([recipe], [recipe, FP8])]
-    )
-    for recipe, bf16, fp8 in zip(RECIPES, plans["plan"][::2], plans["plan"][1::2], strict=True):
-        peaks = []
-        for plan in (bf16, fp8):
-            assert plan["verdict"] == "fits", (recipe, plan["text"])
-            peaks.append(max(stage["estimate"]["total_with_exact"] for stage in plan["stages"]) / GIB)
-        readme = (ROOT / recipe).with_name("README.md").read_text()
-        row = next(line for line in readme.splitlines() if f"`{Path(recipe).name}`" in line and line.startswith("|"))
-        assert row.split(" | ")[2:4] == [f"{peak:.1f}" for peak in peaks], (recipe, row)
+    """On its own GPUs, with the budget of an H100 80 GB, with FP8 and without."""
+    command = [sys.executable, "tools/recipe_tables.py", "--check"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 def test_launch_scripts_run_recipes_of_their_size():

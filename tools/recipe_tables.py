@@ -1,0 +1,70 @@
+"""Write the table of each recipe's README again, from ``tools/plan.py``'s numbers (two minutes of CPU).
+
+``--check`` writes nothing and fails where a row is not what would be written.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+
+from megatron_gft.config import load_config
+from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.sizing.fit import GIB, Plan, make_plan
+
+FP8 = "examples/fp8.yaml"
+
+
+def row(recipe: Path) -> str:
+    """``| file | layout | GiB | GiB with FP8 | groups | packs | seconds a step | tokens/s | MFU | 10,000 groups |``."""
+    bf16, fp8 = (_plan([str(recipe), *more]) for more in ([], [FP8]))
+    p, steps, time = bf16.config.parallel, bf16.steps, bf16.time
+    assert steps is not None and time is not None, recipe
+    layout = f"tp {p.tp}, pp {p.pp}" + (f" x {p.vpp}" if p.vpp else "") + (f", ep {p.ep}" if p.ep > 1 else "")
+    cells = [
+        f"`{recipe.name}`",
+        f"{layout}, dp {bf16.dp}",
+        *(f"{plan.peak_bytes / GIB:.1f}" for plan in (bf16, fp8)),
+        str(bf16.config.data.groups_per_step),
+        f"{steps.packs_per_rank:.0f}",
+        f"{time.seconds:.2g}",
+        f"{time.tokens_per_second_per_device:,.0f}",
+        f"{time.mfu:.0%}",
+        _duration(3600 * time.epoch_hours),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _plan(files: list[str]) -> Plan:
+    config = load_config(files)
+    world_size = int(re.findall(r"gpus-(\d+)", files[0])[0])
+    plan = make_plan(config, read_model_shape(config.model.config), world_size)
+    assert plan.fits, f"{files} on {world_size} GPUs: {plan.peak_bytes / GIB:.1f} GiB on the fullest"
+    return plan
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def main(*, check: bool) -> int:
+    """1 when a README was not what it is now (or should be)."""
+    logging.disable(logging.WARNING)
+    changed = False
+    for readme in sorted(Path("examples").glob("*/README.md")):
+        text = readme.read_text(encoding="utf-8")
+        for recipe in sorted(readme.parent.glob("gpus-*.yaml")):
+            new = row(recipe)
+            (old,) = re.findall(rf"^\| `{recipe.name}` .*$", text, flags=re.MULTILINE)
+            if old != new:
+                print(f"{readme}\n- {old}\n+ {new}")
+                text, changed = text.replace(old, new), True
+        if not check:
+            readme.write_text(text, encoding="utf-8")
+    return int(changed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(check="--check" in sys.argv))
