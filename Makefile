@@ -5,7 +5,7 @@
 # make quickstart  the whole pipeline on a real 135M model: groups -> shards -> training -> Hugging Face export
 # make quickstart DATA=problems.parquet   the same on question/answer rows
 # make versions    the core tests against the newest supported Megatron-Core, or VERSIONS="0.17.1 0.18.2"
-# make gpu-check   GPU tests and benchmarks with this machine's own Python; installs nothing
+# make gpu-check WHEELS=DIR   what one GPU shows in six minutes, with this machine's own Python and torch (docs/cluster.md)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -65,7 +65,7 @@ quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA)) $(QUICKSTART_FLAGS)
 
 gpu-check:
-	$(PYTHON) tools/gpu_check.py
+	$(PYTHON) tools/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_CHECK_FLAGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,69 +1,170 @@
 #!/usr/bin/env python3
-"""GPU tests and GPU benchmarks with this machine's own Python; leaves one JSON file. Installs nothing."""
+"""One call on one GPU: is what it computes right, how fast is it, where does it wait? One process, at most 7 minutes,
+this machine's own Python and torch. Every part stands by itself; a table and a JSON file come out whatever fails."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
+import gc
+import importlib
 import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_gft.atomic import write_json
 from megatron_gft.errors import InputError, command
-from tools.bench.run import ON_GPU, run_benchmarks
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+STARTED = time.monotonic()
+# Modules that the check needs beside torch, and the package that brings each; Liger is measured where it is there.
+MODULES = "annotated_types numpy packaging psutil pydantic pydantic_core safetensors tqdm triton typing_inspection"
+NEEDED = {name: name.replace("_", "-") for name in [*MODULES.split(), "liger_kernel"]}
+NEEDED |= {"megatron.core": "megatron-core", "yaml": "pyyaml"}
 
 
-def run_tests(pytest_arguments: Sequence[str]) -> dict:
-    """Outcome of every test marked ``gpu``, by its name, and pytest's exit code."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    with TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command_line = [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *pytest_arguments]
-        code = subprocess.run(command_line, cwd=REPOSITORY, env=environment).returncode
-        cases = ElementTree.parse(report).iter("testcase") if report.is_file() else []
-        outcomes = {}
-        for case in cases:
-            kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
-            messages = [child.get("message", "") for child in case if child.tag in ("failure", "error", "skipped")]
-            outcomes[f"{case.get('classname')}::{case.get('name')}"] = {
-                "outcome": kinds[0] if kinds else "passed",
-                "message": messages[0][:500] if messages else "",
-                "seconds": float(case.get("time", 0)),
-            }
-    return {"exit_code": code, "tests": outcomes}
+def install_missing(wheels: Path | None, folder: str) -> None:
+    """Put what cannot be imported into ``folder``, from a folder of wheels and nowhere else.
+
+    Raises:
+        InputError: something is missing and there is no wheel of it.
+    """
+    missing = [package for module, package in NEEDED.items() if not _importable(module)]
+    there = {path.name.split("-")[0].lower() for path in wheels.glob("*.whl")} if wheels else set()
+    found = [package for package in missing if package.replace("-", "_") in there]
+    if lost := [package for package in missing if package not in (*found, "liger-kernel")]:
+        need = f"cannot import {', '.join(lost)} -> WHEELS=DIR with wheels of them"
+        raise InputError(f"{sys.executable} ({sys.version.split()[0]}): {need}, or set PYTHON to one that can")
+    if found:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+        subprocess.run([*pip, "--find-links", str(wheels), "--target", folder, *found], check=True)
+        sys.path.insert(0, folder)
+        importlib.invalidate_caches()
+
+
+def _importable(module: str) -> bool:
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.util.find_spec(module) is not None
+    return False
+
+
+def leaves(result: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a nested result, each with its place: ``ratios.fused / three_gemms``."""
+    items = result.items() if isinstance(result, dict) else enumerate(result) if isinstance(result, list) else ()
+    for key, value in items:
+        at = f"{place}.{key}" if place else str(key)
+        yield from [(at, value)] if isinstance(value, int | float) else leaves(value, at)
+
+
+class Report:
+    """What is known so far; printed and written at the end, or by the watchdog in the middle of a part.
+
+    ``goals`` are largest values (negative: smallest ones) by part and by a pattern of the place.
+    """
+
+    def __init__(self, output: Path):
+        self.output, self.ending = output, threading.Lock()
+        self.facts: dict[str, Any] = {"schema": 2, "parts": {}}
+        self.goals: dict[str, dict[str, float]] = {}
+
+    def run(self, name: str, part: Callable[[], dict[str, Any]]) -> None:
+        """One part; its failure is its own."""
+        entry: dict[str, Any] = {"failed": "did not end"}
+        self.facts["parts"][name] = entry
+        started = time.monotonic()
+        try:
+            entry["found"] = part()
+            del entry["failed"]
+        except BaseException as error:  # Megatron's CheckpointException is one; the others are still worth having
+            entry |= {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-3000:]}
+        entry["seconds"] = time.monotonic() - started
+        print(f"{name}: {entry.get('failed', 'done')} ({entry['seconds']:.1f} s)", file=sys.stderr, flush=True)
+
+    def end(self, reason: str = "all parts ran") -> int:
+        """Table and file; 1 where a part failed or a goal was missed."""
+        self.ending.acquire()  # by the watchdog or at the end, once
+        self.facts |= {"ended": reason, "seconds": time.monotonic() - STARTED}
+        write_json(self.output, json.loads(json.dumps(self.facts)))
+        rows = [row for name, entry in self.facts["parts"].items() for row in self._rows(name, entry)]
+        for row in sorted(rows, key=lambda row: bool(row[-1])):  # those with a goal last: logs keep their end
+            print("| " + " | ".join(row) + " |")
+        missed = sum(row[-1].startswith("MISSED") for row in rows)
+        print(f"{reason}; {missed} missed; {self.facts['seconds']:.0f} s; {self.output}", flush=True)
+        return int(bool(missed) or reason != "all parts ran")
+
+    def _rows(self, part: str, entry: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+        if "failed" in entry:
+            yield part, entry["failed"][:300], "", "MISSED: it failed"
+        for place, value in leaves(entry.get("found", {})):
+            patterns = self.goals.get(part, {})
+            goal = next((patterns[p] for p in patterns if re.fullmatch(rf"(.*\.)?{p}", place)), None)
+            if goal is not None:
+                met = "met" if (value <= goal if goal > 0 else value >= -goal) else "MISSED"
+                yield part, place, f"{value:.5g}", f"{met}: {'<=' if goal > 0 else '>='} {abs(goal):g}"
+            elif not re.search(r"(shape|model)\.|_min$|quartile|ratio_of|repeats|pairs", place):
+                yield part, place, f"{value:.5g}", ""
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run both parts; the exit code is 0 when every test and benchmark succeeded."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="example: make gpu-check PYTHON=python3")
+    """Run the parts; the exit code is 0 when every part ran and every goal was met."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: make gpu-check WHEELS=wheels PYTHON=python3")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels of what this machine's Python lacks")
     parser.add_argument("--output", type=Path, default=Path("gpu-check.json"), help="JSON file")
-    parser.add_argument("--skip-tests", action="store_true", help="benchmarks only")
-    parser.add_argument("--skip-benchmarks", action="store_true", help="tests only")
-    parser.add_argument("--tests", nargs="*", default=[], metavar="ARG", help="more arguments for pytest")
+    parser.add_argument("--only", nargs="*", metavar="PART", help="these parts")
+    parser.add_argument("--seconds", type=float, default=420, help="the check ends itself after so long")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU: every part with tiny sizes, to try the check")
     options = parser.parse_args(argv)
-    missing = [name for name in ("torch", "megatron", "pydantic", "pytest") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"{sys.executable}: cannot import {', '.join(missing)} -> set PYTHON to one that can")
+    with tempfile.TemporaryDirectory() as folder:
+        install_missing(options.wheels, folder)
+        return _check(options)
+
+
+def _check(options: argparse.Namespace) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise InputError("no CUDA device here -> make gpu-check is for a machine with a GPU; make test runs on a CPU")
-    tests = {} if options.skip_tests else run_tests(options.tests)
-    benchmarks = {} if options.skip_benchmarks else run_benchmarks(ON_GPU)
-    write_json(options.output, {"tests": tests, "benchmarks": benchmarks})
-    failed = [name for name, entry in benchmarks.get("results", {}).items() if "failed" in (entry["value"] or {})]
-    print(f"wrote {options.output}; tests exit code {tests.get('exit_code')}; failed benchmarks: {failed or 'none'}")
-    return int(tests.get("exit_code", 0) != 0 or bool(failed))
+        if not options.dry_run:
+            raise InputError("no CUDA device here -> run it on a machine with a GPU; --dry-run tries it on a CPU")
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+    report = Report(options.output)
+
+    def give_up() -> None:
+        os._exit(report.end(f"ended after {options.seconds:g} s, in the middle of a part"))
+
+    watchdog = threading.Timer(options.seconds - (time.monotonic() - STARTED), give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    faulthandler.dump_traceback_later(options.seconds + 20, exit=True)  # C code may hold the lock that a thread needs
+    from megatron_gft import cpu
+
+    cpu.install()
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
+    import gpu_numbers
+
+    from tools.bench import one_gpu, run
+    from tools.bench.timing import environment
+
+    report.facts |= {"commit": run.commit(), "environment": environment()}
+    report.goals = gpu_numbers.GOALS | (one_gpu.GOALS if torch.cuda.is_available() else {})
+    parts = gpu_numbers.PARTS | one_gpu.PARTS
+    for name in options.only or parts:
+        report.run(name, parts[name])
+        gc.collect()
+        torch.cuda.empty_cache()
+    return report.end()
 
 
 if __name__ == "__main__":

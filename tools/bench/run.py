@@ -32,7 +32,6 @@ BENCHMARKS = {
     "conversion": "tools.bench.convert:measure_conversion",
     "start_up": "tools.bench.start_up:start_up",
 }
-ON_GPU = ("head_time", "head_memory", "step_ratio", "dead_groups", "shared_prefix_step", "padded_batches")
 
 
 def run_benchmarks(names: Sequence[str]) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def run_benchmarks(names: Sequence[str]) -> dict[str, Any]:
     from tools.bench.timing import environment
 
     cpu.install()
-    results: dict[str, Any] = {"schema": 1, "commit": _commit(), "environment": environment(), "results": {}}
+    results: dict[str, Any] = {"schema": 1, "commit": commit(), "environment": environment(), "results": {}}
     for name in tqdm(names, desc="benchmarks", unit="benchmark"):
         module, function = BENCHMARKS[name].split(":")
         started = time.monotonic()
@@ -53,7 +52,8 @@ def run_benchmarks(names: Sequence[str]) -> dict[str, Any]:
     return results
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What ``git describe`` calls this."""
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )

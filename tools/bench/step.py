@@ -7,18 +7,24 @@ the device itself and returns a JSON-able dict. Contestants take turns within on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_gft.batch import StepBatch
+from megatron_gft.metrics import device_peak_tflops
+from megatron_gft.model import unwrap
 from megatron_gft.objectives import OBJECTIVES, by_source
 from megatron_gft.packing import Pack, build_pack
+from megatron_gft.pipeline import schedule_arguments
 from megatron_gft.planning import PackPlan
-from tools.bench.head import single_rank
+from megatron_gft.sizing.memory import estimate_activations, static_memory
+from tools.bench.head import peak, reset_peak, single_rank
 from tools.bench.packing import lognormal_lengths
 from tools.bench.timing import interleaved_seconds, summary
 from tools.bench.workbench import RandomGroups, StepShape, Workbench, default_shape, relative_error
@@ -34,12 +40,14 @@ PREFIX_SHAPES = ((120, 200, 8, 0.90), (1000, 250, 8, 0.95), (2000, 125, 8, 0.95)
 
 
 def step_ratio(shape: StepShape | None = None, *, pairs: int = PAIRS) -> dict[str, Any]:
-    """A GFT step over an SFT step on the same rows: forward, backward, clipping and Adam.
+    """A GFT step and what Megatron runs by itself over an SFT step on the same rows: forward, backward, clipping, Adam.
 
-    Goal: median ratio at most 1.01 (CPU), 1.003 (GPU); 1 is the limit.
+    Goal: median ratio of GFT at most 1.01 (CPU), 1.003 (GPU); 1 is the limit. ``mfu`` where the device's peak is known;
+    ``peak`` is what a GFT step held at most, in bytes, ``planned`` what ``plan.py`` says of it.
     """
     shape = shape or default_shape()
     with single_rank():
+        before = reset_peak()
         bench = Workbench(shape)
         packs, batch = bench.packs(RandomGroups.equal(shape))
         plain = [dataclasses.replace(pack, token_weights=torch.ones_like(pack.token_weights)) for pack in packs]
@@ -48,10 +56,38 @@ def step_ratio(shape: StepShape | None = None, *, pairs: int = PAIRS) -> dict[st
             bench.forward_backward(rows, batch.denominator, coefficient)
             bench.update()
 
-        durations = interleaved_seconds(
-            {"sft": partial(step, plain, "none"), "gft": partial(step, packs, "rectified")}, repeats=pairs
-        )
-    return {"shape": dataclasses.asdict(shape), "pairs": pairs, **summary(durations, "sft")}
+        runs = {"sft": partial(step, plain, "none"), "gft": partial(step, packs, "rectified")}
+        runs["gft"]()
+        held, static = peak() - before, static_memory(bench.chunks, bench.optimizer)
+        planned = static.total + estimate_activations(bench.config, bench.model_shape, 0, static, len(packs)).total
+        durations = interleaved_seconds(runs | {"plain": partial(_plain_step, bench, packs)}, repeats=pairs)
+    result = summary(durations, "sft")
+    found = {"peak": held, "planned": planned, "peak / planned": held / planned}
+    seconds = {name: run["seconds_median"] for name, run in result.items()}
+    assert batch.plan is not None
+    if top := device_peak_tflops():
+        found |= {f"mfu {name}": batch.plan.flops / taken / top / 1e12 for name, taken in seconds.items()}
+    found |= {"tokens per second": batch.plan.tokens / seconds["gft"], "gft / plain": seconds["gft"] / seconds["plain"]}
+    return {"shape": dataclasses.asdict(shape), "pairs": pairs, **found, **result}
+
+
+def _plain_step(bench: Workbench, packs: list[Pack]) -> None:
+    """Megatron's own: logits of every row, its cross entropy, a mask of the loss tokens."""
+
+    def forward(iterator: Iterator[Pack], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        pack = next(iterator)
+        labels, mask = torch.zeros_like(pack.tokens), torch.zeros_like(pack.tokens, dtype=torch.float32)
+        labels[pack.loss_rows], mask[pack.loss_rows] = pack.labels, 1.0
+        losses = vocab_parallel_cross_entropy(unwrap(chunk).logits(pack)[:, None], labels[:, None])[:, 0]
+        return (losses * mask).sum(), lambda total: (total, mask.sum().int(), {})
+
+    bench.clear()
+    rows = [len(pack.tokens) for pack in packs]
+    options = schedule_arguments(bench.parallel, unwrap(bench.chunks[0]).config, rows)
+    options |= {"seq_length": max(rows), "micro_batch_size": 1, "num_microbatches": len(packs), "forward_only": False}
+    run = get_forward_backward_func()
+    run(forward_step_func=forward, data_iterator=iter(packs), model=bench.chunks[0], **options)
+    bench.update()
 
 
 # Presets whose heads differ, and the log-probs that they read.
@@ -130,18 +166,18 @@ def _rows_of(responses: torch.Tensor, pack: Pack) -> torch.Tensor:
     return responses.to(pack.response_index.device)[pack.response_index.long()]
 
 
-def shared_prefix_step(shape: StepShape | None = None, *, pairs: int = 3) -> dict[str, Any]:
+def shared_prefix_step(
+    shape: StepShape | None = None, *, pairs: int = 3, shapes: Sequence[tuple[int, int, int, float]] = PREFIX_SHAPES
+) -> dict[str, Any]:
     """Forward and backward of the whole model, packed over shared prefix, against the ratio of their FLOPs.
 
     Goal: ``attained`` = speed-up / formula at least 0.90 for GSM8K's shape, 0.95 for prompts of 1000 and more.
     """
     shape = shape or dataclasses.replace(default_shape(), hidden=512, heads=8, ffn=1408, layers=1)
-    if torch.cuda.is_available():
-        shape = default_shape()
     rows = []
     with single_rank():
         bench = Workbench(shape)
-        for prompt, response, responses, goal in PREFIX_SHAPES:
+        for prompt, response, responses, goal in shapes:
             rows.append(_prefix_row(bench, prompt, response, responses, pairs) | {"goal": goal})
     return {"model": dataclasses.asdict(shape), "rows": rows}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from megatron_gft.packing import Pack
 from megatron_gft.parallel import current_parallel, seed_everything
 from megatron_gft.planning import GroupLengths
 from megatron_gft.shards import Group, GroupTable
-from megatron_gft.step import StepRunner
+from megatron_gft.step import LossReport, StepRunner
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class StepShape:
     responses: int
     pack_rows: int
 
-    def model(self) -> ModelShape:
-        """A Llama of these sizes, embeddings untied."""
-        config = {
+    def hf_config(self) -> dict[str, Any]:
+        """config.json of a Llama of these sizes, embeddings untied."""
+        return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "num_hidden_layers": self.layers,
@@ -52,7 +53,24 @@ class StepShape:
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 131072,
         }
-        return model_shape_from_config(config, "bench_step")
+
+    def model(self) -> ModelShape:
+        """Its shape."""
+        return model_shape_from_config(self.hf_config(), "bench_step")
+
+    def configure(self, *overrides: str) -> Config:
+        """The configuration of this shape: bf16 on a GPU, fp32 on a CPU."""
+        return load_config(
+            [],
+            [
+                "model.config=none",
+                f"model.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
+                f"data.groups_per_step={self.groups}",
+                f"data.max_tokens_per_pack={self.pack_rows}",
+                "objective.entropy=false",
+                *overrides,
+            ],
+        )
 
 
 def default_shape() -> StepShape:
@@ -96,7 +114,7 @@ class RandomGroups:
     def __getitem__(self, index: int) -> Group:
         return Group(self.prompts[index], self.responses[index], self.sources(index), self.rewards(index), None)
 
-    def table(self, indices: np.ndarray) -> GroupTable:
+    def table(self, indices: np.ndarray, *, ends: bool = False) -> GroupTable:
         return GroupTable.of_groups(
             [
                 (self.lengths[i].prompt, np.array(self.lengths[i].responses), self.sources(i), self.rewards(i))
@@ -113,7 +131,7 @@ class Workbench:
 
     def __init__(self, shape: StepShape, *overrides: str):
         self.shape, self.model_shape = shape, shape.model()
-        self.config = self.configure(*overrides)
+        self.config = shape.configure(*overrides)
         self.parallel = current_parallel()
         seed_everything(1, self.parallel)
         config = self.config
@@ -123,23 +141,9 @@ class Workbench:
         self.chunks = wrap_data_parallel(modules, transformer, config.optimizer)
         self.optimizer = build_optimizer(self.chunks, config.optimizer, bf16=transformer.bf16)
 
-    def configure(self, *overrides: str) -> Config:
-        """The configuration of this shape: bf16 on a GPU, fp32 on a CPU."""
-        return load_config(
-            [],
-            [
-                "model.config=none",
-                f"model.precision={'bf16' if torch.cuda.is_available() else 'fp32'}",
-                f"data.groups_per_step={self.shape.groups}",
-                f"data.max_tokens_per_pack={self.shape.pack_rows}",
-                "objective.entropy=false",
-                *overrides,
-            ],
-        )
-
     def plan(self, groups: RandomGroups, *overrides: str) -> tuple[StepLoader, StepBatch]:
         """The loader of a run over ``groups`` and its first step."""
-        loader = StepLoader(groups, self.configure(*overrides), self.model_shape, self.parallel)
+        loader = StepLoader(groups, self.shape.configure(*overrides), self.model_shape, self.parallel)
         return loader, loader.batch(0)
 
     def packs(self, groups: RandomGroups, *overrides: str) -> tuple[list[Pack], StepBatch]:
@@ -155,23 +159,25 @@ class Workbench:
 
     def forward_backward(
         self, packs: list[Pack], denominator: int, coefficient: str | tuple[str | None, ...] = "rectified"
-    ) -> None:
+    ) -> LossReport:
         """Gradients of a step with one token coefficient, or one for each source."""
         for chunk in self.chunks:
             model = unwrap(chunk)
             model.head = dataclasses.replace(model.head, coefficient=coefficient)
         self.clear()
-        StepRunner(self.chunks, self.parallel).forward_backward(packs, denominator)
+        return StepRunner(self.chunks, self.parallel).forward_backward(packs, denominator)
 
-    def update(self) -> None:
-        """Clip and Adam."""
+    def update(self) -> float:
+        """Clip and Adam; the norm of the gradients."""
         norm = reduce_gradients(self.optimizer)
         apply_gradients(self.optimizer, norm, self.config.optimizer.clip_grad)
+        return norm
 
     def gradients(self) -> torch.Tensor:
-        """All gradients, flat, float64 on the CPU."""
+        """All gradients, flat, on their device; float64 on a CPU."""
         parameters = [p for chunk in self.chunks for p in chunk.parameters()]
-        return torch.cat([p.main_grad.flatten().double().cpu() for p in parameters])
+        together = torch.cat([p.main_grad.flatten() for p in parameters])
+        return together if together.is_cuda else together.double()
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

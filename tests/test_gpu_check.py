@@ -1,0 +1,95 @@
+"""``tools/gpu_check.py`` without a GPU: every part runs, a failing one hides nothing, and time ends it with a table."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_gft.errors import InputError
+from tools import gpu_check
+
+TOOL = Path(gpu_check.__file__)
+
+
+def check(*arguments, output, **options):
+    """Exit code, standard output and JSON of the tool on the CPU."""
+    command = [sys.executable, str(TOOL), "--dry-run", "--output", str(output), *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **options)
+    return done, json.loads(output.read_text()) if output.exists() else {}
+
+
+def test_the_dry_run_runs_every_part(tmp_path):
+    done, facts = check(output=tmp_path / "check.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    parts = (
+        "attention kernels compare resume save machine head_memory head_time_8B step waits shared_prefix head_time_1.5B"
+    )
+    assert [*facts["parts"]] == parts.split() and facts["ended"] == "all parts ran"
+    numbers = {name: dict(gpu_check.leaves(part["found"])) for name, part in facts["parts"].items()}
+    assert all(found and all(map(math.isfinite, found.values())) for found in numbers.values())
+    # the committed numbers of a CPU are those of this code
+    assert max(value for place, value in numbers["compare"].items() if place.startswith("fp32")) < 1e-4
+    assert "| compare | fp32 shared: gradients |" in done.stdout and "met: <= 0.0001 |" in done.stdout
+    assert numbers["step"]["gft / plain"] > 0 and numbers["save"]["bytes written a parameter"] > 12
+
+
+def test_time_ends_it_with_what_is_known(tmp_path):
+    done, facts = check("--seconds", "0", output=tmp_path / "check.json")
+    assert done.returncode == 1 and facts["ended"] == "ended after 0 s, in the middle of a part"
+    assert facts["ended"] in done.stdout
+
+
+def test_a_failing_part_hides_nothing(tmp_path, capsys):
+    report = gpu_check.Report(tmp_path / "check.json")
+    report.goals = {"speed": {"ratio": 1.1, r"\d\.attained": -0.9}}
+
+    def fails():
+        raise SystemExit("no device")
+
+    report.run("before", lambda: {"value": 1.5, "shape": {"rows": 3}, "text": "x"})
+    report.run("broken", fails)
+    report.run("speed", lambda: {"ratio": 1.0, "rows": [{"attained": 0.95}, {"attained": 0.5}, {"attained": math.nan}]})
+    assert report.end() == 1
+    table = capsys.readouterr().out
+    for row in (
+        "| before | value | 1.5 |  |",
+        "| broken | SystemExit: no device |  | MISSED: it failed |",
+        "| speed | ratio | 1 | met: <= 1.1 |",
+        "| speed | rows.0.attained | 0.95 | met: >= 0.9 |",
+        "| speed | rows.1.attained | 0.5 | MISSED: >= 0.9 |",
+        "| speed | rows.2.attained | nan | MISSED: >= 0.9 |",
+    ):
+        assert row in table
+    assert "rows |" not in table.split("speed")[0] and "3 missed" in table
+    facts = json.loads((tmp_path / "check.json").read_text())
+    assert facts["parts"]["before"]["found"]["shape"] == {"rows": 3} and "fails" in facts["parts"]["broken"]["trace"]
+
+
+def wheel(folder, name, content):
+    """A wheel of one module, by hand."""
+    import zipfile
+
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}.py", content)
+        file.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
+def test_what_is_missing_comes_from_wheels_or_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(gpu_check, "NEEDED", {"lost_one": "lost-one", "yaml": "pyyaml", "liger_kernel": "liger-kernel"})
+    (tmp_path / "site").mkdir()
+    with pytest.raises(InputError, match=r"cannot import lost-one -> WHEELS=DIR"):
+        gpu_check.install_missing(None, str(tmp_path / "site"))
+    wheel(tmp_path, "lost_one", "value = 7")
+    wheel(tmp_path, "pyyaml", "value = 8")  # there already: never replaced
+    gpu_check.install_missing(tmp_path, str(tmp_path / "site"))
+    assert __import__("lost_one").value == 7 and not (tmp_path / "site" / "pyyaml.py").exists()
