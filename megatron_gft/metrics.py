@@ -28,6 +28,7 @@ from megatron_gft.batch import StepBatch
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError
 from megatron_gft.objectives import SOURCES
+from megatron_gft.progress import ProgressBar
 from megatron_gft.step import MORE_STATISTICS, SIGNS, STATISTICS, LossReport, StepOutcome
 
 logger = logging.getLogger(__name__)
@@ -217,14 +218,8 @@ class Reporter:
         if config.wandb_project:
             resolved = run.model_dump(mode="json")
             self.sinks.append(_weights_and_biases(config.wandb_project, run_folder, resolved, self.closing))
-        self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            desc="train",
-            unit="step",
-            disable=not config.progress_bar or not sys.stderr.isatty(),
-            file=sys.stderr,
-        )
+        show = config.progress_bar and sys.stderr.isatty()  # in a log the steps' own lines say when it ends
+        self.bar = ProgressBar(None, "train", total=total_steps, initial=first_step, unit="step", show=show)
         self.started, self.first_step = time.monotonic(), first_step
 
     def step(self, step: int, batch: StepBatch, outcome: StepOutcome, skipped_steps: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_gft"
 # Lowest first. A file imports files of its own floor and of lower ones.
 FLOORS = (
-    "errors reading atomic folders journal objectives parallel cpu launchers runtime run_lock gft pack_layout "
+    "errors progress reading atomic folders journal objectives parallel cpu launchers runtime run_lock gft pack_layout "
     "balancing",
     "config chat_template sentencepiece_model tokenizer groups",
     "hf validation",

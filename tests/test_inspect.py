@@ -5,8 +5,11 @@ from __future__ import annotations
 import glob
 import io
 import json
+import math
 import re
+import shutil
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,12 +24,12 @@ from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, wr
 from megatron_gft.groups.problems import parse_policies
 from megatron_gft.inspection.inputs import open_source
 from megatron_gft.inspection.output import html_page, report_text
-from megatron_gft.inspection.statistics import estimate_packing
+from megatron_gft.inspection.statistics import _summary, estimate_packing
 from megatron_gft.inspection.views import view_tokens
 from megatron_gft.planning import DEFAULT_FLOP_MODEL
 from megatron_gft.preprocess.run import PreprocessOptions, preprocess
 from megatron_gft.shards import GroupShard, GroupShardWriter
-from megatron_gft.shards.manifest import ShardSet
+from megatron_gft.shards.manifest import ShardSet, write_manifest
 from megatron_gft.tokenizer import load_tokenizer
 
 
@@ -68,7 +71,9 @@ def generated(tmp_path_factory, case):
             ids = tokenizer.encode("漢")[:1] if text == "\ufffd" else tokenizer.encode_response(text)
             cut_off = k == 1
             ids = ids if cut_off else [*ids, tokenizer.eos_id] if text else [tokenizer.eos_id]
-            known.append([-(100 * g + 10 * k + i + 1) / 1000 for i in range(len(ids))])
+            known.append(
+                [-(100 * g + 10 * k + i + 1) / 1000 - 3 * (i % 3 == 2) for i in range(len(ids))]
+            )  # p > tau or not
             reward, outcome = ((1.0, "correct"), (0.0, "wrong"), (0.0, "unparsed"))[k]
             response = ResponseRecord(text, "self", reward, outcome, "length" if cut_off else "stop")
             response.tokenizer, response.token_ids, response.logprobs = tokenizer.fingerprint, ids, known[-1]
@@ -307,8 +312,17 @@ def test_log_probs_outcomes_and_roles_are_those_of_their_response(generated, too
     assert [r["advantage"] > 0 for r in responses] == [True, False, True, False, False]
     page = Path(out[0]).read_text(encoding="utf-8")
     assert page.index("id made1") < page.index("id made0")
-    shown = re.findall(r'class="(plus|minus)[^"]*" title="id \d+, sampling log-prob (-?\d+\.\d+)"', page)
-    expected = [("plus" if k in (0, 2) else "minus", f"{p:.3f}") for k, row in enumerate(known) for p in row]
+    shown = re.findall(r'class="(plus|minus)[^"]*" style="[^"]*" title="id \d+, log-prob (-\S+), A\*u\*c (\S+)"', page)
+    advantages = [response["advantage"] for response in responses]
+    expected = [
+        (
+            "plus" if advantage > 0 else "minus",
+            f"{p:.3f}",
+            f"{advantage * (1 if p > math.log(0.1) else math.exp(p)):+.3f}",
+        )
+        for advantage, row in zip(advantages, known, strict=True)
+        for p in row
+    ]
     assert sorted(shown) == sorted(expected)
 
 
@@ -491,3 +505,57 @@ def test_another_tokenizer_is_refused(case, tmp_path):
         report_of(base / "train", tmp_path / "a")
     with pytest.raises(InputError, match="made with another tokenizer"):
         open_source([str(base / "train")], str(other)).groups([0])
+
+
+def test_page_opens_with_three_whole_groups_and_counts_on_the_axes(case, tool, tmp_path):
+    base, folder, records = case
+    for source in ("train", "in.jsonl"):
+        assert tool([str(base / source), "--tokenizer", str(folder), "--html", str(tmp_path / "r.html")]) == 0
+        text = (tmp_path / "r.html").read_text(encoding="utf-8")
+        groups, rest = text.split("<h2>Distributions</h2>")
+        assert re.findall(r"<h2>.* group (\d+), id (\S+)</h2>", groups) == [(str(g), f"q{g}") for g in range(3)]
+        page = _Page()
+        page.feed(groups)
+        for record in records[:3]:
+            assert record.prompt in "".join(page.text)
+            for response in record.responses:
+                assert response.text in "".join(page.text)
+                assert re.search(
+                    f"{response.source}, reward {response.reward:g} .{response.outcome}.", "".join(page.text)
+                )
+        sizes = Counter(len(record.responses) for record in records)
+        if source == "train":  # a file keeps responses that are the same
+            assert f">{max(sizes.values())}</text>" in rest
+        assert rest.count(">tokens</text>") == 4 and rest.count(">groups</text>") == 2  # axes of lengths; of counts
+
+
+def test_page_of_a_file_without_tokenizer_shows_whole_texts(case, tool, tmp_path):
+    base, _, records = case
+    write_group_file(tmp_path / "in.jsonl", records[-2:])
+    assert tool([str(tmp_path / "in.jsonl"), "--html", str(tmp_path / "r.html")]) == 0
+    page = _Page()
+    page.feed((tmp_path / "r.html").read_text(encoding="utf-8"))
+    text = "".join(page.text)
+    assert page.outside == [] and "script" not in page.tags and "<script>alert(1)</script>" in text
+    assert "same <b>&text</b> é" in text and page.tags.count("span") == 2 + sum(len(r.responses) for r in records[-2:])
+    assert f"{len('no expert here')} characters" in text
+
+
+def test_log_probs_of_another_name_than_sampled_colour_the_page(generated, tmp_path):
+    base, folder, known = generated
+    manifest = GroupShard(base / "train").manifest
+    name = manifest.logprob_files["sampled"]
+    for path in base.glob("train.*"):
+        shutil.copy(path, tmp_path / path.name)
+    write_manifest(tmp_path / "train", manifest.model_copy(update={"logprobs": {"base": name}}))
+    source = open_source([str(tmp_path / "train")], str(folder))
+    views = source.first(3)
+    assert [view.logprobs for view in views] == ["base", "base"] and "(base)" in html_page(source.report(), views)
+    assert [[round(t.logprob, 6) for t in r.tokens] for view in views for r in view.responses] == known
+
+
+def test_bars_of_whole_numbers_stand_at_them_and_others_between_edges():
+    whole = _summary(np.array([3, 5, 5]))["histogram"]
+    assert whole == {"edges": [2.5, 3.5, 4.5, 5.5], "counts": [1, 0, 2]}
+    assert len(_summary(np.array([0.0, 0.5, 1.0]))["histogram"]["counts"]) == 24
+    assert len(_summary(np.arange(1000))["histogram"]["counts"]) == 24

@@ -25,6 +25,7 @@ from typing import Any
 from megatron_gft.atomic import atomic_file, fsync_path, sha256_file
 from megatron_gft.errors import InputError
 from megatron_gft.folders import file_problem, is_inner_name
+from megatron_gft.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,8 @@ def find_damage(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return [f"{FILES_FILE}: damaged ({error!r})"]
     problems = []
-    for name in sorted(expected)[part::parts]:
+    files = sorted(expected)[part::parts]
+    for name in ProgressBar(files, f"verifying {path.name}", unit="file", show=part == 0, leave=False):
         file, entry = path / name, expected[name]
         inner = is_inner_name(name)
         if problem := file_problem(file, path) if inner else f"{FILES_FILE}: {name!r} is no file in the folder":

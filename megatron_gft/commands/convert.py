@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,34 +52,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     import torch  # seconds, which --help and a wrong option do not wait for
     import torch.distributed as dist
-    from tqdm import tqdm
 
     from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 
     if os.environ.get("WORLD_SIZE", "") not in ("", "1"):  # started by torchrun
         dist.init_process_group("gloo")
-    first = not dist.is_initialized() or dist.get_rank() == 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    bar = tqdm(unit="B", unit_scale=True, desc=arguments.command, file=sys.stderr, disable=not first)
-
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done)
-
     common = {
         "dtype": arguments.dtype and getattr(torch, DTYPES[arguments.dtype]),
         "verify": arguments.verify,
         "text": arguments.text,
-        "progress": progress,
+        "progress": True,
     }
-    with bar:
-        if arguments.command == "hf-to-megatron":
-            hf_to_megatron(arguments.hf, arguments.output, **common)
-        else:
-            from megatron_gft.checkpoints.history import newest_checkpoint
+    if arguments.command == "hf-to-megatron":
+        hf_to_megatron(arguments.hf, arguments.output, **common)
+    else:
+        from megatron_gft.checkpoints.history import newest_checkpoint
 
-            checkpoint = newest_checkpoint(Path(arguments.checkpoint), "--checkpoint")
-            max_shard_bytes = int(arguments.max_shard_gb * 1e9)
-            megatron_to_hf(checkpoint, arguments.output, hf_dir=arguments.hf, max_shard_bytes=max_shard_bytes, **common)
+        checkpoint = newest_checkpoint(Path(arguments.checkpoint), "--checkpoint")
+        max_shard_bytes = int(arguments.max_shard_gb * 1e9)
+        megatron_to_hf(checkpoint, arguments.output, hf_dir=arguments.hf, max_shard_bytes=max_shard_bytes, **common)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -13,6 +13,7 @@ from megatron_gft.atomic import atomic_file, check_output, writing
 from megatron_gft.commands.numbers import count
 from megatron_gft.errors import TRUST_HELP, InputError, command
 
+WHOLE_GROUPS = 3  # that a page opens with
 EXAMPLES = """examples:
   python tools/inspect_groups.py data/train                                  statistics of a shard
   python tools/inspect_groups.py 'data/train*' --max-tokens-per-pack 8192    with packing and shared-prefix estimate
@@ -30,10 +31,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="to show groups, and to measure group files in tokens")
     parser.add_argument("--chat-template", metavar="FILE|none", help="for group files; default: the tokenizer's own")
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
-    parser.add_argument("--group", type=count(0), action="append", default=[], metavar="N", help="print it (from 0)")
+    parser.add_argument("--group", type=count(0), action="append", default=[], metavar="N", help="show it (from 0)")
     parser.add_argument("--max-tokens-per-pack", type=count(), metavar="N", help="estimate packing for such packs")
     parser.add_argument("--groups-per-step", type=count(), default=128, metavar="N", help="default %(default)s")
-    parser.add_argument("--html", metavar="FILE", help="write one self-contained page")
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write one page that needs nothing else; it opens with three groups, or those of --group",
+    )
     parser.add_argument("--json", metavar="FILE", help="write report and groups as JSON; - for stdout")
     parser.add_argument("--verify", action="store_true", help="check the sha256 of every file of the shards")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto")
@@ -90,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if not to_files:
         print(report_text(report, colour, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     if arguments.html:
-        _write(arguments.html, html_page(report, views))
+        _write(arguments.html, html_page(report, views or source.first(WHOLE_GROUPS)))
     if arguments.json:
         _write(arguments.json, json.dumps(report | {"views": [asdict(view) for view in views]}, indent=1) + "\n")
     return 0

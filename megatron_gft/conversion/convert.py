@@ -19,7 +19,8 @@ import multiprocessing
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -56,10 +57,10 @@ from megatron_gft.hf.safetensors_io import (
 )
 from megatron_gft.hf.shape import read_model_shape, shape_differences
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count, shared_directory
+from megatron_gft.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], object]
 """Called with the bytes of tensor data just made and those that this process has to make, on every process."""
 
 Verify = Literal["hash", "logits", "off"]
@@ -126,7 +127,7 @@ def hf_to_megatron(
     dtype: torch.dtype | None = None,
     verify: Verify = "hash",
     text: str | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: bool = False,
 ) -> None:
     """Convert a Hugging Face folder to a Megatron checkpoint of any layout. Collective under torchrun.
 
@@ -147,24 +148,26 @@ def hf_to_megatron(
     _check_one_dtype_per_key(hf_dir, entries, layouts)
     rank, count = process_rank_and_count()
     mine = split_entries(entries, layouts, count)[rank]
+    stage = partial(_stage, progress and rank == 0, total_bytes(mine, layouts))
     check_free_space(output, total_bytes(entries, layouts))
 
     def write() -> dict[str, str]:
         """This process's entries, checked; sha256 of each of their Hugging Face tensors."""
         hashes: Hashes = defaultdict(hashlib.sha256)
         parts = [(entry, part) for entry in mine for part in stored_parts(mapping, entry, layouts)]
-        total = total_bytes(mine, layouts)
 
         def data() -> Iterator[torch.Tensor]:
-            for entry, part in parts:
-                rows = _read_part(mapping, entry, part, weights, hashes)
-                progress(rows.nbytes, total)
-                yield rows
+            with stage("writing") as bar:
+                for entry, part in parts:
+                    rows = _read_part(mapping, entry, part, weights, hashes)
+                    bar.update(rows.nbytes)
+                    yield rows
 
         write_torch_dist(folder, [part for _, part in parts], data())
         given = {name: digest.hexdigest() for name, digest in hashes.items()}
         if verify != "off":
-            compare_hashes(folder, given, _hash_checkpoint(TorchDistReader(folder), mapping, mine))
+            with stage("reading back") as bar:
+                compare_hashes(folder, given, _hash_checkpoint(TorchDistReader(folder), mapping, mine, bar))
         return given
 
     with shared_directory(output) as folder:
@@ -180,6 +183,10 @@ def hf_to_megatron(
 
         gather_results(finish, output)
         write_file_hashes(folder)
+
+
+def _stage(show: bool, total: int, name: str) -> ProgressBar:
+    return ProgressBar(None, name, total=total, unit="B", show=show)
 
 
 def _check_one_dtype_per_key(hf_dir: Path, entries: Sequence[Entry], layouts: Layouts) -> None:
@@ -226,12 +233,15 @@ def _read_part(
     return buffer
 
 
-def _hash_checkpoint(reader: TorchDistReader, mapping: HfMapping, entries: Sequence[Entry]) -> dict[str, str]:
+def _hash_checkpoint(
+    reader: TorchDistReader, mapping: HfMapping, entries: Sequence[Entry], bar: ProgressBar
+) -> dict[str, str]:
     """sha256 of Hugging Face tensors as they are read back through the mapping."""
     hashes: Hashes = defaultdict(hashlib.sha256)
     for entry in entries:
         for start, stop in reader.chunk_rows(entry.checkpoint_key, entry.index):
             rows = reader.read(entry.checkpoint_key, entry.index, (start, stop))
+            bar.update(rows.nbytes)
             for piece in mapping.shard(entry).within(start, stop):
                 at = piece.offset - start
                 hashes[entry.sources[piece.source]].update(tensor_bytes(rows[at : at + piece.rows]))
@@ -250,7 +260,7 @@ def megatron_to_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     verify: Verify = "hash",
     text: str | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: bool = False,
 ) -> None:
     """Convert a Megatron checkpoint, converted or saved in training at any layout, to a Hugging Face folder.
 
@@ -288,18 +298,19 @@ def megatron_to_hf(
 
     def write() -> None:
         """This process's shards, checked against the sha256 of each tensor as it was given."""
-        hashes, total = {}, total_bytes(runs[rank], layouts)
+        hashes, stage = {}, partial(_stage, progress and rank == 0, total_bytes(runs[rank], layouts))
 
         def noted(pair: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
             hashes[pair[0]] = hashlib.sha256(tensor_bytes(pair[1])).hexdigest()
-            progress(pair[1].nbytes, total)
+            bar.update(pair[1].nbytes)
             return pair
 
-        with contextlib.closing(prefetch(tensors())) as stream:
+        with stage("writing") as bar, contextlib.closing(prefetch(tensors())) as stream:
             for file, planned in plans[rank].items():
                 write_shard(folder / file, planned, itertools.islice(map(noted, stream), len(planned)))
         if verify != "off":
-            compare_hashes(folder, hashes, file_hashes(folder, list(plans[rank])))
+            with stage("reading back") as bar:
+                compare_hashes(folder, hashes, file_hashes(folder, list(plans[rank]), bar))
         if recorded is not None:
             known = {name: digest for name, digest in recorded["tensors_sha256"].items() if name in hashes}
             compare_hashes(checkpoint, known, hashes)

@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_gft import __version__
 from megatron_gft.chat_template import TemplateOptions
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.evaluation.intervals import mean_interval, pass_at_k_summary, ratio_interval, wilson_interval
 from megatron_gft.groups import cell
+from megatron_gft.progress import ProgressBar
 from megatron_gft.sampling.local_backends import TransformersBackend, encode_prompt
 from megatron_gft.sampling.local_model import LocalModel
 from megatron_gft.sampling.prompts import PromptRow, PromptSet, scalar_text
@@ -241,7 +240,7 @@ class _Responses:
         ]
         found: dict[str, Sample] = {}
         backend = TransformersBackend(self.model, self.options.batch_size)
-        with tqdm(total=len(requests), desc=name, unit="response", disable=not self.progress) as bar:
+        with ProgressBar(None, name, total=len(requests), unit="response", show=self.progress) as bar:
             for outcome in backend.generate(requests, params, lambda key: False):
                 if isinstance(outcome, SampleFailure):
                     row, _ = owners[int(outcome.key)]
@@ -254,7 +253,8 @@ class _Responses:
             for said, (row, _) in zip(samples, owners, strict=True)
         )
         judged = self.pool.judge(cases)
-        return list(tqdm(judged, "judging", len(samples), unit="response", disable=not self.progress)), samples
+        bar = ProgressBar(judged, "judging", total=len(samples), unit="response", show=self.progress)
+        return list(bar), samples
 
 
 def _outcomes(verdicts: Sequence[Verdict], samples: Sequence[Sample]) -> dict[str, Any]:
@@ -288,7 +288,7 @@ def _reference(
                 pairs.append((prompt, response))
     if not pairs:
         return None
-    with tqdm(total=len(pairs), desc="reference answers", unit="answer", disable=not progress) as bar:
+    with ProgressBar(None, "reference answers", total=len(pairs), unit="answer", show=progress) as bar:
         logprobs = model.response_logprobs(pairs, bar.update)
     sums, lengths = [math.fsum(values) for values in logprobs], [len(values) for values in logprobs]
     per_token, token_interval = ratio_interval(sums, lengths)

@@ -31,7 +31,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
@@ -40,6 +40,7 @@ from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups.problems import ERROR, ProblemLog
 from megatron_gft.groups.records import GroupRecord, parse_group, record_to_json
 from megatron_gft.groups.rows import RawChunk, iter_rows
+from megatron_gft.progress import ProgressBar
 
 GROUP_FILE_SUFFIXES = (".jsonl", ".jsonl.gz")  # that can be written
 _TEXT_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
@@ -97,6 +98,24 @@ def read_chunks(path: str | Path, rows_per_chunk: int = 256, *, part: int = 0, p
             first_row += len(rows)
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}) -> check the file") from error
+
+
+def read_all(
+    files: Sequence[str | Path],
+    bar: ProgressBar,
+    rows_per_chunk: int = 64,
+    part_of: Callable[[str], int] = lambda name: 0,
+    parts: int = 1,
+) -> Iterator[RawChunk]:
+    """Chunks of all files in order, as :func:`read_chunks`. ``bar.n`` is the bytes of those that were worked on."""
+    before = 0
+    for name in map(str, files):
+        size = os.path.getsize(name)
+        for chunk in read_chunks(name, rows_per_chunk, part=part_of(name), parts=parts):
+            yield chunk
+            bar.n = before + int(size * chunk.read_fraction)
+        before += size
+        bar.n = before
 
 
 def _every(rows: Any, start: int, step: int) -> Any:
@@ -205,13 +224,18 @@ def parse_chunk(chunk: RawChunk, problems: ProblemLog) -> Iterator[tuple[GroupRe
 
 
 def iter_group_file(path: str | Path) -> Iterator[tuple[GroupRecord, str]]:
-    """Yield ``(record, "file:line")`` of each group of a file, streaming.
+    """Yield ``(record, "file:line")`` of each group of a file, streaming. Raises as :func:`iter_groups`."""
+    return iter_groups(read_chunks(path, _ROWS_AT_ONCE))
+
+
+def iter_groups(chunks: Iterable[RawChunk]) -> Iterator[tuple[GroupRecord, str]]:
+    """Yield ``(record, "file:line")`` of each group.
 
     Raises:
         InputErrors: a row is not a group; the message lists the problems of that row.
     """
     problems = ProblemLog()
-    for chunk in read_chunks(path, _ROWS_AT_ONCE):
+    for chunk in chunks:
         for item in parse_chunk(chunk, problems):
             refuse_problems(problems)
             yield item

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_file, working_folder, write_json, writing
 from megatron_gft.errors import InputErrors
-from megatron_gft.groups.files import output_problems, read_chunks, refuse_problems, write_group_file
+from megatron_gft.groups.files import output_problems, read_all, refuse_problems, write_group_file
 from megatron_gft.groups.mapping import Dropped, Mapping, Part, RowReader
 from megatron_gft.groups.problems import DROP, KEEP, KINDS, ProblemLog
 from megatron_gft.groups.records import GroupRecord, check_group, id_digest, parse_group
 from megatron_gft.groups.rows import iter_rows
+from megatron_gft.progress import ProgressBar, total_bytes
 
 LEAST_RESPONSES = 2  # one alone has no advantage
 _SURE_AFTER = 1000  # rows: a column that none of them has is a wrong name
@@ -109,16 +109,18 @@ def import_groups(
 
 def _parts(inputs: Sequence[str], mapping: Mapping, summary: ImportSummary, progress: bool) -> Iterator[Part]:
     reader, problems = RowReader(mapping, functools.partial(summary.drop, "responses")), ProblemLog()
-    rows = ((row, place) for file in inputs for chunk in read_chunks(file) for row, place in iter_rows(chunk, problems))
-    for row, place in tqdm(rows, desc="importing", unit="row", disable=not progress):
-        refuse_problems(problems)
-        try:
-            yield reader.part(row, place)
-        except Dropped as reason:
-            summary.drop("rows", str(reason), place)
-        summary.rows += 1
-        if summary.rows == _SURE_AFTER:
-            _refuse_unseen(reader, place, row)
+    with ProgressBar(desc="importing", total=total_bytes(inputs), unit="B", show=progress) as bar:
+        for row, place in (item for chunk in read_all(inputs, bar) for item in iter_rows(chunk, problems)):
+            refuse_problems(problems)
+            try:
+                yield reader.part(row, place)
+            except Dropped as reason:
+                summary.drop("rows", str(reason), place)
+            summary.rows += 1
+            bar.set_postfix_str(f"{summary.rows} rows", refresh=False)
+            bar.update(0)
+            if summary.rows == _SURE_AFTER:
+                _refuse_unseen(reader, place, row)
     refuse_problems(problems)
     _refuse_unseen(reader, inputs[-1], row if summary.rows else {})
     for name in reader.unseen:

@@ -20,6 +20,7 @@ from megatron_gft.folders import check_folder
 from megatron_gft.hf.config_json import read_config
 from megatron_gft.hf.mapping import HfMapping, Shard
 from megatron_gft.hf.safetensors_io import SafetensorsFolder, TensorInfo, tensor_bytes
+from megatron_gft.progress import ProgressBar
 from megatron_gft.reading import read_json, refuse_damage
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
@@ -152,13 +153,14 @@ def scatter_rows(outputs: Sequence[torch.Tensor], shard: Shard, rows: torch.Tens
         target.copy_(rows[piece.offset - start : piece.offset - start + piece.rows])
 
 
-def file_hashes(folder: Path, files: Sequence[str]) -> dict[str, str]:
-    """sha256 of every tensor in these safetensors files."""
+def file_hashes(folder: Path, files: Sequence[str], bar: ProgressBar) -> dict[str, str]:
+    """sha256 of every tensor in these safetensors files; the bar counts bytes."""
     weights, hashes = SafetensorsFolder(folder, files), {}
     for name in weights.tensors:
         digest = hashlib.sha256()
         for _, rows in weights.read_chunks(name):
             digest.update(tensor_bytes(rows))
+            bar.update(rows.nbytes)
         hashes[name] = digest.hexdigest()
     return hashes
 

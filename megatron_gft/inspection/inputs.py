@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.groups import GROUP_FILE_SUFFIXES, expand_inputs, read_chunks
+from megatron_gft.groups import GROUP_FILE_SUFFIXES, expand_inputs, read_all, read_chunks
 from megatron_gft.inspection.characters import LENIENT, CharacterEncoder
 from megatron_gft.inspection.statistics import EXAMPLES_PER_KIND, Statistics
 from megatron_gft.inspection.views import GroupView, view_group
 from megatron_gft.preprocess.encode import ChunkEncoder
+from megatron_gft.progress import ProgressBar, total_bytes
 from megatron_gft.shards import GroupShard, check_sets, expand_shards, verify_shards
 from megatron_gft.shards.manifest import manifest_path
 from megatron_gft.tokenizer import NO_TEMPLATE, Tokenizer, load_tokenizer
@@ -92,6 +93,9 @@ class ShardSource:
             InputErrors: names the damaged files of the first such shard.
         """
         shards = [GroupShard(prefix) for prefix in self.prefixes]
+        for shard in shards:
+            if (names := shard.manifest.logprob_files) and "sampled" not in names:
+                shard.names = (min(names), None)
         try:
             yield shards
         except Exception as error:  # bytes out of range raise anything; where none is damaged, it is a bug of ours
@@ -117,9 +121,11 @@ class ShardSource:
                 raise InputError(f"{names}: of different tokenizers -> inspect them one by one")
             stamp = shards[0].manifest.tokenizer
             statistics = Statistics(stamp.eos_id, stamp.bos_id)
-            for shard in shards:
-                for first in range(0, len(shard), GROUPS_PER_SLICE):
-                    statistics.add(shard.encoded(first, first + GROUPS_PER_SLICE), shard.prefix)
+            with ProgressBar(None, "reading", total=sum(map(len, shards)), unit="group", leave=False) as bar:
+                for shard in shards:
+                    for first in range(0, len(shard), GROUPS_PER_SLICE):
+                        statistics.add(groups := shard.encoded(first, first + GROUPS_PER_SLICE), shard.prefix)
+                        bar.update(len(groups))
             return statistics.report("tokens", max_tokens_per_pack, groups_per_step) | {
                 "problems": dict(sorted(statistics.problems.items())),
                 "examples": statistics.examples,
@@ -145,6 +151,14 @@ class ShardSource:
         with self._opened() as shards:
             return [self._group(shards, number, self.tokenizer) for number in numbers]
 
+    def first(self, count: int) -> list[GroupView]:
+        """So many groups, or all; none without the tokenizer."""
+        return self.groups(range(min(count, sum(self._sizes())))) if self.tokenizer else []
+
+    def _sizes(self) -> list[int]:
+        with self._opened() as shards:
+            return [*map(len, shards)]
+
     @staticmethod
     def _group(shards: Sequence[GroupShard], number: int, tokenizer: Tokenizer) -> GroupView:
         total = sum(map(len, shards))
@@ -159,7 +173,7 @@ class ShardSource:
         title = f"{shard.prefix} group {number}, id {shard.meta(number)['id']}"
         groups, known = shard.encoded(number, number + 1), shard[number].logprobs
         groups.logprobs = None if known is None else np.concatenate(known)
-        return view_group(groups, tokenizer, title)
+        return view_group(groups, tokenizer, title, str(shard.names[0]))
 
 
 def _incomplete_sets(shards: Sequence[GroupShard]) -> list[str]:
@@ -187,16 +201,17 @@ class FileSource:
         Raises:
             InputError: a file cannot be read.
         """
-        encoder = CharacterEncoder() if self.tokenizer is None else ChunkEncoder(self.tokenizer, LENIENT)
+        encoder = self._encoder()
         statistics = Statistics(encoder.tokenizer.eos_id, encoder.tokenizer.bos_id)
         problems: Counter[str] = Counter()
         examples: dict[str, list[str]] = {}
         for kind, detail in encoder.tokenizer.problems():
             problems[kind], examples[kind] = 1, [detail]
-        for name in self.files:
-            for chunk in read_chunks(name):
+        with ProgressBar(None, "reading", total=total_bytes(self.files), unit="B", leave=False) as bar:
+            for chunk in read_all(self.files, bar):
+                bar.update(0)
                 encoded = encoder.encode(chunk)
-                statistics.add(encoded.groups, name)
+                statistics.add(encoded.groups, chunk.path)
                 for problem in encoded.problems:
                     problems[problem.kind] += 1
                     if problems[problem.kind] <= EXAMPLES_PER_KIND:
@@ -215,7 +230,19 @@ class FileSource:
         """As of shards, in one pass: only the encoder knows which rows become groups, so all before are encoded."""
         if self.tokenizer is None:
             raise InputError("--group needs --tokenizer, to tokenize the group")
-        encoder = ChunkEncoder(self.tokenizer, LENIENT)
+        views, total = self._views(numbers)
+        for number in numbers:
+            if number not in views:
+                raise _no_such_group(number, total)
+        return [views[number] for number in numbers]
+
+    def first(self, count: int) -> list[GroupView]:
+        """So many groups, or all; without a tokenizer as whole texts."""
+        return [*self._views(range(count))[0].values()]
+
+    def _views(self, numbers: Sequence[int]) -> tuple[dict[int, GroupView], int]:
+        """Those of the groups that are there, and how many groups were seen."""
+        encoder = self._encoder()
         views: dict[int, GroupView] = {}
         total = 0
         for chunk in (chunk for name in self.files for chunk in read_chunks(name)):
@@ -224,8 +251,12 @@ class FileSource:
                 if total <= number < total + len(encoded.groups):
                     origin = encoded.origins[number - total]
                     group = encoded.groups.select(np.arange(len(encoded.groups)) == number - total)
-                    views[number] = view_group(group, self.tokenizer, f"{origin.place} group {number}, id {origin.id}")
+                    title = f"{origin.place} group {number}, id {origin.id}"
+                    views[number] = view_group(group, encoder.tokenizer, title)
             total += len(encoded.groups)
             if len(views) == len(set(numbers)):
-                return [views[number] for number in numbers]
-        raise _no_such_group(next(number for number in numbers if number not in views), total)
+                break
+        return views, total
+
+    def _encoder(self) -> ChunkEncoder:
+        return CharacterEncoder() if self.tokenizer is None else ChunkEncoder(self.tokenizer, LENIENT)

@@ -1,8 +1,8 @@
 """Reports and groups for people: text for the terminal, and one self-contained HTML page.
 
 Colour of a response token says what training does with it: green is made more likely (advantage > 0), red less
-likely, grey is not trained (prompt, or advantage 0). Neighbouring tokens alternate in underlining, so that boundaries
-are visible; special tokens are inverted.
+likely, grey is not trained (prompt, or advantage 0). On the page its strength is A*u*c, or A*u where c is not known.
+Neighbouring tokens alternate in underlining, so that boundaries are visible; special tokens are inverted.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from rich.table import Table
 
 from megatron_gft.groups.problems import KINDS
 from megatron_gft.inspection.views import GroupView, TokenView
+from megatron_gft.objectives import HeadSettings
 
 _STYLES = {"plus": "green", "minus": "red", "zero": "bright_black", "prompt": "bright_black"}
+_NUMERIC = re.compile(r"[-\d.,%x]+")
 _UNLIMITED = 100_000  # columns of what is no terminal: nothing is wrapped
 
 # Text of models and files must not steer a terminal: control characters and turns of direction are spelled.
@@ -51,7 +53,7 @@ def group_text(view: GroupView, colour: bool) -> str:
         return ("" if colour else "|").join(styled(t.text, look) for t, look in zip(tokens, looks, strict=True))
 
     lines = [styled(view.title, "bold"), styled(f"gold answer: {view.answer}", ""), ""]
-    lines += [styled(f"prompt: {len(view.prompt)} tokens", "bold"), line(view.prompt, "prompt")]
+    lines += [styled(f"prompt: {view.prompt_length:,} {view.unit}", "bold"), line(view.prompt, "prompt")]
     for number, response in enumerate(view.responses):
         lines += ["", styled(f"response {number}: {response.headline}", "bold"), line(response.tokens, response.role)]
     return "\n".join(lines) + "\n"
@@ -74,7 +76,7 @@ def report_text(report: dict[str, Any], colour: bool = False, columns: int | Non
             table = Table(box=None, show_header=any(heading), header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
             cells = [[cell.translate(_SPELLED) for cell in row] for row in rows]
             for i, name in enumerate(heading):
-                numeric = all(re.fullmatch(r"[-\d.,%x]+", row[i]) for row in cells)
+                numeric = all(_NUMERIC.fullmatch(row[i]) for row in cells)
                 table.add_column(name, justify="right" if numeric else "left", overflow="fold")
             for row in cells:
                 table.add_row(*row)
@@ -132,16 +134,20 @@ def _packing(packing: dict[str, Any]) -> dict[str, str]:
 
 def html_page(report: dict[str, Any], views: Sequence[GroupView] = ()) -> str:
     """One page without any other file: tables, plots (inline SVG) and groups. Text of the data is escaped."""
-    plots = {
-        f"prompt length ({report['unit']})": report["prompt_length"],
-        "responses per group": report["responses_per_group"],
-        "rewards": report["rewards"],
-    }
-    plots |= {f"{s} response length ({report['unit']})": of["length"] for s, of in report["by_source"].items()}
+    unit = report["unit"]  # what is drawn: title, horizontal axis, vertical axis, values
+    plots = [
+        ("prompts", unit, "groups", report["prompt_length"]),
+        ("group size", "responses", "groups", report["responses_per_group"]),
+        ("rewards", "reward", "responses", report["rewards"]),
+        *((f"responses, {s}", unit, "responses", of["length"]) for s, of in report["by_source"].items()),
+    ]
     # finalize: every value goes through it before it is escaped.
     environment = Environment(
         autoescape=True, finalize=_visible, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = _number
-    template = environment.from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
-    return template.render(report=report, plots=plots, tables=list(_tables(report)), views=views)
+    environment.tests["numeric"] = _NUMERIC.fullmatch
+    folder = files(__package__)
+    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
+    css, tau = (folder / "page.css").read_text(encoding="utf-8"), HeadSettings().tau
+    return template.render(report=report, plots=plots, tables=list(_tables(report)), views=views, css=css, tau=tau)

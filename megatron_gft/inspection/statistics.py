@@ -145,8 +145,10 @@ def _summary(values: np.ndarray) -> dict[str, Any] | None:
         return None
     values = values.astype(np.float64)
     low, high = float(values.min()), float(values.max())
-    span = (low, high if high > low else low + max(1.0, abs(low) * 1e-6))  # wide enough for bins of large values
-    counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=span)
+    span, bins = (low, high if high > low else low + max(1.0, abs(low) * 1e-6)), HISTOGRAM_BINS  # of large values, too
+    if high - low < bins - 1 and abs(high) < 1e9 and (values == np.round(values)).all():  # a bar for each value
+        span, bins = (low - 0.5, high + 0.5), int(high - low) + 1
+    counts, edges = np.histogram(values, bins=bins, range=span)
     median, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99]).tolist()
     histogram = {"edges": edges.tolist(), "counts": counts.tolist()}
     of = {"mean": float(values.mean()), "min": low, "median": median, "p90": p90, "p99": p99, "max": high}

@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 from pydantic_core import to_json
-from tqdm import tqdm
 
 import megatron_gft
 from megatron_gft.atomic import sha256_json, writing
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_chunks
+from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_all
 from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, Problem, ProblemLog, problem_table, raise_errors
 from megatron_gft.groups.records import id_digest
 from megatron_gft.hf.config_json import read_config
 from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, tokenizer_problems
 from megatron_gft.preprocess.staging import Staging, check_existing, existing_shards
 from megatron_gft.preprocess.workers import OrderedWorkers
+from megatron_gft.progress import ProgressBar, total_bytes
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
 from megatron_gft.shards.writer import check_prefix
 from megatron_gft.tokenizer import NO_TEMPLATE, load_tokenizer
@@ -217,30 +217,20 @@ def _rotation(name: str, parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(os.fsencode(Path(name).name), digest_size=8).digest(), "big") % parts
 
 
-def _chunks(options: PreprocessOptions, files: Sequence[str], bar: tqdm) -> Iterator[RawChunk]:
-    """All chunks of the input in order; the bar shows the bytes read."""
-    part, parts = options.part
-    rows = min(options.rows_per_chunk, options.max_groups_per_shard)
-    before = 0
-    for name in files:
-        size = os.path.getsize(name)
-        for chunk in read_chunks(name, rows, part=(part - 1 + _rotation(name, parts)) % parts, parts=parts):
-            yield chunk
-            bar.n = before + int(size * chunk.read_fraction)
-        before += size
-        bar.n = before
-
-
 def _write_shards(builder: _ShardBuilder, encoder: ChunkEncoder, progress: bool) -> dict[str, dict[str, int]]:
     """Write all shards that are not done yet into the staging folder; problems of rows of which none was made."""
-    options, total = builder.options, sum(map(os.path.getsize, builder.files))
+    options, (part, parts) = builder.options, builder.options.part
+    rows = min(options.rows_per_chunk, options.max_groups_per_shard)
     with contextlib.ExitStack() as stack:
         stack.callback(builder.abort)
         encode_all: Callable[[Iterable[RawChunk]], Iterator[EncodedChunk]] = functools.partial(map, encoder.encode)
         if options.workers > 1:  # before the progress bar, which starts a thread
             encode_all = stack.enter_context(OrderedWorkers(encoder.encode, options.workers)).map
-        bar = stack.enter_context(tqdm(total=total, desc="preprocess", unit="B", unit_scale=True, disable=not progress))
-        chunks = itertools.islice(_chunks(options, builder.files, bar), builder.next_chunk, None)
+        bar = stack.enter_context(
+            ProgressBar(desc="preprocess", total=total_bytes(builder.files), unit="B", show=progress)
+        )
+        every = read_all(builder.files, bar, rows, lambda name: (part - 1 + _rotation(name, parts)) % parts, parts)
+        chunks = itertools.islice(every, builder.next_chunk, None)
         started, groups = time.monotonic(), 0
         for result in encode_all(chunks):
             builder.add(result)

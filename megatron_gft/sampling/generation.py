@@ -21,14 +21,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_file, sha256_json, write_json, writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import output_problems, write_group_file
 from megatron_gft.groups.records import GroupRecord, ResponseRecord
 from megatron_gft.journal import Journal
+from megatron_gft.progress import ProgressBar
 from megatron_gft.sampling.prompts import PromptSet
 from megatron_gft.sampling.responses import FAILED, ColumnResponses, SampledResponses, Summary
 from megatron_gft.sampling.settings import Outcome, SampleFailure
@@ -180,8 +179,9 @@ class GenerationRun:
         local = (r.outcomes(self._prompts, journal) for r in todo if not isinstance(r.source, OpenAISource))
         failures: list[SampleFailure] = []
         done = self._num_samples - sum(pending)
-        bar = tqdm(total=self._num_samples, initial=done, desc="sampling", unit="response", disable=not progress)
-        with bar:
+        with ProgressBar(
+            None, "sampling", total=self._num_samples, initial=done, unit="response", show=progress
+        ) as bar:
             for outcome in itertools.chain(merged(remote), *local):
                 if isinstance(outcome, SampleFailure):
                     failures.append(outcome)
@@ -206,7 +206,7 @@ class GenerationRun:
         summary.responses = {responses.source.name: Counter() for responses in self._responses}
 
         def groups() -> Iterator[GroupRecord]:
-            for row in tqdm(self._prompts, total=self._num_prompts, desc="writing", unit="group", disable=not progress):
+            for row in ProgressBar(self._prompts, "writing", total=self._num_prompts, unit="group", show=progress):
                 made: list[ResponseRecord] = list(row.responses)
                 for responses in self._responses:
                     for record in responses.records(row, journal, summary):

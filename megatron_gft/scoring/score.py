@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_gft.atomic import writing
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.groups import SOURCES, GroupRecord, iter_group_file, output_problems, write_group_file
+from megatron_gft.groups import SOURCES, GroupRecord, iter_groups, output_problems, read_all, write_group_file
 from megatron_gft.groups.records import opened_tag
 from megatron_gft.journal import Journal
+from megatron_gft.progress import ProgressBar, total_bytes
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.verifier_pool import VerifierPool
 from megatron_gft.scoring.verifiers import OUTCOMES, Case, Verdict
@@ -98,9 +97,10 @@ def score_group_file(
         with _open_journal(output.with_name(output.name + ".journal"), description) as journal:
             for left in output.parent.glob(f".{glob.escape(output.name)}.tmp-*"):  # by killed runs: we hold the lock
                 left.unlink(missing_ok=True)
-            judged = _judged(_read(inputs, options), pool, journal, progress)
-            with writing(output, "verdicts are kept"):
-                write_group_file(output, _with_verdicts(judged, options, description, summary))
+            with ProgressBar(desc="scoring", total=total_bytes(inputs), unit="B", show=progress) as bar:
+                judged = _judged(_read(inputs, options, bar), pool, journal, bar)
+                with writing(output, "verdicts are kept"):
+                    write_group_file(output, _with_verdicts(judged, options, description, summary))
         summary.replaced_workers = pool.replaced
     return summary
 
@@ -152,24 +152,23 @@ class _Group:
     key: str
 
 
-def _read(inputs: Sequence[str | Path], options: ScoringOptions) -> Iterator[_Group]:
-    for path in inputs:
-        for record, place in iter_group_file(path):
-            key = ""
-            if options.can_judge(record.answer):
-                texts = [response.text + opened_tag(response) for response in record.responses]
-                content = json.dumps([record.answer, record.prompt, record.meta, texts], sort_keys=True, default=str)
-                key = f"{hashlib.blake2b(content.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}/{record.id}"
-            elif options.missing_answer == "error":
-                raise InputError(
-                    f"{place}: group {record.id!r} has no gold answer -> give one, set --missing-answer null, or use "
-                    "a verifier that needs none"
-                )
-            yield _Group(record, place, key)
+def _read(inputs: Sequence[str | Path], options: ScoringOptions, bar: ProgressBar) -> Iterator[_Group]:
+    for record, place in iter_groups(read_all(inputs, bar)):
+        key = ""
+        if options.can_judge(record.answer):
+            texts = [response.text + opened_tag(response) for response in record.responses]
+            content = json.dumps([record.answer, record.prompt, record.meta, texts], sort_keys=True, default=str)
+            key = f"{hashlib.blake2b(content.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}/{record.id}"
+        elif options.missing_answer == "error":
+            raise InputError(
+                f"{place}: group {record.id!r} has no gold answer -> give one, set --missing-answer null, or use "
+                "a verifier that needs none"
+            )
+        yield _Group(record, place, key)
 
 
 def _judged(
-    groups: Iterable[_Group], pool: VerifierPool, journal: Journal, progress: bool
+    groups: Iterable[_Group], pool: VerifierPool, journal: Journal, bar: ProgressBar
 ) -> Iterator[tuple[_Group, list[Verdict]]]:
     """Every group in order with its verdicts; those in the journal are not asked for."""
     waiting: deque[_Group] = deque()
@@ -186,15 +185,16 @@ def _judged(
                 for said in record.responses:
                     yield Case(said.text, record.answer, record.prompt, record.meta, opened_tag(said))
 
-    verdicts = pool.judge(cases())
-    with tqdm(desc="scoring", unit="response", disable=not progress) as bar:
-        for first in verdicts:
-            group = waiting.popleft()
-            said = [first, *itertools.islice(verdicts, len(group.record.responses) - 1)]
-            if group.key and group.key not in journal:
-                journal.append(group.key, [[verdict.outcome, verdict.reward, verdict.detail] for verdict in said])
-            bar.update(len(said))
-            yield group, said
+    verdicts, done = pool.judge(cases()), 0
+    for first in verdicts:
+        group = waiting.popleft()
+        said = [first, *itertools.islice(verdicts, len(group.record.responses) - 1)]
+        if group.key and group.key not in journal:
+            journal.append(group.key, [[verdict.outcome, verdict.reward, verdict.detail] for verdict in said])
+        done += len(said)
+        bar.set_postfix_str(f"{done} responses", refresh=False)
+        bar.update(0)
+        yield group, said
 
 
 def _with_verdicts(

@@ -22,6 +22,7 @@ import numpy as np
 from megatron_gft.atomic import write_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count
+from megatron_gft.progress import ProgressBar, total_bytes
 from megatron_gft.shards.manifest import (
     BLOCK_BYTES,
     ShardManifest,
@@ -86,26 +87,36 @@ def verify_shards(prefixes: Iterable[str | Path]) -> None:
     Raises:
         InputErrors: one line for each damaged manifest, damaged file or block, and incomplete set, of all shards.
     """
-    problems, shards = [], []
-    for prefix in map(str, prefixes):
-        try:
-            manifest = read_manifest(prefix)
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        shards.append((prefix, manifest))
-        try:
-            GroupShard(prefix)
-        except InputErrors as error:
-            problems += error.problems
-        except InputError as error:
-            problems.append(str(error))
-        for name in manifest.bulk_files:
-            if file_problem(Path(prefix).with_name(name), manifest.files[name], contents=False) is None:
-                problems += filter(None, (block.problem() for block in _blocks(prefix, manifest, name)))
+    problems, shards, names = list[str](), [], [*map(str, prefixes)]
+    bulk = [path for prefix in names if (path := Path(f"{prefix}.bin")).is_file()]
+    with ProgressBar(None, "verifying shards", total=total_bytes(bulk), unit="B") as bar:
+        for prefix in names:
+            try:
+                manifest = read_manifest(prefix)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            shards.append((prefix, manifest))
+            try:
+                GroupShard(prefix)
+            except InputErrors as error:
+                problems += error.problems
+            except InputError as error:
+                problems.append(str(error))
+            for name in manifest.bulk_files:
+                if file_problem(Path(prefix).with_name(name), manifest.files[name], contents=False) is None:
+                    problems += _problems(_blocks(prefix, manifest, name), bar)
     problems += incomplete_sets(shards)
     if problems:
         raise InputErrors(f"damaged or incomplete shards -> {_REMEDY}", problems)
+
+
+def _problems(blocks: Iterable[_Block], bar: ProgressBar) -> list[str]:
+    found = []
+    for block in blocks:
+        found.append(block.problem())
+        bar.update(block.bytes)
+    return [*filter(None, found)]
 
 
 def verify_at_start(shards: Sequence[GroupShard], stamps: Path) -> None:
@@ -131,7 +142,9 @@ def verify_at_start(shards: Sequence[GroupShard], stamps: Path) -> None:
     ]
     # Of blocks by size every so-manyth: shares differ by one block at most.
     mine = sorted(blocks, key=lambda block: -block.bytes)[peers.index(rank) :: len(peers)]
-    found = gather_results(lambda: [*filter(None, (block.problem() for block in mine))])
+    size = sum(block.bytes for block in mine)
+    with ProgressBar(None, "verifying shards", total=size, unit="B", show=rank == 0) as bar:
+        found = gather_results(lambda: _problems(mine, bar))
     if problems := sorted(set(itertools.chain(*found))):
         raise InputErrors(f"damaged shards -> {_REMEDY}", problems)
     if rank == 0 and (new := set(itertools.chain(*marks))) - known:
