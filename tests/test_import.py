@@ -349,7 +349,7 @@ def test_what_a_killed_import_left_goes_with_the_next_and_only_that(tmp_path, ca
     code = (
         "import sys; from megatron_gft.commands.import_groups import main; from megatron_gft.groups import importing\n"
     )
-    code += f"importing.read_chunks = lambda file: print(1, flush=True) or sys.stdin.read()\nmain({command})"
+    code += f"importing.read_all = lambda files, bar: print(1, flush=True) or sys.stdin.read()\nmain({command})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     first = subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=-1, stdout=-1)
     assert first.stdout is not None and first.stdin is not None

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if not to_files:
         print(report_text(report, colour, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     if arguments.html:
-        _write(arguments.html, html_page(report, [*views, *source.first(0 if views else WHOLE_GROUPS)]))
+        _write(arguments.html, html_page(report, [*views, *source.first(WHOLE_GROUPS * (not views))]))
     if arguments.json:
         _write(arguments.json, json.dumps(report | {"views": [asdict(view) for view in views]}, indent=1) + "\n")
     return 0
