@@ -4,6 +4,8 @@
 # make test-slurm  jobs on a real Slurm of two nodes on this machine: root, and Debian's slurmctld slurmd slurm-client munge
 # make quickstart  the whole pipeline on a real 135M model: groups -> shards -> training -> Hugging Face export
 # make quickstart DATA=problems.parquet   the same on question/answer rows
+# make study       does GFT help? Many small models, about an hour on one core; QUICK=1: ten minutes (examples/study)
+# make study-full  the same with one thing changed at a time; hours
 # make versions    the core tests against the newest supported Megatron-Core, or VERSIONS="0.17.1 0.18.2"
 # make gpu-check WHEELS=DIR   what one GPU shows in six minutes, with this machine's own Python and torch (docs/cluster.md)
 
@@ -19,7 +21,7 @@ TEST_WORKERS ?= 2
 # A file's tests share what is costly to make, so a file stays with one worker.
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: install test test-slow test-all test-slurm lint soak versions quickstart gpu-check clean
+.PHONY: install test test-slow test-all test-slurm lint soak versions quickstart study study-full gpu-check clean
 
 # torch first and by itself: its index decides whether the CPU or the CUDA build is taken, and Megatron-Core's
 # own requirement would take the newest.
@@ -63,6 +65,12 @@ versions: $(DEV_STAMP)
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py $(if $(DATA),--data $(DATA)) $(QUICKSTART_FLAGS)
+
+study: $(STAMP)
+	$(BIN)/python -m examples.study --size $(if $(QUICK),quick,study)
+
+study-full: $(STAMP)
+	$(BIN)/python -m examples.study --size full
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_CHECK_FLAGS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -103,3 +105,43 @@ def test_a_result_of_other_settings_is_refused(tmp_path):
     other = replace(settings.TINY, world=replace(settings.TINY.world, rare=0.5))
     with pytest.raises(InputError, match="other settings"):
         study.Runner(other, tmp_path, None).result("a/b")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_sweep_is_the_product(tmp_path, monkeypatch):
+    """Same shard, seed and steps: the losses of each step and the greedy answers under torchrun, alone and at tp 2."""
+    from examples.study import lab, product
+
+    monkeypatch.chdir(product.ROOT)
+    command = ["-m", "examples.study", "--size", "tiny", "--output", str(tmp_path)]
+    product.run_tool(command, tmp_path / "log")
+    runner = study.Runner(settings.TINY, tmp_path, None)
+    assert all(runner.result(task.name) for task in study.all_tasks(runner))
+    report_files = {path.name for path in (runner.folder / "report").iterdir()}
+    plots = {"learning-rates.png", "entropy-and-pass-at-k.png", "after-grpo.png"}
+    assert report_files == {"tables.md", "summary.json", "results.parquet", *plots}
+    again = subprocess.run([sys.executable, *command], cwd=product.ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and " 0 to do" in again.stderr and "[1]" not in again.stderr
+
+    lr = runner.chosen("gft", runner.sizes.lrs)
+    swept, of_test = runner.result(f"seed-0/gft/lr-{lr:g}"), runner.result(f"seed-0/gft/test-lr-{lr:g}")
+    rows = runner.problems("test", runner.sizes.test)
+    prompts = [row["prompt"] for row in rows]
+    texts = lab.answer(lab.open_model(runner.export(0, "gft", f"lr-{lr:g}")), prompts, 0, "").texts
+    assert len(set(texts)) > len(prompts) / 2
+    for ranks in (1, 2):
+        folder = tmp_path / f"torchrun-{ranks}"
+        product.write_problems(folder / "test.jsonl", rows)
+        train = ["-m", "megatron_gft.train", "--config", str(lab.TRAIN_CONFIG), *runner.tune_settings(0, "gft", lr)]
+        train += [f"model.config={runner.model}", f"parallel.tp={ranks}", f"train.output={folder}/run"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        product.run_tool([*torchrun, *train], tmp_path / "log")
+        losses = [json.loads(line)["loss"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert len(losses) == settings.TINY.tune_steps and losses == pytest.approx(swept["losses"], rel=0, abs=1e-6)
+        assert ranks > 1 or losses == swept["losses"]
+        export = max(folder.glob("run/export/step-*"))
+        assert lab.answer(lab.open_model(export), prompts, 0, "").texts == texts
+        product.run_tool(product.evaluate_command(folder, export, 2), tmp_path / "log")
+        judged = json.loads((folder / "evaluation.json").read_text())["greedy"]["by_problem"]
+        assert [int(outcome == "correct") for outcome in judged] == of_test["greedy"]

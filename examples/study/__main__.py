@@ -135,6 +135,11 @@ class Runner:
             for seed in range(self.sizes.seeds)
         ]
 
+    def products(self) -> list[Task]:
+        """Some arms again through the tools, from the first seed's base."""
+        seconds = 60 + self.world.prompts * 0.1
+        return [Task(f"product/{arm}", seconds, functools.partial(self.product, arm)) for arm in self.sizes.product]
+
     # --- what makes them ------------------------------------------------------------------------------------------
 
     def shard(self, groups: Path) -> Path:
@@ -310,6 +315,28 @@ class Runner:
         result: Result = {"curve": curve, "failed": why}
         return result | (self.validation(self.laboratory.open_model(folder), seed) if folder else {})
 
+    def product(self, arm: str) -> Result:
+        """What the tools measure, beside what the sweep did; each has samples of its own."""
+        from examples.study.product import through_the_tools, write_problems
+
+        world, sizes, lr = self.world, self.sizes, self.chosen(arm, self.sizes.lrs)
+        folder, base = (self.folder / "product" / arm).resolve(), self.export(0, BASE)
+        assert base is not None
+        shutil.rmtree(folder, ignore_errors=True)
+        options = {"teachers": world.teachers, "right": world.teacher_right, "least_ways": world.least_ways}
+        write_problems(folder / "tune.jsonl", problem_rows("tune", world.prompts, 0, **options))
+        write_problems(folder / "test.jsonl", self.problems("test", sizes.test))
+        shared = [one for one in self.tune_settings(0, arm, lr) if not one.startswith("data.train=")]
+        shared = [one.replace(str(base), str(base.resolve())) for one in shared]
+        found = through_the_tools(
+            *(folder, base.resolve(), self.model.resolve()),
+            samples=sizes.test_samples, teachers=world.teachers, selves=world.selves, settings=shared,
+        )  # fmt: skip
+        swept = self.result(f"seed-0/{arm}/test-lr-{lr:g}") or {"greedy": [0], "test": [0]}
+        ours = {"greedy": sum(swept["greedy"]) / sizes.test, "sampled": sum(swept["test"]) / sizes.test}
+        ours["sampled"] /= sizes.test_samples
+        return {"lr": lr, "tools": found, "sweep": ours}
+
 
 class Progress:
     """A line a result, with the time that remains by the budget and the pace so far."""
@@ -336,7 +363,7 @@ class Progress:
 
 def phases(runner: Runner) -> Iterator[Callable[[], list[Task]]]:
     """In their order."""
-    yield from (runner.sweep, runner.tests, runner.rounds, runner.tests_after_rounds)
+    yield from (runner.sweep, runner.tests, runner.products, runner.rounds, runner.tests_after_rounds)
 
 
 def all_tasks(runner: Runner) -> list[Task]:

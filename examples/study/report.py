@@ -14,6 +14,12 @@ from megatron_gft.atomic import atomic_file, write_json
 from megatron_gft.evaluation.intervals import pass_at_k
 
 DRAWS = 2000
+PAIRS = (
+    *(("gft", "sft"), ("gft", "dft"), ("gft_no_rectification", "gft"), ("gft_no_groups", "gft")),
+    *(("gft_self_only", "gft"), ("rft", "gft"), ("dft_correct", "gft"), ("gft_scaled_0.25", "gft")),
+    *(("gft_scaled_0", "gft"), ("dft_correct", "gft_scaled_0"), ("rounds/gft", "rounds/sft")),
+    *(("rounds/dft_correct", "rounds/gft"), ("rounds/gft_scaled_0.25", "rounds/gft")),
+)
 COLLAPSED = 0.5  # a run that ends below this share of its base's accuracy
 Result = dict[str, Any]
 
@@ -59,7 +65,7 @@ class Findings:
         self.tests: dict[str, dict[int, Result]] = defaultdict(dict)
         self.bases: dict[int, Result] = {}
         for name, result in results.items():
-            if "/" not in name:
+            if not name.startswith("seed-"):
                 continue
             seed, *place, last = name.split("/")
             number, arm = int(seed.removeprefix("seed-")), "/".join(place)
@@ -80,6 +86,23 @@ class Findings:
         """Failed, or below half of its base."""
         return bool(result.get("failed")) or self.validation(result) < COLLAPSED * self.validation(self.bases[seed])
 
+    def difference(self, arm: str, other: str, name: str, samples: int) -> tuple[float, float, float] | None:
+        """Paired by seed and problem, of the test results ``name``; None without a common seed."""
+        found, against = self.tests[arm], self.tests[other]
+        both = [seed for seed in found if name in found[seed] and name in against.get(seed, {})]
+        mine, theirs = (by_problem([one[seed] for seed in both], name, samples) for one in (found, against))
+        return bootstrap(mine - theirs) if both else None
+
+    def pairs(self) -> str:
+        """The comparisons of the predictions, of sampled accuracy and of the side skill."""
+        lines = ["| | sampled | side skill |", "|---|---|---|"]
+        for arm, other in PAIRS:
+            sampled = self.difference(arm, other, "test", self.sizes["test_samples"])
+            side = self.difference(arm, other, "side", 1)
+            if sampled and side:
+                lines.append(f"| {arm} - {other} | {_percent(sampled, '+')} | {_percent(side, '+')} |")
+        return "\n".join(lines)
+
     def rows(self, arms: Sequence[str], against: str) -> list[dict[str, Any]]:
         """Measures of each arm on the test problems, and the paired difference to another one."""
         rows = []
@@ -89,12 +112,10 @@ class Findings:
                 continue
             n, results = self.sizes["test_samples"], list(found.values())
             right = by_problem(results, "test", n)
-            paired = [seed for seed in found if "test" in self.tests[against].get(seed, {})]
             row: dict[str, Any] = {"arm": arm, "lr": results[0].get("lr"), "seeds": len(found)}
             row["sampled"] = bootstrap(right)
-            if arm != against and paired:
-                other = by_problem([self.tests[against][seed] for seed in paired], "test", n)
-                row["difference"] = bootstrap(by_problem([found[seed] for seed in paired], "test", n) - other)
+            if arm != against and (difference := self.difference(arm, against, "test", n)):
+                row["difference"] = difference
             row["greedy"] = bootstrap(by_problem(results, "greedy", 1))
             for k in (k for k in (1, 2, 4, 8, 16) if k <= n):
                 at_k = np.array([pass_at_k(n, int(c), k) for c in range(n + 1)])
@@ -115,6 +136,7 @@ MEASURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "difference": lambda row: _percent(row["difference"], "+") if "difference" in row else "-",
     "greedy": lambda row: _percent(row["greedy"]),
     "pass@8": lambda row: _percent(row["pass@8"]) if "pass@8" in row else "-",
+    "pass@16": lambda row: _percent(row["pass@16"]) if "pass@16" in row else "-",
     "larger numbers": lambda row: _percent(row["larger"]),
     "side skill": lambda row: _percent(row["side"]),
     "entropy": lambda row: "{:.2f} ({:.2f} to {:.2f})".format(*row["entropy"]),
@@ -166,6 +188,7 @@ def write(folder: Path) -> Path | None:
         f"{len(results)} results, {len(findings.bases)} bases (validation {', '.join(f'{v:.1f}' for v in bases)} %).",
         f"## Test problems, at the rate chosen on validation problems\n\n{table(rows)}",
         f"## Validation, every rate († collapsed below half of its base, or failed)\n\n{curve_table(findings, arms)}",
+        f"## Paired differences\n\n{findings.pairs()}",
         f"## After rounds of GRPO (difference: to the rounds from the base)\n\n{table(after)}",
         f"## Validation after the rounds\n\n{curve_table(findings, starts)}",
     ]
@@ -195,7 +218,8 @@ def _plots(findings: Findings, arms: list[str], starts: list[str], rows: list, a
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colors = pyplot.get_cmap("tab20")
+    styles = [(color, marker) for marker in "os" for color in pyplot.get_cmap("Dark2").colors]
+    colors = lambda number: styles[number % len(styles)][0]  # noqa: E731
     figure, axis = pyplot.subplots(figsize=(9, 5.5))
     for number, arm in enumerate(arms):
         lrs = sorted(findings.cells[arm])
@@ -205,7 +229,7 @@ def _plots(findings: Findings, arms: list[str], starts: list[str], rows: list, a
             ]
             axis.plot(*zip(*points, strict=True), color=colors(number), alpha=0.2, lw=0.8) if points else None
         means = [np.mean([findings.validation(result) for result in findings.cells[arm][lr].values()]) for lr in lrs]
-        axis.plot(lrs, means, "o-", color=colors(number), label=arm)
+        axis.plot(lrs, means, styles[number][1] + "-", color=colors(number), label=arm)
     base = np.mean([findings.validation(result) for result in findings.bases.values()])
     axis.axhline(base, color="black", ls="--", label="base")
     axis.set(xscale="log", xlabel="peak learning rate", ylabel="share of samples right, validation problems")
@@ -215,11 +239,10 @@ def _plots(findings: Findings, arms: list[str], starts: list[str], rows: list, a
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
     for number, row in enumerate(rows):
         color = colors(number - 1) if number else "black"
-        left.errorbar(
-            row["entropy"][0], row["sampled"][0], yerr=_bars(row["sampled"]), fmt="o", color=color, label=row["arm"]
-        )
+        x, y, marker = row["entropy"][0], row["sampled"], styles[number - 1][1]
+        left.errorbar(x, y[0], yerr=_bars(y), fmt=marker, color=color, label=row["arm"])
         ks = [k for k in (1, 2, 4, 8, 16) if f"pass@{k}" in row]
-        right.plot(ks, [row[f"pass@{k}"][0] for k in ks], "o-", color=color, label=row["arm"])
+        right.plot(ks, [row[f"pass@{k}"][0] for k in ks], marker + "-", color=color, label=row["arm"])
     left.set(xlabel="entropy of a token, nats", ylabel="share of samples right, test problems")
     right.set(xscale="log", xlabel="k", ylabel="pass@k, test problems")
     right.legend(fontsize=7)
@@ -236,12 +259,12 @@ def _plots(findings: Findings, arms: list[str], starts: list[str], rows: list, a
             yerr=np.array([_bars(one["sampled"]) for one in both])[..., 0].T,
             fmt="o-",
             capsize=3,
-            color=colors(2 * number),
+            color=colors(number),
             label=start,
         )
         curves = [result["curve"] for result in findings.cells[row["arm"]].get(row["lr"], {}).values()]
         shortest = min(map(len, curves), default=0)
-        right.plot(np.mean([curve[:shortest] for curve in curves], 0), color=colors(2 * number), label=start)
+        right.plot(np.mean([curve[:shortest] for curve in curves], 0), color=colors(number), label=start)
     left.set(ylabel="share of samples right, test problems", xticks=[0, 1], xticklabels=["before", "after GRPO"])
     right.set(xlabel="round", ylabel="share of its samples right")
     if after:

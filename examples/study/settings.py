@@ -119,7 +119,7 @@ QUICK = replace(
 )
 TINY = Study(
     "tiny",
-    World(hidden=32, layers=2, pretrain=512, pretrain_batch=32, prompts=16, groups_per_step=8),
+    World(hidden=32, layers=2, pretrain=4096, pretrain_batch=32, prompts=16, groups_per_step=8),
     Sizes(
         *(1, ("sft", "gft"), (3e-4, 1e-3), 16, 4, 16, 4, 2),
         *((BASE, "gft"), 2, 8, 4, 2, (3e-4,), ("gft",)),
