@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,6 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._offsets)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._offsets)
 
     def __getitem__(self, key: str) -> Any:
         """Read a value back from the file (checksum verified again)."""

@@ -19,7 +19,7 @@ from megatron_gft.config import Config, load_config
 from megatron_gft.groups import SOURCES
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.job import build_trainer
-from megatron_gft.logprobs import compute_logprobs, forward_config
+from megatron_gft.logprobs import compute_logprobs
 from megatron_gft.parallel import initialize_parallel
 from megatron_gft.shards import Group, GroupShard, GroupShardWriter
 from megatron_gft.shards.manifest import read_manifest
@@ -77,7 +77,7 @@ def join(config: Config):
 
 
 def _compute(config: Config, name: str) -> list[str]:
-    return compute_logprobs(forward_config(config), read_model_shape(config.model.config), join(config), name)
+    return compute_logprobs(config, read_model_shape(config.model.config), join(config), name)
 
 
 def compute(config: Config, name: str = "start", world_size: int = 1) -> None:

@@ -64,20 +64,19 @@ def read_command_line(argv: Sequence[str] | None = None) -> Config:
     return load_config(options.config, options.overrides)
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Config, ModelShape]:
-    """Configuration and model shape of a command line, checked against each other and the world size.
+def check_config(config: Config) -> ModelShape:
+    """The model's shape, checked against the configuration and the world size.
 
     Raises:
         InputError: whatever is wrong, all of it at once.
     """
-    config = read_command_line(argv)
     name_rank(os.environ)
     from megatron_gft.hf.shape import read_model_shape  # --help does without these
     from megatron_gft.validation import check
 
     shape = read_model_shape(config.model.config)
     check(config, shape, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    return config, shape
+    return shape
 
 
 @contextlib.contextmanager
@@ -109,7 +108,7 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     """
     stop = stop or StopRequest()
     with one_message(stop):
-        config, shape = parse(argv)
+        shape = check_config(config := read_command_line(argv))
         if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < FEWEST_OPEN_FILES:
             raise InputError(f"ulimit -n: {limit} open files are too few -> ulimit -n 4096")
         from megatron_gft.job import open_run  # torch and Megatron: seconds, and only for a sound configuration
