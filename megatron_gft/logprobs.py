@@ -82,7 +82,7 @@ def compute_logprobs(config: Config, shape: ModelShape, parallel: Parallel, name
         InputError: weights or shards that are damaged or do not fit, a name taken by another model, log-probs that are
             not finite.
     """
-    whole = {"train_weights": None, "valid": [], "split": "100,0", "cache": None}
+    whole: dict[str, Any] = {"train_weights": None, "valid": [], "split": "100,0", "cache": None}
     plain = {"coefficient": "none", "beta": 0.0, "entropy": False}
     changes = {"data": config.data.model_copy(update=whole), "objective": config.objective.model_copy(update=plain)}
     config = config.model_copy(update=changes)
@@ -90,7 +90,7 @@ def compute_logprobs(config: Config, shape: ModelShape, parallel: Parallel, name
     if config.data.verify:
         verify_at_start(groups.shards, Path(config.train.output) / "verified.json")
     m, origin = config.model, str(config.checkpoint.init_from)
-    made = {
+    made: dict[str, Any] = {
         "model": model_hash(origin),
         "source": origin,
         "config_mismatch": m.allow_config_mismatch,

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tool_runs
 import torch
+import yaml
 from group_shards import STAMP
 from layout_cases import MODELS, VOCAB_SIZE, TinyGroups, gradient_errors, hf_gradients
 from naive_twin import load_twin, response_logprobs
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from test_shards import flip_bit, read_all, verify_all
 from tiny_models import write_tiny_model
 
+from megatron_gft import logprobs
 from megatron_gft.batch import open_groups
 from megatron_gft.config import Config, load_config
+from megatron_gft.errors import InputError
 from megatron_gft.groups import SOURCES
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.job import build_trainer
-from megatron_gft.logprobs import compute_logprobs
+from megatron_gft.logprobs import LogprobRunner, compute_logprobs
 from megatron_gft.parallel import initialize_parallel
 from megatron_gft.shards import Group, GroupShard, GroupShardWriter
+from megatron_gft.shards import logprobs as shard_files
+from megatron_gft.shards.logprobs import open_pieces, piece
 from megatron_gft.shards.manifest import read_manifest
 from megatron_gft.step import MORE_STATISTICS, STATISTICS
 
@@ -241,3 +250,157 @@ def test_q_of_the_same_weights_and_packs_is_p_and_grpo_the_policy_gradient(root,
     assert max(gradient_errors(gradients, policy_gradients).values()) <= 1e-6
     others = ("data.max_tokens_per_pack=160", "data.packing=packed")
     assert gap(first_step(configure(root, tmp_path, *grpo, *others), 1)[0]) <= 5e-5
+
+
+# --- whole or not at all ----------------------------------------------------------------------------------------------
+
+
+def _die_at(config: Config, function: str, call: int) -> None:
+    """End like a killed process at the ``call``-th use of a function on the way."""
+    original, left = getattr(logprobs, function), [call]
+
+    def dying(*arguments, **options):
+        left[0] -= 1
+        if not left[0]:
+            os._exit(9)
+        return original(*arguments, **options)
+
+    setattr(logprobs, function, dying)
+    _compute(config, "start")
+
+
+def _die_before_the_manifest(config: Config) -> None:
+    shard_files.write_manifest = lambda *_: os._exit(9)
+    _compute(config, "start")
+
+
+def _count_steps(config: Config) -> int:
+    steps = []
+    original = LogprobRunner.logprobs
+    LogprobRunner.logprobs = lambda *arguments: steps.append(1) or original(*arguments)
+    _compute(config, "start")
+    return len(steps)
+
+
+@pytest.mark.parametrize(
+    ("kill", "left"),
+    [
+        ((_die_at, "piece", 2), 4),
+        ((_die_at, "publish", 1), 2),
+        ((_die_before_the_manifest,), 2),
+        ((_die_at, "publish", 2), 0),
+    ],
+)
+def test_a_killed_run_leaves_nothing_to_readers_and_loses_nothing(root, place, alone, kill, left):
+    """Five steps: three of the first shard, two of the second."""
+    config = configure(root, place)
+    function, *arguments = kill
+    with pytest.raises(RuntimeError, match="rank 0 failed"):
+        run_ranks(1, function, config, *arguments)
+    for shard in SHARDS:
+        read_all(place / shard)
+    whole = [shard for shard in SHARDS if "start" in read_manifest(place / shard).logprob_files]
+    assert whole == ([] if left else ["a"])
+    assert run_ranks(1, _count_steps, config) == [left]
+    np.testing.assert_array_equal(read(place), alone)
+    assert not [path.name for path in place.iterdir() if "journal" in path.name or path.name.startswith(".")]
+    before = [path.read_bytes() for path in sorted(place.glob("?.*"))]
+    assert run_ranks(1, _count_steps, config) == [0]  # they are there
+    assert [path.read_bytes() for path in sorted(place.glob("?.*"))] == before
+
+
+def test_every_flipped_byte_of_the_file_is_found(root, place):
+    compute(configure(root, place))
+    manifest = read_manifest(place / "b")
+    path = place / manifest.logprob_files["start"]
+    assert path.stat().st_size == manifest.files[path.name].bytes
+    for position in range(0, path.stat().st_size, 3):
+        flip_bit(path, position, position % 8)
+        with pytest.raises(InputError, match="logprobs-start"):
+            verify_all(place / "b")
+        flip_bit(path, position, position % 8)
+    verify_all(place / "b")
+
+
+def test_one_writer_at_a_time_and_the_same_settings(root, place):
+    header = {"name": "start", "model": "x"}
+    with open_pieces(str(place / "a"), header) as pieces:
+        pieces.append("0", piece(0, np.zeros(3, np.float32)))
+        for name in ("start", "other"):
+            with pytest.raises(RuntimeError, match="in use by another run"):
+                compute(configure(root, place), name)
+    with pytest.raises(RuntimeError, match="a.logprobs.journal: left by a run with other settings -> finish.*remove"):
+        compute(configure(root, place), "other")
+    with open_pieces(str(place / "a"), header) as pieces:
+        assert "0" in pieces
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tool(root, place):
+    tool_runs.load()
+    config = place / "run.yaml"
+    config.write_text(yaml.safe_dump(configure(root, place).model_dump(mode="json")))
+
+    def run(*arguments: str) -> tool_runs.Ended:
+        return tool_runs.run(place, "logprobs", "--config", str(config), *arguments)
+
+    return run
+
+
+def test_a_name_is_of_one_model(root, place, tool):
+    done = tool("--name", "ref")
+    assert done.code == 0 and f"\n{place}/a\n{place}/b\n" in f"\n{done.text}"
+    manifest = (place / "a.json").read_bytes()
+    again = tool("--name", "ref", "data.max_tokens_per_pack=200")
+    assert again.code == 0 and "a: has log-probs 'ref' of this model already" in again.text
+    other = place / "other"
+    shutil.copytree(root / "tied", other)
+    weights = load_file(next(other.glob("*.safetensors")))
+    next(iter(weights.values()))[0] += 1
+    save_file(weights, next(other.glob("*.safetensors")))
+    refused = tool("--name", "ref", f"checkpoint.init_from=hf:{other}")
+    assert refused.is_message and "a: its log-probs 'ref' are of another model" in refused.text
+    assert "-> take another --name" in refused.text and (place / "a.json").read_bytes() == manifest
+    assert tool("--name", "other", f"checkpoint.init_from=hf:{other}").code == 0
+    assert {*read_manifest(place / "a").logprob_files} == {"ref", "other"}
+    made = read_manifest(place / "a").provenance["logprobs"]
+    assert made["ref"]["model"] != made["other"]["model"] and made["ref"]["temperature"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--name", "sampled"], ["'sampled'", "letters, digits"]),
+        (["--name", "../x"], ["'../x'", "letters, digits"]),
+        (["--name", "s", "checkpoint.init_from=null"], ["checkpoint.init_from: not set", "hf:DIR"]),
+        (["--name", "s", "checkpoint.init_from=hf:nowhere"], ["checkpoint.init_from=hf:nowhere"]),
+        (["--name", "s", "parallel.tp=2"], ["does not divide the world size 1"]),
+        (["--name", "s", "data.max_response_tokens=6"], ["over-long groups", "data.overlong"]),
+        (["--name", "s", "data.train=[none]"], ["none: no such group shard"]),
+    ],
+    ids=lambda value: "-" if len(value) > 2 else None,
+)
+def test_refusals(place, tool, arguments, parts):
+    ended = tool(*arguments)
+    assert ended.is_message, ended.text
+    assert all(part in ended.text for part in parts), ended.text
+    assert not list(place.glob("*logprobs*"))
+
+
+def test_a_linked_shard_is_refused(root, tmp_path):
+    for path in root.glob("[ab].*"):
+        (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(RuntimeError, match=r"a.json: a link.*-> name .*logprobs"):
+        compute(configure(root, tmp_path))
+
+
+def test_log_probs_that_are_not_finite_name_the_group(root, tmp_path_factory, place):
+    name, changes = MODELS["untied"]
+    folder = tmp_path_factory.mktemp("inf")
+    write_tiny_model(folder / "untied", name, **{**changes, "head_scale": 1e38})
+    with pytest.raises(RuntimeError, match=r"a group 0 \(id 'a0'\): its log-probs are NaN or infinite, by hf:"):
+        compute(configure(folder, place, model="untied"))
+    assert "start" not in read_manifest(place / "a").logprob_files

@@ -35,7 +35,7 @@ def has_logprobs(prefix: str, name: str, model: str) -> bool:
     if made.get("model") != model:
         raise InputError(
             f"{prefix}: its log-probs {name!r} are of another model, {made.get('source')} with hash "
-            f"{str(made.get('model'))[:12]}; this one has {model[:12]} -> another --name, files of a shard do not change"
+            f"{str(made.get('model'))[:12]}; this one has {model[:12]} -> take another --name"
         )
     return True
 
@@ -49,14 +49,10 @@ def open_pieces(prefix: str, header: Mapping[str, Any]) -> Journal:
     pieces = Journal(f"{prefix}.logprobs.journal", header)
     if pieces.header != header:
         pieces.close()
-        found = pieces.header
+        found = {key: pieces.header.get(key) for key in header}
         raise InputErrors(
             f"{pieces.path}: left by a run with other settings -> finish that one, or remove this file",
-            [
-                f"{key}: {found.get(key)!r} there, {value!r} now"
-                for key, value in header.items()
-                if found.get(key) != value
-            ],
+            [f"{key}: {found[key]!r} there, {value!r} now" for key, value in header.items() if found[key] != value],
         )
     return pieces
 
