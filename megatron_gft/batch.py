@@ -26,7 +26,7 @@ from megatron_gft.objectives import SOURCE_CODES, SOURCES, Advantage, by_source
 from megatron_gft.packing import Pack, build_pack, slice_for_context_parallel
 from megatron_gft.parallel import Parallel
 from megatron_gft.planning import FlopModel, GroupLengths, PackPlan, StepPlan, plan_step, step_groups, steps_per_epoch
-from megatron_gft.shards import Group, GroupTable
+from megatron_gft.shards import Group, GroupShard, GroupTable
 from megatron_gft.tokenizer import has_tokenizer, tokenizer_fingerprint
 
 MAKE_LOGPROBS = "make them with tools/compute_logprobs.py, and name them in data.logprobs (objective.reference)"
@@ -107,15 +107,30 @@ def open_groups(
         limits=length_limits(config, shape),
         logprobs=((data.logprobs or "sampled") if config.q_sources else None, config.objective.reference),
     )
+    _check_logprob_files(config, splits.train.shards)
+    return splits.train, splits.valid
+
+
+def _check_logprob_files(config: Config, shards: Sequence[GroupShard]) -> None:
+    """Raise InputErrors unless each shard has the log-probs that the objective reads of its responses, untempered."""
+    roles = (("q", config.q_sources), ("p_ref", config.objective.kl_sources if config.objective.beta else []))
+    lacking = [
+        f"{shard.prefix}: has no log-probs {name!r}, so {role} of its {', '.join(read)} responses is unknown"
+        for shard in shards
+        for name, (role, sources) in zip(shard.names, roles, strict=True)
+        if name not in shard.manifest.logprob_files
+        and (read := [source for source in sources if shard.manifest.counts.by_source.get(source)])
+    ]
+    if lacking:
+        raise InputErrors(f"shards without log-probs that the objective reads -> {MAKE_LOGPROBS}", lacking)
     tempered = [
         f"{shard.prefix}: {row['source']} responses, temperature {row['sampling']['temperature']}"
-        for shard in splits.train.shards
+        for shard in shards
         for row in (shard.manifest.provenance.get("responses", []) if shard.names[0] == "sampled" else [])
         if row["source"] in config.q_sources and (row["sampling"] or {}).get("temperature", 1) != 1
     ]
     if tempered:
         raise InputErrors(f"q of samples is known at temperature 1 only -> sample at 1, or {MAKE_LOGPROBS}", tempered)
-    return splits.train, splits.valid
 
 
 class StepLoader:
