@@ -1,20 +1,19 @@
-"""Write the table of each recipe's README again, from ``tools/plan.py``'s numbers (two minutes of CPU).
-
-``--check`` writes nothing and fails where a row is not what would be written.
-"""
+"""Write the table of each recipe's README again, with the numbers of ``tools/plan.py``; two minutes of CPU."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_gft.config import load_config
-from megatron_gft.hf.shape import read_model_shape
-from megatron_gft.sizing.fit import GIB, Plan, make_plan
+if TYPE_CHECKING:
+    from megatron_gft.sizing.fit import Plan
 
 FP8 = "examples/fp8.yaml"
+GIB = 2**30
 
 
 def row(recipe: Path) -> str:
@@ -38,6 +37,10 @@ def row(recipe: Path) -> str:
 
 
 def _plan(files: list[str]) -> Plan:
+    from megatron_gft.config import load_config  # torch and Megatron: seconds
+    from megatron_gft.hf.shape import read_model_shape
+    from megatron_gft.sizing.fit import make_plan
+
     config = load_config(files)
     world_size = int(re.findall(r"gpus-(\d+)", files[0])[0])
     plan = make_plan(config, read_model_shape(config.model.config), world_size)
@@ -49,8 +52,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def main(*, check: bool) -> int:
+def main() -> int:
     """1 when a README was not what it is now (or should be)."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/recipe_tables.py --check")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a row would be another")
+    check = parser.parse_args().check
     logging.disable(logging.WARNING)
     changed = False
     for readme in sorted(Path("examples").glob("*/README.md")):
@@ -67,4 +73,4 @@ def main(*, check: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(check="--check" in sys.argv))
+    sys.exit(main())
