@@ -117,6 +117,11 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
             "-> set parallel.ep as it was, or checkpoint.load_optimizer=false: weights and place go on"
         )
     wanted = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
+    # From 0.19 on Megatron-Core finds a group again by its rates, which are alike in all groups here.
+    rates = {name: wanted[0][name] for name in ("max_lr", "min_lr") if wanted and name in wanted[0]}
+    for part in state.values() if apart else (state,):
+        for group in part.get("optimizer", part).get("param_groups", ()):
+            group.update({name: rate for name, rate in rates.items() if name in group})
     with torch.no_grad():  # the loader of one of Megatron's formats writes into leaf views
         optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, wanted, strict=True):
