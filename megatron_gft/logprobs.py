@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_gft import __version__
 from megatron_gft.batch import StepLoader, StepPrefetcher, length_limits, open_groups
@@ -32,6 +31,7 @@ from megatron_gft.journal import Journal
 from megatron_gft.model import LossOutput
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
+from megatron_gft.progress import ProgressBar
 from megatron_gft.shards import Group, GroupShard
 from megatron_gft.shards.limited import LimitedGroups
 from megatron_gft.shards.logprobs import has_logprobs, open_pieces, piece, publish
@@ -137,7 +137,7 @@ def _write_shard(
     prefetcher = StepPrefetcher(loader, len(keys))
     try:
         missing = gather_results(begin)[0]
-        for key in tqdm(missing, desc=prefix, unit="step", disable=not (is_first and config.logging.progress_bar)):
+        for key in ProgressBar(missing, prefix, unit="step", show=is_first and config.logging.progress_bar):
             batch, packs = prefetcher.take(int(key))
             first, last = (groups.locate(int(i))[1] for i in batch.groups[[0, -1]])
             places = range(int(shard.response_starts[first]), int(shard.response_starts[last + 1]))

@@ -215,8 +215,7 @@ def resume() -> dict[str, Any]:
 
 PARTS = {"attention": attention, "kernels": kernels, "compare": compare, "resume": resume, "save": save}
 
-if (
-    __name__ == "__main__"
-):  # on a CPU, after a change that changes these numbers: PYTHONPATH=. python tests/gpu_numbers.py
+# On a CPU, after a change that changes these numbers: PYTHONPATH=. python tests/gpu_numbers.py
+if __name__ == "__main__":
     cpu.install()
     write_json(REFERENCE, reference_steps("model.precision=fp32"))

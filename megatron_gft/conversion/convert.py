@@ -61,8 +61,6 @@ from megatron_gft.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
-"""Called with the bytes of tensor data just made and those that this process has to make, on every process."""
-
 Verify = Literal["hash", "logits", "off"]
 """Read the output back and compare every tensor's sha256; also run both models on a text; neither."""
 
