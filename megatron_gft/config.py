@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -238,6 +238,7 @@ class CheckpointConfig(Section):
     allow_changes: list[str] = Field(
         default_factory=list, description="keys such as objective.tau whose value may be another one on resume"
     )
+    init_optimizer: bool = Field(False, description="start from the optimizer state of init_from, too: a run's own")
     load_optimizer: bool = Field(True, description="on resume, false keeps only weights and data position")
     save_every: PositiveInt | None = Field(None, description="steps between checkpoints; the last step always saves")
     keep_last: PositiveInt = Field(2, description="older checkpoints are removed")
@@ -309,6 +310,14 @@ class Config(Section):
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """The :func:`load_tree` of a run."""
+    return load_tree(Config, files, overrides)
+
+
+Tree = TypeVar("Tree", bound=Section)
+
+
+def load_tree(root: type[Tree], files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Tree:
     """Read YAML ``files`` (later ones win, key by key), apply ``section.key=value`` overrides, check the tree.
 
     Raises:
@@ -328,11 +337,11 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
             raise InputError(f"override {override[:80]!r}: the value is not valid YAML ({why})") from None
         _set(tree, key.split("."), value)
     try:
-        return Config.model_validate(tree)
+        return root.model_validate(tree)
     except pydantic.ValidationError as error:
         problems = [problem for problem in error.errors() if "dict[" not in str(problem["loc"][-1])]  # of a union
         heading = " ".join(["configuration", *map(str, files)])
-        raise InputErrors(heading, list(map(_explain, problems))) from None
+        raise InputErrors(heading, [_explain(problem, root) for problem in problems]) from None
 
 
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
@@ -354,17 +363,20 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def all_keys() -> list[str]:
-    """Every settable key as ``section.key``."""
-    sections: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
-    return [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields]
+def all_keys(root: type[Section] = Config) -> list[str]:
+    """Every settable key as ``section.key``, or ``key`` where there are no sections."""
+    keys = []
+    for name, field in root.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if hasattr(kind, "model_fields")]
+        keys += [f"{name}.{key}" for kind in kinds for key in kind.model_fields] or [name]
+    return keys
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, root: type[Section]) -> str:
     where = ".".join(str(part) for part in problem["loc"] if not re.search(r"\[|^(constrained-)?str$", str(part)))
     if problem["type"] == "extra_forbidden":
         section, _, leaf = where.rpartition(".")
-        known = all_keys() if section else [*Config.model_fields, *all_keys()]
+        known = all_keys(root) if section else [*root.model_fields, *all_keys(root)]
         siblings = [key for key in known if key.rpartition(".")[0] == section]
         leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
         alike = leaves.get(leaf) or nearest(where, siblings)

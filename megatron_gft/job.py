@@ -73,7 +73,7 @@ def build_trainer(
         logger.info("%s", line)
     seed_everything(config.train.seed, parallel)
     transformer, modules = build_model(shape, config.model, config.objective, config.parallel, parallel)
-    if resume_from is None:
+    if resume_from is None and not config.checkpoint.init_optimizer:
         _initial_weights(config, shape, parallel, modules)
     chunks = wrap_data_parallel(modules, transformer, config.optimizer)
     optimizer = build_optimizer(chunks, config.optimizer, bf16=transformer.bf16)
@@ -90,6 +90,9 @@ def build_trainer(
         stored = checkpointer.load(resume_from, with_optimizer=config.checkpoint.load_optimizer)
         _check_same_data(stored, state, config, resume_from, changed)
         state = replace(stored, data_fingerprint=state.data_fingerprint, groups_per_step=state.groups_per_step)
+    elif config.checkpoint.init_optimizer:
+        origin = newest_checkpoint(Path(str(config.checkpoint.init_from)), "checkpoint.init_from")
+        checkpointer.load(origin, with_optimizer=True)
     reporters: list[Reporter] = []  # of rank 0; all ranks end when its files cannot be written
     progress = {"world_size": parallel.world_size, "first_step": state.step, "total_steps": total_steps}
     gather_results(lambda: None if parallel.rank else reporters.append(Reporter(config, **progress)), run_folder)

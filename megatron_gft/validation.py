@@ -198,6 +198,8 @@ def _run(config: Config, world_size: int, training: bool) -> Iterator[str]:
         yield (
             f"checkpoint.init_from={origin}: {absence(folder)}; hf:DIR for a Hugging Face model, DIR for a checkpoint"
         )
+    if config.checkpoint.init_optimizer and (origin is None or origin.startswith("hf:")):
+        yield f"checkpoint.init_optimizer: checkpoint.init_from={origin} has no optimizer -> name a run's checkpoints"
 
 
 def apex_problem() -> str | None:

@@ -21,11 +21,11 @@ import report  # noqa: E402
 import run  # noqa: E402
 import smollm2  # noqa: E402
 import split_rows  # noqa: E402
-import stages  # noqa: E402
 import word_problems  # noqa: E402
-from stages import Pipeline, Stage, StageFailed  # noqa: E402
 
 from megatron_gft.errors import InputError  # noqa: E402
+from megatron_gft.rounds.driver import Rounds  # noqa: E402
+from megatron_gft.rounds.stages import Pipeline, Stage, StageFailed, last_lines  # noqa: E402
 from megatron_gft.scoring.verifiers import Case, build_verifier  # noqa: E402
 
 # What each question asks for, found by its wording and computed from the numbers in their order.
@@ -122,7 +122,7 @@ class Chain:
         read, write = (self.source, self.folder / "a") if name == "first" else (self.folder / "a", self.folder / "b")
         return Stage(
             name,
-            ("-c", code, str(read), str(write), self.suffix if name == "first" else "+2"),
+            (sys.executable, "-c", code, str(read), str(write), self.suffix if name == "first" else "+2"),
             (write,),
             self.folder / "stages",
             **({"inputs": (self.source,)} if name == "first" else {"needs": ("first",)}) | changes,
@@ -220,7 +220,7 @@ def test_files_of_somebody_else_are_never_removed(chain):
 def test_a_log_with_progress_bars_ends_in_their_last_state(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"start\r\nbar 1%\rbar 50%\rbar 99%\nerror: no\n\n")
-    assert stages.last_lines(log, 2) == "    bar 99%\n    error: no"
+    assert last_lines(log, 2) == "    bar 99%\n    error: no"
 
 
 # --- the rest ----------------------------------------------------------------------------------------------------
@@ -242,9 +242,12 @@ def evaluation(outcomes: list[bool], logprobs: list[float]) -> dict:
 def test_the_report_says_whichever_way_it_went(tmp_path):
     before = evaluation([True] * 6 + [False] * 4, [-4.0] * 10)
     after = evaluation([True] * 5 + [False] * 4 + [True], [-8.0 - 0.08 * i for i in range(10)])
-    (tmp_path / "evaluation-before.json").write_text(json.dumps(before))
-    (tmp_path / "evaluation-after.json").write_text(json.dumps(after))
-    text = report.write_report(tmp_path, {"train": {"wall": 3.0, "cpu": 5.0, "skipped": False}})
+    for number, side in enumerate((before, after)):
+        (tmp_path / f"round-0{number}").mkdir()
+        (tmp_path / f"round-0{number}" / "evaluation.json").write_text(json.dumps(side))
+    times = {"stages": {"01-train": {"wall": 3.0, "cpu": 5.0, "skipped": False}}}
+    (tmp_path / "timings.json").write_text(json.dumps(times))
+    text = report.write_report(tmp_path)
     assert "n = 10" in text and "60.0 % [10.0, 90.0]" in text
     assert "accuracy +0.0 [" in text and "1 problems gained, 1 lost): no clear change" in text
     assert "log-prob -1.090 [-1.128, -1.052] a token: worse" in text
@@ -276,11 +279,31 @@ def test_the_whole_pipeline_on_a_tiny_model(tmp_path, monkeypatch, capfd):
     assert run.main(command) == 0, capfd.readouterr().err
     printed = capfd.readouterr().err
     assert "n = 6, with 95 % intervals" in printed
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    train = output / "round-01" / "train"
+    records = [json.loads(line) for line in (train / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
-    for name in ("config.yaml", "curves.png", "checkpoints/latest", "timings.json", "export/step-00000003/config.json"):
+    made = ("train/config.yaml", "train/checkpoints/latest", "model/config.json", "model/model.safetensors")
+    made = (*(f"round-01/{name}" for name in made), "curves.png", "report.html", "timings.json", "summary.json")
+    for name in made:
         assert (output / name).stat().st_size, name
-    assert any((output / "tensorboard").iterdir())
+    assert any((train / "tensorboard").iterdir())
 
     assert run.main(command) == 0
-    assert capfd.readouterr().err.count("done before, skipped") == len(run.STAGES) - 1
+    assert capfd.readouterr().err.count("done before, skipped") == len(Rounds(run.read_settings(command)).stages()) == 8
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_the_settings_load_and_every_command_is_there(tmp_path, monkeypatch, capsys, data):
+    """``make quickstart``, and with DATA, as far as they can be followed without running a stage."""
+    monkeypatch.chdir(ROOT)
+    rows = write_rows(tmp_path / "rows.jsonl", 3)
+    settings = run.read_settings([*(["--data", str(rows)] if data else []), "--samples", "2", "objective=sft"])
+    Rounds(settings).show()
+    printed = capsys.readouterr().out
+    names = "model problems 00-evaluate 01-generate 01-score 01-preprocess 01-train 01-export 01-evaluate".split()
+    assert re.findall(r"\[\d/9\] (\S+)", printed) == names
+    assert (f"split_rows.py --input {rows}" if data else "word_problems.py --output") in printed
+    assert ("--train 36 --held-out 40" if data else "--train 48 --held-out 100") in printed
+    assert "objective=sft" in printed and "--nproc-per-node 2" in printed and "k=2" in printed
+    for script in re.findall(r"(?:examples|tools)/\S+\.py", printed):
+        assert (ROOT / script).is_file()

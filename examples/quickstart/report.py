@@ -26,9 +26,10 @@ MEASURES = {
 }
 
 
-def write_report(output: Path, seconds: dict[str, dict[str, Any]]) -> str:
+def write_report(output: Path) -> str:
     """Compare the two evaluations of a run folder; write ``summary.json`` and return the text to print."""
-    before, after = (json.loads((output / f"evaluation-{side}.json").read_text()) for side in SIDES)
+    before, after = (json.loads((output / f"round-0{side}" / "evaluation.json").read_text()) for side in (0, 1))
+    seconds = json.loads((output / "timings.json").read_text())["stages"]
     summary: dict[str, Any] = {"before": _measures(before), "after": _measures(after)}
     summary["change"] = paired_change(before, after)
     summary["seconds"] = seconds
@@ -79,7 +80,7 @@ def _text(output: Path, summary: dict[str, Any]) -> str:
     times = ", ".join(f"{name} {entry['wall']:.0f}" for name, entry in seconds.items())
     lines.append(f"Seconds: {times}; together {sum(entry['wall'] for entry in seconds.values()):.0f}")
     model = summary["after"]["model"]
-    lines.append(f"Model: {model}   curves: {output / 'curves.png'}   all results: {output / 'summary.json'}")
+    lines.append(f"Model: {model}   curves: {output / 'report.html'}   all results: {output / 'summary.json'}")
     return "\n".join(lines)
 
 

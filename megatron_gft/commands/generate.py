@@ -20,6 +20,7 @@ Values of --source: text is taken as it is (quote what has spaces: system='Answe
 mappings are YAML, and quotes inside a list need quotes around it: stop='["\\n\\n", "####"]'
 Kinds of source and their keys: megatron_gft/sampling/sources.py.
 """
+SETTLED_HELP = "scored group files: leave out prompts whose self responses are all right, or all wrong, in two of them"
 
 
 @command
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", help="YAML file with sources: [...]")
     parser.add_argument("--seed", type=count(0), default=0, help="of the whole run (default %(default)s)")
     parser.add_argument("--limit", type=count(), help="use only the first prompts")
+    parser.add_argument("--draw", type=count(), metavar="N", help="use N of the prompts, drawn by the seed")
+    parser.add_argument("--settled", nargs="+", default=[], metavar="SCORED", help=SETTLED_HELP)
     parser.add_argument("--split", default="train", help="split of a dataset folder (default %(default)s)")
     parser.add_argument("--prompt-column", help="default: prompt, question, problem or messages")
     parser.add_argument("--answer-column", help="gold answer (default: answer)")
@@ -51,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from megatron_gft.sampling.generation import GenerationRun
     from megatron_gft.sampling.prompts import PromptColumns, PromptSet
+    from megatron_gft.sampling.selection import choose
     from megatron_gft.sampling.sources import load_sources
 
     sources = load_sources(options.source, options.config)
@@ -62,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
         duplicates=options.duplicates,
     )
     prompts = PromptSet(options.input, columns, options.split, options.limit)
-    run = GenerationRun(prompts, options.output, sources, options.seed, template_kwargs(options.template_kwargs))
+    prompts, left_out = choose(prompts, options.draw, options.seed, options.settled)
+    kwargs = template_kwargs(options.template_kwargs)
+    run = GenerationRun(prompts, options.output, sources, options.seed, kwargs, left_out)
     summary = run.execute(allow_failures=options.allow_failures, progress=not options.quiet)
     counts = ", ".join(f"{name} {sum(by.values())}" for name, by in summary.responses.items())
     dropped = dict(summary.dropped) or "none"

@@ -41,12 +41,14 @@ PAGE = """<!DOCTYPE html>
 class Panel:
     """One set of axes: what it shows, and the keys of a record that it draws; ``{}`` stands for each source."""
 
-    def __init__(self, title: str, key: str, log: bool = False):
-        self.title, self.log = title, log
+    def __init__(self, title: str, key: str, log: bool = False, band: bool = False):
+        self.title, self.log, self.band = title, log, band  # band: from {key}_low to {key}_high
         self.keys = tuple(key.format(source) for source in SOURCES) if "{}" in key else (key,)
 
 
 PANELS = (
+    Panel("accuracy on held-out problems, with 95 %", "accuracy", band=True),
+    Panel("mean reward of a round's responses", "{}/sampled/reward"),
     Panel("loss", "loss"),
     Panel("validation: mean -log p", "valid/{}/positive/nll"),
     Panel("gradient norm", "grad_norm", log=True),
@@ -127,16 +129,26 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
     for index, folder in enumerate(folders):
         if names.count(names[index]) > 1:  # runs of equal name are named by their whole path
             runs[index] = Run(str(folder), runs[index].records)
-    panels = [panel for panel in PANELS if any(len(run.series(key)[0]) for run in runs for key in panel.keys)]
-    figure = _figure(panels, runs)
+    figure = draw(runs)
     with atomic_file(output) as temporary:
         if output.suffix == ".html":
-            temporary.write_text(_page(panels, runs, figure), encoding="utf-8")
+            temporary.write_text(_page(runs, figure), encoding="utf-8")
         else:
             figure.savefig(temporary, format=output.suffix[1:], dpi=120)
 
 
-def _figure(panels: Sequence[Panel], runs: Sequence[Run]) -> Any:
+def _panels(runs: Sequence[Run]) -> list[Panel]:
+    """Those that have something to show."""
+    return [panel for panel in PANELS if any(len(run.series(key)[0]) for run in runs for key in panel.keys)]
+
+
+def draw(runs: Sequence[Run]) -> Any:
+    """Figure of ``runs``.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    panels = _panels(runs)
     try:
         from matplotlib.figure import Figure  # optional dependency
     except ImportError:
@@ -167,6 +179,9 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
                 values = np.convolve(values, np.ones(window) / window, mode="valid")
                 steps = steps[window - 1 :]
             axes.plot(steps, values, label=label, marker=marker, **options)
+            if panel.band:
+                low, high = (run.series(f"{key}_{side}")[1] for side in ("low", "high"))
+                axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.2)
     if panel.log and all((run.series(key)[1] > 0).all() for run in runs for key in panel.keys):
         axes.set_yscale("log")
     if len(panel.keys) > 1:
@@ -175,13 +190,18 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
         axes.legend(unique.values(), unique.keys(), fontsize=8)
 
 
-def _page(panels: Sequence[Panel], runs: Sequence[Run], figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """The figure as an element of a page."""
+    drawing = io.StringIO()
+    figure.savefig(drawing, format="svg")
+    text = drawing.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _page(runs: Sequence[Run], figure: Any) -> str:
     """The figure as inline SVG and a table of the last values; no link to anywhere."""
     from jinja2 import Environment
 
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg")
-    svg = drawing.getvalue()
-    keys = [key for panel in panels for key in panel.keys if any(map(methodcaller("last", key), runs))]
+    keys = [key for panel in _panels(runs) for key in panel.keys if any(map(methodcaller("last", key), runs))]
     page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    return page.render(svg=svg[svg.index("<svg") :], runs=runs, keys=keys)
+    return page.render(svg=svg(figure), runs=runs, keys=keys)

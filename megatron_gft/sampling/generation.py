@@ -47,6 +47,7 @@ class GenerationRun:
         sources: in the order their responses stand in a group.
         seed: of the whole run.
         template_kwargs: variables of the chat template; those of a source's extra_body or of a row go before.
+        left_out: for the summary: prompts that were there and are not asked, by reason.
 
     Raises:
         InputErrors: whatever can be known before the first request: an output that cannot be written or is an input,
@@ -60,8 +61,9 @@ class GenerationRun:
         sources: Sequence[Source],
         seed: int = 0,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        left_out: Mapping[str, int] = MappingProxyType({}),
     ):
-        self._prompts, self._output, self._seed = prompts, Path(output), seed
+        self._prompts, self._output, self._seed, self._left_out = prompts, Path(output), seed, left_out
         self._template_kwargs = template_kwargs
         self._responses: list[ColumnResponses | SampledResponses] = []
         self._num_prompts = self._num_samples = self._num_duplicates = 0
@@ -195,6 +197,7 @@ class GenerationRun:
         return failures
 
     def _write(self, journal: Journal, summary: Summary, progress: bool) -> Summary:
+        summary.dropped.update(self._left_out)
         if self._num_duplicates:
             summary.dropped["prompt given before"] = self._num_duplicates
         if journal.damaged:

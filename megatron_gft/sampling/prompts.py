@@ -91,6 +91,7 @@ class PromptSet:
         columns: how a row is read.
         split: of a folder.
         limit: at most so many prompts; no row behind them is looked at.
+        only: ids of the prompts that are given; default: all.
 
     Raises:
         InputError: a limit below 1; while reading, nothing readable there, or a row without a usable prompt
@@ -101,6 +102,7 @@ class PromptSet:
     columns: PromptColumns = PromptColumns()
     split: str = "train"
     limit: int | None = None
+    only: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -114,7 +116,8 @@ class PromptSet:
         rows = (row for file in self.files() for row in _rows_of_file(file, self.columns))
         if self.columns.duplicates != "error":
             rows = (own for row in rows if (own := _with_own_id(row, seen, self.columns.duplicates)) is not None)
-        return itertools.islice(rows, self.limit)
+        first = itertools.islice(rows, self.limit)
+        return first if self.only is None else (row for row in first if row.id in self.only)
 
     def files(self) -> list[str]:
         """The data files, in order."""
@@ -122,7 +125,8 @@ class PromptSet:
 
     def fingerprint(self) -> str:
         """Changes with any byte of the files and with how they are read."""
-        return sha256_json([[sha256_file(file) for file in self.files()], repr(self.columns), self.limit])
+        read = [[sha256_file(file) for file in self.files()], repr(self.columns), self.limit]
+        return sha256_json(read if self.only is None else [*read, sorted(self.only)])
 
 
 def _rows_of_file(file: str, columns: PromptColumns) -> Iterator[PromptRow]:

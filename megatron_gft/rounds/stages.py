@@ -1,15 +1,15 @@
 """Stages of a pipeline: commands that run once, are skipped while their output stands, and say why they failed.
 
 A stage has a key: the hash of its command, of the bytes of its input files and of the keys of the stages it needs.
-Beside the outputs lies a stamp, ``STAMPS/NAME.json``, with the key and the size of every output file. A stage whose
-stamp carries its key and whose outputs are all there is skipped; changed settings, inputs or earlier stages make
-another key, and the stage runs again. Outputs that no stamp accounts for are somebody else's and are never removed.
+A stamp, ``STAMPS/NAME.json``, holds the key and the size of every output file. A stage whose stamp carries its key and
+whose outputs are all there is skipped; changed settings, inputs or earlier stages make another key, and the stage runs
+again. Outputs that no stamp accounts for are somebody else's and are never removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import json
 import os
 import pty
 import resource
@@ -18,17 +18,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_gft.atomic import sha256_file, sha256_json, write_json
 from megatron_gft.errors import InputError
+from megatron_gft.reading import read_json
 
 LINES_SHOWN = 15
-# Passive: threads that wait for each other sleep, for spinning costs a busy machine more than it gains an idle one.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
 
 
 class StageFailed(RuntimeError):
@@ -41,13 +42,18 @@ class Stage:
 
     Args:
         name: in the order of the pipeline, unique.
-        command: what follows ``python``.
+        command: program and arguments.
         outputs: files and folders that the command makes.
         stamps: folder of the stamp.
         needs: stages whose outputs the command reads.
         inputs: files from outside of the pipeline.
         resumes: the command goes on from its own unfinished outputs, so these are kept.
         threads: OMP_NUM_THREADS of each of its processes.
+        manifests_change: later stages replace the JSON files among the outputs.
+        adds: to outputs of an earlier stage, which are never in its way.
+        identity: what of the command decides its outputs, and so the key; default: all of it.
+        serve: starts the server that the command asks; gives its process, None for one that is not ours.
+        check: refuses (InputError) what the command should not read.
     """
 
     name: str
@@ -58,6 +64,11 @@ class Stage:
     inputs: tuple[Path, ...] = ()
     resumes: bool = False
     threads: int = 1
+    manifests_change: bool = False
+    adds: bool = False
+    identity: tuple[str, ...] = ()
+    serve: Callable[[], contextlib.AbstractContextManager[subprocess.Popen | None]] | None = None
+    check: Callable[[], None] | None = None
 
     @property
     def stamp(self) -> Path:
@@ -66,8 +77,17 @@ class Stage:
 
     def shown(self) -> str:
         """The command as a user would type it."""
-        python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
-        return f"OMP_NUM_THREADS={self.threads} {python} {shlex.join(self.command)}"
+        first, *arguments = self.command
+        first = (
+            os.path.relpath(first) if Path(first).is_absolute() and Path(first).is_relative_to(Path.cwd()) else first
+        )
+        return f"OMP_NUM_THREADS={self.threads} {shlex.join([first, *arguments])}"
+
+    def sizes(self) -> dict[str, int]:
+        """Size of every output file that later stages leave as it is."""
+        files = (file for output in self.outputs for file in ([output] if output.is_file() else output.rglob("*")))
+        kept = (file for file in files if not (self.manifests_change and file.suffix == ".json"))
+        return {str(file): file.stat().st_size for file in sorted(kept) if file.is_file()}
 
 
 @dataclass
@@ -86,59 +106,61 @@ class Pipeline:
     keys: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def stands(self, stage: Stage) -> bool:
+        """Whether the outputs of ``stage`` are those of its settings, inputs and earlier stages; notes its key."""
+        self.keys[stage.name] = key = sha256_json(
+            {
+                "command": stage.identity or stage.command,
+                "inputs": {str(path): sha256_file(path) for path in stage.inputs if path.exists()},
+                "needs": {name: self.keys[name] for name in stage.needs},
+            }
+        )
+        stamp = _read_stamp(stage)
+        there = stage.sizes() if stamp and stamp["done"] and stamp["key"] == key else None
+        return stamp is not None and there is not None and stamp["outputs"].items() <= there.items()
+
     def run(self, stage: Stage) -> None:
         """Run ``stage`` unless its outputs stand.
 
         Raises:
             StageFailed: which stage, why, and the log to look at.
-            InputError: something that the pipeline did not make is in the way.
+            InputError: something that the pipeline did not make is in the way, or what the stage's check says.
         """
-        key = self._key(stage)
-        self.keys[stage.name] = key
-        stamp = _read_stamp(stage.stamp)
+        stands, stamp = self.stands(stage), _read_stamp(stage)
+        key = self.keys[stage.name]
         heading = f"[{len(self.keys)}/{self.total}] {stage.name}"
-        if stamp is not None and stamp["key"] == key and _is_complete(stage, stamp):
+        if stands and stamp is not None:
             say(f"{heading}: done before, skipped")
             self._note(stage.name, stamp["seconds"] | {"skipped": True})
             return
         say(f"\n{heading}\n$ {stage.shown()}")
+        if stage.check is not None:
+            stage.check()
         _make_way(stage, stamp, key)
-        write_json(stage.stamp, {"key": key, "done": False, "command": stage.command})
+        record = {"key": key, "done": False, "command": stage.command}
+        write_json(stage.stamp, record)
         spent = self._execute(stage)
-        write_json(
-            stage.stamp,
-            {
-                "key": key,
-                "done": True,
-                "command": stage.command,
-                "outputs": _sizes(stage.outputs),
-                "seconds": spent,
-            },
-        )
+        write_json(stage.stamp, record | {"done": True, "outputs": stage.sizes(), "seconds": spent})
         self._note(stage.name, spent | {"skipped": False})
         say(f"{heading}: {spent['wall']:.0f} s ({spent['cpu']:.0f} CPU s)")
-
-    def _key(self, stage: Stage) -> str:
-        return sha256_json(
-            {
-                "command": stage.command,
-                "inputs": {str(path): sha256_file(path) for path in stage.inputs},
-                "needs": {name: self.keys[name] for name in stage.needs},
-            }
-        )
 
     def _execute(self, stage: Stage) -> dict[str, float]:
         log = self.logs / f"{stage.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         started, cpu = time.perf_counter(), _children_cpu_seconds()
-        code = run_logged(
-            [sys.executable, *stage.command], log, {"OMP_NUM_THREADS": str(stage.threads), "PYTHONUNBUFFERED": "1"}
-        )
+        environment = {"OMP_NUM_THREADS": str(stage.threads), "PYTHONUNBUFFERED": "1"}
+        with stage.serve() if stage.serve else contextlib.nullcontext() as server:
+            code = run_logged(list(stage.command), log, environment, server)
+            dead = server is not None and code != 0 and server.poll() is not None
         spent = {"wall": time.perf_counter() - started, "cpu": _children_cpu_seconds() - cpu}
         missing = [str(path) for path in stage.outputs if not path.exists()]
         if code == 0 and not missing:
             return spent
-        raise StageFailed(f"stage {stage.name} failed: {_reason(code, missing)}; log: {log}\n{last_lines(log)}")
+        why = "the server died in the middle" if dead else _reason(code, missing)
+        raise StageFailed(
+            f"stage {stage.name} failed: {why} -> see to it and run the same command again: what is finished "
+            f"is kept; log: {log}\n{last_lines(server_log(log) if dead else log)}"
+        )
 
     def _note(self, name: str, seconds: dict[str, Any]) -> None:
         self.seconds[name] = seconds | {key: round(seconds[key], 2) for key in ("wall", "cpu")}
@@ -155,6 +177,16 @@ class Pipeline:
         )
 
 
+def prune(stage: Stage, folder: Path) -> None:
+    """Remove ``folder``, of the outputs of a finished stage, which stands without it."""
+    stamp = _read_stamp(stage)
+    if folder.exists() and stamp is not None and stamp["done"]:
+        kept = {name: size for name, size in stamp["outputs"].items() if not Path(name).is_relative_to(folder)}
+        write_json(stage.stamp, stamp | {"outputs": kept})
+        shutil.rmtree(folder)
+        say(f"pruned {folder}")
+
+
 def _reason(code: int, missing: list[str]) -> str:
     if code == 0:
         return f"it ended without an error but left no {', '.join(missing)}"
@@ -169,17 +201,26 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_logged(command: list[str], log: Path, environment: dict[str, str]) -> int:
-    """Run a command, copy what it prints to stderr and to ``log``, return its exit code.
+def run_logged(
+    command: list[str], log: Path, environment: dict[str, str], server: subprocess.Popen | None = None
+) -> int:
+    """Run a command, copy what it prints to stderr and to ``log``, return its exit code; it ends with its ``server``.
 
     On a terminal the command gets a terminal of its own, so that its progress bars stay bars. The first interrupt
     asks the command to end (training finishes its step and saves), a second one kills it.
     """
     reader, writer = pty.openpty() if sys.stderr.isatty() else os.pipe()
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=os.environ | environment
-    )
-    os.close(writer)
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=os.environ | environment
+        )
+    except OSError as error:
+        os.close(reader)
+        raise InputError(f"{command[0]}: cannot be started ({error.strerror}) -> correct the stage's command") from None
+    finally:
+        os.close(writer)
+    if server is not None:
+        threading.Thread(target=_end_with, args=(server, process), daemon=True).start()
     try:
         with open(log, "wb") as file, open(reader, "rb", buffering=0) as stream:
             try:
@@ -193,6 +234,11 @@ def run_logged(command: list[str], log: Path, environment: dict[str, str]) -> in
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+def _end_with(server: subprocess.Popen, process: subprocess.Popen) -> None:
+    server.wait()
+    process.terminate()
 
 
 def _copy(stream: Any, file: BinaryIO) -> None:
@@ -211,6 +257,11 @@ def _copy(stream: Any, file: BinaryIO) -> None:
         sys.stderr.flush()
 
 
+def server_log(log: Path) -> Path:
+    """The log of the server that a stage asks, beside the stage's own."""
+    return log.with_suffix(".server.log")
+
+
 def last_lines(log: Path, count: int = LINES_SHOWN) -> str:
     """The end of a log, indented; of a progress bar only its last state."""
     lines = log.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n").split("\n")
@@ -220,10 +271,10 @@ def last_lines(log: Path, count: int = LINES_SHOWN) -> str:
 
 def _make_way(stage: Stage, stamp: dict[str, Any] | None, key: str) -> None:
     """Remove outputs of other settings, and unfinished ones that the command cannot go on from."""
-    there = [path for path in stage.outputs if path.exists()]
+    there = [path for path in stage.outputs if path.exists() and not stage.adds]
     if stamp is None and there:
         raise InputError(
-            f"{there[0]}: in the way of stage {stage.name} and not made by it -> remove it, or choose another --output"
+            f"{there[0]}: in the way of stage {stage.name} and not made by it -> remove it, or choose another output"
         )
     if stamp is not None and stamp["key"] == key and stage.resumes:
         return
@@ -233,28 +284,8 @@ def _make_way(stage: Stage, stamp: dict[str, Any] | None, key: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _read_stamp(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise InputError(f"{path}: not a stamp of this program -> remove it") from None
-
-
-def _is_complete(stage: Stage, stamp: dict[str, Any]) -> bool:
-    present = stamp["done"] and all(path.exists() for path in stage.outputs)
-    return present and _sizes(stage.outputs) == stamp["outputs"]
-
-
-def _sizes(outputs: tuple[Path, ...]) -> dict[str, int]:
-    """Size of every output file."""
-    sizes = {}
-    for output in outputs:
-        for path in sorted(output.rglob("*")) if output.is_dir() else [output]:
-            if path.is_file():
-                sizes[str(path)] = path.stat().st_size
-    return sizes
+def _read_stamp(stage: Stage) -> dict[str, Any] | None:
+    return read_json(stage.stamp, "remove it: the stage is done again") if stage.stamp.exists() else None
 
 
 def _children_cpu_seconds() -> float:
