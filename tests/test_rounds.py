@@ -22,12 +22,7 @@ from test_quickstart import word_problems
 from tiny_language_model import language_model_folder
 
 from megatron_gft.commands import rounds as command
-from megatron_gft.config import load_tree
-from megatron_gft.errors import InputError
-from megatron_gft.rounds import servers, stages
-from megatron_gft.rounds.driver import Rounds
-from megatron_gft.rounds.settings import RoundsConfig, ServeSettings
-from megatron_gft.rounds.stages import Pipeline, StageFailed
+from megatron_gft.rounds import stages
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = """

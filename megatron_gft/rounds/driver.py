@@ -8,15 +8,14 @@ RUN/round-02/groups/             responses of round-01/model ...
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_gft.atomic import working_folder
 from megatron_gft.config import load_config
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.mapping import parameter_count
@@ -29,6 +28,10 @@ from megatron_gft.rounds.stages import Pipeline, Stage, prune, say, server_log
 from megatron_gft.sampling.settings import model_fingerprint
 
 SEED_STRIDE = 1_000_000
+GROUPS = "groups.jsonl"
+LOGPROBS = "round"  # the name of q in the shards
+ON_RANKS = ("train", "logprobs")
+OF_TRAINING_ALONE = ("data.train=", "data.logprobs=", "checkpoint.init_")
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SCRIPTS = {
     "generate": "generate_groups.py",
@@ -99,45 +102,51 @@ class Rounds:
     def _round(self, number: int) -> Iterator[Stage]:
         """The stages of a round; of round 0 its evaluation."""
         s, folder, names = self.settings, self.folder(number), self.names(number)
-        begin = tuple(stage.name for stage in s.before)
-        held_out = self._outside([s.problems.held_out or ""], names)
         if number:
-            groups, scored = folder / "groups" / "groups.jsonl", folder / "scored" / "groups.jsonl"
-            asked = [filled(file, names) for file in s.problems.train]
-            earlier = [str(self.folder(k) / "scored" / "groups.jsonl") for k in range(1, number)]
-            begin = (f"{number - 1:02d}-export",) if number > 1 else begin
-            arguments = ["--input", *asked, "--output", str(groups), "--seed", names["seed"]]
-            for source in s.generate.sources:
-                arguments += ["--source", filled(source, names, quote=True)]
-            arguments += ["--draw", str(s.problems.draw)] if s.problems.draw else []
-            arguments += ["--settled", *earlier] if s.problems.drop_settled and earlier else []
-            inputs = (*self._outside(s.problems.train, names), *(self._model_files() if number == 1 else ()))
-            yield self._tool("generate", number, arguments, groups.parent, begin, inputs=inputs, resumes=True)
-            yield self._tool("score", number, ["--input", str(groups), "--output", str(scored)], scored.parent)
-            tokens = ["--tokenizer", names["model"], "--model", names["model"]]
-            arguments = ["--input", str(scored), *tokens, "--output-prefix", str(folder / "shards" / "train")]
-            yield self._tool("preprocess", number, arguments, folder / "shards")
+            yield from self._sampled(number)
             yield from self._trained(number)
-            arguments = ["megatron-to-hf", "--checkpoint", str(folder / "train"), "--output", str(folder / "model")]
-            yield self._tool("export", number, arguments, folder / "model")
         if s.evaluate:
-            model, result = str(self.model(number + 1)), folder / "evaluation.json"
-            problems = ["--problems", filled(s.problems.held_out or "", names)]
-            inputs = (*held_out, *(() if number else self._model_files()))
-            arguments = ["--model", model, *problems, "--output", str(result)]
-            yield self._tool("evaluate", number, arguments, result, None if number else begin, inputs=inputs)
+            asked, result = s.problems.held_out or "", folder / "evaluation.json"
+            arguments = ["--model", str(self.model(number + 1)), "--problems", filled(asked, names)]
+            inputs = (*self._outside([asked], names), *(() if number else self._model_files()))
+            needs = (f"{number:02d}-export",) if number else self._before()
+            yield self._tool("evaluate", number, [*arguments, "--output", str(result)], result, needs, inputs)
+
+    def _sampled(self, number: int) -> Iterator[Stage]:
+        """From prompts to shards."""
+        s, folder, names = self.settings, self.folder(number), self.names(number)
+        groups, scored = folder / "groups" / GROUPS, folder / "scored" / GROUPS
+        earlier = [str(self.folder(k) / "scored" / GROUPS) for k in range(1, number)]
+        asked = [filled(file, names) for file in s.problems.train]
+        arguments = ["--input", *asked, "--output", str(groups), "--seed", names["seed"]]
+        for source in s.generate.sources:
+            arguments += ["--source", filled(source, names, quote=True)]
+        arguments += ["--draw", str(s.problems.draw)] if s.problems.draw else []
+        arguments += ["--settled", *earlier] if s.problems.drop_settled and earlier else []
+        inputs = (*self._outside(s.problems.train, names), *(self._model_files() if number == 1 else ()))
+        needs = (f"{number - 1:02d}-export",) if number > 1 else self._before()
+        yield self._tool("generate", number, arguments, groups.parent, needs, inputs, resumes=True)
+        arguments = ["--input", str(groups), "--output", str(scored)]
+        yield self._tool("score", number, arguments, scored.parent, (f"{number:02d}-generate",))
+        tokens = ["--tokenizer", names["model"], "--model", names["model"]]
+        arguments = ["--input", str(scored), *tokens, "--output-prefix", str(folder / "shards" / "train")]
+        yield self._tool("preprocess", number, arguments, folder / "shards", (f"{number:02d}-score",))
 
     def _trained(self, number: int) -> Iterator[Stage]:
-        s, folder = self.settings, self.folder(number)
+        """From shards to the next model."""
+        s, folder, training = self.settings, self.folder(number), self._training(number)
         recipes = tuple(map(Path, s.train.config))
         files = [word for file in s.train.config for word in ("--config", file)]
-        training = self._training(number)
+        needs = (f"{number:02d}-preprocess",)
         if s.logprobs:
-            own = [text for text in training if not text.startswith(("data.train=", "data.logprobs="))]
-            arguments = [*files, "--name", s.logprobs.name, *own, f"data.train=[{folder / 'shards' / 'train'}*]"]
+            own = [text for text in training if not text.startswith(OF_TRAINING_ALONE)]
+            arguments = [*files, "--name", LOGPROBS, *own, f"data.train=[{folder / 'shards' / 'train'}*]"]
             arguments.append(f"checkpoint.init_from=hf:{self.model(number)}")
-            yield self._tool("logprobs", number, arguments, folder / "shards", inputs=recipes)
-        yield self._tool("train", number, [*files, *training], folder / "train", inputs=recipes, resumes=True)
+            yield self._tool("logprobs", number, arguments, folder / "shards", needs, recipes)
+            needs = (f"{number:02d}-logprobs",)
+        yield self._tool("train", number, [*files, *training], folder / "train", needs, recipes, resumes=True)
+        arguments = ["megatron-to-hf", "--checkpoint", str(folder / "train"), "--output", str(folder / "model")]
+        yield self._tool("export", number, arguments, folder / "model", (f"{number:02d}-train",))
 
     def _training(self, number: int) -> list[str]:
         """What a round says to training: first what follows from it."""
@@ -150,7 +159,7 @@ class Rounds:
             f"checkpoint.init_from={start}",
             *(["checkpoint.init_optimizer=true"] if carried else []),
             f"data.train=[{','.join(shards)}]",
-            *([f"data.logprobs={s.logprobs.name}"] if s.logprobs else []),
+            *([f"data.logprobs={LOGPROBS}"] if s.logprobs else []),
             f"train.output={self.folder(number) / 'train'}",
             f"train.seed={names['seed']}",
             *fill(s.train.arguments, names),
@@ -162,41 +171,39 @@ class Rounds:
         number: int,
         arguments: list[str],
         output: Path,
-        needs: tuple[str, ...] | None = None,
+        needs: tuple[str, ...],
         inputs: tuple[Path, ...] = (),
         resumes: bool = False,
     ) -> Stage:
-        """A tool's stage; it needs the one before it, where nothing else is said."""
-        s, names = self.settings, self.names(number)
+        s, names, name = self.settings, self.names(number), f"{number:02d}-{kind}"
         section: ToolSettings = getattr(s, kind)
-        if kind not in ("train", "logprobs"):
+        if kind not in ON_RANKS:
             arguments = [*arguments, *fill(section.arguments, names)]
-        before = {"score": "generate", "preprocess": "score", "logprobs": "preprocess", "export": "train"}
-        before |= {"train": "logprobs" if s.logprobs else "preprocess", "evaluate": "export"}
-        url, own = names["url"], shlex.split(section.command or "")
-        served = s.serve if kind == "generate" else None
-        log = server_log(self.output / "logs" / f"{number:02d}-{kind}.log")
-        command = fill(served.command or "", names) if served else []
+        identity, serve = (kind, *arguments), None
+        if s.serve and kind == "generate":
+            log = server_log(self.output / "logs" / f"{name}.log")
+            serve = functools.partial(serving, s.serve, fill(s.serve.command or "", names), self.model(number), log)
+            identity = (kind, *(text.replace(s.serve.url, "") for text in arguments))
         return Stage(
-            f"{number:02d}-{kind}",
-            (*([filled(word, names) for word in own] or self._program(kind)), *arguments),
+            name,
+            (*(fill(section.command or "", names) or self._program(kind)), *arguments),
             (output,),
             self.output / "stages",
-            (f"{number:02d}-{before[kind]}",) if needs is None else needs,
+            needs,
             inputs,
             resumes,
-            max(1, s.threads // s.train.processes) if kind in ("train", "logprobs") else s.threads,
+            max(1, s.threads // s.train.processes) if kind in ON_RANKS else s.threads,
             manifests_change=kind == "preprocess",
             adds=kind == "logprobs",
-            identity=(kind, *(text.replace(url, "") if served else text for text in arguments)),
-            serve=functools.partial(serving, served, command, self.model(number), log) if served else None,
+            identity=identity,
+            serve=serve,
             check=functools.partial(self.refuse_stale, number) if kind == "train" else None,
         )
 
     def _program(self, kind: str) -> list[str]:
         processes = self.settings.train.processes
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        ranks = ranks if processes > 1 and kind in ("train", "logprobs") else []
+        ranks = ranks if processes > 1 and kind in ON_RANKS else []
         if kind == "train":
             return [sys.executable, *ranks, "-m", "megatron_gft.train"]
         script = TOOLS / SCRIPTS[kind]
@@ -205,6 +212,9 @@ class Rounds:
         installed = {"logprobs": "gft-logprobs", "export": "gft-convert"}.get(kind, f"gft-{kind}")
         program = str(Path(sys.executable).with_name(installed))
         return [sys.executable, *ranks, program] if ranks else [program]
+
+    def _before(self) -> tuple[str, ...]:
+        return tuple(stage.name for stage in self.settings.before)
 
     def _outside(self, files: list[str], names: dict[str, str]) -> tuple[Path, ...]:
         """Those that no stage before the rounds makes."""
@@ -271,20 +281,14 @@ class Rounds:
         """
         stages = self.stages()
         self.output.mkdir(parents=True, exist_ok=True)
-        with open(self.output / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{self.output}: in use by another run -> wait for it, or choose another output"
-                ) from None
+        with working_folder(self.output / "rounds"):  # ours alone
             pipeline = Pipeline(self.output / "logs", len(stages), self.output / "timings.json")
             for index, stage in enumerate(stages):
                 if index == len(self.settings.before):  # now the model is there
                     self.check_disk()
                 pipeline.run(stage)
                 number, _, kind = stage.name.partition("-")
-                if kind == ("evaluate" if self.settings.evaluate else "export") and number.isdecimal() and int(number):
+                if kind == ("evaluate" if self.settings.evaluate else "export") and int(number):
                     self._prune(stages, int(number))
                     say(write_report(self.output, int(number), pipeline.seconds))
 

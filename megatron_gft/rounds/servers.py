@@ -16,7 +16,7 @@ import psutil
 
 from megatron_gft.errors import InputError
 from megatron_gft.rounds.settings import ServeSettings
-from megatron_gft.rounds.stages import StageFailed, last_lines, say
+from megatron_gft.rounds.stages import StageFailed, last_lines, say, started
 from megatron_gft.sampling.settings import model_fingerprint
 
 STOP_SECONDS = 20.0
@@ -47,7 +47,7 @@ def serving(
     say(f"$ {shlex.join(command)}")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        process = started(command, file)
     try:
         _wait(settings, process, log)
         check_model(settings.url, model, "correct serve.command: it serves {model}")

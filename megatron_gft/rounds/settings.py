@@ -34,12 +34,6 @@ class GenerateSettings(ToolSettings):
     sources: list[str] = Field(min_length=1, description="as tools/generate_groups.py takes them behind --source")
 
 
-class LogprobSettings(ToolSettings):
-    """q: log-probs of the model that the round begins with."""
-
-    name: str = Field("round", description="of the log-probs in the shards, which training reads as q")
-
-
 class TrainSettings(ToolSettings):
     """How a round trains."""
 
@@ -67,7 +61,7 @@ class ProblemSettings(Section):
 class OwnStage(Section):
     """A command of the user's."""
 
-    name: Annotated[str, Field(pattern=r"^[\w-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z]\w*$")]
     command: str
     outputs: list[str] = Field(min_length=1, description="files and folders that it makes")
     inputs: list[str] = Field(default_factory=list, description="files that, changed, make it run again")
@@ -89,7 +83,9 @@ class RoundsConfig(Section):
     generate: GenerateSettings
     score: ToolSettings = Field(default_factory=ToolSettings)
     preprocess: ToolSettings = Field(default_factory=ToolSettings)
-    logprobs: LogprobSettings | None = Field(None, description="null: no stage, q is what was sampled")
+    logprobs: ToolSettings | None = Field(
+        None, description="q by the round's model; null: no stage, q is what was sampled"
+    )
     train: TrainSettings
     export: ToolSettings = Field(default_factory=ToolSettings)
     evaluate: ToolSettings | None = Field(None, description="null: no stage")

@@ -9,6 +9,7 @@ again. Outputs that no stamp accounts for are somebody else's and are never remo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import pty
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -201,6 +202,16 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def started(command: Sequence[str], output: Any, environment: Mapping[str, str] = os.environ) -> subprocess.Popen:
+    """A process that is asked to end when this one ends, in whichever way."""
+
+    def end_with_us() -> None:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG of linux/prctl.h
+
+    options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, "env": environment}
+    return subprocess.Popen(command, preexec_fn=end_with_us, **options)
+
+
 def run_logged(
     command: list[str], log: Path, environment: dict[str, str], server: subprocess.Popen | None = None
 ) -> int:
@@ -211,9 +222,7 @@ def run_logged(
     """
     reader, writer = pty.openpty() if sys.stderr.isatty() else os.pipe()
     try:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=os.environ | environment
-        )
+        process = started(command, writer, os.environ | environment)
     except OSError as error:
         os.close(reader)
         raise InputError(f"{command[0]}: cannot be started ({error.strerror}) -> correct the stage's command") from None
