@@ -9,6 +9,7 @@ import pytest
 
 from megatron_gft.config import Config, all_keys
 from megatron_gft.reports import configuration
+from megatron_gft.rounds.settings import RoundsConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")])
@@ -35,7 +36,7 @@ def test_files_that_are_named_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_keys_that_are_named_exist(page):
     named = re.findall(rf"(?<![\w./-])((?:{SECTIONS})\.[a-z_]+)(?=[=` ])", page.read_text())
-    assert not [key for key in named if key not in all_keys() and not key.endswith(".py")]
+    assert not [key for key in named if key not in [*all_keys(), *all_keys(RoundsConfig)] and not key.endswith(".py")]
 
 
 def test_the_page_of_the_configuration_is_in_step():
@@ -54,3 +55,9 @@ def test_help_of_training_lists_every_key():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_page_of_rounds_lists_every_key():
+    named = set(re.findall(r"`([\w.]+)`", (ROOT / "docs" / "rounds.md").read_text()))
+    leaves = {key: key.rpartition(".")[2] for key in all_keys(RoundsConfig)}
+    assert not [key for key, leaf in leaves.items() if not {key, leaf, f"TOOL.{leaf}"} & named]

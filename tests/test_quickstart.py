@@ -268,6 +268,7 @@ def test_a_missing_data_file_is_bad_input(capsys):
     assert "no/such/file.parquet" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # the driver's stages in test_rounds.py are forks; these are processes, training is two
 @pytest.mark.timeout(900)
 def test_the_whole_pipeline_on_a_tiny_model(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

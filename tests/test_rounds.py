@@ -51,7 +51,7 @@ logging: {tensorboard: false}
 def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     language_model_folder(folder / "model")
-    word_problems.main(["--output", str(folder / "problems"), "--train", "4", "--held-out", "4"])
+    word_problems.main(["--output", str(folder / "problems"), "--train", "3", "--held-out", "3"])
     (folder / "train.yaml").write_text(TRAINING)
     (folder / "rounds.yaml").write_text(SETTINGS)
     return folder

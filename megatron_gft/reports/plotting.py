@@ -47,8 +47,6 @@ class Panel:
 
 
 PANELS = (
-    Panel("accuracy on held-out problems, with 95 %", "accuracy", band=True),
-    Panel("mean reward of a round's responses", "{}/sampled/reward"),
     Panel("loss", "loss"),
     Panel("validation: mean -log p", "valid/{}/positive/nll"),
     Panel("gradient norm", "grad_norm", log=True),
@@ -137,18 +135,13 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
             figure.savefig(temporary, format=output.suffix[1:], dpi=120)
 
 
-def _panels(runs: Sequence[Run]) -> list[Panel]:
-    """Those that have something to show."""
-    return [panel for panel in PANELS if any(len(run.series(key)[0]) for run in runs for key in panel.keys)]
-
-
-def draw(runs: Sequence[Run]) -> Any:
-    """Figure of ``runs``.
+def draw(runs: Sequence[Run], panels: Sequence[Panel] = PANELS) -> Any:
+    """Figure of ``runs`` with those of ``panels`` that have something to show.
 
     Raises:
         InputError: matplotlib is not installed.
     """
-    panels = _panels(runs)
+    panels = [panel for panel in panels if any(len(run.series(key)[0]) for run in runs for key in panel.keys)]
     try:
         from matplotlib.figure import Figure  # optional dependency
     except ImportError:
@@ -202,6 +195,6 @@ def _page(runs: Sequence[Run], figure: Any) -> str:
     """The figure as inline SVG and a table of the last values; no link to anywhere."""
     from jinja2 import Environment
 
-    keys = [key for panel in _panels(runs) for key in panel.keys if any(map(methodcaller("last", key), runs))]
+    keys = [key for panel in PANELS for key in panel.keys if any(map(methodcaller("last", key), runs))]
     page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
     return page.render(svg=svg(figure), runs=runs, keys=keys)

@@ -177,7 +177,7 @@ class Rounds:
     ) -> Stage:
         s, names, name = self.settings, self.names(number), f"{number:02d}-{kind}"
         section: ToolSettings = getattr(s, kind)
-        if kind not in ON_RANKS:
+        if kind != "train":
             arguments = [*arguments, *fill(section.arguments, names)]
         identity, serve = (kind, *arguments), None
         if s.serve and kind == "generate":

@@ -14,7 +14,7 @@ from rich.table import Table
 from megatron_gft.atomic import atomic_file
 from megatron_gft.objectives import SOURCES
 from megatron_gft.reading import read_json
-from megatron_gft.reports.plotting import Run, draw, read_run, svg
+from megatron_gft.reports.plotting import PANELS, Panel, Run, draw, read_run, svg
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ name }}</title>
@@ -24,6 +24,10 @@ PAGE = """<!DOCTYPE html>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
 </table>{{ svg | safe }}</body></html>
 """
+OF_ROUNDS = (
+    Panel("accuracy on held-out problems, with 95 %", "accuracy", band=True),
+    Panel("mean reward of a round's responses", "{}/sampled/reward"),
+)
 ROUNDS_SHOWN = 6  # on the terminal: the newest
 ROWS = {
     "accuracy": "accuracy",
@@ -84,7 +88,7 @@ def write_report(output: Path, last: int, seconds: dict[str, dict[str, Any]]) ->
         for name, entry in seconds.items():
             if name.startswith(f"{number:02d}-"):
                 rows.setdefault(f"seconds: {name[3:]}", {})[number] = f"{entry['wall']:.0f}"
-    figure = draw([Run(output.name, tuple(points))])
+    figure = draw([Run(output.name, tuple(points))], (*OF_ROUNDS, *PANELS))
     with atomic_file(output / "curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     table = [[name, *(cells.get(number, "") for number in range(last + 1))] for name, cells in rows.items() if cells]
