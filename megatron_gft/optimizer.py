@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -73,7 +76,35 @@ def build_optimizer(
         "overlap_param_gather": optimizer.overlap_param_gather,
     }
     config = MegatronOptimizerConfig(**known_fields(MegatronOptimizerConfig, settings))
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=use_gloo)
+    built = get_megatron_optimizer(config, chunks, use_gloo_process_groups=use_gloo)
+    for part in _distributed(built):
+        part.get_parameter_state_dp_zero = partial(_gathered_with_padding, part)
+    return built
+
+
+def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The optimizers in it that share buffers among data-parallel ranks."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if isinstance(part, DistributedOptimizer)]
+
+
+def _gathered_with_padding(part: DistributedOptimizer, **options: Any) -> dict[str | int, Any] | None:
+    """The state of the whole buffers (flat, fp32), with the padding that ends their buckets.
+
+    Megatron-Core (0.16.1 to 0.19.2) leaves it out, and then cuts parameters out where they lie in the padded buffer
+    (``distrib_optimizer.py``, ``sharded_param_state_fully_reshardable``). A checkpoint would hold weights and moments
+    shifted by the padding, for every bucket but the first.
+    """
+    state = DistributedOptimizer.get_parameter_state_dp_zero(part, **options)
+    for index, buffer in enumerate(part.buffers if state else ()):
+        for tensors in state[index].values():
+            for name, flat in tensors.items():
+                if isinstance(flat, torch.Tensor) and len(flat) == buffer.numel_unpadded < buffer.numel:
+                    pieces = flat.split([bucket.numel_unpadded for bucket in buffer.buckets])
+                    tensors[name] = flat.new_zeros(buffer.numel)
+                    for bucket, piece in zip(buffer.buckets, pieces, strict=True):
+                        tensors[name][bucket.offset : bucket.offset + len(piece)] = piece
+    return state
 
 
 def build_scheduler(
@@ -126,6 +157,25 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
         optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, wanted, strict=True):
         group.update(settings)
+
+
+def check_master_weights(optimizer: MegatronOptimizer, state: dict[Any, Any], path: Path) -> None:
+    """See that a loaded state's fp32 weights, rounded, are those of the model, which have been loaded before.
+
+    They are not in runs of several buckets that were saved before :func:`_gathered_with_padding`.
+
+    Raises:
+        InputError: they differ, on this rank.
+    """
+    for number, part in enumerate(_distributed(optimizer)):
+        stored = state.get(number, state)["param_state"]
+        weights = (weight for buffer in part.buffers for weight in buffer.param_index_map)
+        for place, weight in enumerate(weights):
+            if not torch.equal(stored[place]["param"].to(weight), weight):
+                raise InputError(
+                    f"{path}: the optimizer's copy of weight {place}, {list(weight.shape)}, is not that weight "
+                    "-> set checkpoint.load_optimizer=false: weights and place go on, Adam begins afresh"
+                )
 
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")

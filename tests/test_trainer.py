@@ -12,6 +12,8 @@ from pathlib import Path
 import device_run
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from ranks import RankGroup, run_ranks
 from tiny_models import write_tiny_model
 
@@ -60,6 +62,41 @@ def test_resume_in_the_same_layout_is_bit_for_bit(model, tmp_path, world_size, f
     train(model, tmp_path / "run", f"train.max_steps={first_steps}", option, world_size=world_size)
     train(model, tmp_path / "run", option, world_size=world_size)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_buckets(monkeypatch) -> str:
+    """Several of them, most with padding at the end: Megatron makes each a multiple of the data-parallel size."""
+
+    def wrap(transformer, ddp_config, *args, **options):
+        ddp_config.bucket_size = 1000
+        return DistributedDataParallel(transformer, ddp_config, *args, **options)
+
+    monkeypatch.setattr("megatron_gft.optimizer.DistributedDataParallel", wrap)
+    return "optimizer.overlap_grad_reduce=true"
+
+
+@pytest.mark.parametrize(("world_size", "precision"), [(1, "fp32"), (3, "bf16")])
+def test_padding_of_buckets_moves_no_optimizer_state(model, tmp_path, small_buckets, world_size, precision):
+    options = (small_buckets, f"model.precision={precision}")
+    train(model, tmp_path / "whole", *options, world_size=world_size)
+    train(model, tmp_path / "run", "train.max_steps=2", *options, world_size=world_size)
+    train(model, tmp_path / "run", *options, world_size=world_size)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_checkpoint_with_moved_optimizer_state_is_refused(model, tmp_path, small_buckets, monkeypatch):
+    with monkeypatch.context() as as_megatron_does:
+        gather = DistributedOptimizer.get_parameter_state_dp_zero
+        as_megatron_does.setattr("megatron_gft.optimizer._gathered_with_padding", gather)
+        train(model, tmp_path, "train.max_steps=2", small_buckets, world_size=2)
+    with pytest.raises(
+        RuntimeError,
+        match=r"step-00000002: the optimizer's copy of .* is not that weight -> set checkpoint\.load_optimizer=false",
+    ):
+        train(model, tmp_path, small_buckets, world_size=2)
+    train(model, tmp_path, small_buckets, "checkpoint.load_optimizer=false", world_size=2)
+    assert len(losses(tmp_path)) == 4
 
 
 @pytest.mark.parametrize(

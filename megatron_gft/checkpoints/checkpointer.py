@@ -44,7 +44,7 @@ from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.safetensors_io import refuse_nonfinite
 from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.model import unwrap
-from megatron_gft.optimizer import load_optimizer_state
+from megatron_gft.optimizer import check_master_weights, load_optimizer_state
 from megatron_gft.parallel import Parallel
 from megatron_gft.reading import read_json
 
@@ -267,10 +267,12 @@ class Checkpointer:
         verify_checkpoint(path, "set checkpoint.resume=previous, or restore these files")
         state = self._sharded_state(loading=True, with_optimizer=with_optimizer)
         loaded = _load(path, state, self.chunks, self.parallel)
-        if with_optimizer and self.optimizer is not None:
-            load_optimizer_state(self.optimizer, loaded["optimizer"])
-        elif self.optimizer is not None:
-            self.optimizer.reload_model_params()
+        if (optimizer := self.optimizer) is not None:
+            if with_optimizer:
+                gather_results(lambda: check_master_weights(optimizer, loaded["optimizer"], path))
+                load_optimizer_state(optimizer, loaded["optimizer"])
+            else:
+                optimizer.reload_model_params()
         return _read_state(path / STATE_FILE)
 
 
