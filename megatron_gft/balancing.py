@@ -9,9 +9,9 @@ price of computing the prompt once more.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import NamedTuple
 
@@ -58,12 +58,12 @@ class _Exchange(NamedTuple):
 
 def cost(items: Sequence[Item]) -> float:
     """Total cost of a bin."""
-    return sum(item.flops for item in items)
+    return sum([item.flops for item in items])
 
 
 def tokens(items: Sequence[Item]) -> int:
     """Tokens of a bin before padding."""
-    return sum(item.tokens for item in items)
+    return sum([item.tokens for item in items])
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,13 @@ class Balancer:
 
     Attributes:
         make_item: the item of some responses of a group: (group, responses) -> item.
-        tail_flops: cost that a response adds to an item that has its prompt: (group, response) -> flops.
+        tails: [group][response] -> rows and cost that a response adds to an item that has its prompt.
     """
 
     capacity: int
     make_item: Callable[[int, tuple[int, ...]], Item]
-    tail_flops: Callable[[int, int], float]
+    tails: Sequence[Sequence[tuple[int, float]]]
+    _halves: dict[Item, tuple[Item, Item]] = field(default_factory=dict, init=False)
 
     def spread(self, items: Sequence[Item], microbatches: int, dp_size: int) -> list[Bin] | None:
         """``microbatches`` x ``dp_size`` bins, dearest first; consecutive ``dp_size`` run together. None: no room.
@@ -109,13 +110,17 @@ class Balancer:
         bins: list[Bin] = [[] for _ in range(count)]
         used = [0] * count
         cheapest = [(0.0, index) for index in range(count)]
+        full: list[tuple[int, float, int]] = []  # bins that had no room for an item, emptiest first
         waiting = [(-item.flops, item) for item in items]
         heapq.heapify(waiting)
         while waiting:
             _, item = heapq.heappop(waiting)
-            full = []
-            while cheapest and used[cheapest[0][1]] + item.tokens > self.capacity:
-                full.append(heapq.heappop(cheapest))
+            most = self.capacity - item.tokens
+            while full and full[0][0] <= most:
+                heapq.heappush(cheapest, heapq.heappop(full)[1:])
+            while cheapest and used[cheapest[0][1]] > most:
+                total, index = heapq.heappop(cheapest)
+                heapq.heappush(full, (used[index], total, index))
             if cheapest:
                 total, index = cheapest[0]
                 bins[index].append(item)
@@ -126,19 +131,17 @@ class Balancer:
                     heapq.heappush(waiting, (-half.flops, half))
             else:
                 return None
-            for entry in full:
-                heapq.heappush(cheapest, entry)
         return bins
 
     def fill(self, items: Sequence[Item], width: int, height: float) -> tuple[list[Bin], list[Item]]:
         """``width`` bins filled up to cost ``height``, best fit first, and the items that are left."""
         bins: list[Bin] = [[] for _ in range(width)]
-        costs, used = [0.0] * width, [0] * width
+        costs, used, lowest = [0.0] * width, [0] * width, 0.0
         left = []
         for item in sorted(items, key=lambda item: (-item.flops, item)):
             room = [
                 index
-                for index in range(width)
+                for index in range(width if lowest + item.flops <= height else 0)
                 if costs[index] + item.flops <= height and used[index] + item.tokens <= self.capacity
             ]
             if not room:
@@ -148,6 +151,7 @@ class Balancer:
             bins[index].append(item)
             costs[index] += item.flops
             used[index] += item.tokens
+            lowest = min(costs)
         return bins, left
 
     def cut(self, item: Item, tails: tuple[int, ...]) -> tuple[Item, Item]:
@@ -156,16 +160,23 @@ class Balancer:
         return self.make_item(item.group, stay), self.make_item(item.group, tuple(sorted(tails)))
 
     def halves(self, item: Item) -> tuple[Item, Item]:
-        """Two parts of about the same cost."""
-        tails = sum(self.tail_flops(item.group, k) for k in item.responses)
-        return self.cut(item, self.choose_tails(item, tails / 2)[0])
+        """Two parts of about the same cost; arrangements that are tried ask for the same ones."""
+        if item not in self._halves:
+            self._halves[item] = self.cut(item, self.choose_tails(item, self.tails_of(item) / 2)[0])
+        return self._halves[item]
+
+    def tails_of(self, item: Item) -> float:
+        """Cost of an item of several responses without that of its prompt."""
+        tails = self.tails[item.group]
+        return sum([tails[k][1] for k in item.responses])
 
     def choose_tails(self, item: Item, moved_flops: float) -> tuple[tuple[int, ...], float]:
         """Responses, at least one and not all, whose tails cost about ``moved_flops``; and what they cost.
 
         Greedy from each response on, dearest first; the nearest sum is taken.
         """
-        tails = sorted(((self.tail_flops(item.group, k), k) for k in item.responses), reverse=True)
+        of_group = self.tails[item.group]
+        tails = sorted([(of_group[k][1], k) for k in item.responses], reverse=True)
         best: tuple[int, ...] = (tails[-1][1],)
         best_sum = tails[-1][0]
         for start in range(len(tails) - 1):
@@ -185,16 +196,22 @@ class Balancer:
     def even_out(self, bins: list[Bin]) -> None:
         """Move, swap and cut items between the dearest bin and cheaper ones while that lowers the dearest."""
         costs = [cost(items) for items in bins]
+        order = sorted((total, index) for index, total in enumerate(costs))
         for _ in range(2 * len(bins)):
-            high = max(range(len(bins)), key=costs.__getitem__)
+            high = order[bisect_left(order, (order[-1][0], -1))][1]
             if costs[high] <= (1 + TOLERANCE) * sum(costs) / len(costs):
                 return
-            partners = heapq.nsmallest(PARTNERS[1], range(len(bins)), key=costs.__getitem__)
+            partners = [index for _, index in order[: PARTNERS[1]]]
+            before = [(costs[index], index) for index in {high, *partners}]
             if not (
                 self.improve(bins, costs, high, partners[: PARTNERS[0]], pairs=False)
                 or self.improve(bins, costs, high, partners, pairs=True)
             ):
                 return
+            for total, index in before:
+                if costs[index] != total:
+                    del order[bisect_left(order, (total, index))]
+                    insort(order, (costs[index], index))
 
     def improve(self, bins: list[Bin], costs: list[float], high: int, partners: Sequence[int], pairs: bool) -> bool:
         """Make the exchange that lowers bin ``high`` and its partner most; False: there is none."""
@@ -225,7 +242,7 @@ class Balancer:
         found = []
         for item in high:
             if len(item.responses) > 1:
-                tails = sum(self.tail_flops(item.group, k) for k in item.responses)
+                tails = self.tails_of(item)
                 prompt = 0.0 if item.group in groups else item.flops - tails
                 if prompt < difference:
                     part, moved = self.choose_tails(item, (difference - prompt) / 2)

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,11 +26,14 @@ from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.shape import ModelShape
 
 Packing = Literal["packed", "shared_prefix", "auto"]
+Count = Any  # an int, or an int64 array of them
 
 # A plan this well balanced is taken at once; otherwise more packs per rank, and smaller parts, are tried.
 GOOD_BALANCE = 0.99
 # Numbers of packs per rank that are tried beyond the smallest feasible one.
 EXTRA_PACK_COUNTS = 1
+# Numbers of packs that have no room for everything are passed over in steps of this part of them.
+PACK_COUNT_STRIDE = 64
 # A group that costs more than an average pack is cut beforehand only if its prompt is at most this share of it.
 MAX_PROMPT_SHARE = 0.25
 # ``auto`` shares a prompt only where that saves more than this: kernels are less efficient on prefix segments.
@@ -80,15 +83,15 @@ class FlopModel:
             window=None if shape.window_size is None else shape.window_size[0] + 1,
         )
 
-    def pairs(self, length: int, prefix: int = 0) -> int:
+    def pairs(self, length: Count, prefix: Count = 0) -> Count:
         """Visible pairs of a causal segment of ``length`` queries that continues ``prefix`` rows."""
         return self._triangle(prefix + length) - self._triangle(prefix)
 
-    def _triangle(self, length: int) -> int:
-        full = length if self.window is None else min(length, self.window)
+    def _triangle(self, length: Count) -> Count:
+        full = length if self.window is None else np.minimum(length, self.window)
         return full * (full + 1) // 2 + (length - full) * full
 
-    def flops(self, tokens: int, pairs: int, loss_rows: int) -> float:
+    def flops(self, tokens: Count, pairs: Count, loss_rows: Count) -> Any:
         """Cost of ``tokens`` rows with ``pairs`` visible pairs, of which ``loss_rows`` reach the head."""
         return self.linear_per_token * tokens + self.attention_per_pair * pairs + self.head_per_row * loss_rows
 
@@ -142,22 +145,30 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class _Planner:
-    """Everything that stays the same while arrangements of one step are tried."""
+class _Segments:
+    """Rows of a pack, and cost, that prompts and responses of a step take."""
 
     lengths: Sequence[GroupLengths]
     flop_model: FlopModel
-    dp_size: int
-    capacity: int  # rows of a pack, a multiple of unit
-    unit: int  # a pack's rows are padded to a multiple of this
     alignment: int
-    multiple: int  # of packs per rank
-    min_saving: float  # share of the cost of a group's responses below which their prompt is not shared; 1 = never
 
-    def segment(self, length: int, prefix: int = 0, loss_rows: int = 0) -> tuple[int, float]:
-        """Rows and cost of a segment of ``length`` tokens that continues ``prefix``."""
+    def segment(self, length: Count, prefix: Count = 0, loss_rows: Count = 0) -> tuple[Any, Any]:
+        """Rows and cost of segments of ``length`` tokens that continue ``prefix``."""
         rows = -(-length // self.alignment) * self.alignment
         return rows, self.flop_model.flops(rows, self.flop_model.pairs(rows, prefix), loss_rows)
+
+    @functools.cached_property
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all responses of the step: tokens of the prompt, and of the response; int64 [N]."""
+        counts = [len(lengths.responses) for lengths in self.lengths]
+        prompts = np.repeat(np.array([lengths.prompt for lengths in self.lengths], np.int64), counts)
+        own = itertools.chain.from_iterable(lengths.responses for lengths in self.lengths)
+        return prompts, np.fromiter(own, np.int64, len(prompts))
+
+    def by_group(self, *columns: np.ndarray) -> list[list[Any]]:
+        """[group][response] -> what the columns, flat over responses, say of it."""
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [list(itertools.islice(rows, len(lengths.responses))) for lengths in self.lengths]
 
     @functools.cached_property
     def prompts(self) -> list[tuple[int, float]]:
@@ -167,62 +178,76 @@ class _Planner:
     @functools.cached_property
     def tails(self) -> list[list[tuple[int, float]]]:
         """[group][response] -> rows and cost that the response adds to a pack that holds its prompt."""
-        return [
-            [self.segment(length - 1, group.prompt, length) if length else (0, 0.0) for length in group.responses]
-            for group in self.lengths
-        ]
+        prompts, own = self.flat
+        return self.by_group(*(np.where(own > 0, column, 0) for column in self.segment(own - 1, prompts, own)))
+
+    @functools.cached_property
+    def alone(self) -> list[list[Item]]:
+        """[group][response] -> the response with a prompt of its own."""
+        prompts, own = self.flat
+        costs = self.by_group(*self.segment(prompts + own - 1, 0, own), own)
+        return [[Item(g, (k,), *of_one) for k, of_one in enumerate(of_group)] for g, of_group in enumerate(costs)]
 
     def item(self, group: int, responses: tuple[int, ...]) -> Item:
         """One or several responses of a group, placed together; several share the prompt."""
-        lengths = self.lengths[group]
         if len(responses) == 1:
-            length = lengths.responses[responses[0]]
-            return Item(group, responses, *self.segment(lengths.prompt + length - 1, 0, length), length)
+            return self.alone[group][responses[0]]
         rows, flops = self.prompts[group]
+        tails, lengths = self.tails[group], self.lengths[group].responses
         for k in responses:
-            tail_rows, tail_flops = self.tails[group][k]
+            tail_rows, tail_flops = tails[k]
             rows += tail_rows
             flops += tail_flops
-        return Item(group, responses, rows, flops, sum(lengths.responses[k] for k in responses))
+        return Item(group, responses, rows, flops, sum([lengths[k] for k in responses]))
 
-    def singles(self) -> list[Item]:
+    def singles(self, capacity: int, unit: int) -> list[Item]:
         """Every response by itself.
 
         Raises:
-            InputErrors: an empty prompt, or a response that does not fit a pack.
+            InputErrors: an empty prompt, or a response that does not fit ``capacity``.
         """
         problems, items = [], []
-        for group, lengths in enumerate(self.lengths):
+        for group, (lengths, alone) in enumerate(zip(self.lengths, self.alone, strict=True)):
             if lengths.prompt < 1:
                 problems.append(f"group {group} of the step: prompt has no token -> give it one")
                 continue
-            for k, length in enumerate(lengths.responses):
-                if length == 0:
-                    continue
-                items.append(item := self.item(group, (k,)))
-                if item.tokens > self.capacity:
-                    problems.append(
-                        f"group {group} of the step, response {k}: {lengths.prompt} prompt + {length} response "
-                        f"tokens make {item.tokens} rows, max_tokens_per_pack allows {self.capacity} -> raise "
-                        f"data.max_tokens_per_pack to {-(-item.tokens // self.unit) * self.unit} or drop it"
-                    )
+            items += (used := [item for item in alone if item.loss_rows])
+            problems += (
+                f"group {group} of the step, response {item.responses[0]}: {lengths.prompt} prompt + {item.loss_rows} "
+                f"response tokens make {item.tokens} rows, max_tokens_per_pack allows {capacity} -> raise "
+                f"data.max_tokens_per_pack to {-(-item.tokens // unit) * unit} or drop it"
+                for item in used
+                if item.tokens > capacity
+            )
         if problems:
             raise InputErrors("step plan", problems)
         return items
 
+
+@dataclass(frozen=True)
+class _Planner:
+    """Everything that stays the same while arrangements of one step are tried."""
+
+    segments: _Segments
+    dp_size: int
+    capacity: int  # rows of a pack, a multiple of unit
+    unit: int  # a pack's rows are padded to a multiple of this
+    multiple: int  # of packs per rank
+    min_saving: float  # share of the cost of a group's responses below which their prompt is not shared; 1 = never
+
     @functools.cached_property
     def balancer(self) -> Balancer:
         """Bins with this planner's capacity and costs."""
-        return Balancer(self.capacity, self.item, lambda group, response: self.tails[group][response][1])
+        return Balancer(self.capacity, self.segments.item, self.segments.tails)
 
     def joined(self, items: Sequence[Item]) -> list[Item]:
         """The items in order; those of one group as one on one prompt where that saves."""
-        if self.min_saving >= 1:  # only a shortcut
+        if self.min_saving >= 1 or len({item.group for item in items}) == len(items):  # only a shortcut
             return sorted(items)
         joined = []
         for group, of_group in itertools.groupby(sorted(items), key=lambda item: item.group):
             members = list(of_group)
-            together = self.item(group, tuple(sorted(k for member in members for k in member.responses)))
+            together = self.segments.item(group, tuple(sorted(k for member in members for k in member.responses)))
             saves = together.flops < (1 - self.min_saving) * cost(members)
             joined += [together] if len(members) > 1 and saves else members
         return joined
@@ -232,7 +257,7 @@ class _Planner:
         parts, waiting = [], list(items)
         while waiting:
             item = waiting.pop()
-            dear = item.flops > average and self.prompts[item.group][1] <= MAX_PROMPT_SHARE * item.flops
+            dear = item.flops > average and self.segments.prompts[item.group][1] <= MAX_PROMPT_SHARE * item.flops
             if len(item.responses) > 1 and (item.tokens > self.capacity or dear):
                 waiting += self.balancer.halves(item)
             else:
@@ -249,9 +274,10 @@ class _Planner:
         while found <= EXTRA_PACK_COUNTS:
             parts = self.parts(items, cost(items) / (per_rank * self.dp_size))
             bins = self.balancer.spread(parts, per_rank, self.dp_size)
-            per_rank += self.multiple
-            if bins is None:
+            if bins is None:  # of many packs a few more cost nothing, trying each number does
+                per_rank += self.multiple * max(1, per_rank // (PACK_COUNT_STRIDE * self.multiple))
                 continue
+            per_rank += self.multiple
             found += 1
             packs = [self.pack(items) for items in bins]
             packs.sort(key=lambda pack: -pack.flops)
@@ -269,7 +295,7 @@ class _Planner:
         return PackPlan(
             items=tuple((item.group, item.responses) for item in items),
             tokens=padded,
-            flops=cost(items) + self.segment(padded - used)[1],
+            flops=cost(items) + self.segments.segment(padded - used)[1],
             loss_rows=sum(item.loss_rows for item in items),
         )
 
@@ -292,7 +318,7 @@ class _Planner:
         rows = sum(pack.tokens for pack in packs)
         items = itertools.chain.from_iterable(pack.items for pack in packs)
         data = sum(pack.loss_rows for pack in packs)  # without a response's last token, which is only a label
-        data += sum(self.lengths[group].prompt - len(responses) for group, responses in items)
+        data += sum(self.segments.lengths[group].prompt - len(responses) for group, responses in items)
         return StepPlan(
             packs=tuple(tuple(run[rank] for run in dealt) for rank in range(self.dp_size)),
             tokens=rows,
@@ -345,8 +371,9 @@ def plan_step(
             f"data.max_tokens_per_pack: {max_tokens_per_pack} is below {unit}, to a multiple of which packs are "
             f"padded in this layout -> at least {unit}"
         )
-    planner = _Planner(lengths, flop_model, dp_size, capacity, unit, alignment, packs_multiple_of, min_saving=1.0)
-    singles = planner.singles()
+    segments = _Segments(lengths, flop_model, alignment)
+    planner = _Planner(segments, dp_size, capacity, unit, packs_multiple_of, min_saving=1.0)
+    singles = segments.singles(capacity, unit)
     candidates = []
     if packing != "packed":
         sharing = replace(planner, min_saving=AUTO_MIN_SAVING if packing == "auto" else 0.0)

@@ -93,7 +93,8 @@ def test_timing_runs_every_implementation_of_the_head():
 
 
 def test_planner_bench_covers_shapes_and_forms():
-    rows = packing.bench_planner((2,), seeds=1, repeats=1)
+    rows = packing.bench_planner((2,), seeds=1, repeats=1, large=((96, 2),))
+    assert [(row["shape"], row["groups"]) for row in rows if row["groups"] > 64] == [("gsm8k", 96), ("math", 96)]
     assert {(row["shape"], row["packing"]) for row in rows} == {
         (shape, form) for shape in ("gsm8k", "math", "long_prompt") for form in ("packed", "shared_prefix", "auto")
     }

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_gft.planning import FlopModel, GroupLengths, Packing, StepPlan, plan_step
 
@@ -40,35 +41,44 @@ def _worst_balance(plan: StepPlan) -> float:
     return min(sum(cost) / len(cost) / max(cost) for cost in costs)
 
 
-def bench_planner(dp_sizes: Sequence[int] = (4, 8, 16), *, seeds: int = 5, repeats: int = 3) -> list[dict[str, Any]]:
-    """Balance, fill and CPU time of plans for 64 groups of 8 responses; one row per shape, form and size."""
-    model = PLANNER_FLOP_MODEL
-    results = []
-    for shape, (_, _, capacity) in PLANNER_SHAPES.items():
-        for dp_size in dp_sizes:
-            for packing in PACKINGS:
-                plans, seconds = [], []
-                for seed in range(seeds):
-                    lengths = lognormal_lengths(shape, seed=seed)
-                    tries = []
-                    for _ in range(repeats):
-                        start = time.process_time()
-                        plan = plan_step(lengths, dp_size, capacity, packing=packing, flop_model=model)
-                        tries.append(time.process_time() - start)
-                    plans.append(plan)
-                    seconds.append(min(tries))
-                results.append(
-                    {
-                        "shape": shape,
-                        "dp_size": dp_size,
-                        "packing": packing,
-                        "max_tokens_per_pack": capacity,
-                        "balance_min": min(plan.balance for plan in plans),
-                        "balance_mean": float(np.mean([plan.balance for plan in plans])),
-                        "worst_balance_min": min(map(_worst_balance, plans)),
-                        "fill_mean": float(np.mean([plan.fill for plan in plans])),
-                        "cpu_ms_median": float(np.median(seconds)) * 1e3,
-                        "cpu_ms_max": max(seconds) * 1e3,
-                    }
-                )
-    return results
+def bench_planner(
+    dp_sizes: Sequence[int] = (4, 8, 16),
+    *,
+    seeds: int = 5,
+    repeats: int = 3,
+    large: Sequence[tuple[int, int]] = ((2048, 256), (4096, 8)),
+) -> list[dict[str, Any]]:
+    """Balance, fill and CPU time of plans for groups of 8 responses: 64, every shape, form and size; then ``large``.
+
+    ``large`` steps, (groups, ranks), are of one seed and packed as ``auto``.
+    """
+    cases = [(shape, 64, dp, form, seeds) for shape in PLANNER_SHAPES for dp in dp_sizes for form in PACKINGS]
+    cases += [(shape, groups, dp, "auto", 1) for groups, dp in large for shape in ("gsm8k", "math")]
+    return [_planned(*case, repeats) for case in tqdm(cases, desc="plans", unit="case")]
+
+
+def _planned(shape: str, groups: int, dp_size: int, packing: Packing, seeds: int, repeats: int) -> dict[str, Any]:
+    capacity = PLANNER_SHAPES[shape][2]
+    plans, seconds = [], []
+    for seed in range(seeds):
+        lengths = lognormal_lengths(shape, groups, seed=seed)
+        tries = []
+        for _ in range(repeats):
+            start = time.process_time()
+            plan = plan_step(lengths, dp_size, capacity, packing=packing, flop_model=PLANNER_FLOP_MODEL)
+            tries.append(time.process_time() - start)
+        plans.append(plan)
+        seconds.append(min(tries))
+    return {
+        "shape": shape,
+        "groups": groups,
+        "dp_size": dp_size,
+        "packing": packing,
+        "max_tokens_per_pack": capacity,
+        "balance_min": min(plan.balance for plan in plans),
+        "balance_mean": float(np.mean([plan.balance for plan in plans])),
+        "worst_balance_min": min(map(_worst_balance, plans)),
+        "fill_mean": float(np.mean([plan.fill for plan in plans])),
+        "cpu_ms_median": float(np.median(seconds)) * 1e3,
+        "cpu_ms_max": max(seconds) * 1e3,
+    }
