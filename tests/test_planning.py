@@ -142,7 +142,7 @@ def test_512_responses_are_planned_in_time(name, packing):
 @pytest.mark.parametrize("name", ["gsm8k", "math"])
 @pytest.mark.parametrize(("count", "dp_size", "limit"), [(2048, 256, 0.6), (4096, 8, 1.0)])
 def test_large_steps_are_planned_in_time(name, count, dp_size, limit):
-    """A step of 256 ranks, and 32 768 responses on 8: many numbers of packs are tried. On a quiet machine half of it."""
+    """A step of 256 ranks, and 32 768 responses on 8: many numbers of packs are tried. Half of it when alone."""
     prompt, response, capacity = SHAPES[name]
     lengths = lognormal_groups(prompt, response, count)
     seconds, plan = cpu_seconds(lengths, dp_size, capacity, packing="auto", limit=limit)
