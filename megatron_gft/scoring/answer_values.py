@@ -8,6 +8,7 @@ need, and the limit is that of the worker pool in ``verifier_pool.py``.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -202,7 +203,7 @@ def same_expression(gold: str, answer: str, policies: Policies) -> bool:
     if left == right:
         return True
     if getattr(left, "is_Matrix", False) and getattr(right, "is_Matrix", False):
-        return left.shape == right.shape and all(map(_same_at_points, left, right))
+        return left.shape == right.shape and all(itertools.starmap(_same_at_points, zip(left, right, strict=True)))
     decimals = [(parse_number(text), other) for text, other in ((gold, right), (answer, left))]
     for decimal, other in decimals:
         if decimal is not None and not other.free_symbols:
@@ -314,7 +315,10 @@ def expression(text: str) -> Any:
     parser, rules, conversion = _parser()
     try:
         expression = parser(text, normalization_config=rules, conversion_config=conversion)
-        return expression.doit() if has_matrix(text) else expression
+        if not has_matrix(text):
+            return expression
+        expression = expression.doit()
+        return expression.as_explicit() if hasattr(expression, "as_explicit") else expression  # x times a matrix
     except Exception as error:  # the parser raises Exception itself
         raise UnreadableError(text) from error
 

@@ -5,8 +5,8 @@ First rule that applies:
 1. the last ``\boxed{...}``; a box that is never closed means that the response was cut off: there is no answer,
    whatever numbers stand before it;
 2. the last line marked ``####`` that is an answer and not a heading ("#### Step 3: add", "#### Conclusion");
-3. what follows the last "answer is", "answer:" or the heading "Final answer";
-4. the last number or formula of the text.
+3. what follows the last "answer is", "answer:" or the heading "Final answer", or stands before "is the answer";
+4. the last number or formula of the text, remarks and reasons after it ("Note that", "since") left out.
 
 Numbers and formulas are taken whole (``10^5``, ``2x+3``, ``1 1/2``, ``2 million``): half of a formula is another
 answer. "5 or 7" is both: to hedge must not pay.
@@ -18,15 +18,14 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from megatron_gft.scoring.boxes import boxes_from_last
 from megatron_gft.scoring.spelling import MAGNITUDE, MULTIPLIERS, OUTSIDE_PERCENT, plain_latex, without_delimiters
 
 BoxPolicy = Literal["last", "listed", "near"]
 
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!\s*)(?=\d{3})")
 _EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
-_UNBRACED_BOX = re.compile(r"\s*([^\s{}$\\.,;]+)")
 
 # --- numbers and formulas: every repetition is bounded or possessive, so that no text takes more than a moment --------
 
@@ -58,7 +57,7 @@ _LINK = (
 _PLAIN = r"(?:(?! [A-Za-z]{2}|[A-Za-z]{2} )[^$\n\\])"  # no word: "$5 and $6" are two prices
 _SPAN = (
     r"\\begin\{(?:align|equation|gather|eqnarray)\*?\}.{1,1500}?\\end\{(?:align|equation|gather|eqnarray)\*?\}|"
-    r"\$\$[^$]{1,400}\$\$|\\\(.{1,400}?\\\)|\\\[.{1,400}?\\\]|(?<![\\\d$])\$"
+    r"\$\$(?:\\.|[^$\\]){1,400}+\$\$|\\\(.{1,400}?\\\)|\\\[.{1,400}?\\\]|(?<![\\\d$])\$"
     r"(?:[\d\s.,+\-*/()]{1,400}+|(?=[^$\n]{0,400}?[\\^_={])(?:\\.|[^$\\\n]){1,400}+|" + _PLAIN + r"{1,100}+)\$(?!\d)"
 )
 _RUN = re.compile(
@@ -78,10 +77,25 @@ _NUMBERING = re.compile(
     r"^(?:[ \t]*[#*_]+[ \t]*)?(?:step|part|case)[ \t]+\d{1,3}\b|^#+[ \t]*\**\d{1,3}[.):](?=[ \t]+\S)",
     re.IGNORECASE | re.MULTILINE,
 )
+_FORMULA = r"(?:\$|\\[(\[]|-?\d[\d.,/]*+(?=[;!)]|\s*$))"
+_SAID_OF = rf"(?![\s,(*_]{{1,4}}{_FORMULA})(?:[^.;\n:=$\\\d]|\$[^$\n]{{1,40}}\$|\\\([^\n]{{1,40}}?\\\)){{0,60}}?"
 _ANCHOR = re.compile(
-    rf"^{_HEADING}|\banswer\b(?:(?:[^.\n:=$\\\d]|\$[^$\n]{{1,20}}\$){{0,60}}?\b(?:is|are|be|equals|becomes)\b"
-    r"|[ \t*]{0,4}[:=])(?P<tail>[^\n]*)",
+    rf"(?P<anchor>^{_HEADING}|(?<![A-Za-z])answers?(?![A-Za-z])(?:"
+    r"[ \t*_`]{0,6}(?:[:=|>]|-{1,2}>?(?=\s)|\u2014|\\to(?![A-Za-z]))"
+    rf"|{_SAID_OF}\b(?:is|are|be|equals|becomes|[a-z]{{3,}}s(?:\sout|\sdown)?\sto)\b"
+    rf"|(?:\sof|\sbeing)?[\s,(*_]{{1,4}}(?={_FORMULA})))(?:(?![.!?]\s+(?-i:[A-Z])|, but\b)[^\n])*",
     re.IGNORECASE | re.MULTILINE,
+)
+_STATED = re.compile(
+    r"\b(?:(?:will|must|should|would|can)\s(?:[a-z]+\s)?)?(?:is|are|be|as|for)\s{1,4}(?:(?!not\b)[a-z]+\s{1,4})?"
+    r"(?:the|our|my)\s{1,4}(?:(?!not\b|wrong\b)[a-z]+\s{1,4}){0,3}(?P<anchor>answers?)(?![A-Za-z])",
+    re.IGNORECASE,
+)
+_CLAUSE = re.compile(
+    r"[\s,(*_]*(?:as|since|because|for|when|with|if|given(?! as| by)|where|by|from|after|using|once)\b", re.IGNORECASE
+)
+_MAIN_CLAUSE = re.compile(
+    r"[^.;]*?(?:,\s|[:)]|\b(?:we|it|this|one)\b)(?!.*\b(?:as|since|because|when|with|if|where)\b).*"
 )
 _MAX_ANCHOR_FILLER = 40
 _MAX_TAIL = 1000
@@ -112,6 +126,21 @@ _OR = re.compile(r"[\s*]*(?:[a-z]{1,20}\s+){0,2}or\s+(?:[a-z]{1,20}\s+)?[\s*]*")
 _AND = re.compile(r"[\s*]*(?:,|,?\s+and\s)[\s*]*")
 _END = re.compile(r"[\s*_`]*(?:$|[.!?;](?:\s|$))")
 _CLAUSE_END = re.compile(r"[;\n]|\s\(|,\s|\.(?:\s|$)|\b(?:because|since|as|where|when|if|so|which|with|for)\b")
+_REMARK = re.compile(
+    r"(?<=[.!?)\]}$\s])(?:(?<=\s)\((?=[A-Z][a-z]* [a-z])"
+    r"|(?:Note|Notice|Remark|Alternatively|(?:To|(?:We|You) (?:can|may|could)(?: also)?) (?:check|verify|confirm))\b)"
+)
+_REASON = re.compile(
+    r"(?<=[\d%$)\]}])"
+    r"(?:,?\s(?:because|since|where|as|when(?:ever)?|for (?:all|every|each)|after)|,\s(?:from|by|using|via))\s"
+    r"(?![^\n]*\b(?:which|we|it)\b)"
+)
+_GOES_ON = re.compile(
+    r"[.?!]\s+(?=\S)|, [a-z]"
+    r"|\b(?:so|then|thus|hence|therefore|giv(?:es|ing)|but|however|instead|actually|answer|must|need)\b",
+    re.IGNORECASE,
+)
+_SPAN_END = re.compile(r"(?!\s*=)")  # what follows a formula is a remark
 
 
 class _Run(NamedTuple):
@@ -137,11 +166,15 @@ def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
     if marked is not None:
         return marked
     text = _NUMBERING.sub("", text)
-    for anchor in reversed(list(_ANCHOR.finditer(text))[-_MAX_ANCHORS:]):
-        tail = anchor["tail"] or ""
-        if opening := _ON_NEXT_LINE.fullmatch(tail + " "):
-            tail = (opening[1] or "") + text[anchor.end() :].lstrip("*_: \t\n").partition("\n\n")[0]
-        answer = _anchored_answer(tail[:_MAX_TAIL])
+    anchors = [*_STATED.finditer(text), *_ANCHOR.finditer(text)]
+    for anchor in sorted(anchors, key=lambda match: match.start("anchor"), reverse=True)[:_MAX_ANCHORS]:
+        if anchor.re is _STATED:
+            answer = _stated_answer(text[max(0, anchor.start() - _MAX_TAIL) : anchor.start()])
+        else:
+            tail, _, after = text[anchor.end("anchor") :].partition("\n")
+            if opening := _ON_NEXT_LINE.fullmatch(tail + " "):
+                tail = (opening[1] or "") + after.lstrip("*_: \t\n").partition("\n\n")[0]
+            answer = _anchored_answer(tail[:_MAX_TAIL])
         if answer is not None:
             return answer
     return _last_value(text)
@@ -163,7 +196,7 @@ def _boxed_answer(text: str, boxes: BoxPolicy) -> str | None:
     """The last box and those that belong to it; "" when the last is not closed, ``None`` without a box."""
     found: list[str] = []
     begin = -1
-    for box, start, end in _boxes_from_last(text):
+    for box, start, end in boxes_from_last(text):
         if end is None:
             return ", ".join(found)
         content = text[start:end].strip()
@@ -176,55 +209,6 @@ def _boxed_answer(text: str, boxes: BoxPolicy) -> str | None:
         found = [content + percent, *(other for other in found if other != content + percent)]
         begin = box
     return ", ".join(found) if found else None
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last non-empty ``\boxed{}``; "" when the last box is not closed; ``None`` without a box."""
-    for _, start, end in _boxes_from_last(text):
-        if end is None:
-            return ""
-        if text[start:end].strip():
-            return text[start:end].strip()
-    return None
-
-
-def replace_boxed(text: str, answer: str) -> str:
-    """``text`` with ``answer`` in the place of its last boxed content, wherever that is boxed."""
-    boxed = last_boxed(text)
-    for _, start, end in list(_boxes_from_last(text)):
-        if end is not None and text[start:end].strip() == boxed:
-            braced = text[start - 1] == "{"
-            text = text[:start] + (answer if braced else f"{{{answer}}}") + text[end:]
-    return text
-
-
-def _boxes_from_last(text: str) -> Iterator[tuple[int, int, int | None]]:
-    """Where each box, and its content, begins and the content ends; an end of ``None``: it is never closed."""
-    for box in reversed(list(_BOX.finditer(text))):
-        start = box.end()
-        while text[start : start + 1].isspace():
-            start += 1
-        if text[start : start + 1] == "{":
-            yield box.start(), start + 1, _closing_brace(text, start + 1)
-        elif unbraced := _UNBRACED_BOX.match(text, start):
-            yield box.start(), *unbraced.span(1)
-
-
-def _closing_brace(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one before ``start``; escaped braces do not count."""
-    depth, position = 1, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return position
-        position += 1
-    return None
 
 
 def _marked_answer(text: str) -> str | None:
@@ -253,6 +237,13 @@ def _is_formula(line: str) -> bool:
     return bool(re.search(r"\d", line)) and not re.search(r"[A-Za-z]{2}|\d[.)]$", re.sub(r"\\[A-Za-z]+", " ", line))
 
 
+def _stated_answer(before: str) -> str | None:
+    """The value, or those joined by "or", right before "is the answer"."""
+    before = _THOUSANDS.sub(",", before).rstrip(" *_\n")
+    said = _alternatives(before, list(_runs(before)))
+    return ", ".join(_result(run.text) for run in said) if said and said[-1].end == len(before) else None
+
+
 def _anchored_answer(tail: str) -> str | None:
     """What "the answer is" introduces: a formula, values close by (or what they come to), or a few words."""
     tail = _FILLER.sub("", _THOUSANDS.sub(",", tail))
@@ -263,14 +254,21 @@ def _anchored_answer(tail: str) -> str | None:
     if not runs:
         words = tail.strip(" .*:!\t\n")
         return words if 0 < len(words) <= _MAX_ANCHOR_FILLER and not _NO_ANSWER.match(words) else None
+    if _CLAUSE.match(tail):  # since n = 3, we get 5
+        breaks = [i for i in range(1, len(runs)) if _MAIN_CLAUSE.fullmatch(tail, runs[i - 1].end, runs[i].start)]
+        if main := next((i for i in breaks if "=" not in runs[i].text), breaks[-1] if breaks else 0):
+            return _anchored_answer(tail[runs[main].start :])
     filler = tail[: runs[0].start]
-    if len(filler) > _MAX_ANCHOR_FILLER or re.search(r"\bnot\b", filler):
+    if re.search(r"\bnot\b", filler):
+        but = re.search(r"\bbut\b", tail)
+        return _anchored_answer(tail[but.end() :]) if but else None
+    if len(filler) > _MAX_ANCHOR_FILLER:
         return None
     listed = _listed(tail, runs)
     if len(listed) > 1:
         return ", ".join(run.text for run in listed)
     begin = runs[0].end
-    clause_end = _CLAUSE_END.search(tail, begin)
+    clause_end = (_SPAN_END if tail[begin - 1] in "$)]" else _CLAUSE_END).search(tail, begin)
     equals = tail.rfind("=", begin, clause_end.start() if clause_end else len(tail))
     results = [run for run in runs if equals >= 0 and run.end > equals]  # "$2 an hour x 3 = $6"
     return _result((results or runs)[0].text)
@@ -278,7 +276,7 @@ def _anchored_answer(tail: str) -> str | None:
 
 def _formula(tail: str) -> str | None:
     """The first sentence of ``tail``, if it is one formula without delimiters and holds no word."""
-    sentence = _SENTENCE_END.split(tail.strip(" *_:\t"), maxsplit=1)[0].strip(" *_")
+    sentence = _SENTENCE_END.split(tail.strip(" *_`:\t"), maxsplit=1)[0].strip(" *_`")
     bare = _COMMAND_NAME.sub(" ", sentence)
     if not re.search(r"\w|\\", sentence) or _WORD.search(bare) or re.search(r"(?<!\\)\$|\\[(\[]", sentence):
         return None
@@ -298,18 +296,39 @@ def _listed(tail: str, runs: list[_Run]) -> list[_Run]:
 
 
 def _last_value(text: str) -> str | None:
+    text = _conclusion(_THOUSANDS.sub(",", text))
     runs = list(_runs(text))
-    runs = [run for run in runs if re.search(r"\d|\\[A-Za-z]|[=<>]", run.text)] or runs  # $x$ names, but says nothing
+    runs = [run for run in runs if re.search(r"\d|\\[A-Za-z]|[-+=<>]", run.text)] or runs  # $x$ names, but says nothing
     if not runs:
         return None
-    first = last = len(runs) - 1
-    while first and _OR.fullmatch(text, runs[first - 1].end, runs[first].start):
-        first -= 1
-    if first < last:
-        return ", ".join(run.text for run in runs[first:])
+    last = len(runs) - 1
+    if len(joined := _alternatives(text, runs)) > 1:
+        return ", ".join(run.text for run in joined)
     while last and not runs[last].is_result and not _SENTENCES.search(text[runs[last - 1].end - 3 : runs[last].start]):
         last -= 1  # "there are $9$ divisors of 196", "2 + 3 = 5 for 4 days": what is set as a formula goes before
-    return _result(runs[last if runs[last].is_result else first].text)
+    return _result(runs[last if runs[last].is_result else -1].text)
+
+
+def _conclusion(text: str) -> str:
+    """``text`` up to its last value, without a remark ("Note that ...") and a reason ("since ...") after that."""
+    text = text.rstrip()
+    for begins in (_REMARK, _REASON):
+        start = max(0, len(text) - _MAX_TAIL)
+        if begins is _REASON:  # of the last sentence
+            start = max((match.end() for match in _SENTENCES.finditer(text, start)), default=start)
+        for match in reversed(list(begins.finditer(text, start))):
+            if _GOES_ON.search(text, match.end()) or not re.search(r"[\d$\\]", text[start : match.start()]):
+                break
+            text = text[: match.start()].rstrip()
+    return text
+
+
+def _alternatives(text: str, runs: list[_Run]) -> list[_Run]:
+    """The last run, with those that an "or" joins to it."""
+    first = len(runs) - 1
+    while first > 0 and _OR.fullmatch(text, runs[first - 1].end, runs[first].start):
+        first -= 1
+    return runs[max(0, first) :]
 
 
 def _runs(text: str) -> Iterator[_Run]:

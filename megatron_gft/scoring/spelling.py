@@ -88,7 +88,7 @@ def plain_latex(text: str) -> str:
     text = _FRACTIONS.sub(_vulgar_fraction, text)
     text = re.sub(r"\^(\\frac\{\d+\}\{\d+\})", r"^{\1}", text)
     text = _ROOT.sub(lambda m: f"{_ROOTS[m[1]]}{{{m[2] or m[3] or m[4]}}}", text)
-    return _SIGN.sub(lambda m: _SIGNS[m[1]], text)
+    return _SIGN.sub(lambda m: _SIGNS[m[1]].rstrip() + (m[0][1:] if m[1] in _ASCII else " "), text)
 
 
 def _vulgar_fraction(match: re.Match[str]) -> str:

@@ -24,7 +24,7 @@ from megatron_gft.groups import iter_rows, read_chunks, refuse_problems
 from megatron_gft.groups.problems import ProblemLog
 from megatron_gft.groups.records import gold_answer
 from megatron_gft.sampling.prompts import scalar_text
-from megatron_gft.scoring.final_answers import last_boxed, replace_boxed
+from megatron_gft.scoring.boxes import last_boxed, replace_boxed
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.math_answers import same_answer
 from megatron_gft.scoring.spelling import parse_number
