@@ -10,10 +10,12 @@ import hashlib
 import json
 import random
 import re
+import sys
 import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 FAULTS = ("500", "429", "drop", "cut", "stall", "garbage", "empty", "abort")
@@ -61,13 +63,24 @@ class FaultyServer:
         status: when set, every request is answered with it.
         token_ids: what ids the server gives to a text, when asked for ids.
         answer: when set, gives status and bytes of the reply to the body of a request.
+        models: what ``/models`` names, id -> folder.
     """
 
     def __init__(
-        self, fault_share=0.0, seed=0, delay=0.0, stall=1.0, status=None, faults=FAULTS, token_ids=None, answer=None
+        self,
+        fault_share=0.0,
+        seed=0,
+        delay=0.0,
+        stall=1.0,
+        status=None,
+        faults=FAULTS,
+        token_ids=None,
+        answer=None,
+        port=0,
+        models=MappingProxyType({}),
     ):
         self.fault_share, self.delay, self.stall, self.status, self.faults = fault_share, delay, stall, status, faults
-        self.token_ids, self.answer = token_ids, answer
+        self.token_ids, self.answer, self.models = token_ids, answer, models
         self.seen: Counter[str] = Counter()  # fault or "ok" -> requests
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
@@ -83,6 +96,10 @@ class FaultyServer:
             def do_POST(self) -> None:
                 server.handle(self)
 
+            def do_GET(self) -> None:
+                models = [{"id": name, "root": folder} for name, folder in server.models.items()]
+                server._send(self, 200, json.dumps({"data": models}).encode())
+
             def log_message(self, *arguments: Any) -> None:
                 pass
 
@@ -93,7 +110,7 @@ class FaultyServer:
             def handle_error(self, request: Any, client_address: Any) -> None:  # clients get killed: not worth a word
                 pass
 
-        self._http = Server(("127.0.0.1", 0), Handler)
+        self._http = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -163,3 +180,9 @@ class FaultyServer:
         http.send_header("Content-Length", str(len(content)))
         http.end_headers()
         http.wfile.write(content)
+
+
+if __name__ == "__main__":  # PORT NAME FOLDER [FAULT_SHARE]
+    port, name, folder, *share = sys.argv[1:]
+    FaultyServer(*map(float, share), port=int(port), models={name: folder})
+    threading.Event().wait()

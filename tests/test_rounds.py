@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import random
+import re
 import runpy
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,13 +21,24 @@ import traceback
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 import tool_runs
+from openai_server import FaultyServer
 from test_quickstart import word_problems
 from tiny_language_model import language_model_folder
 
+from megatron_gft.atomic import working_folder
+from megatron_gft.commands import generate
 from megatron_gft.commands import rounds as command
-from megatron_gft.rounds import stages
+from megatron_gft.config import load_tree
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.groups import write_group_file
+from megatron_gft.groups.records import GroupRecord, ResponseRecord
+from megatron_gft.rounds import driver, servers, stages
+from megatron_gft.rounds.driver import Rounds
+from megatron_gft.rounds.settings import RoundsConfig, ServeSettings
+from megatron_gft.rounds.stages import Pipeline, Stage, StageFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = """
@@ -113,6 +129,7 @@ def start(folder: Path, *arguments: str) -> int:
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
                 os.environ.pop(name, None)
+            driver.write_report = lambda *_: ""  # seconds
             stages.subprocess = types.SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)
             os._exit(command.main(["--config", "rounds.yaml", *arguments]))
         finally:
@@ -175,3 +192,218 @@ def test_killed_three_times_it_ends_with_the_same_bytes(undisturbed, place):
 @pytest.mark.soak
 def test_killed_twenty_times_it_ends_with_the_same_bytes(undisturbed, place):
     disturb(undisturbed, place, kills=20, seed=time.time_ns())
+
+
+def test_what_is_done_is_skipped_and_shown(undisturbed, monkeypatch, capfd):
+    monkeypatch.chdir(undisturbed)
+    assert command.main(["--config", "rounds.yaml"]) == 0
+    assert capfd.readouterr().err.count("done before, skipped") == 10
+    monkeypatch.setattr(driver, "write_report", None)  # made once
+    assert command.main(["--config", "rounds.yaml"]) == 0
+    assert command.main(["--config", "rounds.yaml", "--dry-run", "train.arguments=optimizer.lr=2e-3", "rounds=3"]) == 0
+    stands = re.findall(r"^\[\d+/15\] (\S+) \(stands\)$", capfd.readouterr().out, re.MULTILINE)
+    assert stands == ["01-generate", "01-score", "01-preprocess"]
+    page = (undisturbed / "run" / "report.html").read_text()
+    assert all(text in page for text in ("<svg", "reward, self", "groups of equal rewards", "seconds: train"))
+    assert (undisturbed / "run" / "curves.png").stat().st_size > 10_000
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("rounds=0", ["rounds", "0"]),
+        ("evaluat={}", ["evaluat", "did you mean evaluate"]),
+        ("train.process=2", ["train.process", "train.processes"]),
+        ("model=nowhere", ["model=nowhere: no such"]),
+        ("problems.train=[gone.jsonl]", ["problems.train=gone.jsonl: no such"]),
+        ("generate.sources=[kind=colum]", ["generate.sources", "colum"]),
+        ("train.arguments=data.train=[x]", ["data.train follows from the round"]),
+        ("train.arguments=optimizer.lrr=1", ["optimizer.lr"]),
+        ("train.config=[gone.yaml]", ["gone.yaml"]),
+        ("replay=1", ["replay=1", "too old for max_staleness=0"]),
+        ("problems={train: [problems/train.jsonl]}", []),
+        ("score.arguments='--verifier \"math'", ["score.arguments: No closing quotation"]),
+        ("score.arguments='--verifier {verifer}'", ["{verifer} is no name here", "values.verifer"]),
+        ("serve={url: http://127.0.0.1:1/v1}", ["serve: no source asks it"]),
+        (
+            "before=[{name: a, command: x, outputs: [a]}, {name: a, command: y, outputs: [b]}]",
+            ["two stages of one name"],
+        ),
+        ("before=[{name: 01-a, command: x, outputs: [a]}]", ["before", "01-a"]),
+    ],
+    ids=range(16),
+)
+def test_settings_that_cannot_work_are_refused_before_the_first_stage(place, capsys, override, parts):
+    code = command.main(["--config", "rounds.yaml", "--dry-run", override])
+    said = capsys.readouterr().err
+    assert code == (2 if parts else 0) and all(part in said for part in parts), said
+
+
+def test_rounds_without_room_on_the_disk_are_refused(place, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    assert command.main(["--config", "rounds.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "2 rounds need about" in said and "keep_checkpoints=1" in said and "[1/10]" not in said
+
+
+def test_a_stage_that_fails_and_a_second_driver_are_told(place, capsys):
+    assert command.main(["--config", "rounds.yaml", "generate.command=/bin/false"]) == 1
+    assert "stage 01-generate failed: exit code 1" in capsys.readouterr().err
+    assert command.main(["--config", "rounds.yaml", "generate.command=no-such-program"]) == 2
+    assert "no-such-program: cannot be started" in capsys.readouterr().err
+    with working_folder(place / "run" / "rounds"):
+        assert command.main(["--config", "rounds.yaml"]) == 2
+    assert "in use by another run" in capsys.readouterr().err
+
+
+def test_self_responses_of_old_models_are_refused(undisturbed, tmp_path, monkeypatch):
+    shutil.copytree(undisturbed / "run", tmp_path / "run", symlinks=True)
+    for name in ("model", "problems", "train.yaml"):
+        (tmp_path / name).symlink_to(undisturbed / name)
+    monkeypatch.chdir(tmp_path)
+
+    def refusal(**changes) -> str:
+        rounds = Rounds(load_tree(RoundsConfig, [undisturbed / "rounds.yaml"]))
+        rounds.settings = rounds.settings.model_copy(update=changes)
+        try:
+            rounds.refuse_stale(2)
+        except InputErrors as error:
+            return str(error)
+        return ""
+
+    assert not refusal() and not refusal(replay=1, max_staleness=1) and not refusal(replay=1, max_staleness=None)
+    assert "6 self responses by model: 1 rounds old, max_staleness=0" in refusal(replay=1)
+    weights = tmp_path / "run" / "round-01" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "its weights were others" in refusal() and not refusal(max_staleness=None)
+    manifest = tmp_path / "run" / "round-02" / "shards" / "train.json"
+    manifest.write_text(manifest.read_text().replace("run/round-01/model", "other/model"))
+    assert "6 self responses by other/model: no model of this run" in refusal()
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def scored(path: Path, **outcomes: str) -> str:
+    """A group file whose self responses are (r)ight or (w)rong."""
+    words = {"r": "correct", "w": "wrong"}
+    groups = [
+        GroupRecord(name, name, [ResponseRecord("x", "self", reward=0.0, outcome=words.get(o)) for o in outcome])
+        for name, outcome in outcomes.items()
+    ]
+    write_group_file(path, groups)
+    return str(path)
+
+
+def test_prompts_that_teach_nothing_twice_are_dropped_and_counted(tmp_path, capsys):
+    rows = [{"id": name, "question": name, "solution": name} for name in "abcdef"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [
+        scored(tmp_path / "1.jsonl", a="rr", b="ww", c="rw", d="rr", e="ww"),
+        scored(tmp_path / "2.jsonl", a="rr", b="ww", c="rr", d="ww"),
+        scored(tmp_path / "3.jsonl", c="rw", e="ww"),
+    ]
+    output = tmp_path / "groups.jsonl"
+    arguments = [
+        "--input",
+        str(tmp_path / "rows.jsonl"),
+        "--output",
+        str(output),
+        "--source",
+        "kind=column column=solution",
+    ]
+    arguments += ["--quiet", "--settled", *files]
+
+    def asked(*more: str) -> set[str]:
+        output.unlink(missing_ok=True)
+        Path(f"{output}.journal").unlink(missing_ok=True)
+        assert generate.main([*arguments, *more]) == 0, capsys.readouterr().err
+        return {json.loads(line)["id"] for line in output.read_text().splitlines()}
+
+    assert asked() == set("cdf")
+    summary = json.loads(Path(f"{output}.summary.json").read_text())
+    assert summary["dropped"] == {"all right 2 times": 1, "all wrong 2 times": 2}
+    drawn = [asked("--draw", "2", "--seed", str(seed)) for seed in range(8)]
+    assert set.union(*drawn) == set("cdf") and {len(ids) for ids in drawn} == {2}
+    assert drawn == [asked("--draw", "2", "--seed", str(seed)) for seed in range(8)]
+    assert asked("--draw", "9") == set("cdf")
+    all_settled = scored(tmp_path / "4.jsonl", c="rr", d="ww", f="ww")
+    assert generate.main([*arguments, all_settled, all_settled]) == 2
+    assert "every prompt is settled" in capsys.readouterr().err
+    assert generate.main([*arguments, scored(tmp_path / "5.jsonl", a="?")]) == 2
+    assert "without an outcome -> name files of tools/score_groups.py" in capsys.readouterr().err
+
+
+# --- servers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def served(port: int, command: str, timeout: float = 30) -> ServeSettings:
+    return ServeSettings(url=f"http://127.0.0.1:{port}/v1", command=command, timeout=timeout)
+
+
+def server(port: int, name: object, folder: object) -> list[str]:
+    return [sys.executable, str(ROOT / "tests" / "openai_server.py"), str(port), str(name), str(folder)]
+
+
+def test_a_server_is_started_asked_what_it_serves_and_stopped(inputs, tmp_path, port):
+    model, other = inputs / "model", tmp_path / "other"
+    shutil.copytree(model, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+
+    def ask(command: list[str], timeout: float = 30) -> subprocess.Popen | None:
+        with servers.serving(served(port, "x", timeout), command, model, tmp_path / "server.log") as process:
+            return process
+
+    process = ask(server(port, model, tmp_path / "elsewhere"))
+    assert process is not None and process.returncode is not None
+    assert ask(server(port, model, model)) is not None  # the port is free again
+    for name, folder, said in ((other, other, f"serves {other}, this round samples from"), (model, other, "which is")):
+        with pytest.raises(InputError, match=said):
+            ask(server(port, name, folder))
+    with pytest.raises(InputError, match="no answer -> start a server"):
+        ask([])
+    with FaultyServer(port=port, models={str(model): str(model)}):
+        assert ask([]) is None
+        with pytest.raises(InputError, match="the port is taken, by .*model"):
+            ask(server(port, model, model))
+    with pytest.raises(StageFailed, match=r"ended with code 3 before it answered(.|\n)*no weights"):
+        ask(["sh", "-c", "echo no weights; exit 3"])
+    with pytest.raises(StageFailed, match="no answer at .* in so many seconds"):
+        ask(["sleep", "60"], timeout=0.2)
+
+
+def test_a_server_that_dies_in_the_middle_ends_the_stage(inputs, tmp_path, port):
+    asked = tmp_path / "asked"
+    run = shlex.join(server(port, inputs / "model", inputs / "model"))
+    dies = ["sh", "-c", f"{run} & until [ -e {asked} ]; do sleep 0.05; done; kill $!; echo out of memory"]
+    log = tmp_path / "logs" / "ask.server.log"
+    serve = functools.partial(servers.serving, served(port, "x"), dies, inputs / "model", log)
+    command = ("sh", "-c", f"touch {asked}; exec sleep 60")
+    stage = Stage("ask", command, (tmp_path / "made",), tmp_path / "stages", serve=serve)
+    with pytest.raises(StageFailed, match=r"the server died in the middle(.|\n)*out of memory"):
+        Pipeline(tmp_path / "logs", 1, tmp_path / "timings.json").run(stage)
+
+
+def test_a_stage_ends_with_the_driver_that_is_killed(tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        stages.run_logged(["sh", "-c", "echo $$; exec sleep 300"], tmp_path / "log", {})
+        os._exit(70)
+    while not (tmp_path / "log").exists() or not (written := (tmp_path / "log").read_text()).endswith("\n"):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(int(written)) and psutil.Process(int(written)).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -250,6 +250,18 @@ def test_weights_only_start_from_a_run(model, whole, tmp_path):
     assert losses(output)[1] != losses(whole)[1]
 
 
+def test_weights_and_optimizer_start_from_a_run(model, tmp_path):
+    """Three epochs of one step are one, and two that begin with its weights and Adam's state."""
+    options = ("data.groups_per_step=32", "optimizer.lr=1e-2", f"checkpoint.init_from={tmp_path / 'first'}")
+    train(model, tmp_path / "whole", *options[:2], "train.epochs=3")
+    train(model, tmp_path / "first", *options[:2])
+    train(model, tmp_path / "with", *options, "checkpoint.init_optimizer=true", "train.epochs=2")
+    train(model, tmp_path / "without", *options, "train.epochs=2")
+    whole, carried, fresh = ([*losses(tmp_path / name).values()] for name in ("whole", "with", "without"))
+    assert carried == pytest.approx(whole[1:], rel=1e-4)
+    assert fresh[0] == carried[0] and abs(fresh[1] - whole[2]) > 100 * abs(carried[1] - whole[2])
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove", "flip"])
 def test_damaged_checkpoint_is_named_and_the_previous_one_usable(model, whole, tmp_path, damage):
     output = tmp_path / "run"

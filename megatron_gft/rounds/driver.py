@@ -279,7 +279,7 @@ class Rounds:
         Raises:
             StageFailed, InputError: what a stage says.
         """
-        stages = self.stages()
+        stages, page = self.stages(), self.output / "report.html"
         self.output.mkdir(parents=True, exist_ok=True)
         with working_folder(self.output / "rounds"):  # ours alone
             pipeline = Pipeline(self.output / "logs", len(stages), self.output / "timings.json")
@@ -290,7 +290,8 @@ class Rounds:
                 number, _, kind = stage.name.partition("-")
                 if kind == ("evaluate" if self.settings.evaluate else "export") and int(number):
                     self._prune(stages, int(number))
-                    say(write_report(self.output, int(number), pipeline.seconds))
+                    if not page.exists() or page.stat().st_mtime < stage.stamp.stat().st_mtime:
+                        say(write_report(page, int(number), pipeline.seconds))
 
     def _prune(self, stages: list[Stage], finished: int) -> None:
         by_name = {stage.name: stage for stage in stages}

@@ -66,12 +66,13 @@ def measure(folder: Path) -> tuple[Measures, Measures, list[dict[str, Any]]]:
     return samples, result, records
 
 
-def write_report(output: Path, last: int, seconds: dict[str, dict[str, Any]]) -> str:
-    """Read the rounds up to ``last``; write figure and page, return the table.
+def write_report(page: Path, last: int, seconds: dict[str, dict[str, Any]]) -> str:
+    """Read the rounds up to ``last``, which are beside ``page``; write this and the figure, return the table.
 
     Args:
         seconds: of each stage, by its name.
     """
+    output = page.parent
     rows: dict[str, dict[int, str]] = {name: {} for name in ROWS}
     points, steps = list[dict[str, Any]](), 0
     for number in range(last + 1):
@@ -92,13 +93,13 @@ def write_report(output: Path, last: int, seconds: dict[str, dict[str, Any]]) ->
     with atomic_file(output / "curves.png") as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     table = [[name, *(cells.get(number, "") for number in range(last + 1))] for name, cells in rows.items() if cells]
-    page = Environment(autoescape=True).from_string(PAGE)
-    with atomic_file(output / "report.html") as temporary:
-        temporary.write_text(page.render(name=output.name, rows=table, svg=svg(figure)), encoding="utf-8")
+    text = Environment(autoescape=True).from_string(PAGE).render(name=output.name, rows=table, svg=svg(figure))
+    with atomic_file(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     shown = range(max(0, last + 1 - ROUNDS_SHOWN), last + 1)
-    text = Table("round", *map(str, shown), title=f"{output / 'report.html'}", title_justify="left")
+    drawn = Table("round", *map(str, shown), title=str(page), title_justify="left")
     for name, *cells in table:
-        text.add_row(name, *(cells[number] for number in shown))
+        drawn.add_row(name, *(cells[number] for number in shown))
     console = Console(file=io.StringIO(), width=24 + 28 * len(shown))
-    console.print(text)
+    console.print(drawn)
     return console.file.getvalue()  # type: ignore[attr-defined]
