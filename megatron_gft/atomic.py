@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ def working_folder(output: Path) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
+    """Write ``value``, which may hold dataclasses, as indented JSON, atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=asdict) + "\n", encoding="utf-8")
 
 
 def check_output(path: str | os.PathLike) -> None:

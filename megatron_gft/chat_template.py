@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from megatron_gft.errors import InputError, nearest
+from megatron_gft.reading import read_text
 
 NO_TEMPLATE = "none"
 TEMPLATE_SECONDS = 5.0  # of CPU time for one prompt; templates take milliseconds
@@ -241,15 +242,12 @@ def load_template(
     """The template that was asked for: a file's, the tokenizer's ``own`` (of one name or several), or None: raw text.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is none, or it cannot be read or is no template.
     """
     if chat_template == NO_TEMPLATE:
         return None
     if chat_template is not None:
-        try:
-            return ChatTemplate(Path(chat_template).read_text(encoding="utf-8"), names)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{chat_template}: chat template cannot be read ({error})") from error
+        own, path = read_text(chat_template, "name a file with a chat template"), chat_template
     if not own:
         raise InputError(f"{path}: the tokenizer has no chat template -> set --chat-template FILE or none (raw text)")
     if isinstance(own, dict) and "default" not in own:
@@ -257,7 +255,15 @@ def load_template(
             f"{path}: the chat templates have names ({', '.join(sorted(own))}) and none is the default "
             "-> save one in a file and set --chat-template FILE, or none (raw text)"
         )
-    return ChatTemplate(own["default"] if isinstance(own, dict) else own, names)
+    text = own["default"] if isinstance(own, dict) else own
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template([], chat_template=text)  # reads it and renders nothing
+    except TemplateSyntaxError as error:
+        raise InputError(f"{path}: line {error.lineno} of the chat template: {error.message} -> correct it") from None
+    return ChatTemplate(text, names)
 
 
 def _json_value(value: Any) -> Any:

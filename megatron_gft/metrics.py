@@ -29,6 +29,7 @@ from megatron_gft.config import Config
 from megatron_gft.errors import InputError
 from megatron_gft.objectives import SOURCES
 from megatron_gft.progress import ProgressBar
+from megatron_gft.reading import read_json
 from megatron_gft.step import MORE_STATISTICS, SIGNS, STATISTICS, LossReport, StepOutcome
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ def _weights_and_biases(project: str, run_folder: Path, config: dict[str, Any], 
         ) from None
     if not (file := run_folder / "wandb_id.json").exists():
         write_json(file, secrets.token_hex(8))
-    name, known = run_folder.resolve().name, json.loads(file.read_text())
+    name, known = run_folder.resolve().name, read_json(file, "remove it: the run gets another id", str)
     run = wandb.init(project=project, dir=str(run_folder), name=name, id=known, config=config, resume="allow")
     closing.callback(run.finish)
     return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import yaml
 
 from megatron_gft.errors import InputError
@@ -35,24 +36,47 @@ def lfs_hint(path: str | os.PathLike) -> str:
     return f"; {Path(path).name} is a Git LFS pointer, the file itself was not downloaded -> git lfs pull"
 
 
-def read_json(path: str | os.PathLike, cure: str = "copy the file again") -> dict[str, Any]:
-    """The object in a JSON file.
+def read_text(path: str | os.PathLike, cure: str = "copy the file again") -> str:
+    """A UTF-8 file, line ends as they are; InputError when it is missing, cannot be read or is something else."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}) -> {cure}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error}) -> {cure}") from None
+
+
+def read_json(path: str | os.PathLike, cure: str = "copy the file again", kind: Any = dict) -> Any:
+    """What a JSON file holds.
 
     Args:
         cure: what a user does about a damaged file of this kind.
+        kind: its type, which pydantic checks strictly and deeply.
 
     Raises:
-        InputError: it is missing or cannot be read, is not UTF-8 or JSON, has a key twice, or holds no object.
+        InputError: it is missing or cannot be read, is not UTF-8 or JSON, has a key twice, or holds something else.
     """
+    text = read_text(path, cure)
     try:
-        value = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_twins)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}) -> {cure}") from None
-    except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of thousands of digits
+        value = json.loads(text, object_pairs_hook=_without_twins)
+        if kind is not dict:
+            return pydantic.TypeAdapter(kind).validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path}: {'; '.join(map(' -> '.join, wrong_values(error)))} -> {cure}") from None
+    except (ValueError, RecursionError) as error:  # also: a number of thousands of digits
         raise InputError(f"{path}: not valid JSON ({error}){lfs_hint(path)} -> {cure}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds {type(value).__name__}, not an object -> {cure}")
     return value
+
+
+def wrong_values(error: pydantic.ValidationError) -> Iterator[tuple[str, str]]:
+    """(``key is value``, ``it must be ...``) of all that pydantic found."""
+    for found in error.errors():
+        key = ".".join(map(str, found["loc"])) or "all of it"
+        expected = found["msg"].replace("Input should be", "it must be").replace("dictionary", "object")
+        missing = found["type"] == "missing"
+        yield (f"{key} is missing", "add it") if missing else (f"{key} is {str(repr(found['input']))[:60]}", expected)
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -94,11 +118,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or holds something else.
     """
+    text = read_text(path, "pass --config FILE")
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the configuration ({error.strerror}) -> pass --config FILE") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no such date, a huge number
+        value = yaml.load(text, Loader=YamlLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date, a huge number
         raise InputError(f"{path}: not valid YAML: {error}{lfs_hint(path)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: a configuration is a mapping of sections, this is {type(value).__name__}")
@@ -139,10 +162,7 @@ def refuse_damage(folder: str | os.PathLike) -> None:
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path}: damaged or truncated ({error}){lfs_hint(path)} -> copy it again") from error
         if path.name in TEXT_FILES:
-            try:
-                path.read_text(encoding="utf-8")
-            except ValueError as error:
-                raise InputError(f"{path}: not UTF-8 ({error}) -> copy the file again") from error
+            read_text(path)
 
 
 def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

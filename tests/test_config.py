@@ -139,7 +139,7 @@ def test_every_problem_is_reported_at_once():
 
 
 def test_files_that_are_no_configuration_are_named(tmp_path):
-    assert "no.yaml: cannot read the configuration" in problem_of([], [tmp_path / "no.yaml"])
+    assert "no.yaml: cannot be read" in problem_of([], [tmp_path / "no.yaml"])
     assert "a.yaml: not valid YAML" in problem_of([], [write(tmp_path / "a.yaml", "model: [")])
     assert "b.yaml: a configuration is a mapping" in problem_of([], [write(tmp_path / "b.yaml", "- 1\n")])
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")

@@ -64,6 +64,17 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "inspect shards": ("inspect train --tokenizer hf --max-tokens-per-pack 512", SHARD),
     "verify shards": ("inspect train --verify", SHARD),
     "plan": ("plan --config config.yaml --world-size 1", ["config.yaml", "hf/config.json", *SHARD]),
+    "import": ("import_groups --mapping rows.yaml --input rows.jsonl --output OUT.jsonl", ["rows.jsonl", "rows.yaml"]),
+    "logprobs": (
+        "compute_logprobs --config config.yaml --name a data.train=[OUT/train]",
+        ["config.yaml", *MODEL[:2], *SHARD],
+    ),
+    "measure verifier": (
+        "measure_verifier --input prompts.jsonl --solution-column answer --limit 1",
+        ["prompts.jsonl"],
+    ),
+    "measure suites": ("measure_suites --suite nemo --tests suite.py", ["suite.py"]),
+    "recipe tables": ("recipe_tables --check", ["examples/tiny/gpus-1.yaml", "hf/config.json"]),
     "evaluate": (
         "evaluate --model hf --problems prompts.jsonl --no-greedy --quiet --workers 1",
         ["prompts.jsonl", *MODEL],
@@ -101,6 +112,14 @@ def workspace(tmp_path_factory) -> Path:
         "train": {"max_steps": 1},
     }
     write_yaml(folder / "config.yaml", config)
+    write_yaml(folder / "rows.yaml", {"prompt": "question", "text": "answer", "source": "self", "answer": "answer"})
+    shutil.copyfile(folder / "prompts.jsonl", folder / "rows.jsonl")
+    (folder / "suite.py").write_text("def test_one():\n    assert math_equal('1', '1')\n")
+    recipe = folder / "examples/tiny/gpus-1.yaml"
+    recipe.parent.mkdir(parents=True)
+    shutil.copyfile(folder / "config.yaml", recipe)
+    write_yaml(folder / "examples/fp8.yaml", {})
+    (recipe.parent / "README.md").write_text("| `gpus-1.yaml` | to be written |\n")
     shards = "preprocess --input groups.jsonl --tokenizer hf --output-prefix train --quiet"
     for line in (COMMANDS["to megatron"][0], shards, "train --config config.yaml train.output=run"):
         ended = tool_runs.run(folder, *line.replace("OUT", "ckpt").split())
@@ -129,11 +148,25 @@ def run(folder: Path, line: str, *more: str) -> Ended:
     """The command; a run that goes on works in a copy."""
     for output in folder.glob("OUT*"):
         shutil.rmtree(output) if output.is_dir() else output.unlink()
-    copied = "train.output=run" in line
-    if copied:
-        shutil.copytree(folder / "run", folder / "OUT")
+    if "OUT/train" in line:
+        others = shutil.ignore_patterns("[!t]*", "t[!r]*", ".*")
+        shutil.copytree(folder, folder / "OUT", symlinks=True, ignore=others)
+    if "train.output=run" in line:
+        shutil.copytree(folder / "run", folder / "OUT", symlinks=True)
         line = line.replace("train.output=run", "train.output=OUT")
     return tool_runs.run(folder, *line.split(), *more)
+
+
+def test_every_tool_is_in_the_table():
+    """Those that measure read no file of a user's, and are among the command lines."""
+    lines = [line for line, *_ in (*COMMANDS.values(), *LINES.values())]
+    known = {tool_runs.main_of(line.split()[0]) for line in lines}
+    assert not {path.stem for path in (ROOT / "tools").glob("*.py") if tool_runs.main_of(path.stem) not in known}
+    assert (
+        not {path.stem for path in (ROOT / "megatron_gft" / "commands").glob("[!_]*.py")}
+        - {main.__module__.rpartition(".")[2] for main in known}
+        - {"launch", "numbers"}
+    )  # starts train; no command
 
 
 # --- damage to bytes ------------------------------------------------------------------------------------------------
@@ -472,6 +505,10 @@ LINES: dict[str, tuple[str, list[str]]] = {
     "checkpoint a file": ("convert megatron-to-hf --checkpoint config.yaml --output OUT", ["config.yaml"]),
     "model a file": ("evaluate --model config.yaml --problems prompts.jsonl --no-greedy", ["config.yaml"]),
     "run a file": ("plot config.yaml --output OUT.svg", ["config.yaml"]),
+    "no benchmark": ("bench kernels absent", ["'absent'", "kernels"]),
+    "no GPU": ("gpu_check --output OUT.json", ["no CUDA device"]),
+    "no mapping": ("import_groups --mapping absent --input rows.jsonl --output OUT.jsonl", ["absent", "openr1-math"]),
+    "no name": ("compute_logprobs --config config.yaml --name sampled", ["--name", "'sampled'"]),
     "no run": ("plot absent --output OUT.svg", ["absent"]),
     "no shard": ("inspect absent", ["absent"]),
 }

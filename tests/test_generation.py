@@ -369,7 +369,7 @@ def test_the_tool_says_what_is_wrong_and_exits_2(tmp_path, capsys):
         (arguments(tmp_path / "none", output, expert), "no such file"),
         (arguments(tmp_path / "twice.jsonl", output, expert), "ids must"),
         (arguments(prompts, output, "kind=transformers model=/nowhere"), "nowhere"),
-        ([*arguments(prompts, output), "--config", str(tmp_path / "none.yaml")], "cannot read"),
+        ([*arguments(prompts, output), "--config", str(tmp_path / "none.yaml")], "none.yaml: cannot be read"),
     ):
         assert generate_groups.main(words) == 2, words
         assert message in capsys.readouterr().err

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import importlib.util
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from megatron_gft import cpu
 MODULES = (
     *("job", "conversion.convert", "inspection.inputs", "inspection.output", "preprocess.run", "reports.plotting"),
     *("sampling.generation", "sampling.local_model", "sampling.sources", "scoring.score", "sizing.report"),
-    *("evaluation.run", "validation"),
+    *("evaluation.run", "validation", "groups.importing", "logprobs"),
 )
 UNREADABLE_FOR = 65534  # the user "nobody"
 
@@ -50,9 +51,20 @@ def load() -> None:
     importlib.import_module("transformers.models.llama.modeling_llama")
 
 
+def main_of(tool: str) -> Callable[..., int]:
+    """``main`` of ``megatron_gft.commands.<tool>``, or else of ``tools/<tool>.py``."""
+    if importlib.util.find_spec(f"megatron_gft.commands.{tool}"):
+        return importlib.import_module(f"megatron_gft.commands.{tool}").main
+    if (name := f"tools.{tool}.py") not in sys.modules:  # there is a package tools.bench, too
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{tool}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name].main
+
+
 def run(folder: Path, tool: str, *arguments: str, seconds: float = 120, as_nobody: bool = False) -> Ended:
-    """``main(arguments)`` of ``megatron_gft.commands.<tool>`` with ``folder`` as the working directory."""
-    main = importlib.import_module(f"megatron_gft.commands.{tool}").main
+    """:func:`main_of` ``tool`` with these arguments and with ``folder`` as the working directory."""
+    main = main_of(tool)
     log = folder.parent / f".{folder.name}.{os.getpid()}.{time.monotonic_ns()}"
     log.touch()
     sys.stdout.flush()
@@ -78,7 +90,7 @@ def _child(main, arguments: Sequence[str], folder: Path, log: Path, seconds: flo
         os.chdir(folder)
         if as_nobody and os.geteuid() == 0:
             os.seteuid(UNREADABLE_FOR)
-        if main.__module__.endswith(".plan"):
+        if main.__module__.endswith((".plan", "recipe_tables.py")):
             cpu._installed.clear()  # planning puts a redirection to "meta" upon the one to the CPU
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name, None)

@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_gft.errors import InputError, command
+from megatron_gft.reading import read_text
+
 if TYPE_CHECKING:
     from megatron_gft.sizing.fit import Plan
 
@@ -52,18 +57,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def main() -> int:
+@command
+def main(argv: list[str] | None = None) -> int:
     """1 when a README was not what it is now (or should be)."""
     parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/recipe_tables.py --check")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a row would be another")
-    check = parser.parse_args().check
+    check = parser.parse_args(argv).check
     logging.disable(logging.WARNING)
     changed = False
     for readme in sorted(Path("examples").glob("*/README.md")):
-        text = readme.read_text(encoding="utf-8")
+        text = read_text(readme)
         for recipe in sorted(readme.parent.glob("gpus-*.yaml")):
             new = row(recipe)
-            (old,) = re.findall(rf"^\| `{recipe.name}` .*$", text, flags=re.MULTILINE)
+            old, *twins = re.findall(rf"^\| `{recipe.name}` .*$", text, flags=re.MULTILINE) or [None]
+            if old is None or twins:
+                raise InputError(f"{readme}: {len(twins)} rows of `{recipe.name}`")
             if old != new:
                 print(f"{readme}\n- {old}\n+ {new}")
                 text, changed = text.replace(old, new), True

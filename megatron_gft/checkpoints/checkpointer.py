@@ -12,10 +12,11 @@ import inspect
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -54,7 +55,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config={"extra": "forbid"})
 class RunState:
     """Where a run stands. Independent of the layout, equal on all ranks.
 
@@ -243,7 +244,7 @@ class Checkpointer:
     def _publish(self, pending: _Pending, shares: list[Files]) -> None:
         if self.parallel.rank == 0:
             partial = pending.folder
-            write_json(partial / STATE_FILE, asdict(pending.state))
+            write_json(partial / STATE_FILE, pending.state)
             files = {name: entry for share in shares for name, entry in share.items()}
             write_json(partial / FILES_FILE, files | describe_files(partial, [partial / STATE_FILE]))
             final = publish(partial, pending.state.step, self.config.checkpoint.keep_last)
@@ -277,14 +278,7 @@ class Checkpointer:
 
 
 def _read_state(path: Path) -> RunState:
-    values = read_json(path, "set checkpoint.resume=previous")
-    for name, default in asdict(RunState()).items():
-        if name in values and type(values[name]) is not type(default):
-            raise InputError(f"{path}: {name} is {str(values[name])[:40]!r} -> set checkpoint.resume=previous")
-    try:
-        return RunState(**values)
-    except TypeError as error:
-        raise InputError(f"{path}: not the state of a run ({error}) -> set checkpoint.resume=previous") from None
+    return read_json(path, "set checkpoint.resume=previous", RunState)
 
 
 def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) -> None:

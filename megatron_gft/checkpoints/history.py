@@ -14,22 +14,31 @@ Every change is one rename or one replacement of ``latest``, so a process may di
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_gft.atomic import atomic_file, fsync_path, sha256_file
 from megatron_gft.errors import InputError
 from megatron_gft.folders import file_problem, is_inner_name
 from megatron_gft.progress import ProgressBar
+from megatron_gft.reading import read_json
 
 logger = logging.getLogger(__name__)
 
-Files = dict[str, dict[str, Any]]
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What is known of a file that was written."""
+
+    bytes: int
+    sha256: str
+
+
+Files = dict[str, FileFacts]
 """Size and sha256 of each file of a checkpoint, by its name in the folder."""
 
 STATE_FILE, FILES_FILE, LATEST_FILE = "state.json", "files.json", "latest"
@@ -138,10 +147,9 @@ def _remove(path: Path) -> None:
 def find_damage(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     """Compare part ``part`` of ``parts`` of a checkpoint's files with their recorded size and sha256."""
     try:
-        expected: Files = json.loads((path / FILES_FILE).read_text(encoding="utf-8"))
-        expected = {name: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for name, entry in expected.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        return [f"{FILES_FILE}: damaged ({error!r})"]
+        expected = read_json(path / FILES_FILE, kind=Files)
+    except InputError as error:
+        return [str(error)]
     problems = []
     files = sorted(expected)[part::parts]
     for name in ProgressBar(files, f"verifying {path.name}", unit="file", show=part == 0, leave=False):
@@ -151,9 +159,9 @@ def find_damage(path: Path, *, part: int = 0, parts: int = 1) -> list[str]:
             problems.append(problem)
         elif not file.is_file():
             problems.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes, {entry['bytes']} were written")
-        elif sha256_file(file) != entry["sha256"]:
+        elif file.stat().st_size != entry.bytes:
+            problems.append(f"{name} has {file.stat().st_size} bytes, {entry.bytes} were written")
+        elif sha256_file(file) != entry.sha256:
             problems.append(f"{name}: the content differs from what was written")
     return problems
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_gft.atomic import fsync_path, sha256_file, sha256_json, write_json
-from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, Files, find_damage, newest_checkpoint
+from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, FileFacts, Files, find_damage, newest_checkpoint
 from megatron_gft.errors import InputErrors
 from megatron_gft.hf.files import HASHED_SINCE, read_source_record
 from megatron_gft.hf.safetensors_io import SafetensorsFolder
@@ -21,7 +21,7 @@ def describe_files(folder: Path, files: Sequence[Path]) -> Files:
     described = {}
     for path in files:
         fsync_path(path)
-        described[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        described[str(path.relative_to(folder))] = FileFacts(path.stat().st_size, sha256_file(path))
     return described
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from megatron_gft.errors import InputError
 from megatron_gft.folders import check_folder
-from megatron_gft.reading import absence, read_json
+from megatron_gft.reading import absence, read_json, wrong_values
 
 # Of layers, heads, experts; of rows and columns. Beyond are typing errors: sizes of matrices no longer fit 64 bits.
 Count = Annotated[int, Field(gt=0, le=2**12)]
@@ -80,13 +80,7 @@ def typed(kind: type[Values], values: Mapping[str, Any], problems: list[str], pl
     try:
         return kind.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        for found in error.errors():
-            key = place + ".".join(map(str, found["loc"]))
-            if found["type"] == "missing":
-                problems.append(f"{key} is missing -> add it")
-            else:
-                expected = found["msg"].replace("Input should be", "it must be").replace("dictionary", "object")
-                problems.append(f"{key} is {str(repr(found['input']))[:60]} -> {expected}")
+        problems += [f"{place}{what} -> {expected}" for what, expected in wrong_values(error)]
         return None
 
 

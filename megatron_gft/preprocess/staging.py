@@ -8,7 +8,6 @@ when it is whole, and a set of shards only when it is complete (``ShardSet``).
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from typing import IO, Any
 from megatron_gft.atomic import fsync_path, sha256_json, write_json
 from megatron_gft.errors import InputError
 from megatron_gft.groups.problems import Problem, report_lines
+from megatron_gft.reading import read_json
 from megatron_gft.shards import GroupShard, TokenizerStamp
 from megatron_gft.shards.manifest import (
     ShardSet,
@@ -99,8 +99,8 @@ class Staging:
 
     def _read_json(self, name: str) -> Any:
         try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json(self.folder / name)
+        except InputError:
             return None
 
     def _clear(self, keep: set[str]) -> None:

@@ -12,7 +12,6 @@ The seed of a response depends on the run's seed, the prompt's id, the source's 
 from __future__ import annotations
 
 import itertools
-import json
 import queue
 import threading
 from collections import Counter
@@ -28,6 +27,7 @@ from megatron_gft.groups import output_problems, write_group_file
 from megatron_gft.groups.records import GroupRecord, ResponseRecord
 from megatron_gft.journal import Journal
 from megatron_gft.progress import ProgressBar
+from megatron_gft.reading import read_json
 from megatron_gft.sampling.prompts import PromptSet
 from megatron_gft.sampling.responses import FAILED, ColumnResponses, SampledResponses, Summary
 from megatron_gft.sampling.settings import Outcome, SampleFailure
@@ -145,8 +145,8 @@ class GenerationRun:
         if not path.is_file() or not self._output.is_file():
             return None
         try:
-            summary = Summary(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+            summary = read_json(path, kind=Summary)
+        except InputError:
             return None
         if summary.plan != plan or (summary.dropped.get(FAILED) and not allow_failures):
             return None

@@ -24,6 +24,7 @@ from megatron_gft.atomic import atomic_file, sha256_file, sha256_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.folders import file_problem as link_problem
 from megatron_gft.folders import is_inner_name
+from megatron_gft.reading import read_json
 
 FORMAT: Final = "megatron_gft.group_shard"
 FORMAT_VERSION: Final = 2  # 1 has no hashes of blocks
@@ -178,21 +179,17 @@ def read_manifest(prefix: str | Path) -> ShardManifest:
     path = manifest_path(prefix)
     if path.exists() and not path.is_file():  # reading a pipe would wait
         raise InputError(f"{path}: not a file -> give the prefix of a shard")
-    try:
-        text = path.read_bytes().decode("ascii")  # text mode would let a changed line end pass
-        value = json.loads(text)
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         if _has_data(str(prefix)):
             raise InputError(
                 f"{path}: missing, so not all shards are given: its other files are there -> copy it too, or run the "
                 "interrupted preprocessing again"
-            ) from error
+            )
         raise InputError(
             f"{prefix}: no such group shard ({path} is missing) -> make it with tools/preprocess_groups.py"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a shard manifest ({error}) -> preprocess again") from error
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        )
+    value = read_json(path, "preprocess again")
+    if value.get("format") != FORMAT:
         raise InputError(f"{path}: not the manifest of a group shard -> give the prefix of one")
     if value.get("format_version") not in (1, FORMAT_VERSION):
         raise InputError(
@@ -204,7 +201,7 @@ def read_manifest(prefix: str | Path) -> ShardManifest:
         manifest = ShardManifest.model_validate(value)
     except pydantic.ValidationError as error:
         raise InputError(f"{path}: damaged manifest ({error}) -> preprocess again") from error
-    if manifest_text(manifest) != text or not manifest.judgements:
+    if path.read_bytes() != manifest_text(manifest).encode() or not manifest.judgements:
         raise InputError(f"{path}: the manifest does not match its own hash -> preprocess again, do not edit it")
     _check_names(prefix, manifest)
     return manifest

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import logging
 import os
 import time
@@ -23,6 +22,7 @@ from megatron_gft.atomic import write_json
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count
 from megatron_gft.progress import ProgressBar, total_bytes
+from megatron_gft.reading import read_json
 from megatron_gft.shards.manifest import (
     BLOCK_BYTES,
     ShardManifest,
@@ -169,10 +169,9 @@ def _mark(shard: GroupShard, name: str) -> str:
 
 def _read_stamps(path: Path) -> set[str]:
     try:
-        stamps = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return set(read_json(path, kind=list[str]))
+    except InputError:
         return set()  # everything is read again
-    return {stamp for stamp in stamps if isinstance(stamp, str)} if isinstance(stamps, list) else set()
 
 
 def check_repeated_groups(shards: Sequence[GroupShard]) -> None:
