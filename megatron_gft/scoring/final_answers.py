@@ -14,6 +14,7 @@ answer. "5 or 7" is both: to hedge must not pay.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -254,24 +255,34 @@ def _anchored_answer(tail: str) -> str | None:
     if not runs:
         words = tail.strip(" .*:!\t\n")
         return words if 0 < len(words) <= _MAX_ANCHOR_FILLER and not _NO_ANSWER.match(words) else None
-    if _CLAUSE.match(tail):  # since n = 3, we get 5
-        breaks = [i for i in range(1, len(runs)) if _MAIN_CLAUSE.fullmatch(tail, runs[i - 1].end, runs[i].start)]
-        if main := next((i for i in breaks if "=" not in runs[i].text), breaks[-1] if breaks else 0):
-            return _anchored_answer(tail[runs[main].start :])
+    if begin := _main_clause(tail, runs):
+        return _anchored_answer(tail[begin:])
     filler = tail[: runs[0].start]
-    if re.search(r"\bnot\b", filler):
-        but = re.search(r"\bbut\b", tail)
-        return _anchored_answer(tail[but.end() :]) if but else None
-    if len(filler) > _MAX_ANCHOR_FILLER:
+    if len(filler) > _MAX_ANCHOR_FILLER or re.search(r"\bnot\b", filler):
         return None
     listed = _listed(tail, runs)
     if len(listed) > 1:
         return ", ".join(run.text for run in listed)
+    return _result(_computed(tail, runs).text)
+
+
+def _computed(tail: str, runs: list[_Run]) -> _Run:
+    """The first run, or what its sentence makes of it: "$2 an hour x 3 = $6"."""
     begin = runs[0].end
     clause_end = (_SPAN_END if tail[begin - 1] in "$)]" else _CLAUSE_END).search(tail, begin)
     equals = tail.rfind("=", begin, clause_end.start() if clause_end else len(tail))
-    results = [run for run in runs if equals >= 0 and run.end > equals]  # "$2 an hour x 3 = $6"
-    return _result((results or runs)[0].text)
+    return next((run for run in runs if run.end > equals >= 0), runs[0])
+
+
+def _main_clause(tail: str, runs: list[_Run]) -> int:
+    """Where the answer follows in "since n = 3, 5" and "not 3 but 5"; else 0."""
+    if re.match(r"\s*not\b", tail):
+        but = re.search(r"\bbut\b", tail)
+        return but.end() if but else 0
+    if not _CLAUSE.match(tail):
+        return 0
+    breaks = [run for before, run in itertools.pairwise(runs) if _MAIN_CLAUSE.fullmatch(tail, before.end, run.start)]
+    return next((run.start for run in breaks if "=" not in run.text), breaks[-1].start if breaks else 0)
 
 
 def _formula(tail: str) -> str | None:
