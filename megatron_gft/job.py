@@ -35,6 +35,7 @@ from megatron_gft.optimizer import (
     wrap_data_parallel,
 )
 from megatron_gft.parallel import Parallel, destroy_parallel, initialize_parallel, seed_everything
+from megatron_gft.reports.plotting import plot_runs
 from megatron_gft.runtime import StopRequest, Watchdog, set_up_logging, start_process_group
 from megatron_gft.shards.verification import verify_at_start
 from megatron_gft.step import StepRunner
@@ -230,6 +231,18 @@ def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path
     logger.warning("allowed by data.allow_changed_data: %s", "; ".join(lines))
 
 
+def _report(trainer: Trainer) -> None:
+    """A run that is done does not fail for want of a picture; of fewer than three steps there is no curve."""
+    if trainer.reporter is None or not 3 <= trainer.total_steps == trainer.state.step:
+        return
+    path = trainer.output / "report.html"
+    try:
+        plot_runs([path.parent], path)
+        logger.info("report: %s", path)
+    except Exception as error:
+        logger.warning("%s: not written (%s)", path, error or type(error).__name__)
+
+
 @contextlib.contextmanager
 def open_run(config: Config, shape: ModelShape, store: dist.Store, stop: StopRequest) -> Iterator[Trainer]:
     """The run on this process: data, process group (of ``store``), trainer; ended in order when the block is left.
@@ -267,3 +280,4 @@ def open_run(config: Config, shape: ModelShape, store: dist.Store, stop: StopReq
     finally:
         trainer.close()
     destroy_parallel()
+    _report(trainer)

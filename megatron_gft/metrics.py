@@ -30,6 +30,7 @@ from megatron_gft.errors import InputError
 from megatron_gft.objectives import SOURCES
 from megatron_gft.progress import ProgressBar
 from megatron_gft.reading import read_json
+from megatron_gft.reports.environment import write_environment
 from megatron_gft.step import MORE_STATISTICS, SIGNS, STATISTICS, LossReport, StepOutcome
 
 logger = logging.getLogger(__name__)
@@ -222,6 +223,8 @@ class Reporter:
         show = config.progress_bar and sys.stderr.isatty()  # in a log the steps' own lines say when it ends
         self.bar = ProgressBar(None, "train", total=total_steps, initial=first_step, unit="step", show=show)
         self.started, self.first_step = time.monotonic(), first_step
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        write_environment(run_folder, world_size, device)
 
     def step(self, step: int, batch: StepBatch, outcome: StepOutcome, skipped_steps: int) -> None:
         """Write the record of one step; every ``logging.every`` steps and on the last also a console line."""

@@ -96,8 +96,12 @@ def test_one_config_runs_alone_and_at_tp2_pp2(workspace, tmp_path):
     assert len(lines) == 3 and all(
         word in lines[0] for word in ("loss", "grad norm", "lr", "tokens/s", "rectified", "ETA")
     )
+    (tmp_path / "many" / "report.html").mkdir(parents=True)
     many = command(workspace, f"train.output={tmp_path / 'many'}", "parallel.tp=2", "parallel.pp=2", processes=4)
     assert many.returncode == 0, many.stderr[-3000:]
+    assert "report.html: not written (" in many.stderr, "a run that is done does not fail for want of a picture"
+    report = (tmp_path / "alone" / "report.html").read_text()
+    assert all(word in report for word in ("<svg", "<td>torch</td>", "forward_backward", "max_tokens_per_pack"))
     # losses are differences of sums of this size, and Adam amplifies rounding over the steps
     scale = max(abs(loss) for loss in read_losses(tmp_path / "alone"))
     assert read_losses(tmp_path / "many") == pytest.approx(read_losses(tmp_path / "alone"), abs=1e-5 * scale)

@@ -141,13 +141,18 @@ def html_page(report: dict[str, Any], views: Sequence[GroupView] = ()) -> str:
         ("rewards", "reward", "responses", report["rewards"]),
         *((f"responses, {s}", unit, "responses", of["length"]) for s, of in report["by_source"].items()),
     ]
+    template = page_environment().from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
+    tau = HeadSettings().tau
+    return template.render(report=report, plots=plots, tables=list(_tables(report)), views=views, tau=tau)
+
+
+def page_environment() -> Environment:
+    """What pages are made with: values are escaped, ``css`` is their style."""
     # finalize: every value goes through it before it is escaped.
     environment = Environment(
         autoescape=True, finalize=_visible, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = _number
     environment.tests["numeric"] = _NUMERIC.fullmatch
-    folder = files(__package__)
-    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
-    css, tau = (folder / "page.css").read_text(encoding="utf-8"), HeadSettings().tau
-    return template.render(report=report, plots=plots, tables=list(_tables(report)), views=views, css=css, tau=tau)
+    environment.globals["css"] = (files(__package__) / "page.css").read_text(encoding="utf-8")
+    return environment

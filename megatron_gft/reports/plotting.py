@@ -1,7 +1,8 @@
 """One figure of one or several runs, from the ``metrics.jsonl`` in their folders.
 
 Every panel shows one quantity over steps, one colour a run, one line style a source of responses; panels without data
-are left out. Long curves are drawn twice: faint as they are, and as a running mean.
+are left out. Curves of many points are drawn twice: faint as they are, and as a running mean. As HTML it is the report
+of the runs (see :mod:`megatron_gft.reports.run_facts`), which training writes of its own run at the end.
 """
 
 from __future__ import annotations
@@ -21,47 +22,40 @@ from megatron_gft.atomic import atomic_file
 from megatron_gft.errors import InputError
 from megatron_gft.objectives import SOURCES
 
-# Curves with more points than this also get a running mean over a 50th of them.
-SMOOTH_ABOVE = 200
+# Curves of as many points also get a running mean, over a 20th of them.
+SMOOTH_FROM = 20
 COLUMNS = 3
 STYLES = ("-", "--", ":")
 FORMATS = (".png", ".svg", ".pdf", ".html")
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>runs</title>
-<style>body{font-family:sans-serif;margin:1em}svg{max-width:100%;height:auto}td,th{padding:2px 12px;text-align:right}
-</style></head><body>{{ svg | safe }}
-<table><tr><th></th>{% for run in runs %}<th>{{ run.name }} (step {{ run.records[-1].step }})</th>{% endfor %}</tr>
-{% for key in keys %}
-<tr><th>{{ key }}</th>{% for run in runs %}<td>{{ run.last(key) }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></body></html>
-"""
+LONG_NAME = 40  # characters: then names stand one below the other
 
 
 class Panel:
-    """One set of axes: what it shows, and the keys of a record that it draws; ``{}`` stands for each source."""
+    """One set of axes: what it shows, its unit, and the keys of a record; ``{}`` stands for each source."""
 
-    def __init__(self, title: str, key: str, log: bool = False, band: bool = False):
-        self.title, self.log, self.band = title, log, band  # band: from {key}_low to {key}_high
+    def __init__(self, title: str, unit: str, key: str, log: bool = False, band: bool = False):
+        self.title, self.unit, self.log, self.band = title, unit, log, band  # band: from {key}_low to {key}_high
         self.keys = tuple(key.format(source) for source in SOURCES) if "{}" in key else (key,)
 
 
+PER_TOKEN = "nats per token"
 PANELS = (
-    Panel("loss", "loss"),
-    Panel("validation: mean -log p", "valid/{}/positive/nll"),
-    Panel("gradient norm", "grad_norm", log=True),
-    Panel("mean -log p", "nll"),
-    Panel("mean -log p, positive advantage", "{}/positive/nll"),
-    Panel("mean -log p, negative advantage", "{}/negative/nll"),
-    Panel("mean p, positive advantage", "{}/positive/probability"),
-    Panel("mean p, negative advantage", "{}/negative/probability"),
-    Panel("share of tokens with p <= tau", "rectified"),
-    Panel("entropy", "entropy"),
-    Panel("learning rate", "lr"),
-    Panel("groups without signal", "dead_groups"),
-    Panel("tokens per second", "tokens_per_second"),
-    Panel("MFU", "mfu"),
-    Panel("memory, GiB", "memory_gib"),
+    Panel("loss", "weighted nats", "loss"),
+    Panel("validation: mean -log p", PER_TOKEN, "valid/{}/positive/nll"),
+    Panel("gradient norm", "L2 norm, not clipped", "grad_norm", log=True),
+    Panel("mean -log p", PER_TOKEN, "nll"),
+    Panel("mean -log p, positive advantage", PER_TOKEN, "{}/positive/nll"),
+    Panel("mean -log p, negative advantage", PER_TOKEN, "{}/negative/nll"),
+    Panel("mean p, positive advantage", "probability", "{}/positive/probability"),
+    Panel("mean p, negative advantage", "probability", "{}/negative/probability"),
+    Panel("tokens with p <= tau", "share of tokens", "rectified"),
+    Panel("entropy", PER_TOKEN, "entropy"),
+    Panel("learning rate", "per step", "lr"),
+    Panel("groups without signal", "groups per step", "dead_groups"),
+    Panel("throughput", "tokens per second", "tokens_per_second"),
+    Panel("time", "seconds per step", "seconds/step"),
+    Panel("MFU", "share of the peak", "mfu"),
+    Panel("memory of rank 0", "GiB", "memory_gib"),
 )
 
 
@@ -130,7 +124,7 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
     figure = draw(runs)
     with atomic_file(output) as temporary:
         if output.suffix == ".html":
-            temporary.write_text(_page(runs, figure), encoding="utf-8")
+            temporary.write_text(_page(runs, [*map(Path, folders)], figure), encoding="utf-8")
         else:
             figure.savefig(temporary, format=output.suffix[1:], dpi=120)
 
@@ -146,31 +140,44 @@ def draw(runs: Sequence[Run], panels: Sequence[Panel] = PANELS) -> Any:
         from matplotlib.figure import Figure  # optional dependency
     except ImportError:
         raise InputError("plots need matplotlib -> pip install matplotlib") from None
-    rows = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(5 * COLUMNS, 3.2 * rows + 0.5), layout="constrained")
+    columns = 1 if max(len(run.name) for run in runs) > LONG_NAME else 4
+    rows = max(1, -(-len(panels) // COLUMNS))
+    lines = -(-len(runs) // columns)
+    height = 3.2 * rows + 0.3 * lines + 0.4  # inches; panels are alike: constrained layout would only cost a second
+    figure = Figure(figsize=(5 * COLUMNS, height))
+    figure.subplots_adjust(0.055, 0.5 / height, 0.985, 1 - (0.3 * lines + 0.5) / height, 0.22, 0.45)
     for index, panel in enumerate(panels):
         _draw(figure.add_subplot(rows, COLUMNS, index + 1), panel, runs)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    handles = [_line(color=f"C{number}") for number in range(len(runs))]
+    # A name that begins with "_" would be left out, and "$" would begin a formula.
+    names = ["\u200b" * run.name.startswith("_") + run.name.replace("$", r"\$") for run in runs]
+    figure.legend(handles, names, loc="upper center", ncols=columns)
     return figure
+
+
+def _line(**look: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **look)
 
 
 def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
     axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel("optimizer step", fontsize=8)
+    axes.set_ylabel(panel.unit, fontsize=8)
     axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     for number, run in enumerate(runs):
         for style, key in zip(STYLES, panel.keys, strict=False):
             steps, values = run.series(key)
             if not len(steps):
                 continue
             label = run.name if len(panel.keys) == 1 else key.split("/")[-3]
-            options = {"color": f"C{number}", "linestyle": style, "linewidth": 1.2}
-            marker = "." if len(steps) < 20 else None
-            if len(steps) > SMOOTH_ABOVE:
-                axes.plot(steps, values, color=f"C{number}", alpha=0.2, linewidth=0.8)
-                window = len(steps) // 50
-                values = np.convolve(values, np.ones(window) / window, mode="valid")
-                steps = steps[window - 1 :]
+            options = {"color": f"C{number}", "linestyle": style, "linewidth": 1.4}
+            marker = "." if len(steps) < SMOOTH_FROM else None
+            if len(steps) >= SMOOTH_FROM:
+                axes.plot(steps, values, color=f"C{number}", alpha=0.3, linewidth=0.8)
+                values = smoothed(values)
             axes.plot(steps, values, label=label, marker=marker, **options)
             if panel.band:
                 low, high = (run.series(f"{key}_{side}")[1] for side in ("low", "high"))
@@ -178,9 +185,15 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
     if panel.log and all((run.series(key)[1] > 0).all() for run in runs for key in panel.keys):
         axes.set_yscale("log")
     if len(panel.keys) > 1:
-        handles, labels = axes.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
-        axes.legend(unique.values(), unique.keys(), fontsize=8)
+        styles = {label: line.get_linestyle() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        lines = [_line(color="0.3", linestyle=style) for style in styles.values()]
+        axes.legend(lines, styles, fontsize=8)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Running mean of a curve [n] over a 20th of it, around each point; at the ends over what is there."""
+    window = np.ones(max(3, len(values) // SMOOTH_FROM // 2 * 2 + 1))
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def svg(figure: Any) -> str:
@@ -191,10 +204,10 @@ def svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _page(runs: Sequence[Run], figure: Any) -> str:
-    """The figure as inline SVG and a table of the last values; no link to anywhere."""
-    from jinja2 import Environment
+def _page(runs: Sequence[Run], folders: Sequence[Path], figure: Any) -> str:
+    """Curves (inline SVG), last values, and of each run what its folder says; no link to anywhere."""
+    from megatron_gft.reports.run_facts import page, run_facts  # imports Megatron, to read shards' manifests
 
     keys = [key for panel in PANELS for key in panel.keys if any(map(methodcaller("last", key), runs))]
-    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    return page.render(svg=svg(figure), runs=runs, keys=keys)
+    facts = [run_facts(folder, run.records) for run, folder in zip(runs, folders, strict=True)]
+    return page(svg=svg(figure), runs=[*zip(runs, facts, strict=True)], keys=keys)

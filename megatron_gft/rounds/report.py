@@ -25,8 +25,8 @@ PAGE = """<!DOCTYPE html>
 </table>{{ svg | safe }}</body></html>
 """
 OF_ROUNDS = (
-    Panel("accuracy on held-out problems, with 95 %", "accuracy", band=True),
-    Panel("mean reward of a round's responses", "{}/sampled/reward"),
+    Panel("accuracy on held-out problems, with 95 %", "share of problems", "accuracy", band=True),
+    Panel("mean reward of a round's responses", "reward", "{}/sampled/reward"),
 )
 ROUNDS_SHOWN = 6  # on the terminal: the newest
 ROWS = {
