@@ -155,12 +155,6 @@ def draw(runs: Sequence[Run], panels: Sequence[Panel] = PANELS) -> Any:
     return figure
 
 
-def _line(**look: Any) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], **look)
-
-
 def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel("optimizer step", fontsize=8)
@@ -185,9 +179,19 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
     if panel.log and all((run.series(key)[1] > 0).all() for run in runs for key in panel.keys):
         axes.set_yscale("log")
     if len(panel.keys) > 1:
-        styles = {label: line.get_linestyle() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        lines = [_line(color="0.3", linestyle=style) for style in styles.values()]
-        axes.legend(lines, styles, fontsize=8)
+        _name_sources(axes)
+
+
+def _line(**look: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **look)
+
+
+def _name_sources(axes: Any) -> None:
+    """The line styles, in no run's colour."""
+    styles = {label: line.get_linestyle() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    axes.legend([_line(color="0.3", linestyle=style) for style in styles.values()], styles, fontsize=8)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
