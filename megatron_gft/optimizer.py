@@ -138,19 +138,13 @@ def build_scheduler(
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Restore moments and step counts; learning rate, betas, eps and weight decay stay those of the configuration.
 
-    Raises:
-        InputError: experts had an optimizer of their own and have none now, or the other way round.
+    Args:
+        state: :func:`check_optimizer_state` has passed it.
     """
-    apart = len(getattr(optimizer, "chained_optimizers", ())) > 1  # by number, then
-    if {isinstance(name, int) for name in state} != {apart}:
-        raise InputError(
-            "the checkpoint's optimizer is one of another parallel.ep: Megatron-Core keeps experts apart where ep > 1 "
-            "-> set parallel.ep as it was, or checkpoint.load_optimizer=false: weights and place go on"
-        )
     wanted = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
     # From 0.19 on Megatron-Core finds a group again by its rates, which are alike in all groups here.
     rates = {name: wanted[0][name] for name in ("max_lr", "min_lr") if wanted and name in wanted[0]}
-    for part in state.values() if apart else (state,):
+    for part in state.values() if _apart(optimizer) else (state,):
         for group in part.get("optimizer", part).get("param_groups", ()):
             group.update({name: rate for name, rate in rates.items() if name in group})
     with torch.no_grad():  # the loader of one of Megatron's formats writes into leaf views
@@ -159,16 +153,23 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
         group.update(settings)
 
 
-def check_master_weights(optimizer: MegatronOptimizer, state: dict[Any, Any], path: Path) -> None:
-    """See that a loaded state's fp32 weights, rounded, are those of the model, which have been loaded before.
+def check_optimizer_state(optimizer: MegatronOptimizer, state: dict[Any, Any], path: Path) -> None:
+    """See that a loaded state is this optimizer's, and that its fp32 weights, rounded, are the model's, loaded before.
 
     They are not in runs of several buckets that were saved before :func:`_gathered_with_padding`.
 
     Raises:
-        InputError: they differ, on this rank.
+        InputError: on this rank they differ; or experts had an optimizer of their own and have none now, or the other
+            way round.
     """
+    apart = _apart(optimizer)
+    if {isinstance(name, int) for name in state} != {apart}:
+        raise InputError(
+            f"{path}: its optimizer is one of another parallel.ep: Megatron-Core keeps experts apart where ep > 1 "
+            "-> set parallel.ep as it was, or checkpoint.load_optimizer=false: weights and place go on"
+        )
     for number, part in enumerate(_distributed(optimizer)):
-        stored = state.get(number, state)["param_state"]
+        stored = (state[number] if apart else state)["param_state"]
         weights = (weight for buffer in part.buffers for weight in buffer.param_index_map)
         for place, weight in enumerate(weights):
             if not torch.equal(stored[place]["param"].to(weight), weight):
@@ -176,6 +177,11 @@ def check_master_weights(optimizer: MegatronOptimizer, state: dict[Any, Any], pa
                     f"{path}: the optimizer's copy of weight {place}, {list(weight.shape)}, is not that weight "
                     "-> set checkpoint.load_optimizer=false: weights and place go on, Adam begins afresh"
                 )
+
+
+def _apart(optimizer: MegatronOptimizer) -> bool:
+    """Whether experts have an optimizer of their own; states are by number, then."""
+    return len(getattr(optimizer, "chained_optimizers", ())) > 1
 
 
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps", "weight_decay")

@@ -215,7 +215,7 @@ def test_every_update_has_a_rate_above_the_end_of_the_decay(model, tmp_path, sch
 def test_experts_with_an_optimizer_of_their_own_are_told(tmp_path, first, second):
     moe, run = str(write_tiny_model(tmp_path / "moe", "qwen3_moe", num_hidden_layers=1)), tmp_path / "run"
     train(moe, run, f"parallel.ep={first}", "train.max_steps=1", world_size=2)
-    with pytest.raises(RuntimeError, match="InputError: the checkpoint's optimizer is one of another parallel.ep"):
+    with pytest.raises(RuntimeError, match="InputError: .*its optimizer is one of another parallel.ep"):
         train(moe, run, f"parallel.ep={second}", world_size=2)
     train(moe, run, f"parallel.ep={second}", "checkpoint.load_optimizer=false", "train.max_steps=2", world_size=2)
 

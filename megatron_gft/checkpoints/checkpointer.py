@@ -45,7 +45,7 @@ from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.safetensors_io import refuse_nonfinite
 from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.model import unwrap
-from megatron_gft.optimizer import check_master_weights, load_optimizer_state
+from megatron_gft.optimizer import check_optimizer_state, load_optimizer_state
 from megatron_gft.parallel import Parallel
 from megatron_gft.reading import read_json
 
@@ -270,7 +270,7 @@ class Checkpointer:
         loaded = _load(path, state, self.chunks, self.parallel)
         if (optimizer := self.optimizer) is not None:
             if with_optimizer:
-                gather_results(lambda: check_master_weights(optimizer, loaded["optimizer"], path))
+                gather_results(lambda: check_optimizer_state(optimizer, loaded["optimizer"], path))
                 load_optimizer_state(optimizer, loaded["optimizer"])
             else:
                 optimizer.reload_model_params()
