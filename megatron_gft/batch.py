@@ -21,11 +21,12 @@ from megatron_gft.config import Config, ObjectiveConfig
 from megatron_gft.dataset import GroupSplit, LengthLimits, build_group_datasets
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.gft import group_advantages, response_weights
+from megatron_gft.group_order import step_groups, steps_per_epoch
 from megatron_gft.hf.shape import ModelShape
 from megatron_gft.objectives import SOURCE_CODES, SOURCES, Advantage, by_source
 from megatron_gft.packing import Pack, build_pack, slice_for_context_parallel
 from megatron_gft.parallel import Parallel
-from megatron_gft.planning import FlopModel, GroupLengths, PackPlan, StepPlan, plan_step, step_groups, steps_per_epoch
+from megatron_gft.planning import FlopModel, GroupLengths, PackPlan, StepPlan, plan_step
 from megatron_gft.shards import Group, GroupShard, GroupTable
 from megatron_gft.tokenizer import has_tokenizer, tokenizer_fingerprint
 

@@ -1,7 +1,7 @@
-"""What a step computes and where: order of groups, and packs of a step on every data-parallel rank.
+"""What a step computes and where: its packs on every data-parallel rank.
 
 Pure functions of lengths, numpy only: every rank computes the same plan by itself, and `plan.py` can show it
-without a GPU. The order of groups does not depend on the layout at all; the packs do, the sums over them do not.
+without a GPU. The packs depend on the layout, the sums over them do not (nor does `group_order.py`).
 
 A *pack* is one microbatch. In the ``packed`` form each response carries its prompt: P + R - 1 rows (the last
 response token is only ever a label). In the ``shared_prefix`` form the prompt of several responses is computed once:
@@ -11,9 +11,7 @@ P + sum(R_k - 1) rows. A group may be cut into parts over packs; a part of one r
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -383,32 +381,3 @@ def plan_step(
     if packing == "packed" or (packing == "auto" and packed_time < planner.busy_time(candidates[0])):
         candidates.append(planner.arrange(singles))
     return planner.step_plan(min(candidates, key=planner.busy_time), max_tokens_per_pack)
-
-
-# --- order of groups ----------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(num_groups: int, seed: int, epoch: int, fingerprint: str) -> np.ndarray:
-    """Order of the groups in an epoch: a permutation, int64 [num_groups], read-only.
-
-    A function of its arguments alone, the same on every layout and with every numpy: it sorts raw Philox numbers
-    (streams of bit generators are fixed by numpy's NEP 19, ``Generator.permutation`` is not).
-    """
-    text = json.dumps([num_groups, seed, epoch, fingerprint])
-    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
-    order = np.argsort(np.random.Philox(key=key).random_raw(num_groups), kind="stable").astype(np.int64)
-    order.flags.writeable = False
-    return order
-
-
-def steps_per_epoch(num_groups: int, groups_per_step: int) -> int:
-    """Steps in which every group comes once; the last one may be smaller."""
-    return -(-num_groups // groups_per_step)
-
-
-def step_groups(step: int, *, num_groups: int, groups_per_step: int, seed: int, fingerprint: str) -> np.ndarray:
-    """Groups of the 0-based optimizer step ``step``, counted over epochs: int64 [1 <= n <= groups_per_step]."""
-    epoch, place = divmod(step, steps_per_epoch(num_groups, groups_per_step))
-    order = epoch_order(num_groups, seed, epoch, fingerprint)
-    return order[place * groups_per_step : (place + 1) * groups_per_step]

@@ -19,8 +19,8 @@ FLOORS = (
     "config chat_template sentencepiece_model tokenizer groups",
     "hf validation",
     "shards",
-    "attention backend row_kernels head_rows vocab_parallel model optimizer planning packing dataset batch pipeline "
-    "timing step",
+    "attention backend row_kernels head_rows vocab_parallel model optimizer group_order planning packing dataset batch "
+    "pipeline timing step",
     "preprocess sampling scoring inspection evaluation",
     "checkpoints conversion",
     "metrics reports trainer job logprobs sizing rounds",

@@ -11,8 +11,8 @@ import pytest
 from layout_cases import GROUPS_PER_STEP, MODELS, TAU, Case, TinyGroups, gradient_errors, make_config, run_case
 from naive_twin import load_twin, twin_step
 
+from megatron_gft.group_order import step_groups
 from megatron_gft.model import unwrap
-from megatron_gft.planning import step_groups
 
 LOSS, LATER_LOSSES, GRAD_NORM = 1e-6, 1e-5, 2e-6
 GRADIENT = {"unfused": 1e-6, "fused": 5e-6}

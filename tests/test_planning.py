@@ -11,14 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gft.errors import InputError
+from megatron_gft.group_order import epoch_order, step_groups, steps_per_epoch
 from megatron_gft.hf.shape import ModelShape
 from megatron_gft.planning import (
     FlopModel,
     GroupLengths,
-    epoch_order,
     plan_step,
-    step_groups,
-    steps_per_epoch,
 )
 
 # 70B of Llama shape: trunk parameters, layers x hidden size, hidden size x vocabulary.

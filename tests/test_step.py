@@ -12,6 +12,7 @@ from naive_twin import load_twin, twin_step
 from ranks import run_ranks
 
 from megatron_gft.batch import StepLoader
+from megatron_gft.group_order import step_groups
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.model import LossOutput, build_model
@@ -20,7 +21,6 @@ from megatron_gft.optimizer import build_optimizer, reduce_gradients, wrap_data_
 from megatron_gft.pack_layout import PackLayout
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import initialize_parallel, seed_everything
-from megatron_gft.planning import step_groups
 from megatron_gft.step import STATISTICS, LossReport, StepRunner, pack_token_sums
 
 SHARED, SMALL = "data.packing=shared_prefix", "data.max_tokens_per_pack=64"
