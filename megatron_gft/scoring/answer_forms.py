@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from megatron_gft.scoring.spelling import parse_number
+
 MAX_DEPTH = 12  # of brackets within brackets
 
 
@@ -39,6 +41,7 @@ _NAME = re.compile(
     r"|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)"
 )
 RELATIONS = frozenset(("=", "<", "<=", "!=", "~"))
+_DISTANCE = re.compile(r"\|\s*([A-Za-z])\s*(?:([-+])\s*(\d+(?:\.\d+)?))?\s*\|")  # of x from a number
 _SEGMENTS = re.compile(r"[A-Z]{1,8}")  # AB, and what stands for |AB|, AB:CD or \frac{AB}{CD}
 
 
@@ -172,24 +175,41 @@ def has_letters(text: str) -> bool:
 
 
 def interval_of(form: Form) -> Form | None:
-    """``1 < x <= 2`` as ``(1,2]``, and ``1 < |x| <= 2`` as a union."""
+    """``1 < x <= 2`` as ``(1,2]``, ``1 < |x-3| <= 2`` and ``x < 1, x > 2`` as unions; ``text`` is the name."""
+    if (bounds := _bounds(form)) is None:
+        return None
+    name, (left, right), ends = bounds
+    if distance := _DISTANCE.fullmatch(name):
+        return _around(distance, left, right, ends)
+    low, high = (parse_number(end.text) for end in ends)
+    if low is None or high is None or low < high:
+        return Form(left + right, name, tuple(ends))
+    below = Form("(" + right, name, (Form("atom", r"-\infty"), ends[1]))  # one or the other
+    return Form("union", name, (below, Form(left + ")", name, (ends[0], Form("atom", r"\infty")))))
+
+
+def _bounds(form: Form) -> tuple[str, list[str], list[Form]] | None:
+    """What inequalities say of one name, or of its distance from a number: the name, two brackets, two ends."""
     ends, brackets, names = [Form("atom", r"-\infty"), Form("atom", r"\infty")], ["(", ")"], set()
     for item in items_of(form):
         if item.kind not in ("<", "<="):
             return None
-        upper = int(is_name(item.parts[0].text.strip("|")))
+        first = item.parts[0].text
+        upper = int(is_name(first.strip("|")) or bool(_DISTANCE.fullmatch(first)))
         names.add(item.parts[1 - upper].text)
         ends[upper] = item.parts[upper]
         if item.kind == "<=":
             brackets[upper] = "[]"[upper]
     name = names.pop()
-    if names or not is_name(name.strip("|")):
-        return None
-    interval = Form("".join(brackets), form.text, tuple(ends))
-    if not re.fullmatch(r"\|\w\|", name):
-        return interval
-    mirrored = [Form("atom", f"-({end.text})") for end in reversed(ends)]
+    return None if names or not (_DISTANCE.fullmatch(name) or is_name(name.strip("|"))) else (name, brackets, ends)
+
+
+def _around(distance: re.Match[str], left: str, right: str, ends: list[Form]) -> Form:
+    name, center = distance[1], ("-" if distance[2] == "+" else "") + (distance[3] or "")
+    mirrored = tuple(Form("atom", f"{center}-({end.text})") for end in reversed(ends))
+    shifted = tuple(Form("atom", f"{center}+({end.text})" if center else end.text) for end in ends)
+    turned = {"]": "[", ")": "("}[right]
     if ends[0].text == r"-\infty":
-        return Form("()" if brackets[1] == ")" else "[]", form.text, (mirrored[0], ends[1]))
-    flipped = ("[" if brackets[1] == "]" else "(") + ("]" if brackets[0] == "[" else ")")
-    return Form("union", form.text, (Form(flipped, form.text, tuple(mirrored)), interval))
+        return Form(turned + right, name, (mirrored[0], shifted[1]))
+    flipped = turned + {"[": "]", "(": ")"}[left]
+    return Form("union", name, (Form(flipped, name, mirrored), Form(left + right, name, shifted)))

@@ -59,7 +59,7 @@ class Policies:
 
 _UNIT = re.compile(
     r"(?<=[\d})])(?P<space>\s*+)(?:\\text\{(?P<text>[^{}]*+)\}"
-    r"|(?P<note>\(\s*(?:[A-Za-z][A-Za-z ./]*+|\\text\{[^{}]*+\})(?:\^\{?-?\d\}?)?\s*\))"
+    r"|(?P<note>\(\s*(?:(?:[A-Za-z][A-Za-z ./]*+(?:(?<=out of )\d+)?)|\\text\{[^{}]*+\})(?:\^\{?-?\d\}?)?\s*\))"
     r"|(?P<words>[A-Za-z][A-Za-z. /]*+))(?:\^\{?\d\}?)?$"
 )
 _SHORT_UNITS = frozenset(
@@ -113,7 +113,11 @@ def _is_unit(tail: re.Match[str], short_units: frozenset[str]) -> bool:
     long_enough = len(words) == 1 and (len(words[0]) > 1 or "^" in tail[0])
     if glued and not (long_enough and (words[0] in short_units or len(words[0]) > 3)):
         return False  # 2k, 12ab, 3pi
-    return bool(words) and all(w in _SHORT_UNITS or (len(w) > 2 and w.lower() not in _NO_UNITS) for w in words)
+    return words == ["times"] or (bool(words) and all(map(_is_unit_word, words)))
+
+
+def _is_unit_word(word: str) -> bool:
+    return word in _SHORT_UNITS or word in ("am", "pm") or (len(word) > 2 and word.lower() not in _NO_UNITS)
 
 
 def same_value(gold: str, answer: str, policies: Policies) -> bool:

@@ -106,6 +106,7 @@ _FILLER = re.compile(_FILLERS, re.IGNORECASE)
 _ON_NEXT_LINE = re.compile(rf"{_FILLERS}[\s*_:]*(\$\$|\\\[)?\s*", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"(?:in)?correct|right|wrong|clear|as follows|below|above|given|found", re.IGNORECASE)
 _PERCENT_AFTER = re.compile(r"\s?(?:\$|\\[)\]])?\s?(?:\\?%|(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)\b)")
+_HALF_DAY_AFTER = re.compile(r"(?:(?<=:\d\d)|(?<=:\d\d[$}]))\s?(?:\\text\{\s?)?([ap]m)\b")
 _BETWEEN = r"[\s$,;.&}~+|\\]|\\[()\[\],;: ]|\\q?quad|\\text\{"
 _LINKED = {
     "listed": re.compile(rf"(?:{_BETWEEN}|\band\b|\bor\b|respectively){{0,40}}"),
@@ -139,6 +140,10 @@ _REASON = re.compile(
 _GOES_ON = re.compile(
     r"[.?!]\s+(?=\S)|, [a-z]"
     r"|\b(?:so|then|thus|hence|therefore|giv(?:es|ing)|but|however|instead|actually|answer|must|need)\b",
+    re.IGNORECASE,
+)
+_INFINITE = re.compile(
+    r"\b(?:is|are|be|equals|diverges to)\s((?:(?:positive|negative|plus|minus)\s)?infinity)\W*\Z",
     re.IGNORECASE,
 )
 _SPAN_END = re.compile(r"(?!\s*=)")  # what follows a formula is a remark
@@ -206,8 +211,8 @@ def _boxed_answer(text: str, boxes: BoxPolicy) -> str | None:
         after = end + (text[end : end + 1] == "}")
         if found and (boxes == "last" or not _LINKED[boxes].fullmatch(text[after:begin])):
             break
-        percent = OUTSIDE_PERCENT if _PERCENT_AFTER.match(text, after) and not content.endswith("%") else ""
-        found = [content + percent, *(other for other in found if other != content + percent)]
+        content = _with_sign_after(content, text, after)[0]
+        found = [content, *(other for other in found if other != content)]
         begin = box
     return ", ".join(found) if found else None
 
@@ -308,6 +313,8 @@ def _listed(tail: str, runs: list[_Run]) -> list[_Run]:
 
 def _last_value(text: str) -> str | None:
     text = _conclusion(_THOUSANDS.sub(",", text))
+    if infinite := _INFINITE.search(text):
+        return infinite[1]
     runs = list(_runs(text))
     runs = [run for run in runs if re.search(r"\d|\\[A-Za-z]|[-+=<>]", run.text)] or runs  # $x$ names, but says nothing
     if not runs:
@@ -349,15 +356,23 @@ def _runs(text: str) -> Iterator[_Run]:
         written, end = match[0], match.end()
         if match["span"]:
             value = _last_row(without_delimiters(written))
-            if percent := _PERCENT_AFTER.match(text, end):
-                value, end = value if value.endswith("%") else value + OUTSIDE_PERCENT, percent.end()
+            value, end = _with_sign_after(value, text, end)
         elif re.search(r"\d|\\infty", written):
             value = re.sub(_CURRENCY + " ?", "", written)
             value = re.sub(r"^\(([^(),]*)\)$", r"\1", value)
+            value, end = _with_sign_after(value, text, end)
         else:
             continue
         if value.strip():
             yield _Run(match.start(), end, value, bool(match["span"]) or "=" in value)
+
+
+def _with_sign_after(value: str, text: str, end: int) -> tuple[str, int]:
+    """``value`` with a percent sign or "p.m." that stands outside of its box or formula, which ends at ``end``."""
+    if (percent := _PERCENT_AFTER.match(text, end)) and "%" not in value[-1:]:
+        return value + OUTSIDE_PERCENT, percent.end()
+    half = _HALF_DAY_AFTER.match(text, end)
+    return (f"{value} ({half[1]})", half.end()) if half else (value, end)
 
 
 def _last_row(formula: str) -> str:

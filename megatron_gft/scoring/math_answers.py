@@ -10,6 +10,7 @@ percent sign, and a currency or degree sign is never part of a number; ``x = 5``
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -95,11 +96,14 @@ def _without_names(gold: Form, answer: Form, policies: Policies) -> Iterator[tup
     elif named == (True, False):
         yield from ((values, answer) for values in golds)
     elif policies.names == "ignore" or _one_name(gold) == _one_name(answer) != "":
-        yield from ((left, right) for left in golds for right in answers)
-    if interval := interval_of(gold):
-        yield from ((interval, values) for values in (answer, *answers))
-    if policies.intervals == "either" and (interval := interval_of(answer)):
-        yield from ((values, interval) for values in (gold, *golds))
+        yield from itertools.product(golds, answers)
+    asked, given = interval_of(gold), interval_of(answer)
+    if asked and given and asked.text == given.text:
+        yield asked, given
+    if asked:
+        yield from ((asked, values) for values in (answer, *answers))
+    if given and policies.intervals == "either":
+        yield from ((values, given) for values in (gold, *golds))
     yield gold, answer
 
 

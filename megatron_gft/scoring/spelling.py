@@ -72,11 +72,14 @@ _INFINITY = re.compile(
     r"(?:\\infty|(?<![A-Za-z\\])(?:[iI]nf(?:inity|ty)?|oo))(?![A-Za-z])"
 )
 _PERCENT = re.compile(r"(?<=[\d)}])\s*(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)(?![A-Za-z])\.?\s*\}?|\\%")
+_NOTED = re.compile(r"\s*\(\s*(?:(\\?%|per ?cent|pct)|\\?[$\u20ac\u00a3\u00a5])\s*\)")  # 9 (%), 9 ($)
+_HALF_DAY = re.compile(r"(?<=:\d\d)([$}]?(?:\\\))?)\s?(\(?\s?(?:\\text\{\s?)?)([ap])\.?\s?m\b\.?", re.IGNORECASE)
 _DROPPED = re.compile(r"\\pmod\s*\{?\w+\}?|\(\\?(?:text\{)?mod\}? ?\d+\)|\^\{?\s*\\circ\s*\}?|\\degree\b|\u00b0")
 
 
 def plain_latex(text: str) -> str:
     r"""LaTeX for what stands outside of ASCII: ``5\u00bd`` is ``5\frac{1}{2}``. Cents of euros follow a point."""
+    text = _HALF_DAY.sub(lambda m: f"{m[1]} {m[2]}{m[3].lower()}m", text)
     text = _EUROS.sub(lambda m: f"{m[1].replace('.', '')}.{m[2]}", text)
     if text.isascii():
         return text
@@ -116,7 +119,7 @@ def one_spelling(answer: str, decimal: DecimalPolicy = "point") -> str:
     text = (
         _TEXT_WRAPPER.sub(_text, text).replace(r"\varnothing", r"\emptyset").replace(r"\mathbb{R}", r"(-\infty,\infty)")
     )
-    text = re.sub(r"^\s*(?:=|\\approx)", "", text)
+    text = _NOTED.sub(lambda m: OUTSIDE_PERCENT if m[1] else "", re.sub(r"^\s*(?:=|\\approx)", "", text))
     text = re.sub(r"\\?[$\u20ac\u00a3\u00a5]|\\(?:euro|pounds)\b|\\\\?$", "", text)
     text = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])", lambda m: m[0].replace(" ", ""), text)
     text = _DROPPED.sub("", _PERCENT.sub("%", text))
