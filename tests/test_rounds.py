@@ -19,26 +19,29 @@ import sys
 import time
 import traceback
 import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import tool_runs
-from openai_server import FaultyServer
+from openai_server import FaultyServer, expected_text
 from test_quickstart import word_problems
 from tiny_language_model import language_model_folder
 
 from megatron_gft.atomic import working_folder
 from megatron_gft.commands import generate
 from megatron_gft.commands import rounds as command
-from megatron_gft.config import load_tree
+from megatron_gft.config import load_config, load_tree
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.groups import write_group_file
+from megatron_gft.groups import iter_group_file, write_group_file
 from megatron_gft.groups.records import GroupRecord, ResponseRecord
 from megatron_gft.rounds import driver, servers, stages
 from megatron_gft.rounds.driver import Rounds
 from megatron_gft.rounds.settings import RoundsConfig, ServeSettings
 from megatron_gft.rounds.stages import Pipeline, Stage, StageFailed
+from megatron_gft.shards.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = """
@@ -82,10 +85,14 @@ def place(inputs, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-class Forked:
-    """``subprocess.Popen`` of a Python program, in a fork that has imported what it needs: tenths of seconds each."""
+def popen(program: Sequence[str], **options: Any) -> Forked | subprocess.Popen:
+    """``subprocess.Popen``; of a tool, in a fork that has imported what it needs: tenths of seconds each."""
+    servers = "openai_server.py" in program[1]
+    return subprocess.Popen(program, **options) if servers else Forked(program, **options)
 
-    def __init__(self, program: list[str], stdout: int, env: dict[str, str], **_: object):
+
+class Forked:
+    def __init__(self, program: Sequence[str], stdout: int, env: Mapping[str, str], **_: object):
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
@@ -130,7 +137,7 @@ def start(folder: Path, *arguments: str) -> int:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
                 os.environ.pop(name, None)
             driver.write_report = lambda *_: ""  # seconds
-            stages.subprocess = types.SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)
+            stages.subprocess = types.SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)
             os._exit(command.main(["--config", "rounds.yaml", *arguments]))
         finally:
             traceback.print_exc()
@@ -138,8 +145,8 @@ def start(folder: Path, *arguments: str) -> int:
     return pid
 
 
-def finish(folder: Path) -> None:
-    code = os.waitstatus_to_exitcode(os.waitpid(start(folder), 0)[1])
+def finish(folder: Path, *arguments: str) -> None:
+    code = os.waitstatus_to_exitcode(os.waitpid(start(folder, *arguments), 0)[1])
     assert code == 0, (folder / "log").read_text()[-3000:]
 
 
@@ -153,9 +160,9 @@ def results(folder: Path) -> dict[str, str]:
     }
 
 
-def kill_within(folder: Path, stage: str, seconds: float) -> None:
+def kill_within(folder: Path, stage: str, seconds: float, *arguments: str) -> None:
     """Run until ``stage`` has begun, and ``seconds`` more; then SIGKILL to all of its processes."""
-    pid, stamp = start(folder), folder / "run" / "stages" / f"{stage}.json"
+    pid, stamp = start(folder, *arguments), folder / "run" / "stages" / f"{stage}.json"
     while not stamp.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0):
         time.sleep(0.01)
     time.sleep(seconds)
@@ -208,6 +215,77 @@ def test_what_is_done_is_skipped_and_shown(undisturbed, monkeypatch, capfd):
     assert (undisturbed / "run" / "curves.png").stat().st_size > 10_000
 
 
+EVERYTHING = """
+rounds: 3
+logprobs: {}
+problems: {draw: 2, drop_settled: true}
+train: {arguments: objective=luffy optimizer.lr=1e-2}
+evaluate: {arguments: --max-tokens 8 --workers 1 --no-reference}
+keep_exports: 1
+keep_checkpoints: 1
+"""
+
+
+@pytest.mark.slow
+def test_every_key_at_once(place, capfd):
+    (place / "more.yaml").write_text(EVERYTHING)
+    finish(place, "--config", "more.yaml")
+    folders = [place / "run" / f"round-0{number}" for number in (1, 2, 3)]
+    for number, folder in enumerate(folders, 1):
+        manifest = read_manifest(folder / "shards" / "train")
+        assert set(manifest.logprob_files) == {"sampled", "round"} and manifest.counts.groups == min(2, 4 - number)
+        config = load_config([folder / "train" / "config.yaml"])
+        assert config.data.logprobs == "round"
+        assert config.checkpoint.init_optimizer == (number > 1)
+        assert (folder / "model").exists() == (folder / "train" / "checkpoints").exists() == (number == 3)
+    gaps = [json.loads((folder / "train" / "metrics.jsonl").read_text().splitlines()[0]) for folder in folders]
+    assert (
+        gaps[0]["sampling_gap"] < 5e-5 < gaps[1]["sampling_gap"]
+    )  # of round 2 half the responses are by the model before
+    dropped = [
+        json.loads((folder / "groups" / "groups.jsonl.summary.json").read_text())["dropped"] for folder in folders
+    ]
+    assert dropped[:2] == [{"not drawn": 1}] * 2 and dropped[2]["all wrong 2 times"] >= 1
+    log = (place / "log").read_text()
+    table = log[log.rindex("report.html") :]
+    for row in ("accuracy", "settled prompts left out", "reward, self", "seconds: logprobs", "groups of equal rewards"):
+        assert row in table
+    finish(place, "--config", "more.yaml")
+    assert (place / "log").read_text().count("done before, skipped") == 22
+
+
+SERVED = """
+generate: {sources: ["kind=openai source=self model={model} url={url} k=4 max_tokens=16 backoff=0.01 concurrency=2"]}
+carry_optimizer: false
+train: {arguments: objective=rft}
+score: {arguments: --verifier math --workers 1}
+"""
+
+
+@pytest.mark.slow
+def test_with_servers_that_fail_and_kills_no_response_counts_twice(inputs, place, port):
+    word_problems.main(["--output", "more", "--train", "30", "--held-out", "3"])
+    program = f"{shlex.join(server(port, 'MODEL', 'MODEL'))} .2".replace("MODEL", "{model}")
+    serve = {"url": f"http://127.0.0.1:{port}/v1", "command": program}
+    (place / "server.yaml").write_text(json.dumps({"serve": serve, "problems": {"train": ["more/train.jsonl"]}}))
+    (place / "more.yaml").write_text(SERVED)
+    arguments = ("--config", "server.yaml", "--config", "more.yaml")
+    draw = random.Random(time.time_ns())
+    for name in ("01-generate", "01-generate", "02-generate"):
+        kill_within(place, name, draw.uniform(0, 1.5), *arguments)
+    finish(place, *arguments)
+    for number in (1, 2):
+        groups = [group for group, _ in iter_group_file(place / f"run/round-0{number}/groups/groups.jsonl")]
+        assert len({group.id for group in groups}) == len(groups) == 30
+        seeds = [response.sampling["seed"] for group in groups for response in group.responses]
+        assert len(set(seeds)) == len(seeds) == 120
+        for group in groups:
+            prompt = [{"role": "user", "content": group.prompt}]
+            assert [r.text for r in group.responses] == [
+                expected_text(prompt, r.sampling["seed"]) for r in group.responses
+            ]
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +301,7 @@ def test_what_is_done_is_skipped_and_shown(undisturbed, monkeypatch, capfd):
         ("train.arguments=data.train=[x]", ["data.train follows from the round"]),
         ("train.arguments=optimizer.lrr=1", ["optimizer.lr"]),
         ("train.config=[gone.yaml]", ["gone.yaml"]),
-        ("replay=1", ["replay=1", "too old for max_staleness=0"]),
+        ("max_staleness=-1", ["max_staleness", "-1"]),
         ("problems={train: [problems/train.jsonl]}", []),
         ("score.arguments='--verifier \"math'", ["score.arguments: No closing quotation"]),
         ("score.arguments='--verifier {verifer}'", ["{verifer} is no name here", "values.verifer"]),
@@ -265,20 +343,20 @@ def test_self_responses_of_old_models_are_refused(undisturbed, tmp_path, monkeyp
         (tmp_path / name).symlink_to(undisturbed / name)
     monkeypatch.chdir(tmp_path)
 
-    def refusal(**changes) -> str:
-        rounds = Rounds(load_tree(RoundsConfig, [undisturbed / "rounds.yaml"]))
-        rounds.settings = rounds.settings.model_copy(update=changes)
+    def refusal(number: int = 2, limit: int | None = 0) -> str:
+        rounds = Rounds(load_tree(RoundsConfig, [undisturbed / "rounds.yaml"], [f"max_staleness={json.dumps(limit)}"]))
         try:
-            rounds.refuse_stale(2)
+            rounds.refuse_stale(number)
         except InputErrors as error:
             return str(error)
         return ""
 
-    assert not refusal() and not refusal(replay=1, max_staleness=1) and not refusal(replay=1, max_staleness=None)
-    assert "6 self responses by model: 1 rounds old, max_staleness=0" in refusal(replay=1)
+    shutil.copytree("run/round-02/shards", "run/round-03/shards")
+    assert not refusal() and not refusal(3, limit=1) and not refusal(3, limit=None)
+    assert "6 self responses by run/round-01/model: 1 rounds old, max_staleness=0" in refusal(3)
     weights = tmp_path / "run" / "round-01" / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert "its weights were others" in refusal() and not refusal(max_staleness=None)
+    assert "its weights were others" in refusal() and not refusal(limit=None)
     manifest = tmp_path / "run" / "round-02" / "shards" / "train.json"
     manifest.write_text(manifest.read_text().replace("run/round-01/model", "other/model"))
     assert "6 self responses by other/model: no model of this run" in refusal()

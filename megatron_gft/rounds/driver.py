@@ -31,7 +31,7 @@ SEED_STRIDE = 1_000_000
 GROUPS = "groups.jsonl"
 LOGPROBS = "round"  # the name of q in the shards
 ON_RANKS = ("train", "logprobs")
-OF_TRAINING_ALONE = ("data.train=", "data.logprobs=", "checkpoint.init_")
+OF_TRAINING_ALONE = ("data.train=", "data.logprobs=", "checkpoint.init_", "train.output=")
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SCRIPTS = {
     "generate": "generate_groups.py",
@@ -141,7 +141,7 @@ class Rounds:
         if s.logprobs:
             own = [text for text in training if not text.startswith(OF_TRAINING_ALONE)]
             arguments = [*files, "--name", LOGPROBS, *own, f"data.train=[{folder / 'shards' / 'train'}*]"]
-            arguments.append(f"checkpoint.init_from=hf:{self.model(number)}")
+            arguments += [f"checkpoint.init_from=hf:{self.model(number)}", f"train.output={folder / 'logprobs'}"]
             yield self._tool("logprobs", number, arguments, folder / "shards", needs, recipes)
             needs = (f"{number:02d}-logprobs",)
         yield self._tool("train", number, [*files, *training], folder / "train", needs, recipes, resumes=True)
@@ -151,14 +151,13 @@ class Rounds:
     def _training(self, number: int) -> list[str]:
         """What a round says to training: first what follows from it."""
         s, names = self.settings, self.names(number)
-        shards = [f"{self.folder(k) / 'shards' / 'train'}*" for k in range(max(1, number - s.replay), number + 1)]
         carried = s.carry_optimizer and number > 1
         start = str(self.folder(number - 1) / "train") if carried else f"hf:{names['model']}"
         return [
             f"model.config={names['model']}",
             f"checkpoint.init_from={start}",
             *(["checkpoint.init_optimizer=true"] if carried else []),
-            f"data.train=[{','.join(shards)}]",
+            f"data.train=[{self.folder(number) / 'shards' / 'train'}*]",
             *([f"data.logprobs={LOGPROBS}"] if s.logprobs else []),
             f"train.output={self.folder(number) / 'train'}",
             f"train.seed={names['seed']}",
@@ -235,11 +234,10 @@ class Rounds:
             return
         rounds = {str(self.model(k)): k for k in range(1, number + 1)}
         found = []
-        for k in range(max(1, number - self.settings.replay), number + 1):
-            for file in sorted((self.folder(k) / "shards").glob("train*.json")):
-                for row in read_json(file)["provenance"]["responses"]:
-                    if row["source"] == "self" and (problem := self._staleness(row, rounds, number, limit)):
-                        found.append(f"{file}: {row['count']} self responses by {row['model']}: {problem}")
+        for file in sorted((self.folder(number) / "shards").glob("train*.json")):
+            for row in read_json(file)["provenance"]["responses"]:
+                if row["source"] == "self" and (problem := self._staleness(row, rounds, number, limit)):
+                    found.append(f"{file}: {row['count']} self responses by {row['model']}: {problem}")
         if found:
             cure = "take these responses out of problems.train, or set max_staleness (null: any model)"
             raise InputErrors(f"round {number} would train on old responses -> {cure}", found)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
 import shlex
 import socket
 import subprocess
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import httpx2
 import psutil
 
 from megatron_gft.errors import InputError
@@ -93,9 +95,9 @@ def check_model(url: str, model: Path, cure: str) -> None:
 def _names(url: str) -> dict[str, str]:
     """The folder of each model that a server names (vLLM's ``root``); empty without an answer of this kind."""
     try:
-        reply = httpx2.get(f"{url.rstrip('/')}/models", timeout=ANSWER_SECONDS)
-        return {entry["id"]: entry.get("root") or entry["id"] for entry in reply.json()["data"]}
-    except (httpx2.HTTPError, ValueError, KeyError, TypeError, AttributeError):
+        with urllib.request.urlopen(f"{url.rstrip('/')}/models", timeout=ANSWER_SECONDS) as reply:
+            return {entry["id"]: entry.get("root") or entry["id"] for entry in json.load(reply)["data"]}
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 

@@ -89,7 +89,6 @@ class RoundsConfig(Section):
     train: TrainSettings
     export: ToolSettings = Field(default_factory=ToolSettings)
     evaluate: ToolSettings | None = Field(None, description="null: no stage")
-    replay: NonNegativeInt = Field(0, description="earlier rounds whose shards train again")
     max_staleness: NonNegativeInt | None = Field(
         0, description="rounds that the model of self responses may lie behind; null: any model"
     )
@@ -112,8 +111,6 @@ class RoundsConfig(Section):
             raise InputErrors("rounds", problems)
 
     def _problems(self, names: Mapping[str, str]) -> Iterator[str]:
-        if self.max_staleness is not None and self.replay > self.max_staleness:
-            yield f"replay={self.replay}: such self responses are too old for max_staleness={self.max_staleness}"
         if self.evaluate and not self.problems.held_out:
             yield "evaluate: nothing to evaluate on -> set problems.held_out, or evaluate=null"
         for place, text in self._texts():
