@@ -107,6 +107,15 @@ def _gathered_with_padding(part: DistributedOptimizer, **options: Any) -> dict[s
     return state
 
 
+def complete_state(optimizer: MegatronOptimizer) -> None:
+    """Moments of zero where no update has made any: no group so far had anything to teach. Checkpoints hold them."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not getattr(part, "is_stub_optimizer", False) and not part.optimizer.state:
+            part.init_state_fn(part.optimizer, part.config)
+            for moments in part.optimizer.state.values() if isinstance(part.optimizer, torch.optim.Adam) else ():
+                moments["step"] = torch.zeros(())  # torch's own is on the CPU, too
+
+
 def build_scheduler(
     optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int, finished_steps: int
 ) -> OptimizerParamScheduler:

@@ -233,7 +233,7 @@ def test_every_key_at_once(place, capfd):
     folders = [place / "run" / f"round-0{number}" for number in (1, 2, 3)]
     for number, folder in enumerate(folders, 1):
         manifest = read_manifest(folder / "shards" / "train")
-        assert set(manifest.logprob_files) == {"sampled", "round"} and manifest.counts.groups == min(2, 4 - number)
+        assert set(manifest.logprob_files) == {"sampled", "round"} and manifest.counts.groups == 2
         config = load_config([folder / "train" / "config.yaml"])
         assert config.data.logprobs == "round"
         assert config.checkpoint.init_optimizer == (number > 1)
@@ -245,7 +245,7 @@ def test_every_key_at_once(place, capfd):
     dropped = [
         json.loads((folder / "groups" / "groups.jsonl.summary.json").read_text())["dropped"] for folder in folders
     ]
-    assert dropped[:2] == [{"not drawn": 1}] * 2 and dropped[2]["all wrong 2 times"] >= 1
+    assert dropped == [{"not drawn": 1}, {"not drawn": 1}, {"all wrong 2 times": 1}]  # by the seeds of their draws
     log = (place / "log").read_text()
     table = log[log.rindex("report.html") :]
     for row in ("accuracy", "settled prompts left out", "reward, self", "seconds: logprobs", "groups of equal rewards"):

@@ -250,6 +250,25 @@ def test_weights_only_start_from_a_run(model, whole, tmp_path):
     assert losses(output)[1] != losses(whole)[1]
 
 
+@pytest.mark.parametrize("distributed", ["true", "false"])
+def test_a_run_that_has_learned_nothing_yet_is_saved_and_goes_on(model, tmp_path, monkeypatch, distributed):
+    """Every response wrong, in a first round of rft or grpo: no step makes an update, and Adam has no state."""
+    options, groups = ("objective=rft", f"optimizer.distributed={distributed}"), device_run.RandomGroups
+
+    def wrong(*arguments):
+        made = groups(*arguments)
+        for group in made.items:
+            group.rewards[:] = 0
+        return made
+
+    monkeypatch.setattr(device_run, "RandomGroups", wrong)
+    train(model, tmp_path / "run", *options, "train.max_steps=2")
+    monkeypatch.setattr(device_run, "RandomGroups", groups)
+    train(model, tmp_path / "run", *options)
+    first, second, third, fourth = losses(tmp_path / "run").values()
+    assert first == second == 0 < fourth < third
+
+
 def test_weights_and_optimizer_start_from_a_run(model, tmp_path):
     """Three epochs of one step are one, and two that begin with its weights and Adam's state."""
     options = ("data.groups_per_step=32", "optimizer.lr=1e-2", f"checkpoint.init_from={tmp_path / 'first'}")

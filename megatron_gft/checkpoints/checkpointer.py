@@ -45,7 +45,7 @@ from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.safetensors_io import refuse_nonfinite
 from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.model import unwrap
-from megatron_gft.optimizer import check_optimizer_state, load_optimizer_state
+from megatron_gft.optimizer import check_optimizer_state, complete_state, load_optimizer_state
 from megatron_gft.parallel import Parallel
 from megatron_gft.reading import read_json
 
@@ -253,6 +253,8 @@ class Checkpointer:
     def _sharded_state(self, *, loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
         state = model_state(self.chunks)
         if self.optimizer is not None and with_optimizer:
+            if not loading:
+                complete_state(self.optimizer)
             state["optimizer"] = self.optimizer.sharded_state_dict(
                 state, is_loading=loading, metadata=OPTIMIZER_METADATA
             )
