@@ -276,6 +276,7 @@ def test_thoughts_of_unknown_spelling_end_the_run_with_the_way_out(folder):
     [
         ("<think>\nadd</think>\n2", "thoughts_twice", "fix"),
         ("  <think>add</think>2", "thoughts_twice", "drop"),
+        ("< Think >\nadd</think>\n2", "thoughts_twice", "fix"),
         ("It is 2.", "thoughts_open", "drop"),
         ({"text": "add and", "finish_reason": "stop"}, "thoughts_open", "drop"),
     ],

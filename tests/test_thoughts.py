@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.scoring.thoughts import TAGS, after_thoughts
+from megatron_gft.scoring.thoughts import TAGS, after_thoughts, unfit_thoughts
 from megatron_gft.scoring.verifiers import Case, ChoiceVerifier, ExactVerifier, MathVerifier, build_verifier
 
 OPENING_CLOSING = sorted({pair for name, pair in TAGS.items() if name != "gpt-oss"})
@@ -45,6 +45,18 @@ def test_only_what_follows_the_thoughts_is_judged(opening, closing, inside):
 )
 def test_channels(response, outcome):
     assert judge(response) == judge(response, thoughts="gpt-oss") == outcome
+
+
+@pytest.mark.parametrize("spell", [str.upper, str.title, lambda tag: f"{tag[0]} {tag[1:-1]} {tag[-1]}"])
+@pytest.mark.parametrize("opening, closing", OPENING_CLOSING)
+def test_tags_as_models_misspell_them(spell, opening, closing):
+    opening, closing = spell(opening), spell(closing)
+    assert judge(f"{opening}4") == judge("4", prompt=f"1+3? {opening}\n") == "unparsed"
+    assert judge(f"{opening}4{closing} so 5") == "wrong"
+    assert judge(f"5 {closing} so 4", prompt=f"1+3? {opening}") == "correct"
+    assert unfit_thoughts(f"1+3? {opening}\n", f" {opening}3{closing}4") == "thoughts_twice"
+    assert unfit_thoughts(f"1+3? {opening}\n", f"3{closing}4") is None
+    assert unfit_thoughts(f"1+3? {opening}\n", "4") == "thoughts_open"
 
 
 def test_a_prompt_may_open_the_thoughts():

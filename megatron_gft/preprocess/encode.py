@@ -27,7 +27,7 @@ from megatron_gft.groups.records import (
     keep_responses,
     recorded_rendering,
 )
-from megatron_gft.scoring.thoughts import opened_by, unfit_thoughts
+from megatron_gft.scoring.thoughts import opened_by, unfit_thoughts, without_opening
 from megatron_gft.shards.encoded import EncodedGroups, GroupEncoder
 from megatron_gft.tokenizer import Tokenizer
 
@@ -176,8 +176,7 @@ class ChunkEncoder:
         detail = f"the prompt ends with {tags[0]!r}, the response {said} -> {remedy}"
         action = log.found(kind, detail, response.position)
         if action == FIX:
-            after = rendered[rendered.rindex(tags[0]) + len(tags[0]) :]
-            response.text = response.text.lstrip().removeprefix(tags[0]).removeprefix(after)
+            response.text = without_opening(rendered, response.text)
             response.token_ids = response.logprobs = None
         return action
 

@@ -26,6 +26,7 @@ TAGS = {
     "openthoughts": ("<|begin_of_thought|>", "<|end_of_thought|>"),
     "reasoning": ("<reasoning>", "</reasoning>"),
 }
+LONGEST_TAG = 100  # with the spaces in it
 _HARMONY = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>")  # written out
 _HARMONY_TOKEN = re.compile(r"<\|(?:return|end|call)\|>.*", re.DOTALL)
 _HARMONY_WITHOUT_TOKENS = re.compile(r"analysis(?=[A-Z]).*?(?:assistant(final)|\Z)", re.DOTALL)
@@ -55,16 +56,26 @@ def after_thoughts(text: str, tags: str = "all", before: str = "") -> str | None
 
 def opened_by(prompt: str) -> tuple[str, str] | None:
     """The tags (opening, closing) of the thoughts that a rendered prompt leaves open at its end, if it does."""
-    end = prompt.rstrip()
-    return next((pair for pair in TAGS.values() if end.endswith(pair[0])), None)
+    end = prompt.rstrip()[-LONGEST_TAG:]
+    return next((pair for pair in TAGS.values() if re.search(rf"(?:{_spelled(pair[0])})\Z", end, re.IGNORECASE)), None)
 
 
 def unfit_thoughts(prompt: str, response: str, cut_off: bool = False) -> str | None:
     """``thoughts_twice`` or ``thoughts_open`` of a response that opens, or never closes, what its prompt left open."""
     tags = opened_by(prompt)
-    if tags is not None and response.lstrip().startswith(tags[0]):
+    if tags is not None and re.match(rf"\s*+{_spelled(tags[0])}", response, re.IGNORECASE):
         return "thoughts_twice"
-    return None if tags is None or cut_off or tags[1] in response else "thoughts_open"
+    closed = tags is None or cut_off or re.search(_spelled(tags[1]), response, re.IGNORECASE)
+    return None if closed else "thoughts_open"
+
+
+def without_opening(prompt: str, response: str) -> str:
+    """A response without the opening tag, and what follows it in the prompt, that ``prompt`` has written already."""
+    tags = opened_by(prompt)
+    if tags is None:
+        return response
+    said = re.sub(rf"\A\s*+{_spelled(tags[0])}", "", response, flags=re.IGNORECASE)
+    return said.removeprefix(prompt[len(prompt.rstrip()) :])
 
 
 def thought_tags(name: str) -> tuple[str, str] | None:
@@ -79,6 +90,11 @@ def thought_tags(name: str) -> tuple[str, str] | None:
         raise InputError(f"thoughts={name!r}: several families -> one of {', '.join(TAGS)}, or none")
     opening, _, closing = name.partition("...")
     return _HARMONY if name == "gpt-oss" else TAGS.get(name, (opening, closing))
+
+
+def _spelled(tag: str) -> str:
+    """A pattern of the tag as models misspell it: ``< think >``, ``<THINK>`` (and, without case, ``</Think>``)."""
+    return r"\s{0,3}".join(map(re.escape, re.findall(r"\w+|\W", tag)))
 
 
 def tags_named_in(text: str) -> list[str]:
@@ -111,5 +127,5 @@ def _patterns(tags: str) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None
     if unknown:
         raise InputError(f"thoughts={unknown[0]!r} -> all, none, OPENING...CLOSING or some of {', '.join(TAGS)}")
     pairs = [own] if own else [TAGS[name] for name in _families(tags)]
-    opening, closing = ("|".join(re.escape(pair[side]) for pair in pairs) for side in (0, 1))
+    opening, closing = ("|".join(_spelled(pair[side]) for pair in pairs) for side in (0, 1))
     return re.compile(opening, re.IGNORECASE), re.compile(closing, re.IGNORECASE)
