@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+from pydantic import Field
 
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.reading import refuse_damage
+from megatron_gft.reading import absence, lfs_hint, read_json, read_text, wrong_values
 
 MODEL_FILES = tuple("*.json *.jinja *.model *.tiktoken *.txt *.safetensors *.bin *.py *chat_templates".split())
+JSON_FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json"),
+)
+TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
 
 
 def is_inner_name(name: object) -> bool:
@@ -55,6 +63,10 @@ def from_folder(
     Whatever transformers raises becomes an InputError with ``problem`` and ``remedy``; a damaged file is named.
     """
     check_folder(Path(folder), MODEL_FILES)
+    if (config := Path(folder) / "config.json").is_file():
+        problems: list[str] = []
+        if typed(ConfigKeys, read_json(config), problems) is None:
+            raise InputErrors(str(config), problems)
     try:
         return loader.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code, **options
@@ -66,3 +78,81 @@ def from_folder(
         else:
             refuse_damage(folder)
         raise InputError(f"{folder}: {problem} ({error or type(error).__name__}) -> {remedy}") from error
+
+
+def refuse_damage(folder: str | os.PathLike) -> None:
+    """Say which of a model folder's files is damaged; to be asked when a library could not read the folder.
+
+    Raises:
+        InputError: of the first one, or there is no such folder; none when all of them can be read.
+    """
+    from safetensors import SafetensorError, safe_open
+    from tokenizers import Tokenizer
+
+    if not Path(folder).exists():
+        raise InputError(f"{folder}: {absence(folder)}")
+    for path in sorted(Path(folder).glob("*")):
+        if path.name in JSON_FILES:
+            read_json(path)
+        if path.name == "tokenizer.json":
+            try:
+                Tokenizer.from_file(str(path))
+            except Exception as error:  # of the library's own, without a type
+                raise InputError(f"{path}: not a tokenizer ({error}) -> copy the file again") from error
+        if path.suffix == ".safetensors":
+            try:
+                safe_open(path, "numpy").keys()
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: damaged or truncated ({error}){lfs_hint(path)} -> copy it again") from error
+        if path.name in TEXT_FILES:
+            read_text(path)
+
+
+class Strict(pydantic.BaseModel):
+    """Values have the type that they should have: "16", 16.0 and true are no integer, "false" is no bool."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
+
+
+Index = Annotated[str, Field(pattern=r"^\d{1,6}$")]
+Token = Annotated[int, Field(ge=-1, lt=2**31)]
+
+
+class ConfigKeys(Strict):
+    """What transformers reads of any model's ``config.json``."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    auto_map: dict[str, str | list[str | None]] = {}
+    dtype: str | None = Field(default=None, pattern=r"^(auto|bfloat16|float\d\w*)$")
+    torch_dtype: str | None = Field(default=None, pattern=r"^(auto|bfloat16|float\d\w*)$")
+    num_labels: int = Field(default=2, gt=0, le=10**6)
+    id2label: dict[Index, str] | None = None
+    label2id: dict[str, int] | None = None
+    quantization_config: dict[str, Any] | None = None
+    text_config: dict[str, Any] | None = None
+    per_layer_config: dict[str, dict[str, Any]] | None = None
+    layer_types: list[str] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    tie_word_embeddings: bool | None = None
+    use_cache: bool | None = None
+    bos_token_id: Token | list[Token] | None = None
+    eos_token_id: Token | list[Token] | None = None
+    pad_token_id: Token | list[Token] | None = None
+
+
+Values = TypeVar("Values", bound=Strict)
+
+
+def typed(kind: type[Values], values: Mapping[str, Any], problems: list[str], place: str = "") -> Values | None:
+    """``values`` as ``kind``; None when some have another type or are out of range, each of them in ``problems``.
+
+    Args:
+        place: key of config.json that the values stand under, followed by a dot.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        problems += [f"{place}{what} -> {expected}" for what, expected in wrong_values(error)]
+        return None

@@ -18,13 +18,6 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How the text begins that stands in a clone for a large file which Git LFS has not fetched."""
 
 
-JSON_FILES = (
-    *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json"),
-)
-TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
-
-
 def lfs_hint(path: str | os.PathLike) -> str:
     """What to append to the message about a file that cannot be read; empty unless it is a Git LFS pointer."""
     try:
@@ -135,34 +128,6 @@ def absence(path: str | os.PathLike) -> str:
         return f"no such folder, perhaps a name on the Hugging Face hub -> hf download {name} --local-dir {local}"
     where = "" if Path(path).is_absolute() else f", seen from {os.getcwd()}"
     return f"{'no such file in it' if Path(path).is_dir() else f'no such folder or file{where}'} -> check the path"
-
-
-def refuse_damage(folder: str | os.PathLike) -> None:
-    """Say which of a model folder's files is damaged; to be asked when a library could not read the folder.
-
-    Raises:
-        InputError: of the first one, or there is no such folder; none when all of them can be read.
-    """
-    from safetensors import SafetensorError, safe_open
-    from tokenizers import Tokenizer
-
-    if not Path(folder).exists():
-        raise InputError(f"{folder}: {absence(folder)}")
-    for path in sorted(Path(folder).glob("*")):
-        if path.name in JSON_FILES:
-            read_json(path)
-        if path.name == "tokenizer.json":
-            try:
-                Tokenizer.from_file(str(path))
-            except Exception as error:  # of the library's own, without a type
-                raise InputError(f"{path}: not a tokenizer ({error}) -> copy the file again") from error
-        if path.suffix == ".safetensors":
-            try:
-                safe_open(path, "numpy").keys()
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path}: damaged or truncated ({error}){lfs_hint(path)} -> copy it again") from error
-        if path.name in TEXT_FILES:
-            read_text(path)
 
 
 def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

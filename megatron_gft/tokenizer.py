@@ -338,7 +338,7 @@ def vocabulary_fingerprint(vocab: dict[str, int], eos_id: int, bos_id: int | Non
 def _load_hugging_face(path: str | Path, trust: bool) -> Any:
     from transformers import AutoTokenizer
 
-    problem, remedy = "no tokenizer can be loaded", "give a folder with tokenizer.json"
+    problem, remedy = "no tokenizer can be loaded", "give a folder with tokenizer.json and a right config.json"
     tokenizer = from_folder(AutoTokenizer, path, problem, remedy, trust)
     if not tokenizer.is_fast:
         raise InputError(f"{path}: the tokenizer has no fast form -> save it with tokenizer.json")

@@ -143,7 +143,7 @@ def test_files_that_are_no_configuration_are_named(tmp_path):
     assert "a.yaml: not valid YAML" in problem_of([], [write(tmp_path / "a.yaml", "model: [")])
     assert "b.yaml: a configuration is a mapping" in problem_of([], [write(tmp_path / "b.yaml", "- 1\n")])
     (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "c.yaml: not valid YAML" in problem_of([], [tmp_path / "c.yaml"])
+    assert "c.yaml: not UTF-8" in problem_of([], [tmp_path / "c.yaml"])
 
 
 def test_the_written_tree_reads_back_equal(tmp_path):

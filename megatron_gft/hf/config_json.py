@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import pydantic
 from pydantic import Field
 
-from megatron_gft.errors import InputError
-from megatron_gft.folders import check_folder
-from megatron_gft.reading import absence, read_json, wrong_values
+from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.folders import ConfigKeys, Strict, check_folder, typed
+from megatron_gft.hf.families import FAMILIES
+from megatron_gft.reading import absence, read_json
 
 # Of layers, heads, experts; of rows and columns. Beyond are typing errors: sizes of matrices no longer fit 64 bits.
 Count = Annotated[int, Field(gt=0, le=2**12)]
@@ -20,13 +19,7 @@ Width = Annotated[int, Field(gt=0, le=2**24)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-class _Strict(pydantic.BaseModel):
-    """Values have the type that they should have: "16", 16.0 and true are no integer, "false" is no bool."""
-
-    model_config = pydantic.ConfigDict(strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
-
-
-class Rope(_Strict):
+class Rope(Strict):
     """``rope_scaling`` (transformers 4) or ``rope_parameters`` (transformers 5)."""
 
     rope_type: str | None = None
@@ -39,11 +32,10 @@ class Rope(_Strict):
     original_max_position_embeddings: float | None = None
 
 
-class ConfigJson(_Strict):
+class ConfigJson(ConfigKeys):
     """What is read of the file, under its own names. ``None``: transformers' default counts."""
 
     model_type: str
-    architectures: list[str] | None = None
     num_hidden_layers: Count
     hidden_size: Width
     num_attention_heads: Count
@@ -53,35 +45,27 @@ class ConfigJson(_Strict):
     vocab_size: Width
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
     max_position_embeddings: Annotated[int, Field(gt=0)]
-    tie_word_embeddings: bool | None = None
     rope_theta: Positive | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
     partial_rotary_factor: float | None = None
     sliding_window: Annotated[int, Field(gt=0)] | None = None
     use_sliding_window: bool | None = None
-    layer_types: list[str] | None = None
     num_experts: Count | None = None
     num_local_experts: Count | None = None
     num_experts_per_tok: Count | None = None
     moe_intermediate_size: Width | None = None
     norm_topk_prob: bool | None = None
-
-
-Values = TypeVar("Values", bound=_Strict)
-
-
-def typed(kind: type[Values], values: Mapping[str, Any], problems: list[str], place: str = "") -> Values | None:
-    """``values`` as ``kind``; None when some have another type or are out of range, each of them in ``problems``.
-
-    Args:
-        place: key of config.json that the values stand under, followed by a dot.
-    """
-    try:
-        return kind.model_validate(dict(values))
-    except pydantic.ValidationError as error:
-        problems += [f"{place}{what} -> {expected}" for what, expected in wrong_values(error)]
-        return None
+    hidden_act: str | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    attention_dropout: float | None = None
+    router_jitter_noise: float | None = None
+    decoder_sparse_step: int | None = None
+    mlp_only_layers: list[int] | None = None
+    max_window_layers: int | None = None
+    initializer_range: float | None = Field(default=None, ge=0)
+    original_max_position_embeddings: int | None = None
+    text_config: None = None  # models in models, and layers of their own kind, are other functions
+    per_layer_config: None = None
 
 
 def refuse_adapter(folder: str | os.PathLike) -> None:
@@ -113,3 +97,16 @@ def read_config(model: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no Hugging Face config.json there -> name a model folder or its config.json")
     return read_json(path)
+
+
+def check_config(model: str | os.PathLike) -> dict[str, Any]:
+    """As :func:`read_config`, for what transformers computes: types and ranges are right, options need not be mapped.
+
+    Raises:
+        InputErrors: every key that is wrong.
+    """
+    values, problems = read_config(model), list[str]()
+    typed(ConfigJson if values.get("model_type") in FAMILIES else ConfigKeys, values, problems)
+    if problems := [one for one in problems if not one.endswith("is missing -> add it")]:  # it has a default
+        raise InputErrors(str(config_file(model)), problems)
+    return values

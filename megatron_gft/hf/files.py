@@ -16,12 +16,12 @@ import torch
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.folders import check_folder
+from megatron_gft.folders import check_folder, refuse_damage
 from megatron_gft.hf.config_json import read_config
 from megatron_gft.hf.mapping import HfMapping, Shard
 from megatron_gft.hf.safetensors_io import SafetensorsFolder, TensorInfo, tensor_bytes
 from megatron_gft.progress import ProgressBar
-from megatron_gft.reading import read_json, refuse_damage
+from megatron_gft.reading import read_json
 from megatron_gft.tokenizer import tokenizer_fingerprint
 
 CARRIED_PATTERNS = (
@@ -31,7 +31,7 @@ CARRIED_PATTERNS = (
 )
 """What transformers, vLLM and a lawyer need beside the weights. Code (of ``auto_map``) is carried and never run."""
 
-_IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
+IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
 """Buffers that old checkpoints stored; transformers computes them."""
 
 MODEL_FILES_FOLDER = "hf"
@@ -91,7 +91,7 @@ def check_tensors(weights: SafetensorsFolder, mapping: HfMapping) -> None:
         elif (found := weights.tensors[name]).shape != shape:
             problems.append(f"tensor {name} in {found.file.name} is {list(found.shape)}, by config.json {list(shape)}")
     for name in weights.tensors.keys() - mapping.hf_shapes.keys():
-        if _IGNORED_TENSORS.search(name) or _duplicates_embedding(weights, mapping, name):
+        if IGNORED_TENSORS.search(name) or _duplicates_embedding(weights, mapping, name):
             continue
         file = weights.tensors[name].file.name
         problems.append(f"tensor {name} in {file} has no place in {mapping.shape.architecture}")

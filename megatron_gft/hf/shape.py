@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.hf.config_json import ConfigJson, Rope, config_file, read_config, typed
+from megatron_gft.folders import typed
+from megatron_gft.hf.config_json import ConfigJson, Rope, config_file, read_config
 from megatron_gft.hf.families import FAMILIES, Family
 
 LLAMA3_ROPE_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -224,9 +225,13 @@ def _rope(config: ConfigJson, family: Family, problems: list[str]) -> tuple[floa
     if any(isinstance(value, Mapping) for value in values.values()):
         problems.append("rope_parameters differ by layer type -> not mapped")
         return family.rope_theta, None, None
-    rope = typed(Rope, values, problems, "rope_parameters." if new_style else "rope_scaling.")
+    place = "rope_parameters." if new_style else "rope_scaling."
+    problems += [f"{place}{key} is not mapped -> remove it" for key in values if key not in Rope.model_fields]
+    rope = typed(Rope, values, problems, place)
     if rope is None:
         return family.rope_theta, None, None
+    if length := config.original_max_position_embeddings:  # goes first in transformers, too
+        rope = rope.model_copy(update={"original_max_position_embeddings": length})
     given = [theta for theta in (rope.rope_theta, config.rope_theta) if theta is not None]
     if len(set(given)) > 1:
         problems.append(f"rope_theta is {given[1]}, in rope_parameters {given[0]} -> keep the right one")

@@ -31,7 +31,7 @@ from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_all
 from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, Problem, ProblemLog, problem_table, raise_errors
 from megatron_gft.groups.records import id_digest
-from megatron_gft.hf.config_json import read_config
+from megatron_gft.hf.config_json import check_config
 from megatron_gft.preprocess.encode import ChunkEncoder, EncodedChunk, tokenizer_problems
 from megatron_gft.preprocess.staging import Staging, check_existing, existing_shards
 from megatron_gft.preprocess.workers import OrderedWorkers
@@ -189,7 +189,7 @@ def _prefix_problems(prefix: str) -> Iterator[str]:
 def _check_vocabulary(options: PreprocessOptions, stamp: TokenizerStamp) -> None:
     if options.model is None:
         return
-    rows = read_config(options.model).get("vocab_size")
+    rows = check_config(options.model).get("vocab_size")
     if not isinstance(rows, int) or isinstance(rows, bool):
         raise InputError(f"{options.model}/config.json: vocab_size is {rows!r} -> it must be an integer")
     if stamp.vocab_size > rows:

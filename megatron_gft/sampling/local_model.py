@@ -21,6 +21,9 @@ from transformers.utils import logging as transformers_logging
 from megatron_gft.chat_template import Prompt
 from megatron_gft.errors import InputError
 from megatron_gft.folders import from_folder
+from megatron_gft.hf.config_json import check_config
+from megatron_gft.hf.families import FAMILIES
+from megatron_gft.hf.files import IGNORED_TENSORS
 from megatron_gft.hf.shape import DTYPES
 from megatron_gft.reading import absence
 from megatron_gft.sampling.settings import SamplingParams
@@ -259,6 +262,7 @@ def _load_model(path: str | Path, dtype: torch.dtype | str, trust: bool) -> PreT
     transformers_logging.disable_progress_bar()
     if not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: no Hugging Face model folder with a config.json: {absence(path)}")
+    config = check_config(path)
     problem, remedy = "transformers cannot load a causal language model", "check config.json and the weight files"
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is absent is refused below, by name
     model, found = from_folder(AutoModelForCausalLM, path, problem, remedy, trust, dtype=dtype, **options)
@@ -269,6 +273,9 @@ def _load_model(path: str | Path, dtype: torch.dtype | str, trust: bool) -> PreT
             f"{path}: {len(missing)} weights are in no file of this folder, or not in the shape that config.json says "
             f"({shown}): they would be random -> copy the whole model"
         )
+    left = [name for name in found["unexpected_keys"] if not IGNORED_TENSORS.search(name)]
+    if left and config.get("model_type") in FAMILIES:  # of others, transformers' classes leave out some on purpose
+        raise InputError(f"{path}: {len(left)} weights have no place by config.json ({min(left)}) -> correct it")
     return model
 
 
