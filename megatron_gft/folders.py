@@ -63,10 +63,7 @@ def from_folder(
     Whatever transformers raises becomes an InputError with ``problem`` and ``remedy``; a damaged file is named.
     """
     check_folder(Path(folder), MODEL_FILES)
-    if (config := Path(folder) / "config.json").is_file():
-        problems: list[str] = []
-        if typed(ConfigKeys, read_json(config), problems) is None:
-            raise InputErrors(str(config), problems)
+    check_keys(Path(folder))
     try:
         return loader.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code, **options
@@ -91,6 +88,7 @@ def refuse_damage(folder: str | os.PathLike) -> None:
 
     if not Path(folder).exists():
         raise InputError(f"{folder}: {absence(folder)}")
+    check_keys(Path(folder))
     for path in sorted(Path(folder).glob("*")):
         if path.name in JSON_FILES:
             read_json(path)
@@ -122,6 +120,7 @@ class ConfigKeys(Strict):
     """What transformers reads of any model's ``config.json``."""
 
     model_type: str | None = None
+    transformers_version: str | None = None
     architectures: list[str] | None = None
     auto_map: dict[str, str | list[str | None]] = {}
     dtype: str | None = Field(default=None, pattern=r"^(auto|bfloat16|float\d\w*)$")
@@ -138,8 +137,33 @@ class ConfigKeys(Strict):
     tie_word_embeddings: bool | None = None
     use_cache: bool | None = None
     bos_token_id: Token | list[Token] | None = None
-    eos_token_id: Token | list[Token] | None = None
+    eos_token_id: Token | Annotated[list[Token], Field(min_length=1)] | None = None
     pad_token_id: Token | list[Token] | None = None
+
+
+class TokenizerKeys(Strict):
+    """What transformers reads of any ``tokenizer_config.json``; a special token may be described by an object."""
+
+    auto_map: dict[str, str | list[str | None]] = {}
+    tokenizer_class: str | None = None
+    backend: str | None = None
+    model_max_length: float | None = None
+    bos_token: str | dict[str, Any] | None = None
+    eos_token: str | dict[str, Any] | None = None
+    pad_token: str | dict[str, Any] | None = None
+    unk_token: str | dict[str, Any] | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    added_tokens_decoder: dict[str, dict[str, Any]] = {}
+    chat_template: str | dict[str, str] | list[dict[str, str]] | None = None
+
+
+def check_keys(folder: Path) -> None:
+    """Raise InputErrors for each key of another type in config.json and tokenizer_config.json, where they are."""
+    for name, kind in (("config.json", ConfigKeys), ("tokenizer_config.json", TokenizerKeys)):
+        problems: list[str] = []
+        if (folder / name).is_file() and typed(kind, read_json(folder / name), problems) is None:
+            raise InputErrors(str(folder / name), problems)
 
 
 Values = TypeVar("Values", bound=Strict)

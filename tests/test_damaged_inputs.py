@@ -79,6 +79,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         "evaluate --model hf --problems prompts.jsonl --no-greedy --quiet --workers 1",
         ["prompts.jsonl", *MODEL],
     ),
+    "rounds": ("rounds --config rounds.yaml --dry-run", ["rounds.yaml"]),
     "plot": ("plot run --output OUT.svg", ["run/metrics.jsonl"]),
     "train": ("train --config config.yaml train.output=OUT", ["config.yaml", *MODEL, *SHARD]),
     "train from checkpoint": (
@@ -112,6 +113,8 @@ def workspace(tmp_path_factory) -> Path:
         "train": {"max_steps": 1},
     }
     write_yaml(folder / "config.yaml", config)
+    rounds = {"model": "hf", "problems": {"train": ["prompts.jsonl"]}, "train": {"config": ["config.yaml"]}}
+    write_yaml(folder / "rounds.yaml", rounds | {"generate": {"sources": ["kind=transformers model={model}"]}})
     write_yaml(folder / "rows.yaml", {"prompt": "question", "text": "answer", "source": "self", "answer": "answer"})
     shutil.copyfile(folder / "prompts.jsonl", folder / "rows.jsonl")
     (folder / "suite.py").write_text("def test_one():\n    assert math_equal('1', '1')\n")
@@ -367,6 +370,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "null": (keys(hidden_size=None), ["hidden_size is None"]),
     "huge": (keys(num_hidden_layers=10**12), ["num_hidden_layers is 1000000000000"]),
     "zero": (keys(vocab_size=0), ["vocab_size is 0"]),
+    "token id": (keys(eos_token_id="2"), ["config.json", "eos_token_id", "'2'"]),
     "odd head": (keys(head_dim=15), ["head_dim is 15", "even"]),
     "heads": (keys(num_key_value_heads=3), ["num_attention_heads 4 is no multiple of num_key_value_heads 3"]),
     "architectures": (keys(architectures="LlamaForCausalLM"), ["architectures is 'LlamaForCausalLM'"]),
@@ -387,10 +391,24 @@ def test_the_cause_in_a_model_folder_is_named(workspace, case):
 
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_the_same_parser_serves_every_command(workspace, command):
-    for case in ("rope list", "text", "negative", "false", "key twice"):
+    for case in ("rope list", "text", "negative", "false", "key twice", "token id"):
         with changed(workspace / "hf", FOLDERS[case][0]):
             ended = run(workspace, COMMANDS[command][0])
         assert ended.is_message and all(word in ended.text for word in FOLDERS[case][1]), ended.text
+
+
+@pytest.mark.parametrize("command", ["sample", "preprocess"])
+@pytest.mark.parametrize("key, value", [("auto_map", 3), ("id2label", 3), ("num_labels", "a"), ("torch_dtype", 7)])
+def test_what_transformers_reads_is_checked_before_it_does(workspace, command, key, value):
+    with changed(workspace / "hf/config.json", keys(**{key: value})):
+        ended = run(workspace, COMMANDS[command][0])
+    assert ended.is_message and f"hf/config.json (1):\n  - {key} is {value!r} -> it must be" in ended.text, ended.text
+
+
+def test_a_model_with_fewer_layers_than_its_weights_samples_nothing(workspace):
+    with changed(workspace / "hf", weights(lambda t: t | {"model.layers.1.mlp.up_proj.weight": torch.ones(64, 32)})):
+        ended = run(workspace, COMMANDS["sample"][0])
+    assert ended.is_message and "model.layers.1.mlp.up_proj.weight" in ended.text, ended.text
 
 
 @pytest.mark.parametrize("case", ["nan", "inf in fp16", "wrapped", "no index"])

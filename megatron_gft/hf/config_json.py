@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -64,6 +64,7 @@ class ConfigJson(ConfigKeys):
     max_window_layers: int | None = None
     initializer_range: float | None = Field(default=None, ge=0)
     original_max_position_embeddings: int | None = None
+    is_causal: Literal[True] | None = None
     text_config: None = None  # models in models, and layers of their own kind, are other functions
     per_layer_config: None = None
 

@@ -221,13 +221,7 @@ def _rope(config: ConfigJson, family: Family, problems: list[str]) -> tuple[floa
     new_style, old_style = config.rope_parameters, config.rope_scaling
     if new_style and old_style and new_style != old_style:
         problems.append("rope_parameters and rope_scaling are both set and differ -> keep the one that is right")
-    values = new_style or old_style or {}
-    if any(isinstance(value, Mapping) for value in values.values()):
-        problems.append("rope_parameters differ by layer type -> not mapped")
-        return family.rope_theta, None, None
-    place = "rope_parameters." if new_style else "rope_scaling."
-    problems += [f"{place}{key} is not mapped -> remove it" for key in values if key not in Rope.model_fields]
-    rope = typed(Rope, values, problems, place)
+    rope = _rope_values(new_style or old_style or {}, "rope_parameters." if new_style else "rope_scaling.", problems)
     if rope is None:
         return family.rope_theta, None, None
     if length := config.original_max_position_embeddings:  # goes first in transformers, too
@@ -240,6 +234,14 @@ def _rope(config: ConfigJson, family: Family, problems: list[str]) -> tuple[floa
     if rotary not in (None, 1):
         problems.append(f"partial_rotary_factor is {rotary!r} -> only 1 is mapped")
     return theta, *_rope_scaling(rope, problems)
+
+
+def _rope_values(values: Mapping[str, Any], place: str, problems: list[str]) -> Rope | None:
+    if any(isinstance(value, Mapping) for value in values.values()):
+        problems.append(f"{place[:-1]} differ by layer type -> not mapped")
+        return None
+    problems += [f"{place}{key} is not mapped -> remove it" for key in values if key not in Rope.model_fields]
+    return typed(Rope, values, problems, place)
 
 
 def _rope_scaling(rope: Rope, problems: list[str]) -> tuple[float | None, float | None]:
