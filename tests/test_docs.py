@@ -2,6 +2,8 @@
 
 import argparse
 import importlib.util
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -192,3 +194,30 @@ def test_commands_that_need_nothing_run(command):
     line = [sys.executable, *shlex.split(command, comments=True)[1:]]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow  # the parts have tests of their own; this is the page, word for word
+@pytest.mark.timeout(900)
+def test_docs_start_leads_to_a_trained_export(tmp_path):
+    from tiny_models import write_tiny_model  # imports transformers, which most tests do without
+
+    write_tiny_model(tmp_path / "model", "llama3", num_hidden_layers=2)
+    rows = [
+        {"question": f"{n} pens in {m} boxes?", "answer": f"#### {n * m}"} for n in range(2, 6) for m in range(2, 6)
+    ]
+    for name, part in (("problems", rows[:12]), ("heldout", rows[12:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    text = (ROOT / "docs" / "start.md").read_text()
+    (settings,) = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    (tmp_path / "run.yaml").write_text(settings.replace("{config: model}", "{config: model, precision: fp32}"))
+    script = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    script = script.replace("max_tokens=512", "max_tokens=8").replace(
+        "tools/evaluate.py", "tools/evaluate.py --max-tokens 8"
+    )
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    line = ["bash", "-ec", script]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert (tmp_path / "groups.html").exists() and "greedy accuracy" in done.stdout
+    assert [path.name for path in (tmp_path / "runs/first/export").iterdir()] == ["step-00000002"]

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given, settings
 
 from megatron_gft.atomic import sha256_file
-from megatron_gft.checkpoints.history import find_checkpoint, find_damage, list_checkpoints, publish, step_of
+from megatron_gft.checkpoints.history import (
+    find_checkpoint,
+    find_damage,
+    list_checkpoints,
+    newest_checkpoint,
+    publish,
+    step_of,
+)
 from megatron_gft.errors import InputError
 
 
@@ -202,3 +209,18 @@ def dies_in_publish(folder: Path, step: int, keep: int, at: int) -> bool:
         except Killed:
             return True
     return False
+
+
+@pytest.mark.parametrize(("said", "folder"), [("1000\n", "iter_0001000"), ("release", "release")])
+def test_the_folder_that_megatron_lm_saves_in_is_named_as_it_is(tmp_path, said, folder):
+    """Its ``--load`` takes the folder with the tracker file; so does ``checkpoint.init_from``."""
+    (tmp_path / folder).mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(said)
+    with pytest.raises(InputError, match="neither a Megatron checkpoint"):
+        newest_checkpoint(tmp_path, "checkpoint.init_from")
+    (tmp_path / folder / "metadata.json").write_text("{}")
+    assert newest_checkpoint(tmp_path, "checkpoint.init_from") == tmp_path / folder
+    for other in ("", "../x", "\xb2", "7"):
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(other)
+        with pytest.raises(InputError, match="neither a Megatron checkpoint"):
+            newest_checkpoint(tmp_path, "checkpoint.init_from")

@@ -177,6 +177,12 @@ def newest_checkpoint(path: Path, option: str) -> Path:
     for folder in (path, path / "checkpoints"):
         if (found := find_checkpoint(folder, "latest")) is not None:
             return found
+    tracker = path / "latest_checkpointed_iteration.txt"  # of Megatron-LM's own programs: a number, or "release"
+    if tracker.is_file():
+        name = tracker.read_text(encoding="utf-8", errors="replace").strip()
+        folder = path / (name if name == "release" else f"iter_{name.zfill(7)}")
+        if (folder / "metadata.json").is_file():
+            return folder
     raise InputError(
         f"{option}={path}: neither a Megatron checkpoint nor a run folder with one -> name one of these (Hugging Face "
         f"weights for checkpoint.init_from: hf:{path})"
