@@ -201,7 +201,7 @@ def test_commands_that_need_nothing_run(command):
 def test_docs_start_leads_to_a_trained_export(tmp_path):
     from tiny_models import write_tiny_model  # imports transformers, which most tests do without
 
-    write_tiny_model(tmp_path / "model", "llama3", num_hidden_layers=2)
+    write_tiny_model(tmp_path / "model", "llama3", num_hidden_layers=2, vocab_size=257)  # as many as its tokenizer
     rows = [
         {"question": f"{n} pens in {m} boxes?", "answer": f"#### {n * m}"} for n in range(2, 6) for m in range(2, 6)
     ]

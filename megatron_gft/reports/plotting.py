@@ -145,7 +145,7 @@ def draw(runs: Sequence[Run], panels: Sequence[Panel] = PANELS) -> Any:
     lines = -(-len(runs) // columns)
     height = 3.2 * rows + 0.3 * lines + 0.4  # inches; panels are alike: constrained layout would only cost a second
     figure = Figure(figsize=(5 * COLUMNS, height))
-    figure.subplots_adjust(0.055, 0.5 / height, 0.985, 1 - (0.3 * lines + 0.5) / height, 0.22, 0.45)
+    figure.subplots_adjust(0.065, 0.5 / height, 0.985, 1 - (0.3 * lines + 0.5) / height, 0.3, 0.45)
     for index, panel in enumerate(panels):
         _draw(figure.add_subplot(rows, COLUMNS, index + 1), panel, runs)
     handles = [_line(color=f"C{number}") for number in range(len(runs))]
