@@ -360,6 +360,28 @@ def test_self_responses_of_old_models_are_refused(undisturbed, tmp_path, monkeyp
     assert "6 self responses by other/model: no model of this run" in refusal()
 
 
+EXAMPLES = {"smollm2": ("", 2, 15), "h100-8": ("", 8, 71), "h100-64": ("h100-8", 64, 71)}
+
+
+@pytest.mark.parametrize(("name", "below", "processes", "stages"), [(name, *of) for name, of in EXAMPLES.items()])
+def test_the_examples_can_be_run_and_fit(inputs, monkeypatch, capfd, name, below, processes, stages):
+    monkeypatch.chdir(ROOT)
+    files = [f"examples/rounds/{file}.yaml" for file in (below, name) if file]
+    own = [f"model={inputs / 'model'}", f"problems.train=[{inputs / 'problems/train.jsonl'}]"]
+    own.append(f"problems.held_out={inputs / 'problems/held_out.jsonl'}")
+    arguments = [word for file in files for word in ("--config", file)]
+    assert command.main([*arguments, "--dry-run", *own]) == 0, capfd.readouterr().err
+    printed = capfd.readouterr().out
+    assert printed.count(f"/{stages}] ") == stages == printed.count("OMP_NUM_THREADS=")
+    for file in re.findall(r"(?:examples|tools|launch)/[\w./-]+\.(?:py|yaml|sbatch)", printed):
+        assert (ROOT / file).is_file()
+    if processes > 2:
+        recipes = load_tree(RoundsConfig, files, own).train.config
+        options = [word for file in recipes for word in ("--config", file)]
+        planned = tool_runs.run(ROOT, "plan", *options, "--world-size", str(processes), "--groups", "1024")
+        assert "verdict: fits" in planned.text, planned.text
+
+
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
