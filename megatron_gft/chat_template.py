@@ -151,7 +151,10 @@ class ChatTemplate:
             eos: spelling of the token that ends a response.
         """
         if "\ufeff" in self.text:
-            yield "bad_template", "a byte-order mark in it would begin prompts -> save the template without it"
+            yield (
+                "bad_template",
+                "a byte-order mark in it would begin prompts -> save it without, or --chat-template FILE",
+            )
         question = [{"role": "user", "content": _ASKED}]
         answer = {"role": "assistant", "content": _SAID}
         try:
@@ -232,7 +235,7 @@ def lost_text(prompt: Prompt, rendered: str) -> str | None:
         texts += re.findall(r'"name": "([^"]+)"', json.dumps(calls)) if calls else []
         for text in (text.strip() for text in texts if isinstance(text, str)):
             if text not in rendered and json.dumps(text, ensure_ascii=False)[1:-1] not in rendered:
-                return f"of message {number} ({role}): {text[:40]!r} -> correct the template"
+                return f"of message {number} ({role}): {text[:40]!r} -> correct the template, or --chat-template FILE"
     return None
 
 

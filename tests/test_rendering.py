@@ -15,6 +15,7 @@ from tiny_tokenizers import (
     CHATML,
     GEMMA,
     LLAMA2,
+    SPECIALS,
     SWITCHED,
     THINKING,
     TURN,
@@ -498,3 +499,55 @@ def test_findings_about_a_template_are_in_the_summary(tmp_path):
         source = f"kind=openai api=completions url={server.url} model=m tokenizer={folder}"
         summary = run(prompts, tmp_path / "g.jsonl", source)
     assert any(note.startswith("teacher: turn_end: the chat template ends turns") for note in summary.notes)
+
+
+def rewritten(name, **changes):
+    """Changes keys of a JSON file of the tokenizer's folder."""
+
+    def cure(folder, path):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return {}
+
+    return cure
+
+
+def template_file(change):
+    """The tokenizer's own template, changed, in a file for --chat-template."""
+
+    def cure(folder, path):
+        text = load_tokenizer(folder).template.text
+        assert change(text) != text
+        return {"chat_template": str(_file(path.with_name("mended.jinja"), change(text)))}
+
+    return cure
+
+
+ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"  # as the message says
+THINKS = TURN + ASKS.replace("\n{%", "\n{% if enable_thinking | default(true) %}<think>\n{% endif %}{%")
+
+
+@pytest.mark.parametrize(
+    "kind, template, changes, response, cure",
+    [
+        ("bad_template", "\ufeff" + CHATML, {}, "2", template_file(lambda text: text.replace("\ufeff", ""))),
+        ("bad_template", TURN, {}, "2", template_file(lambda text: text + ASKS)),
+        ("lost_prompt", CHATML.replace("content", "contents"), {}, "2", template_file(lambda t: t.replace("ts'", "t'"))),
+        ("lost_prompt", ASKS, {}, "2", template_file(lambda text: TURN + text)),
+        ("turn_end", CHATML, {"eos": SPECIALS[0]}, "2", rewritten("tokenizer_config.json", eos_token=SPECIALS[2])),
+        ("thoughts_open", THINKS, {}, "2", lambda *_: {"template_kwargs": {"enable_thinking": False}}),
+        ("thoughts_open", THINKING, {}, "2", template_file(lambda text: text.replace("<think>\n", ""))),
+        ("thoughts_twice", THINKING, {}, "<think>\na</think>2", template_file(lambda t: t.replace("<think>\n", ""))),
+    ],
+)  # fmt: skip
+def test_the_way_out_of_a_message_leads_out(kind, template, changes, response, cure, tmp_path):
+    folder = byte_level_folder(tmp_path / "t", template=template, **changes)
+    path = write_groups(tmp_path / "g.jsonl", response)
+    with pytest.raises(InputError, match=f"{kind}: "):
+        preprocessed(path, folder)
+    shard, problems = preprocessed(path, folder, **cure(folder, path))
+    assert problems == {}
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode([*shard[0].prompt, *shard[0].responses[0]]).endswith(
+        f"1+1?<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>"
+    )

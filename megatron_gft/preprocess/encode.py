@@ -172,7 +172,7 @@ class ChunkEncoder:
         if kind is None or tags is None:
             return KEEP
         said = {"thoughts_twice": f"begins with {tags[0]!r}", "thoughts_open": f"has no {tags[1]!r}"}[kind]
-        remedy = "another template, or --template-kwargs that open no thoughts"
+        remedy = "--template-kwargs that open no thoughts, or --chat-template FILE of a template that opens none"
         detail = f"the prompt ends with {tags[0]!r}, the response {said} -> {remedy}"
         action = log.found(kind, detail, response.position)
         if action == FIX:
