@@ -532,7 +532,7 @@ THINKS = TURN + ASKS.replace("\n{%", "\n{% if enable_thinking | default(true) %}
     [
         ("bad_template", "\ufeff" + CHATML, {}, "2", template_file(lambda text: text.replace("\ufeff", ""))),
         ("bad_template", TURN, {}, "2", template_file(lambda text: text + ASKS)),
-        ("lost_prompt", CHATML.replace("content", "contents"), {}, "2", template_file(lambda t: t.replace("ts'", "t'"))),
+        ("lost_prompt", CHATML.replace("content", "contents"), {}, "2", template_file(lambda t: t.replace("ts", "t"))),
         ("lost_prompt", ASKS, {}, "2", template_file(lambda text: TURN + text)),
         ("turn_end", CHATML, {"eos": SPECIALS[0]}, "2", rewritten("tokenizer_config.json", eos_token=SPECIALS[2])),
         ("thoughts_open", THINKS, {}, "2", lambda *_: {"template_kwargs": {"enable_thinking": False}}),
@@ -548,6 +548,5 @@ def test_the_way_out_of_a_message_leads_out(kind, template, changes, response, c
     shard, problems = preprocessed(path, folder, **cure(folder, path))
     assert problems == {}
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.decode([*shard[0].prompt, *shard[0].responses[0]]).endswith(
-        f"1+1?<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>"
-    )
+    text = tokenizer.decode([*shard[0].prompt, *shard[0].responses[0]])
+    assert text.endswith(f"1+1?<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>")
