@@ -216,6 +216,42 @@ def test_half_a_character_at_the_end(tmp_path, folder, tokenizer):
         assert (outcome.text, outcome.token_ids) == (text, kept)
 
 
+@pytest.mark.parametrize(
+    "served, place, finding",
+    [
+        (CHATML, "top", None),
+        (CHATML, "choice", None),
+        (TURN, "top", "other_rendering: the server's prompt was tokens"),
+        (CHATML, "odd", "unverified_rendering"),
+        (CHATML, None, "unverified_rendering"),
+    ],
+)
+def test_a_chat_servers_own_rendering_is_compared(served, place, finding, tmp_path):
+    folder = byte_level_folder(tmp_path / "t")
+    tokenizer = load_tokenizer(folder)
+    theirs = load_tokenizer(folder, str(_file(tmp_path / "theirs.jinja", served)))
+
+    def answer(body):
+        ids = theirs.encode(theirs.render_prompt(body["messages"]))
+        reply = {"choices": [{"message": {"content": "It is 4."}, "finish_reason": "stop"}]}
+        where = reply["choices"][0] if place == "choice" else reply
+        where["prompt_token_ids"] = {None: None, "odd": "12"}.get(place, ids)
+        return 200, json.dumps(reply).encode()
+
+    output = tmp_path / "g.jsonl"
+    with FaultyServer(answer=answer) as server:
+        source = f"kind=openai source=self model=m k=2 token_ids=true tokenizer={folder} url={server.url}"
+        run(write_prompts(tmp_path / "p.jsonl", 2), output, source)
+    policies = ["duplicate_response=keep"]
+    if finding and finding.startswith("other"):
+        with pytest.raises(InputError, match=finding):
+            preprocessed(output, folder, *policies)
+        return
+    _, problems = preprocessed(output, folder, *policies)
+    assert problems.get("unverified_rendering") == ({"keep": 4} if finding else None)
+    assert tokenizer.fingerprint == theirs.fingerprint
+
+
 # --- thoughts --------------------------------------------------------------------------------------------------------
 
 THOUGHT = "<think>\n2+2\n</think>\n\nIt is 4."

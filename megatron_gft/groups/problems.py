@@ -129,6 +129,12 @@ KINDS: dict[str, Kind] = {
         (ERROR, DROP, KEEP),
         "response",
     ),
+    "unverified_rendering": Kind(
+        "of source self, from a chat server whose template is not known and which gave no prompt_token_ids",
+        KEEP,
+        (ERROR, DROP, KEEP),
+        "response",
+    ),
     "mismatched_token_ids": Kind(
         "token_ids spell something else than the text: the text is tokenized, log-probs are left out",
         KEEP,

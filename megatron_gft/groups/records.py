@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as short
 from typing import Annotated, Any, NotRequired
@@ -33,6 +33,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from megatron_gft.atomic import sha256_json
 from megatron_gft.groups.messages import as_prompt, message_text
 from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, GroupProblems, ProblemLog
 from megatron_gft.objectives import SOURCE_CODES
@@ -282,6 +283,11 @@ def recorded_rendering(response: ResponseRecord) -> dict[str, Any]:
     """What generation recorded of how the response's prompt was rendered."""
     recorded = response.extra.get("rendering")
     return recorded if isinstance(recorded, dict) and "add_generation_prompt" in recorded else {}
+
+
+def prompt_tokens(ids: Sequence[int]) -> str:
+    """Number and fingerprint of a prompt's token ids, by which two renderings are compared."""
+    return f"{len(ids)}-{sha256_json(list(ids))[:16]}"
 
 
 def opened_tag(response: ResponseRecord) -> str:

@@ -25,6 +25,7 @@ from megatron_gft.groups.records import (
     check_group,
     has_text,
     keep_responses,
+    prompt_tokens,
     recorded_rendering,
 )
 from megatron_gft.scoring.thoughts import opened_by, unfit_thoughts, without_opening
@@ -132,7 +133,10 @@ class ChunkEncoder:
             return None
 
         def check(response: ResponseRecord) -> str:
-            actions = [self._check_rendering(response, options, log), self._check_thoughts(response, rendered, log)]
+            actions = [
+                self._check_rendering(response, options, rendered, log),
+                self._check_thoughts(response, rendered, log),
+            ]
             dropped = next((action for action in (ERROR, DROP) if action in actions), None)
             return dropped or self._check_response(response, log, waiting)
 
@@ -151,7 +155,9 @@ class ChunkEncoder:
             return {}
         return {name: value for name, value in kwargs.items() if template.reads(name)}
 
-    def _check_rendering(self, response: ResponseRecord, options: TemplateOptions, log: GroupProblems) -> str:
+    def _check_rendering(
+        self, response: ResponseRecord, options: TemplateOptions, rendered: str, log: GroupProblems
+    ) -> str:
         """Whether the response was sampled after the prompt as it is rendered here, as far as that is recorded."""
         recorded, here = recorded_rendering(response), options.record()
         if not recorded:
@@ -162,6 +168,12 @@ class ChunkEncoder:
         other = _changes(sampled, {KWARGS: dict(options.kwargs), TOOLS: here.get(TOOLS)})
         if response.source == "self":
             other += foreign
+            if given := recorded.get("prompt_tokens"):
+                ids = prompt_tokens(self.tokenizer.encode(rendered))
+                other += [f"the server's prompt was tokens {given}, here it is {ids}"] if given != ids else []
+            elif not other and "chat_template" not in recorded:
+                why = "no prompt_token_ids -> sample with token_ids=true from vLLM, or api=completions"
+                return log.found("unverified_rendering", why, response.position)
         elif foreign and (action := log.found("foreign_rendering", "; ".join(foreign), response.position)) != KEEP:
             return action
         return log.found("other_rendering", "; ".join(other), response.position) if other else KEEP

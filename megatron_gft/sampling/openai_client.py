@@ -20,12 +20,14 @@ import os
 import random
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import httpx2
 
 from megatron_gft.chat_template import KWARGS, ChatTemplateError
 from megatron_gft.errors import InputError, shown
+from megatron_gft.groups.records import prompt_tokens
 from megatron_gft.sampling.settings import Outcome, Sample, SampleFailure, SampleRequest, SamplingParams, with_own_eos
 from megatron_gft.sampling.sources import OpenAISource
 from megatron_gft.sampling.written import BY_TAGS, PUT_BACK, prompt_opens, server_tags, with_thoughts, written_sample
@@ -128,7 +130,8 @@ class OpenAIBackend:
         for attempt in range(self._source.attempts):
             await asyncio.sleep(pause)
             try:
-                return self._read_sample(request, await self._post(client, body), params)
+                reply = await self._post(client, body)
+                return replace(self._read_sample(request, reply, params), prompt_tokens=_prompt_tokens(reply))
             except _Refused as refused:
                 return SampleFailure(request.key, self._shown(str(refused)))
             except _Transient as transient:
@@ -284,6 +287,12 @@ class OpenAIBackend:
             logprobs = values if len(values) == len(ids) else None
         end = self._tokenizer.special_ids if finish == "stop" else frozenset()
         return with_own_eos(ids, logprobs, end, self._tokenizer.eos_id)
+
+
+def _prompt_tokens(reply: dict[str, Any]) -> str | None:
+    """Of the prompt as a server rendered it: vLLM gives its ids beside the choices (chat), or in each."""
+    ids = reply.get("prompt_token_ids") or reply["choices"][0].get("prompt_token_ids")
+    return prompt_tokens(ids) if isinstance(ids, list) and all(type(token) is int for token in ids) else None
 
 
 def _logprobs(found: Any, api: str) -> list[float]:

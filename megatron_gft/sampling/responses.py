@@ -153,7 +153,7 @@ class SampledResponses:
             token_ids=ids,
             logprobs=sample.logprobs if ids is not None else None,
             sampling=self._sampling | {"seed": seed},
-            extra={"rendering": rendering},
+            extra={"rendering": rendering | ({"prompt_tokens": sample.prompt_tokens} if sample.prompt_tokens else {})},
         )
 
     def _notes(self, sample: Sample, record: ResponseRecord) -> Iterator[str]:

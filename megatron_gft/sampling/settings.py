@@ -61,6 +61,7 @@ class Sample:
     ``token_ids`` are the ids that were sampled (a final EOS included), or ``None`` when they are unknown or do not
     spell ``text``; ``logprobs`` are the model's at temperature 1, one per id. ``without_reasoning``: the server kept
     the model's thoughts apart from the text, and they were left out. ``note``: what else the summary should count.
+    ``prompt_tokens``: of the prompt as the server rendered it, if it says so (:func:`prompt_tokens`).
     """
 
     key: str
@@ -70,6 +71,7 @@ class Sample:
     logprobs: list[float] | None = None
     without_reasoning: bool = False
     note: str | None = None
+    prompt_tokens: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What a journal keeps under ``key``: all fields that say something."""
