@@ -112,50 +112,41 @@ class Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
 
-Index = Annotated[str, Field(pattern=r"^\d{1,6}$")]
-Token = Annotated[int, Field(ge=-1, lt=2**31)]
+def _keys(kinds: Mapping[str, Any]) -> Any:
+    fields: dict[str, Any] = {key: (kind, None) for keys, kind in kinds.items() for key in keys.split()}
+    return pydantic.create_model("Keys", __base__=Strict, **fields)
 
 
-class ConfigKeys(Strict):
-    """What transformers reads of any model's ``config.json``."""
+_Text, _Switch, _Object, _Special = str | None, bool | None, dict[str, Any] | None, str | dict[str, Any] | None
+_Id = Annotated[int, Field(ge=-1, lt=2**31)]
+_Dtype = Annotated[str, Field(pattern=r"^(auto|bfloat16|float\d\w*)$")]
+_Code = dict[str, str | list[str | None]]
 
-    model_type: str | None = None
-    transformers_version: str | None = None
-    architectures: list[str] | None = None
-    auto_map: dict[str, str | list[str | None]] = {}
-    dtype: str | None = Field(default=None, pattern=r"^(auto|bfloat16|float\d\w*)$")
-    torch_dtype: str | None = Field(default=None, pattern=r"^(auto|bfloat16|float\d\w*)$")
-    num_labels: int = Field(default=2, gt=0, le=10**6)
-    id2label: dict[Index, str] | None = None
-    label2id: dict[str, int] | None = None
-    quantization_config: dict[str, Any] | None = None
-    text_config: dict[str, Any] | None = None
-    per_layer_config: dict[str, dict[str, Any]] | None = None
-    layer_types: list[str] | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    tie_word_embeddings: bool | None = None
-    use_cache: bool | None = None
-    bos_token_id: Token | list[Token] | None = None
-    eos_token_id: Token | Annotated[list[Token], Field(min_length=1)] | None = None
-    pad_token_id: Token | list[Token] | None = None
-
-
-class TokenizerKeys(Strict):
-    """What transformers reads of any ``tokenizer_config.json``; a special token may be described by an object."""
-
-    auto_map: dict[str, str | list[str | None]] = {}
-    tokenizer_class: str | None = None
-    backend: str | None = None
-    model_max_length: float | None = None
-    bos_token: str | dict[str, Any] | None = None
-    eos_token: str | dict[str, Any] | None = None
-    pad_token: str | dict[str, Any] | None = None
-    unk_token: str | dict[str, Any] | None = None
-    add_bos_token: bool | None = None
-    add_eos_token: bool | None = None
-    added_tokens_decoder: dict[str, dict[str, Any]] = {}
-    chat_template: str | dict[str, str] | list[dict[str, str]] | None = None
+ConfigKeys = _keys(  # what transformers reads of any model
+    {
+        "model_type transformers_version": _Text,
+        "architectures layer_types": list[str] | None,
+        "rope_scaling rope_parameters quantization_config text_config per_layer_config": _Object,
+        "tie_word_embeddings use_cache": _Switch,
+        "bos_token_id eos_token_id pad_token_id": _Id | Annotated[list[_Id], Field(min_length=1)] | None,
+        "dtype torch_dtype": _Dtype | None,
+        "num_labels": Annotated[int, Field(gt=0, le=10**6)],  # transformers makes a label of each
+        "id2label": dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], str] | None,
+        "label2id": dict[str, int] | None,
+        "auto_map": _Code,
+    }
+)
+TokenizerKeys = _keys(
+    {
+        "tokenizer_class backend": _Text,
+        "bos_token eos_token pad_token unk_token": _Special,
+        "add_bos_token add_eos_token": _Switch,
+        "model_max_length": float | None,
+        "added_tokens_decoder": dict[str, dict[str, Any]],
+        "chat_template": str | dict[str, str] | list[dict[str, str]] | None,
+        "auto_map": _Code,
+    }
+)
 
 
 def check_keys(folder: Path) -> None:

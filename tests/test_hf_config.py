@@ -126,7 +126,7 @@ def test_router_order_follows_norm_topk_prob():
         (LLAMA_3_1_70B, {"mlp_bias": True}, "mlp_bias is True"),
         (LLAMA_3_1_70B, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         (LLAMA_3_1_70B, {"sliding_window": 4096}, "sliding_window is 4096"),
-        (LLAMA_3_1_70B, {"mlp_bias": 0}, "mlp_bias is 0 -> it must be a valid boolean"),
+        (LLAMA_3_1_70B, {"mlp_bias": 0}, "mlp_bias is 0, only False is mapped"),
         (LLAMA_3_1_70B, {"torch_dtype": 7}, "torch_dtype is 7 -> it must be a valid string"),
         (LLAMA_3_1_70B, {"is_causal": False}, "is_causal is False"),
         (LLAMA_3_1_70B, {"auto_map": 3}, "auto_map is 3 -> it must be a valid object"),

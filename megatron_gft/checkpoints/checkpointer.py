@@ -305,7 +305,9 @@ def _load(path: Path, state: dict[str, Any], chunks: list[torch.nn.Module], para
         strategy = FullyParallelLoadStrategyWrapper(reading, parallel.dp_cp_group)
         loaded = dist_checkpointing.load(state, str(path), strategy)
     except (CheckpointingException, CheckpointException) as error:  # the latter, torch's, is a BaseException
-        raise InputError(f"{path}: does not fit this model and optimizer, or is damaged: {_cause(error)}") from error
+        raise InputError(
+            f"{path}: does not fit this model and optimizer, or metadata.json is damaged: {_cause(error)}"
+        ) from error
     except Exception as error:  # of damaged bytes torch's, zip's and pickle's readers raise anything
         cure = "use another checkpoint"
         raise InputError(f"{path}: metadata.json, common.pt or a *.distcp is damaged ({error}) -> {cure}") from error

@@ -54,13 +54,6 @@ class ConfigJson(ConfigKeys):
     num_experts_per_tok: Count | None = None
     moe_intermediate_size: Width | None = None
     norm_topk_prob: bool | None = None
-    hidden_act: str | None = None
-    attention_bias: bool | None = None
-    mlp_bias: bool | None = None
-    attention_dropout: float | None = None
-    router_jitter_noise: float | None = None
-    decoder_sparse_step: int | None = None
-    mlp_only_layers: list[int] | None = None
     max_window_layers: int | None = None
     initializer_range: float | None = Field(default=None, ge=0)
     original_max_position_embeddings: int | None = None

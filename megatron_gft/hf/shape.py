@@ -189,11 +189,12 @@ def _experts(config: ConfigJson, family: Family, problems: list[str]) -> tuple[i
 
 
 def _option_problems(config: Mapping[str, Any], family: Family) -> list[str]:
+    given = {key: config[key] for key in family.refused_options if config.get(key) is not None}
     problems = [
-        f"{key} is {config[key]!r}, only {mapped!r} is mapped -> convert with an option of that value, or extend "
+        f"{key} is {value!r}, only {mapped!r} is mapped -> convert with an option of that value, or extend "
         f"megatron_gft/hf/families.py"
-        for key, mapped in family.refused_options.items()
-        if config.get(key) is not None and config[key] != mapped
+        for key, value in given.items()
+        if value != (mapped := family.refused_options[key]) or isinstance(value, bool) != isinstance(mapped, bool)
     ]
     if config.get("quantization_config"):
         problems.append("quantization_config is set -> dequantize the weights first")
