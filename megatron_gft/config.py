@@ -166,7 +166,7 @@ class ObjectiveConfig(Section):
     cut_off: CutOff = Field("train", description="responses without an end; no_loss: in the group's statistics only")
     advantage_eps: NonNegativeFloat = Field(1e-6, description="added to the standard deviation of the rewards")
     fused_head: bool = Field(True, description="output layer and loss in one chunked pass, no [tokens, vocab] tensor")
-    head_chunk_tokens: PositiveInt = Field(2048, description="rows of one chunk of the fused head")
+    head_chunk_tokens: PositiveInt | None = Field(None, description="rows of a chunk of the head; default: 512 MiB")
     entropy: bool = Field(True, description="measure the entropy of the predictions")
 
     @pydantic.model_validator(mode="before")
@@ -251,7 +251,8 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """What is written besides ``metrics.jsonl`` and the console line."""
 
-    every: PositiveInt = Field(1, description="steps between lines")
+    every: PositiveInt = Field(1, description="steps between lines, and between comparisons of ranks")
+    entropy_every: PositiveInt = Field(1, description="steps between entropies, where the head has no GPU kernels")
     tensorboard: bool = Field(True, description="TensorBoard events, when it is installed")
     wandb_project: str | None = Field(None, description="Weights & Biases project, when it is installed")
     progress_bar: bool = Field(True, description="on rank 0")

@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_gft.batch import StepBatch
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError
 from megatron_gft.objectives import SOURCES
+from megatron_gft.planning import StepPlan
 from megatron_gft.progress import ProgressBar
 from megatron_gft.reading import read_json
 from megatron_gft.reports.environment import write_environment
@@ -41,14 +43,15 @@ Record = dict[str, float | int]
 Sink = Callable[[Record], object]
 
 
-def loss_record(report: LossReport, *, with_entropy: bool, prefix: str = "") -> Record:
+def loss_record(report: LossReport, *, prefix: str = "") -> Record:
     """Means over tokens: of all loss rows, and per source and sign of the advantage.
 
     ``loss`` is the objective's own value; ``nll`` is mean -log p, ``probability`` mean p, ``rectified`` the share
     of tokens with p <= tau, ``abs_advantage`` mean |A|; for the rest see docs/objectives.md.
     """
     record: Record = {f"{prefix}loss": report.loss}
-    names = [name for name in STATISTICS if name not in ("tokens", "loss") and (with_entropy or name != "entropy")]
+    measured = bool(report.token_sums[..., STATISTICS.index("entropy")].any())  # it is exactly 0 where it was not
+    names = [name for name in STATISTICS if name not in ("tokens", "loss") and (measured or name != "entropy")]
     places = {"": report.token_sums.sum((0, 1))}
     nll = (report.token_sums[..., STATISTICS.index("nll")].sum(0) / report.token_sums[..., TOKENS].sum(0)).tolist()
     record |= {f"{prefix}{sign}/nll": mean for sign, mean in zip(SIGNS, nll, strict=True) if mean == mean}
@@ -123,10 +126,10 @@ def step_record(batch: StepBatch, outcome: StepOutcome, *, world_size: int, peak
         "dead_groups": batch.dead_groups,
         "denominator": batch.denominator,
         **{f"seconds/{name}": value for name, value in outcome.seconds.items()},
-        "slowest_rank": outcome.times.slowest_rank,
-        "slowest_rank_factor": outcome.times.slowest_factor,
-        **{f"idle_share/stage_{i}": share for i, share in enumerate(outcome.times.idle_share_by_stage)},
     }
+    if times := outcome.times:
+        record |= {"slowest_rank": times.slowest_rank, "slowest_rank_factor": times.slowest_factor}
+        record |= {f"idle_share/stage_{i}": share for i, share in enumerate(times.idle_share_by_stage)}
     for code, source in enumerate(SOURCES):
         lengths = batch.lengths[(batch.sources == code) & (batch.lengths > 0)]
         if len(lengths):
@@ -145,11 +148,57 @@ def step_record(batch: StepBatch, outcome: StepOutcome, *, world_size: int, peak
     return record
 
 
+@dataclass
+class RunTotals:
+    """Of all starts of a run: what its steps computed, and the time of its devices, saves and stalls included.
+
+    A step that is run again after a resume counts once; the time that went into it before was lost.
+    """
+
+    tokens: float = 0.0  # rows without padding
+    flops: float = 0.0
+    device_seconds: float = 0.0
+    useful_seconds: float = 0.0  # of ``device_seconds``: forward, backward and update of steps that count
+
+    @classmethod
+    def of_lines(cls, lines: Sequence[str], resume_step: int) -> RunTotals:
+        """Those at ``resume_step``, from the ``metrics.jsonl`` of the earlier starts."""
+        totals = cls()
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                record = json.loads(line)
+                found = cls(**{name: float(record[f"run/{name}"]) for name in vars(totals)})
+                spent = max(totals.device_seconds, found.device_seconds)
+                totals = replace(found if record["step"] <= resume_step else totals, device_seconds=spent)
+        return totals
+
+    def add(self, plan: StepPlan | None, outcome: StepOutcome, elapsed: float, world_size: int) -> None:
+        """One step, ``elapsed`` seconds after the one before it was added."""
+        self.device_seconds += elapsed * world_size
+        if plan is not None and outcome.updated:
+            self.tokens += plan.tokens - plan.padding
+            self.flops += plan.flops
+            self.useful_seconds += (outcome.seconds["forward_backward"] + outcome.seconds["optimizer"]) * world_size
+
+    def record(self, peak_tflops: float | None) -> Record:
+        """``goodput`` is the useful share of the time; rates are over all of it."""
+        seconds = max(self.device_seconds, 1e-9)
+        record: Record = {f"run/{name}": value for name, value in vars(self).items()}
+        record["goodput"] = self.useful_seconds / seconds
+        record["run/tokens_per_second_per_device"] = self.tokens / seconds
+        if peak := peak_tflops or device_peak_tflops():
+            record["run/mfu"] = self.flops / seconds / (peak * 1e12)
+        return record
+
+
+def _read_lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
 def _json_lines(path: Path, resume_step: int, closing: ExitStack) -> Sink:
     """``metrics.jsonl``; on resume, lines of steps that will be run again are dropped first."""
-    if path.is_file():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        kept = [line for line in text.splitlines() if _step_of(line) <= resume_step]
+    if lines := _read_lines(path):
+        kept = [line for line in lines if _step_of(line) <= resume_step]
         with atomic_file(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept))
     file = closing.enter_context(open(path, "a", encoding="utf-8"))
@@ -206,11 +255,12 @@ class Reporter:
 
     def __init__(self, run: Config, *, world_size: int, first_step: int, total_steps: int):
         config, run_folder = run.logging, Path(run.train.output)
-        self.config, self.with_entropy, self.world_size = config, run.objective.entropy, world_size
+        self.config, self.world_size = config, world_size
         self.total_steps = total_steps
         self.slow_steps, self.problem, self.place = 0, "", run_folder / "metrics.jsonl"
         run_folder.mkdir(parents=True, exist_ok=True)
         self.closing = ExitStack()
+        self.totals, self.reported = RunTotals.of_lines(_read_lines(self.place), first_step), time.monotonic()
         self.sinks = [_json_lines(self.place, first_step, self.closing)]
         if config.tensorboard:
             try:
@@ -229,13 +279,16 @@ class Reporter:
     def step(self, step: int, batch: StepBatch, outcome: StepOutcome, skipped_steps: int) -> None:
         """Write the record of one step; every ``logging.every`` steps and on the last also a console line."""
         record: Record = {"step": step, "skipped_steps": skipped_steps}
-        record |= loss_record(outcome.report, with_entropy=self.with_entropy)
+        record |= loss_record(outcome.report)
         record |= step_record(batch, outcome, world_size=self.world_size, peak_tflops=self.config.peak_tflops)
+        before, self.reported = self.reported, time.monotonic()
+        self.totals.add(batch.plan, outcome, self.reported - before, self.world_size)
+        record |= self.totals.record(self.config.peak_tflops)
         self._write(record)
         self.bar.update(1)
         if step == self.first_step + 1 and "unknown_q" in record:
             self.say(f"{record['unknown_q']:.0f} of {record['tokens']} tokens, ends of responses, have no q: c = 1")
-        if step % self.config.every == 0 and outcome.times.hint is not None:
+        if outcome.times is not None and outcome.times.hint is not None:
             self.slow_steps += 1
             if self.slow_steps in (3, 30, 300):  # not a hiccup any more, and not a line a step
                 self.say(outcome.times.hint)
@@ -244,7 +297,7 @@ class Reporter:
 
     def validation(self, step: int, report: LossReport) -> None:
         """Write a validation's record and a line."""
-        record: Record = {"step": step} | loss_record(report, with_entropy=self.with_entropy, prefix="valid/")
+        record: Record = {"step": step} | loss_record(report, prefix="valid/")
         self._write(record)
         sources = [
             f"{source} {record[key]:.4f}" for source in SOURCES if (key := f"valid/{source}/positive/nll") in record
@@ -281,7 +334,7 @@ class Reporter:
             if key in record:
                 parts.insert(5, f"{text} {record[key]:.3g}")
         if "mfu" in record:
-            parts.insert(5, f"MFU {100 * record['mfu']:.1f}%")
+            parts.insert(5, f"MFU {100 * record['mfu']:.1f}% ({100 * record['run/mfu']:.1f}% of the whole run)")
         return " | ".join(parts)
 
     def close(self) -> None:

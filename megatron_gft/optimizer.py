@@ -14,12 +14,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import local_multi_tensor_l2_norm
+from torch.nn.utils import get_total_norm
 
 from megatron_gft.backend import known_fields
 from megatron_gft.config import OptimizerConfig
@@ -76,10 +78,39 @@ def build_optimizer(
         "overlap_param_gather": optimizer.overlap_param_gather,
     }
     config = MegatronOptimizerConfig(**known_fields(MegatronOptimizerConfig, settings))
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:  # without Transformer Engine: it reads each norm
+        clip_grads.l2_norm_impl = _norm_on_device
     built = get_megatron_optimizer(config, chunks, use_gloo_process_groups=use_gloo)
     for part in _distributed(built):
         part.get_parameter_state_dp_zero = partial(_gathered_with_padding, part)
     return built
+
+
+def _norm_on_device(chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], each: bool) -> Any:
+    """Apex's ``multi_tensor_l2norm``: the norm of one list of gradients, float32 [1], and no norms of each."""
+    return get_total_norm(lists[0])[None], None
+
+
+# Of a device, to gather one bucket of the optimizer's state for a save. Beyond it the hosts gather, by gloo.
+MOST_GATHERED_BYTES = 2**31
+
+
+def gathered_bytes(optimizer: MegatronOptimizer) -> int:
+    """What a save takes of a device beside weights, gradients and state: the largest bucket, whole and this rank's
+    part, in float32 (``DistributedOptimizer.get_parameter_state_dp_zero``). A bucket is the whole buffer where
+    ``overlap_grad_reduce`` is off."""
+    sizes = [
+        bucket.grad_data.numel() * (1 + 1 / buffer.data_parallel_world_size)
+        for part in _distributed(optimizer)
+        for buffer in part.buffers
+        for bucket in buffer.buckets
+    ]
+    return int(4 * max(sizes, default=0))
+
+
+def saves_on_hosts(optimizer: MegatronOptimizer) -> bool:
+    """Whether a save is gathered by the hosts, on one of each data-parallel group: slower, and no device memory."""
+    return gathered_bytes(optimizer) > MOST_GATHERED_BYTES
 
 
 def _distributed(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:

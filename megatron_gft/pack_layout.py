@@ -10,8 +10,8 @@ parallelism, alone and together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,19 @@ class VarlenIndex:
     kv_lengths: tuple[int, ...]
 
 
+CPU = torch.device("cpu")
+
+
+def page_locked(tensor: Tensor) -> Tensor:
+    """The tensor where a GPU copies from by itself, without the host waiting; as it is where there is no GPU."""
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on ``device``; from page-locked memory the host does not wait for the copy to a GPU."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 @dataclass(kw_only=True, eq=False)
 class PackLayout(PackedSeqParams):
     """Which rows of a pack see which; travels through Megatron as ``packed_seq_params``.
@@ -60,6 +73,7 @@ class PackLayout(PackedSeqParams):
             before any context-parallel slicing. Segments tile the pack in order. Row i of a segment sees all its
             prefix rows and its own rows <= i; a prefix lies before its segment.
         cp_size: ranks that share the pack; each segment length is a multiple of 2 * cp_size where cp_size > 1.
+        tokens: rows of the whole pack, padding included.
 
     Raises:
         ValueError: the segments break these rules (a bug of the caller, not bad input).
@@ -68,6 +82,7 @@ class PackLayout(PackedSeqParams):
     segments: Tensor
     cp_size: int = 1
     qkv_format: str = "sbhd"
+    tokens: int = field(init=False)
     _cache: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,11 +96,7 @@ class PackLayout(PackedSeqParams):
         if self.cp_size > 1 and (length % (2 * self.cp_size)).any():
             raise ValueError(f"segment lengths must be multiples of {2 * self.cp_size}: {length.tolist()}")
         self.max_seqlen_q = self.max_seqlen_kv = int((prefix_length + length).max())
-
-    @property
-    def tokens(self) -> int:
-        """Rows of the whole pack, padding included."""
-        return int(self.segments[-1, 0] + self.segments[-1, 1])
+        self.tokens = int(length.sum())
 
     def entries(self, cp_rank: int) -> list[tuple[int, int, int, int, int]]:
         """What a rank's queries need: (q_length, own_start, own_length, prefix_start, prefix_length), in row order.
@@ -140,6 +151,10 @@ class PackLayout(PackedSeqParams):
     def varlen(self, cp_rank: int, device: torch.device) -> VarlenIndex:
         """The rank's attention as one variable-length call on keys in gathered order, computed once a pack."""
         key = ("varlen", cp_rank, device)
+        if key not in self._cache and device.type != "cpu":
+            host = self.varlen(cp_rank, CPU)
+            tensors: dict[str, Any] = {n: sent(x, device) for n, x in vars(host).items() if isinstance(x, Tensor)}
+            self._cache[key] = replace(host, **tensors)
         if key not in self._cache:
             entries = self.entries(cp_rank)
             q_lengths = tuple(entry[0] for entry in entries)
@@ -152,12 +167,21 @@ class PackLayout(PackedSeqParams):
                     pieces.append(torch.arange(own_start, own_start + own_length))
                 kv_index = torch.cat(pieces)
                 if self.cp_size > 1:
-                    kv_index = self.ungather_index(torch.device("cpu"))[kv_index]
-                kv_index = kv_index.to(device)
+                    kv_index = self.ungather_index(CPU)[kv_index]
+                kv_index = page_locked(kv_index)
             self._cache[key] = VarlenIndex(
-                _cumulative(q_lengths, device), _cumulative(kv_lengths, device), kv_index, q_lengths, kv_lengths
+                _cumulative(q_lengths), _cumulative(kv_lengths), kv_index, q_lengths, kv_lengths
             )
         return self._cache[key]
+
+    def prepare(self, cp_rank: int) -> None:
+        """Compute on the host, ahead of the step, what the attention of this rank reads."""
+        if torch.cuda.is_available():
+            self.varlen(cp_rank, CPU)
+            return
+        self.blocks(cp_rank)
+        if self.cp_size > 1:
+            self.ungather_index(CPU)
 
     def ungather_index(self, device: torch.device) -> Tensor:
         """int64 [T * cp]: ``gathered[index]`` puts rows concatenated by rank back in pack order."""
@@ -168,6 +192,6 @@ class PackLayout(PackedSeqParams):
         return self._cache[key]
 
 
-def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+def _cumulative(lengths: Sequence[int]) -> Tensor:
     """int32 [len + 1] prefix sums, the form in which kernels take lengths."""
-    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+    return page_locked(F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32))

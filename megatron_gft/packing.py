@@ -8,7 +8,7 @@ each of them, so rows may repeat among the loss rows. The last token of a respon
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_gft.errors import InputError
 from megatron_gft.gft import RowFacts
-from megatron_gft.pack_layout import PackLayout
+from megatron_gft.pack_layout import PackLayout, page_locked, sent
 from megatron_gft.planning import PackPlan
 from megatron_gft.shards import Group
 
@@ -62,61 +62,90 @@ class Pack:
 
     def to(self, device: torch.device | str) -> Pack:
         """The pack with its tensors on ``device``; the layout stays on the host and caches per device."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device)
+        return self._with_each(lambda tensor: sent(tensor, device))
+
+    def prepared(self, cp_rank: int) -> Pack:
+        """On the host, ready for a GPU to fetch while the host goes on; for a background thread."""
+        self.layout.prepare(cp_rank)
+        return self._with_each(page_locked)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Pack:
+        changed: dict[str, Any] = {
+            field.name: change(value)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
 
-class _PackBuilder:
-    """Rows, segments and loss rows, appended segment by segment (numpy; :meth:`pack` makes the tensors)."""
+def _ramp(counts: np.ndarray) -> np.ndarray:
+    """0 ... n - 1 for each n of ``counts``, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
 
-    def __init__(self, segment_multiple: int):
-        self.segment_multiple, self.length = segment_multiple, 0
-        self.tokens: list[np.ndarray] = []
-        self.positions: list[np.ndarray] = []
-        self.segments: list[tuple[int, int, int, int]] = []
-        # One entry per response:
-        self.loss_rows: list[np.ndarray] = []
-        self.labels: list[np.ndarray] = []
-        self.indices: list[int] = []  # flat, among all responses of the step
-        self.sources: list[int] = []
-        self.sampled: list[np.ndarray] = []
-        self.reference: list[np.ndarray] = []
 
-    def segment(self, tokens: np.ndarray, position: int, prefix: tuple[int, int] = (0, 0), rows: int = 0) -> int:
-        """Append a segment of ``tokens``, padded to the multiple and to ``rows``; returns its first row."""
-        start = self.length
-        length = max(rows, -(-len(tokens) // self.segment_multiple) * self.segment_multiple)
-        padding = (0, length - len(tokens))
-        self.tokens.append(np.pad(tokens.astype(np.int64), padding))
-        self.positions.append(np.pad(np.arange(position, position + len(tokens)), padding))
-        self.segments.append((start, length, *prefix))
-        self.length += length
-        return start
+def _joined(arrays: Sequence[np.ndarray], dtype: type = np.int64) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)
 
-    def alone(self, prompt: np.ndarray, response: np.ndarray) -> None:
-        """A response that carries its prompt: rows P - 1 ... P + R - 2 of the segment predict it."""
-        first = self.segment(np.concatenate((prompt, response[:-1])), 0) + len(prompt) - 1
-        self.loss_rows.append(np.arange(first, first + len(response)))
 
-    def together(self, prompt: np.ndarray, responses: Sequence[np.ndarray]) -> None:
-        """Responses on one prompt, whose last row predicts each one's first token."""
-        start = self.segment(prompt, 0)
-        for response in responses:
-            rows = np.full(len(response), start + len(prompt) - 1)
-            if len(response) > 1:
-                own = self.segment(response[:-1], len(prompt), (start, len(prompt)))
-                rows[1:] = np.arange(own, own + len(response) - 1)
-            self.loss_rows.append(rows)
+@dataclass(frozen=True)
+class _Rows:
+    """Where prompts and responses of a pack lie, from their lengths alone.
 
-    def logprobs(self, group: Group, chosen: Sequence[int]) -> None:
-        """Those of a group's responses, NaN where the shard has none."""
-        for into, known in ((self.sampled, group.logprobs), (self.reference, group.reference)):
-            values = known or [np.full(len(response), np.nan, np.float32) for response in group.responses]
-            into += (values[k] for k in chosen)
+    Attributes:
+        segments: int [S, 4], as in :class:`PackLayout`; the padding at the end is one of them.
+        places: row of each token; ``positions``: its position. Tokens come prompt first, responses without their last.
+        loss_rows: row that predicts each token of the responses.
+    """
+
+    segments: np.ndarray
+    places: np.ndarray
+    positions: np.ndarray
+    loss_rows: np.ndarray
+
+    @classmethod
+    def of_items(cls, items: Sequence[tuple[Group, tuple[int, ...]]], multiple: int, unit: int) -> _Rows:
+        """Those of (group, chosen responses); segments and pack are padded to ``multiple`` and ``unit``."""
+        prompts = np.array([len(group.prompt) for group, _ in items], np.int64)
+        counts = np.array([len(chosen) for _, chosen in items], np.int64)
+        own = np.array([len(group.responses[k]) for group, chosen in items for k in chosen], np.int64)
+        item = np.repeat(np.arange(len(counts)), counts)
+        shared, prompt = counts > 1, prompts[item]
+        together = shared[item]
+        # Segments: each prompt that is shared, and each response's own rows, with its prompt where it is alone.
+        rows = own - 1 + np.where(together, 0, prompt)
+        has, first = rows > 0, counts.cumsum() - counts
+        used = np.concatenate((prompts[shared], rows[has]))
+        order = np.argsort(np.concatenate((2 * first[shared], 2 * np.flatnonzero(has) + 1)))
+        length = -(-used // multiple) * multiple
+        start = np.empty_like(length)
+        start[order] = length[order].cumsum() - length[order]
+        of_prompt, of_own = np.zeros_like(prompts), np.zeros_like(own)
+        of_prompt[shared], of_own[has] = np.split(start, [int(shared.sum())])
+        before = np.where(together, prompt, 0)  # rows of the prompt that the segment continues
+        prefix = np.stack((np.where(together, of_prompt[item], 0), before), 1)[has]
+        prefix = np.concatenate((np.zeros((int(shared.sum()), 2), np.int64), prefix))
+        segments = np.column_stack((start, length, prefix))[order]
+        total = int(length.sum())
+        if padding := max(unit, -(-total // unit) * unit) - total:
+            segments = np.vstack((segments, [[total, padding, 0, 0]]))
+        # A response's tokens are predicted by the rows before them, the first one by the last row of the prompt.
+        loss_rows = np.repeat(of_own - 1 + np.where(together, 0, prompt), own) + _ramp(own)
+        loss_rows[(own.cumsum() - own)[together]] = (of_prompt[item] + prompt - 1)[together]
+        used, ramp = used[order], _ramp(used[order])
+        places = np.repeat(start[order], used) + ramp
+        return cls(segments, places, np.repeat(prefix[order, 1], used) + ramp, loss_rows)
+
+
+def _inputs(items: Sequence[tuple[Group, tuple[int, ...]]]) -> np.ndarray:
+    """int64: tokens of prompts and responses, these without their last."""
+    return _joined([piece for g, chosen in items for piece in (g.prompt, *[g.responses[k][:-1] for k in chosen])])
+
+
+def _logprobs(items: Sequence[tuple[Group, tuple[int, ...]]], name: str) -> Tensor:
+    """float32 of all tokens of the responses, NaN where the shard has none."""
+    columns = [(getattr(group, name), k, group.responses[k]) for group, chosen in items for k in chosen]
+    values = [column[k] if column else np.full(len(tokens), np.nan) for column, k, tokens in columns]
+    return torch.from_numpy(_joined(values, np.float32))
 
 
 def build_pack(
@@ -147,49 +176,38 @@ def build_pack(
         InputError: a prompt without tokens.
         ValueError: the plan does not belong to these groups.
     """
-    builder = _PackBuilder(segment_multiple)
-    for place, chosen in plan.items:
-        group = groups[place]
-        if not len(group.prompt):
+    items = [(groups[place], chosen) for place, chosen in plan.items]
+    for place, _ in plan.items:
+        if not len(groups[place].prompt):
             raise InputError(f"group {place} of the step: prompt has no token -> give it one")
-        responses = [group.responses[k] for k in chosen]
-        if len(responses) > 1:
-            builder.together(group.prompt, responses)
-        else:
-            builder.alone(group.prompt, responses[0])
-        builder.labels += responses
-        builder.indices += (int(offsets[place]) + k for k in chosen)
-        builder.sources += (int(group.sources[k]) for k in chosen)
-        builder.logprobs(group, chosen)
-    unit = math.lcm(pad_multiple, segment_multiple)
-    padding = max(unit, -(-builder.length // unit) * unit) - builder.length
-    if padding:
-        builder.segment(np.empty(0, dtype=np.int64), 0, rows=padding)
-    if builder.length != plan.tokens:
-        raise ValueError(f"plan says {plan.tokens} rows, its items make {builder.length}: other groups or multiples")
-    lengths = torch.tensor([len(labels) for labels in builder.labels], dtype=torch.int64)
-    index = torch.tensor(builder.indices, dtype=torch.int64)
+    rows = _Rows.of_items(items, segment_multiple, math.lcm(pad_multiple, segment_multiple))
+    length = int(rows.segments[-1, :2].sum())
+    if length != plan.tokens:
+        raise ValueError(f"plan says {plan.tokens} rows, its items make {length}: other groups or multiples")
+    labels = [group.responses[k] for group, chosen in items for k in chosen]
+    tokens, positions = np.zeros((2, length), np.int64)
+    tokens[rows.places], positions[rows.places] = _inputs(items), rows.positions
+    index = torch.tensor([int(offsets[place]) + k for place, chosen in plan.items for k in chosen], dtype=torch.int64)
+    lengths = torch.tensor(list(map(len, labels)), dtype=torch.int64)
+    sources = _joined([group.sources[list(chosen)] for group, chosen in items], np.int8)
 
-    def per_row(values: Tensor) -> Tensor:  # from one of each response
-        return torch.repeat_interleave(values, lengths)
-
-    def joined(arrays: Sequence[np.ndarray], dtype: type = np.int64) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.empty(0, dtype), *arrays]))
+    def per_row(values: Any, dtype: torch.dtype = torch.float32) -> Tensor:  # from one of each response
+        return torch.repeat_interleave(torch.as_tensor(values).to(dtype), lengths)
 
     return Pack(
-        tokens=joined(builder.tokens),
-        position_ids=joined(builder.positions),
-        layout=PackLayout(segments=torch.tensor(builder.segments, dtype=torch.int32)),
-        loss_rows=joined(builder.loss_rows),
-        labels=joined(builder.labels),
-        token_weights=per_row(torch.as_tensor(response_weights, dtype=torch.float32)[index]),
-        sources=per_row(torch.tensor(builder.sources, dtype=torch.int8)),
-        advantages=per_row(torch.as_tensor(advantages, dtype=torch.float32)[index]),
-        response_index=per_row(index.to(torch.int32)),
+        tokens=torch.from_numpy(tokens),
+        position_ids=torch.from_numpy(positions),
+        layout=PackLayout(segments=torch.from_numpy(rows.segments)),
+        loss_rows=torch.from_numpy(rows.loss_rows),
+        labels=torch.from_numpy(_joined(labels)),
+        token_weights=per_row(torch.as_tensor(response_weights)[index]),
+        sources=per_row(sources, torch.int8),
+        advantages=per_row(torch.as_tensor(advantages)[index]),
+        response_index=per_row(index, torch.int32),
         groups=tuple(sorted({group for group, _ in plan.items})),
-        sampled_logprobs=joined(builder.sampled, np.float32) if sampled else None,
-        reference_logprobs=None if anchors is None else joined(builder.reference, np.float32),
-        anchor_weights=None if anchors is None else per_row(anchors.to(torch.float32)[index]),
+        sampled_logprobs=_logprobs(items, "logprobs") if sampled else None,
+        reference_logprobs=None if anchors is None else _logprobs(items, "reference"),
+        anchor_weights=None if anchors is None else per_row(anchors[index]),
     )
 
 

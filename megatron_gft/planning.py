@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -155,18 +155,13 @@ class _Segments:
         rows = -(-length // self.alignment) * self.alignment
         return rows, self.flop_model.flops(rows, self.flop_model.pairs(rows, prefix), loss_rows)
 
-    @functools.cached_property
-    def flat(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of all responses of the step: tokens of the prompt, and of the response; int64 [N]."""
-        counts = [len(lengths.responses) for lengths in self.lengths]
-        prompts = np.repeat(np.array([lengths.prompt for lengths in self.lengths], np.int64), counts)
-        own = itertools.chain.from_iterable(lengths.responses for lengths in self.lengths)
-        return prompts, np.fromiter(own, np.int64, len(prompts))
-
-    def by_group(self, *columns: np.ndarray) -> list[list[Any]]:
-        """[group][response] -> what the columns, flat over responses, say of it."""
+    def by_group(self, cost: Callable[[Any, Any], tuple[Any, ...]]) -> list[list[Any]]:
+        """[group][response] -> what ``cost`` says of prompt and response, which it gets as int64 [all responses]."""
+        counts = [len(group.responses) for group in self.lengths]
+        own = np.array([length for group in self.lengths for length in group.responses], np.int64)
+        columns = cost(np.repeat(np.array([group.prompt for group in self.lengths], np.int64), counts), own)
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        return [list(itertools.islice(rows, len(lengths.responses))) for lengths in self.lengths]
+        return [list(itertools.islice(rows, count)) for count in counts]
 
     @functools.cached_property
     def prompts(self) -> list[tuple[int, float]]:
@@ -175,28 +170,22 @@ class _Segments:
 
     @functools.cached_property
     def tails(self) -> list[list[tuple[int, float]]]:
-        """[group][response] -> rows and cost that the response adds to a pack that holds its prompt."""
-        prompts, own = self.flat
-        return self.by_group(*(np.where(own > 0, column, 0) for column in self.segment(own - 1, prompts, own)))
+        """[group][response] -> rows and cost that it adds to a pack that holds its prompt; 0 where it has no token."""
+        return self.by_group(lambda prompt, own: tuple((own > 0) * x for x in self.segment(own - 1, prompt, own)))
 
     @functools.cached_property
     def alone(self) -> list[list[Item]]:
         """[group][response] -> the response with a prompt of its own."""
-        prompts, own = self.flat
-        costs = self.by_group(*self.segment(prompts + own - 1, 0, own), own)
+        costs = self.by_group(lambda prompt, own: (*self.segment(prompt + own - 1, 0, own), own))
         return [[Item(g, (k,), *of_one) for k, of_one in enumerate(of_group)] for g, of_group in enumerate(costs)]
 
     def item(self, group: int, responses: tuple[int, ...]) -> Item:
         """One or several responses of a group, placed together; several share the prompt."""
         if len(responses) == 1:
             return self.alone[group][responses[0]]
-        rows, flops = self.prompts[group]
         tails, lengths = self.tails[group], self.lengths[group].responses
-        for k in responses:
-            tail_rows, tail_flops = tails[k]
-            rows += tail_rows
-            flops += tail_flops
-        return Item(group, responses, rows, flops, sum([lengths[k] for k in responses]))
+        rows, flops = zip(self.prompts[group], *[tails[k] for k in responses], strict=True)
+        return Item(group, responses, sum(rows), sum(flops), sum([lengths[k] for k in responses]))
 
     def singles(self, capacity: int, unit: int) -> list[Item]:
         """Every response by itself.
@@ -204,19 +193,16 @@ class _Segments:
         Raises:
             InputErrors: an empty prompt, or a response that does not fit ``capacity``.
         """
-        problems, items = [], []
-        for group, (lengths, alone) in enumerate(zip(self.lengths, self.alone, strict=True)):
-            if lengths.prompt < 1:
-                problems.append(f"group {group} of the step: prompt has no token -> give it one")
-                continue
-            items += (used := [item for item in alone if item.loss_rows])
-            problems += (
-                f"group {group} of the step, response {item.responses[0]}: {lengths.prompt} prompt + {item.loss_rows} "
-                f"response tokens make {item.tokens} rows, max_tokens_per_pack allows {capacity} -> raise "
-                f"data.max_tokens_per_pack to {-(-item.tokens // unit) * unit} or drop it"
-                for item in used
-                if item.tokens > capacity
-            )
+        empty = [group for group, lengths in enumerate(self.lengths) if lengths.prompt < 1]
+        problems = [f"group {group} of the step: prompt has no token -> give it one" for group in empty]
+        items = [item for of_group in self.alone for item in of_group if item.loss_rows]
+        problems += (
+            f"group {item.group} of the step, response {item.responses[0]}: {self.lengths[item.group].prompt} prompt + "
+            f"{item.loss_rows} response tokens make {item.tokens} rows, max_tokens_per_pack allows {capacity} -> raise "
+            f"data.max_tokens_per_pack to {-(-item.tokens // unit) * unit} or drop it"
+            for item in items
+            if item.tokens > capacity
+        )
         if problems:
             raise InputErrors("step plan", problems)
         return items
@@ -267,8 +253,7 @@ class _Planner:
         items = self.joined(singles)
         smallest = max(1, math.ceil(tokens(items) / (self.capacity * self.dp_size)))
         per_rank = math.ceil(smallest / self.multiple) * self.multiple
-        best: list[PackPlan] = []
-        found = 0
+        best, found = list[PackPlan](), 0
         while found <= EXTRA_PACK_COUNTS:
             parts = self.parts(items, cost(items) / (per_rank * self.dp_size))
             bins = self.balancer.spread(parts, per_rank, self.dp_size)

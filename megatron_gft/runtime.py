@@ -216,7 +216,7 @@ class StopRequest:
         import torch
         import torch.distributed as dist
 
-        value = torch.tensor([self.received], dtype=torch.int32, device=device)
+        value = torch.full((1,), self.received, dtype=torch.int32, device=device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 

@@ -8,9 +8,10 @@ rank 0, context rank 0, last stage) returns D and all others return 0. Nothing i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_gft.gft import k3, log_ratio, published_losses, row_coefficient
+from megatron_gft.head_rows import kernels
 from megatron_gft.model import LossOutput, unwrap
 from megatron_gft.objectives import READ_Q, SOURCES, HeadSettings, by_source
 from megatron_gft.packing import Pack
@@ -54,14 +56,15 @@ class LossReport:
 
 @dataclass
 class StepOutcome:
-    """What one step did. ``updated`` is false when the update was skipped; ``seconds`` are by part of the step."""
+    """What one step did. ``updated`` is false when the update was skipped; ``seconds`` are by part of the step.
+    ``times`` is None where ranks were not compared: that is done every ``logging.every`` steps."""
 
     report: LossReport
     grad_norm: float
     lr: float
     updated: bool
     seconds: dict[str, float]
-    times: RankTimes
+    times: RankTimes | None
 
 
 def pack_token_sums(pack: Pack, output: LossOutput, head: HeadSettings) -> torch.Tensor:
@@ -89,10 +92,7 @@ def pack_token_sums(pack: Pack, output: LossOutput, head: HeadSettings) -> torch
         more[:, 0] = published_losses(logprobs, pack.token_weights, head, facts)
         if facts.sampled_logprobs is not None:
             gap, unknown = log_ratio(logprobs, facts.sampled_logprobs).double(), facts.sampled_logprobs.isnan()
-            names = [name or "none" for name in by_source(head.coefficient)]
-            reads = torch.tensor([name in READ_Q or ":" in name for name in names], device=p.device)[
-                place // len(SIGNS)
-            ]
+            reads = _reads_q(head.coefficient, p.device)[pack.sources.long()]
             known = reads & ~unknown
             more[:, 1], more[:, 2], more[:, 3] = reads & unknown, known, known * gap.abs()
             more[:, 4] = known & ((c / gap.exp() - 1).abs() > 1e-5)
@@ -101,6 +101,13 @@ def pack_token_sums(pack: Pack, output: LossOutput, head: HeadSettings) -> torch
             more[:, 6] = more[:, 5] * k3(logprobs, facts)
         flat[:, len(STATISTICS) :].index_add_(0, place, more)
     return flat.view(len(SOURCES), len(SIGNS), -1)
+
+
+@functools.lru_cache
+def _reads_q(coefficient: str | tuple[str | None, ...], device: torch.device) -> torch.Tensor:
+    """bool [3], which sources' coefficients read q; kept, since making it waits for the device."""
+    names = [name or "none" for name in by_source(coefficient)]
+    return torch.tensor([name in READ_Q or ":" in name for name in names], device=device)
 
 
 class StepRunner:
@@ -112,17 +119,24 @@ class StepRunner:
         self.loss_sums: list[torch.Tensor] = []
         self.timer = ForwardTimer()
 
+    def measure_entropy(self, due: bool) -> None:
+        """Measure it in the next passes where it is ``due``, and always where the head's kernels have it for free."""
+        for chunk in map(unwrap, self.chunks):
+            free = chunk.head.fused and torch.cuda.is_available() and kernels() is not None
+            chunk.head = replace(chunk.head, entropy=due or free)
+
     def forward_backward(self, packs: Sequence[Pack], denominator: int, *, forward_only: bool = False) -> LossReport:
         """Forward (and backward) of this rank's packs; gradients are left divided by ``denominator``.
 
         Args:
-            packs: this data- and context-parallel rank's microbatches; every rank has as many.
+            packs: this data- and context-parallel rank's microbatches, on the host; every rank has as many.
             denominator: D of the whole step, the same on every rank.
             forward_only: evaluation; makes no gradient.
         """
-        device = torch.cuda.current_device()
+        device = torch.device(torch.cuda.current_device())
         shape = (len(SOURCES), len(SIGNS), len(STATISTICS) + len(MORE_STATISTICS))
-        total = torch.zeros(shape, dtype=torch.float64, device=torch.device(device))
+        total = torch.zeros(shape, dtype=torch.float64, device=device)
+        packs = [pack.to(device) for pack in packs]
         self.loss_sums = []
         if packs:
             rows = [pack.tokens.numel() for pack in packs]
@@ -143,7 +157,7 @@ class StepRunner:
             for report in reports:
                 total += report["token_sums"]
         self._reduce(total)
-        return LossReport(total.cpu(), denominator)
+        return LossReport(total.cpu(), denominator)  # the host waits here: it has to know whether all is finite
 
     def nonfinite_packs(self) -> list[int]:
         """Indices of this rank's microbatches of the last step whose loss is not finite (last stage only)."""
@@ -160,7 +174,7 @@ class StepRunner:
 
     def _loss(self, pack: Pack, output: LossOutput, count: int, loss_sum: torch.Tensor):
         self.loss_sums.append(loss_sum.detach())
-        tokens = torch.tensor(count, dtype=torch.int, device=loss_sum.device)
+        tokens = torch.full((), count, dtype=torch.int, device=loss_sum.device)  # not torch.tensor, which waits
         head = unwrap(self.chunks[-1]).head  # a stage's last chunk is the one that ends in a loss
         return loss_sum, tokens, {"token_sums": pack_token_sums(pack, output, head)}
 

@@ -79,10 +79,10 @@ def gather_times(forward_seconds: float, step_seconds: float, parallel: Parallel
     stage is an estimate, ``1 - 3 * forward / (forward and backward)`` of its median rank: the pipeline bubble, and
     waiting for others.
     """
-    mine = torch.tensor([parallel.pp_rank, forward_seconds, step_seconds], device=torch.cuda.current_device())
+    mine = torch.tensor([parallel.pp_rank, forward_seconds, step_seconds])  # on the host: no device waits
     rows = [torch.empty_like(mine) for _ in range(parallel.world_size)]
     dist.all_gather(rows, mine)
-    table = [row.tolist() for row in rows]
+    table = torch.stack(rows).tolist()
     median = {
         stage: statistics.median(row[1] for row in table if int(row[0]) == stage) for stage in range(parallel.pp_size)
     }

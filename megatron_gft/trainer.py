@@ -113,6 +113,8 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self.config.objective.entropy:
+            self.runner.measure_entropy(self.state.step % self.config.logging.entropy_every == 0)
         started = time.perf_counter()
         report = self.runner.forward_backward(packs, batch.denominator)
         middle = time.perf_counter()
@@ -126,7 +128,9 @@ class Trainer:
             self.recent_norms.append(grad_norm)
         seconds = {"data": data_seconds, "forward_backward": middle - started}
         seconds["optimizer"] = time.perf_counter() - middle
-        times = gather_times(self.runner.timer.take(), seconds["forward_backward"], self.parallel)
+        forward, times = self.runner.timer.take(), None
+        if (self.state.step + 1) % self.config.logging.every == 0:
+            times = gather_times(forward, seconds["forward_backward"], self.parallel)
         return StepOutcome(report, grad_norm, learning_rate(self.optimizer), updated, seconds, times)
 
     def _why_not_update(self, report: LossReport, grad_norm: float) -> str | None:
@@ -197,6 +201,8 @@ class Trainer:
         self.watchdog.doing(f"validating after step {self.state.step}")
         for chunk in self.chunks:
             chunk.eval()
+        if self.config.objective.entropy:
+            self.runner.measure_entropy(True)
         reports = []
         groups = min(self.config.train.validate_groups, len(self.validation.groups))
         for step in range(-(-groups // self.config.data.groups_per_step)):

@@ -1,7 +1,7 @@
 """Log-probabilities and the GFT loss over a vocabulary that is cut across tensor-parallel ranks.
 
 :func:`vocab_parallel_logprobs` takes logits; :func:`linear_gft_loss` takes the last hidden state and never
-holds more than ``chunk_tokens`` rows of logits. Both rest on the row passes of ``head_rows`` and one small all-gather
+holds more than a chunk of them. Both rest on the row passes of ``head_rows`` and one small all-gather
 of per-row statistics, so every rank sees bit-equal log-probabilities and takes the same branch at tau.
 
 Why the gradient can be made in forward: the loss is linear in the detached row weights, and row t's gradient
@@ -105,7 +105,7 @@ def _run_chunks(
     logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
     weights = torch.empty_like(logprobs, dtype=torch.promote_types(dtype, token_weights.dtype))
     entropy = torch.empty_like(logprobs) if settings.entropy else None
-    chunks = list(_chunks(len(hidden), settings.chunk_tokens))
+    chunks = list(_chunks(len(hidden), settings.chunk_rows(shard.size, hidden.itemsize)))
     largest = max((rows.stop - rows.start for rows in chunks), default=0)
     buffer = torch.empty((largest, shard.size), dtype=hidden.dtype, device=hidden.device)
     passes, reductions = choose_passes(buffer), []
@@ -197,8 +197,8 @@ def linear_gft_loss(
     """Output layer + cross entropy + row weights in one pass over chunks of rows.
 
     Three GEMMs and one all-gather of 3 floats a row, whatever the objective. Beyond the two gradients it holds one
-    buffer of ``chunk_tokens`` x v in the dtype of ``hidden``. Statistics, p and c are float32 (float64 for float64
-    inputs). Without gradients (``torch.no_grad``, or inputs that need none) only the first GEMM runs.
+    buffer of ``settings.chunk_rows`` x v in the dtype of ``hidden``. Statistics, p and c are float32 (float64 for
+    float64 inputs). Without gradients (``torch.no_grad``, or inputs that need none) only the first GEMM runs.
 
     Args:
         hidden: [T, h] rows that carry loss, the same on all ranks of ``tp_group``; T may be 0.
@@ -225,7 +225,7 @@ def linear_gft_loss(
     settings = replace(settings or HeadSettings(), **changes)
     assert hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
     assert labels.shape == token_weights.shape == hidden.shape[:1], (hidden.shape, labels.shape, token_weights.shape)
-    assert settings.chunk_tokens > 0, settings
+    assert settings.chunk_tokens is None or settings.chunk_tokens > 0, settings
     shard = VocabShard.of_rank(len(weight), tp_group, settings.vocab_size)
     if not torch.is_grad_enabled():  # which the function below cannot see
         hidden, weight = hidden.detach(), weight.detach()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from memory_groups import MemoryGroups
 
-from megatron_gft.config import load_config
+from megatron_gft.config import Config, load_config
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.job import build_trainer
 from megatron_gft.parallel import destroy_parallel, initialize_parallel
@@ -37,9 +37,9 @@ class RandomGroups(MemoryGroups):
         super().__init__(items, f"random-{count}-{vocab_size}-{seed}")
 
 
-def run(model: str, output: str, overrides: list[str]) -> dict:
-    """Losses and gradient norms of each step of a run on :class:`RandomGroups`."""
-    config = load_config(
+def make_config(model: str, output: str, overrides: list[str]) -> Config:
+    """Of a run that starts from ``model``, without TensorBoard."""
+    return load_config(
         [],
         [
             f"model.config={model}",
@@ -53,6 +53,11 @@ def run(model: str, output: str, overrides: list[str]) -> dict:
             *overrides,
         ],
     )
+
+
+def run(model: str, output: str, overrides: list[str]) -> dict:
+    """Losses and gradient norms of each step of a run on :class:`RandomGroups`."""
+    config = make_config(model, output, overrides)
     if not dist.is_initialized():
         start_process_group(5)
     set_up_logging(dist.get_rank())

@@ -64,7 +64,7 @@ GOALS["compare"] = {
 
 
 # What the run's own metrics say.
-TOLD = ("mfu", "goodput", "memory_gib", "seconds/step", "seconds/save", "idle_share/stage_0")
+TOLD = ("mfu", "run/mfu", "goodput", "memory_gib", "seconds/step", "seconds/save", "idle_share/stage_0")
 
 
 def worst(errors: Iterable[float]) -> float:

@@ -361,7 +361,9 @@ def test_512_ranks_in_seconds_and_little_memory():
     ]
     assert [stage["stage"] for stage in plan["stages"]] == list(range(8))
     assert set(plan["stages"][0]) == {"stage", "exact", "estimate", "fits"}
-    assert set(plan["stages"][0]["exact"]) == {"parameters", "linear_parameters", "weights", "gradients", "optimizer"}
+    exact = plan["stages"][0]["exact"]
+    assert set(exact) == {"parameters", "linear_parameters", "weights", "gradients", "optimizer", "save"}
+    assert 0 < exact["save"] <= 2**31, "buckets: gradients are reduced while backward runs"
     assert set(plan["steps"]) == {"exact"} and set(plan["time"]) == {"estimate"}
 
 

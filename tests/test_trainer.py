@@ -22,6 +22,7 @@ from megatron_gft.conversion.convert import hf_to_megatron
 from megatron_gft.errors import EXIT_REQUEUE, InputError
 from megatron_gft.hf.shape import read_model_shape
 from megatron_gft.hf.weights import load_hf_weights
+from megatron_gft.metrics import RunTotals
 from tools import convert_checkpoint
 
 VOCAB = 503
@@ -62,6 +63,27 @@ def test_resume_in_the_same_layout_is_bit_for_bit(model, tmp_path, world_size, f
     train(model, tmp_path / "run", f"train.max_steps={first_steps}", option, world_size=world_size)
     train(model, tmp_path / "run", option, world_size=world_size)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    run, whole = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("run", "whole")
+    )
+    assert all(run[key] == whole[key] > 0 for key in ("run/tokens", "run/flops"))
+    assert 0 < run["goodput"] < 1
+
+
+def test_time_that_was_lost_counts_and_steps_that_are_run_again_count_once():
+    lines = [
+        json.dumps(
+            {"step": step, **{f"run/{name}": step * value for name, value in vars(RunTotals(10, 40, 5, 3)).items()}}
+        )
+        for step in (1, 2, 3)
+    ]
+    others = ["[" * 100000, '{"step": 9}', '{"step": "x", "run/tokens": 1}', lines[2][:-9], "7"]
+    totals = RunTotals.of_lines([*others, *lines, *others], 2)
+    assert totals == RunTotals(tokens=20, flops=80, device_seconds=15, useful_seconds=6)
+    assert RunTotals.of_lines(lines, 0) == RunTotals(device_seconds=15) and RunTotals.of_lines([], 0) == RunTotals()
+    record = totals.record(peak_tflops=1e-12)
+    assert (record["goodput"], record["run/tokens_per_second_per_device"]) == (6 / 15, 20 / 15)
+    assert record["run/mfu"] == pytest.approx(80 / 15)
 
 
 @pytest.fixture
@@ -97,6 +119,27 @@ def test_a_checkpoint_with_moved_optimizer_state_is_refused(model, tmp_path, sma
         train(model, tmp_path, small_buckets, world_size=2)
     train(model, tmp_path, small_buckets, "checkpoint.load_optimizer=false", world_size=2)
     assert len(losses(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(("most", "world_size"), [(None, 2), (0, 2), (0, 1)])
+def test_a_save_takes_as_much_of_a_device_as_it_may(model, whole, tmp_path, most, world_size, monkeypatch):
+    """Beyond it Megatron gathers the optimizer's state by gloo, on one rank; the checkpoint is as good."""
+    if most is not None:
+        monkeypatch.setattr("megatron_gft.optimizer.MOST_GATHERED_BYTES", most)
+    gather, asked = DistributedOptimizer.get_parameter_state_dp_zero, []
+
+    def watched(part, **options):
+        if not options["empty_data"]:
+            asked.append(options["use_gloo_comm"])
+        state = gather(part, **options)
+        assert most is None or asked[-1] and (state is None) == (part.data_parallel_group.rank() > 0)
+        return state
+
+    monkeypatch.setattr(DistributedOptimizer, "get_parameter_state_dp_zero", watched)
+    train(model, tmp_path, "train.max_steps=2", world_size=world_size)
+    monkeypatch.setattr(DistributedOptimizer, "get_parameter_state_dp_zero", gather)
+    train(model, tmp_path, world_size=2)
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from megatron_gft.gft import token_coefficient
+from megatron_gft.objectives import HeadSettings
 from megatron_gft.vocab_parallel import linear_gft_loss, vocab_parallel_logprobs
 
 TAU = 0.2
@@ -347,6 +348,14 @@ def test_half_precision_weight_gradient_accumulates_in_float32(padded):
 def test_wrong_upstream_gradient_with_main_grad_is_refused():
     with pytest.raises(RuntimeError, match="upstream gradient is not loss_scale"):
         into_main_grad(make_problem(), torch.float64, 2.0, 1.0, tied=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "columns", "itemsize", "rows"),
+    [(None, 128256, 2, 2092), (None, 16032, 2, 16743), (None, 2**30, 4, 1), (2048, 16032, 2, 2048)],
+)
+def test_chunks_are_as_large_in_bytes_whatever_the_vocabulary(asked, columns, itemsize, rows):
+    assert HeadSettings(chunk_tokens=asked).chunk_rows(columns, itemsize) == rows
 
 
 def largest_storage(problem: Problem, chunk_tokens: int) -> int:

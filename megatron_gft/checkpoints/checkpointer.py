@@ -45,7 +45,7 @@ from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.safetensors_io import refuse_nonfinite
 from megatron_gft.hf.shared_folder import gather_results
 from megatron_gft.model import unwrap
-from megatron_gft.optimizer import check_optimizer_state, complete_state, load_optimizer_state
+from megatron_gft.optimizer import check_optimizer_state, complete_state, load_optimizer_state, saves_on_hosts
 from megatron_gft.parallel import Parallel
 from megatron_gft.reading import read_json
 
@@ -255,8 +255,9 @@ class Checkpointer:
         if self.optimizer is not None and with_optimizer:
             if not loading:
                 complete_state(self.optimizer)
+            on_hosts = {"distrib_optim_fully_reshardable_mem_efficient": saves_on_hosts(self.optimizer)}
             state["optimizer"] = self.optimizer.sharded_state_dict(
-                state, is_loading=loading, metadata=OPTIMIZER_METADATA
+                state, is_loading=loading, metadata=OPTIMIZER_METADATA | on_hosts
             )
         return state
 

@@ -53,8 +53,11 @@ PANELS = (
     Panel("learning rate", "per step", "lr"),
     Panel("groups without signal", "groups per step", "dead_groups"),
     Panel("throughput", "tokens per second", "tokens_per_second"),
+    Panel("throughput, whole run", "tokens per second and GPU", "run/tokens_per_second_per_device"),
     Panel("time", "seconds per step", "seconds/step"),
     Panel("MFU", "share of the peak", "mfu"),
+    Panel("MFU, whole run", "share of the peak", "run/mfu"),
+    Panel("goodput", "useful share of the time", "goodput"),
     Panel("memory of rank 0", "GiB", "memory_gib"),
 )
 

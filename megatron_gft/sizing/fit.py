@@ -70,7 +70,7 @@ class StagePlan:
     @property
     def total(self) -> int:
         """Bytes at the peak."""
-        return self.exact.total + self.estimate.total
+        return self.exact.total + max(self.estimate.total, self.exact.save)
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,11 @@ def make_plan(
     steps = _steps(config, shape, world_size, workload or Workload()) if with_steps else None
     packs = round(steps.packs_per_rank) if steps else None
     stages = _stages(config, shape, world_size, packs)
-    time = None
+    time, fullest = None, max((stage.exact for stage in stages), key=lambda exact: exact.total)
     if steps:
-        fullest = max((stage.exact for stage in stages), key=lambda exact: exact.total)
         speed = {"efficiency": efficiency or stated_efficiency(config, shape), "peak_tflops": device.peak_tflops}
         time = estimate_step_time(config, shape, steps, fullest, world_size, **speed)
-    notes = tuple(_notes(config, shape, steps, with_steps))
+    notes = (*_notes(config, shape, steps, with_steps), _save_note(fullest))
     plan = Plan(world_size, config, shape, device, stages, steps, time, None, notes)
     if plan.fits:
         return plan
@@ -195,6 +194,13 @@ def _steps(config: Config, shape: ModelShape, world_size: int, workload: Workloa
         longest = config.data.max_tokens_per_pack // 2
         longest = min(longest, config.data.max_response_tokens or longest)
         return describe_steps(AssumedGroups(workload, longest=longest), config, shape, parallel, assumed=True)
+
+
+def _save_note(fullest: StaticMemory) -> str:
+    """What a save takes of a host, as measured on one rank: 36 bytes a parameter, of which 12 stay for the next one."""
+    peak, kept = (count * fullest.parameters / GIB for count in (36, 12))
+    device = f"{fullest.save / GIB:.1f} GiB of the device's" if fullest.save else "none of the device's"
+    return f"a save takes up to {peak:.1f} GiB of host memory a rank, keeps {kept:.1f} GiB of it, and takes {device}"
 
 
 def _notes(config: Config, shape: ModelShape, steps: StepStatistics | None, with_steps: bool) -> Iterator[str]:

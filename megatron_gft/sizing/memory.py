@@ -30,7 +30,8 @@ from megatron_gft.config import Config, ParallelConfig
 from megatron_gft.errors import InputError
 from megatron_gft.hf.shape import ModelShape, padded_vocab_size
 from megatron_gft.model import build_model
-from megatron_gft.optimizer import build_optimizer, wrap_data_parallel
+from megatron_gft.objectives import HeadSettings
+from megatron_gft.optimizer import build_optimizer, gathered_bytes, saves_on_hosts, wrap_data_parallel
 from megatron_gft.parallel import Parallel, destroy_parallel, initialize_parallel
 
 # Adam keeps two moments per weight, in float32.
@@ -50,7 +51,8 @@ class StaticMemory:
     """Bytes that stay allocated for the whole run; exact.
 
     ``weights`` counts parameters and module buffers, ``gradients`` DDP's buffers with their padding, ``optimizer``
-    float32 main weights and Adam's moments. ``linear_parameters`` counts matrices of the trunk (FP8 copies).
+    float32 main weights and Adam's moments. ``linear_parameters`` counts matrices of the trunk (FP8 copies). ``save``
+    comes on top during a save, when there are no activations.
     """
 
     parameters: int
@@ -58,6 +60,7 @@ class StaticMemory:
     weights: int
     gradients: int
     optimizer: int
+    save: int = 0
 
     @property
     def total(self) -> int:
@@ -93,6 +96,7 @@ def static_memory(chunks: list[DistributedDataParallel], optimizer: MegatronOpti
         weights=storage_bytes(weights),
         gradients=storage_bytes(gradients),
         optimizer=storage_bytes(main, without=weights) + MOMENT_BYTES * sum(parameter.numel() for parameter in main),
+        save=0 if saves_on_hosts(optimizer) else gathered_bytes(optimizer),
     )
 
 
@@ -255,6 +259,6 @@ def _head_bytes(config: Config, shape: ModelShape, rows: float, dtype: int) -> f
     hidden = rows * shape.hidden_size * dtype
     if not config.objective.fused_head:
         return 2 * hidden + rows * v * (dtype + 4 + 4)  # logits, their float32 copy, exponentials
-    chunk = min(config.objective.head_chunk_tokens, rows)
+    chunk = min(HeadSettings(chunk_tokens=config.objective.head_chunk_tokens).chunk_rows(int(v), dtype), rows)
     # gathered rows, selected rows, their gradient; logits of a chunk; the weight's placeholder gradient
     return 3 * hidden + chunk * v * dtype * 1.1 + v * shape.hidden_size * dtype

@@ -147,9 +147,9 @@ class Workbench:
         return loader, loader.batch(0)
 
     def packs(self, groups: RandomGroups, *overrides: str) -> tuple[list[Pack], StepBatch]:
-        """Microbatches of the first step."""
+        """Microbatches of the first step, on the device."""
         loader, batch = self.plan(groups, *overrides)
-        return loader.packs(batch), batch
+        return [pack.to(torch.device(torch.cuda.current_device())) for pack in loader.packs(batch)], batch
 
     def clear(self) -> None:
         """Zero the gradients, as before every step."""
