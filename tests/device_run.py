@@ -71,6 +71,7 @@ def run(model: str, output: str, overrides: list[str]) -> dict:
     trainer.close()
     destroy_parallel()
     records = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    records = [record for record in records if "loss" in record]  # not those of validations
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "code": code,

@@ -70,6 +70,14 @@ def test_resume_in_the_same_layout_is_bit_for_bit(model, tmp_path, world_size, f
     assert 0 < run["goodput"] < 1
 
 
+def test_entropy_is_measured_when_asked_for_and_changes_no_loss(model, whole, tmp_path):
+    train(model, tmp_path / "run", "logging.entropy_every=3", "train.validate_every=2")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "entropy" in record] == [1, 4]
+    assert [record["step"] for record in records if "valid/entropy" in record] == [2, 4]
+    assert losses(tmp_path / "run") == losses(whole)
+
+
 def test_time_that_was_lost_counts_and_steps_that_are_run_again_count_once():
     lines = [
         json.dumps(
