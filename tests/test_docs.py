@@ -157,7 +157,7 @@ def check(words: list[str], monkeypatch) -> None:
 
 def check_tool(program: str, words: list[str], monkeypatch) -> None:
     """A script, a module under python, or a program of the installed package."""
-    words = ["8" if word == "N" else ANY_CONFIG if word == "FILE" else word for word in words]
+    words = ["8" if word == "N" else ANY_CONFIG if word in ("FILE", "run.yaml") else word for word in words]
     module = SCRIPTS[program].partition(":")[0] if program in SCRIPTS else words[1] if words[0] == "-m" else ""
     if words[0:1] == ["launch/"]:
         check_overrides(words[2:])
