@@ -218,6 +218,8 @@ SAID = [
     ("It runs 5 meters per second.", "5 meters per second"),
     (r"answer is $\boxed{12}$ cm", "12 cm"),
     ("The answer is June 20.", "June 20"),
+    ("The answer is $\n9\n$", "9"),
+    ("Answer \\( \n 9 \n \\)", "9"),
     ("The limit is negative infinity.", r"-\infty"),
     ("So the series diverges to infinity.", r"\infty"),
     ("The limit is 5 as n goes to infinity.", "5"),

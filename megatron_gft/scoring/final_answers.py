@@ -103,7 +103,7 @@ _MAX_TAIL = 1000
 _MAX_ANCHORS = 20
 _FILLERS = r"^[\s*_:,]*(?:(?:therefore|thus|then|hence|so|simply|just|now|again|given by|the following)[\s*,:]+)*"
 _FILLER = re.compile(_FILLERS, re.IGNORECASE)
-_ON_NEXT_LINE = re.compile(rf"{_FILLERS}[\s*_:]*(\$\$|\\\[)?\s*", re.IGNORECASE)
+_ON_NEXT_LINE = re.compile(rf"{_FILLERS}[\s*_:]*(\$\$?|\\[(\[])?\s*", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"(?:in)?correct|right|wrong|clear|as follows|below|above|given|found", re.IGNORECASE)
 _PERCENT_AFTER = re.compile(r"\s?(?:\$|\\[)\]])?\s?(?:\\?%|(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)\b)")
 _HALF_DAY_AFTER = re.compile(r"(?:(?<=:\d\d)|(?<=:\d\d[$}]))\s?(?:\\text\{\s?)?([ap]m)\b")
