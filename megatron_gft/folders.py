@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import Field
@@ -117,7 +117,8 @@ def _keys(kinds: Mapping[str, Any]) -> Any:
     return pydantic.create_model("Keys", __base__=Strict, **fields)
 
 
-_Text, _Switch, _Object, _Special = str | None, bool | None, dict[str, Any] | None, str | dict[str, Any] | None
+_Text, _Switch, _Object = str | None, bool | None, dict[str, Any] | None
+_TokenKey = Literal["__type", "id", "content", "lstrip", "rstrip", "normalized", "single_word", "special"]
 _Id = Annotated[int, Field(ge=-1, lt=2**31)]
 _Dtype = Annotated[str, Field(pattern=r"^(auto|bfloat16|float\d\w*)$")]
 _Code = dict[str, str | list[str | None]]
@@ -139,7 +140,7 @@ ConfigKeys = _keys(  # what transformers reads of any model
 TokenizerKeys = _keys(
     {
         "tokenizer_class backend": _Text,
-        "bos_token eos_token pad_token unk_token": _Special,
+        "bos_token eos_token pad_token unk_token": str | Annotated[dict[_TokenKey, Any], Field(min_length=1)] | None,
         "add_bos_token add_eos_token": _Switch,
         "model_max_length": float | None,
         "added_tokens_decoder": dict[str, dict[str, Any]],

@@ -221,7 +221,8 @@ def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path
     if stored.data_fingerprint == now.data_fingerprint and stored.groups_per_step == now.groups_per_step:
         return
     lines = [f"{key}: {changed[key][0]!r} then, {changed[key][1]!r} now" for key in DATA_KEYS if key in changed]
-    lines = lines or [f"shards: {stored.data_fingerprint[:12]} then, {now.data_fingerprint[:12]} now (fingerprints)"]
+    names = [name for name in ("data_fingerprint", "groups_per_step") if getattr(stored, name) != getattr(now, name)]
+    lines = lines or [f"state.json, {n}: {getattr(stored, n)!r:.15} then, {getattr(now, n)!r:.15} now" for n in names]
     if not config.data.allow_changed_data:
         raise InputErrors(
             f"{path}: was trained on other data -> restore it, or set data.allow_changed_data=true to go on from the "

@@ -300,7 +300,6 @@ def _load(path: Path, state: dict[str, Any], chunks: list[torch.nn.Module], para
     asked = set().union(*gather_results(lambda: asked_for(state)))
     if problems := set(misfits(asked, path, unwrap(chunks[0]).shape.vocab_size)):
         raise InputErrors(f"{path}: its tensors are not those of this model", sorted(problems), shown=12)
-    read_json(path / "metadata.json", "use another checkpoint")
     try:
         reading = get_default_load_sharded_strategy(str(path))
         strategy = FullyParallelLoadStrategyWrapper(reading, parallel.dp_cp_group)

@@ -6,12 +6,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
+
 from megatron_gft.atomic import fsync_path, sha256_file, sha256_json, write_json
 from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, FileFacts, Files, find_damage, newest_checkpoint
 from megatron_gft.errors import InputErrors
 from megatron_gft.hf.files import HASHED_SINCE, read_source_record
 from megatron_gft.hf.safetensors_io import SafetensorsFolder
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count
+from megatron_gft.reading import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ def verify_checkpoint(path: Path, remedy: str = "restore these files, or take an
     found = gather_results(lambda: _damages(path, rank, count))
     if problems := list(dict.fromkeys(problem for share in found for problem in share)):
         raise InputErrors(f"{path}: damaged -> {remedy}", problems)
+    read_json(path / "metadata.json", "use another checkpoint", CheckpointingConfig)
 
 
 def _damages(path: Path, rank: int, count: int) -> list[str]:
