@@ -268,6 +268,10 @@ def open_run(config: Config, shape: ModelShape, store: dist.Store, stop: StopReq
         layout += f", ep {parallel.ep_size}"
     work = f"{len(train_groups)} groups, {trainer.total_steps} steps from {trainer.state.step}"
     logger.info("%s on %s; %s on %d x %s", config.objective.name, work, layout, parallel.world_size, device)
+    if len(train_groups) < (wanted := config.data.groups_per_step):
+        logger.warning(
+            "data.groups_per_step=%d: there are %d groups -> an epoch is one step", wanted, len(train_groups)
+        )
     logger.info(
         "a process without progress for %g minutes ends; what each is doing: %s",
         config.train.watchdog_minutes,
