@@ -37,7 +37,7 @@ from megatron_gft.config import load_config, load_tree
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import iter_group_file, write_group_file
 from megatron_gft.groups.records import GroupRecord, ResponseRecord
-from megatron_gft.rounds import driver, servers, stages
+from megatron_gft.rounds import driver, report, servers, stages
 from megatron_gft.rounds.driver import Rounds
 from megatron_gft.rounds.settings import RoundsConfig, ServeSettings
 from megatron_gft.rounds.stages import Pipeline, Stage, StageFailed
@@ -248,6 +248,9 @@ def test_every_key_at_once(place, capfd):
     table = driver.write_report(place / "run" / "report.html", 3, timings["stages"])
     for row in ("accuracy", "settled prompts left out", "reward, self", "seconds: logprobs", "groups of equal rewards"):
         assert row in table
+    samples, result, records = report.measure(folders[0])  # of one name they would be drawn as one curve
+    assert samples["equal_rewards"] == 0 and not set(samples) & set(records[0]) - {"groups"}
+    assert result["entropy"] == records[-1]["entropy"] and result["accuracy_low"] <= result["accuracy"]
     finish(place, "--config", "more.yaml")
     assert (place / "log").read_text().count("done before, skipped") == 22
 

@@ -34,7 +34,7 @@ ROWS = {
     "tokens of an answer": "tokens",
     "entropy": "entropy",
     "groups": "groups",
-    "groups of equal rewards": "dead_groups",
+    "groups of equal rewards": "equal_rewards",
     "settled prompts left out": "left_out",
     "tokens of a response": "response_tokens",
     **{f"reward, {source}": f"{source}/sampled/reward" for source in SOURCES},
@@ -47,7 +47,7 @@ def measure(folder: Path) -> tuple[Measures, Measures, list[dict[str, Any]]]:
     samples, result, records = dict[str, Any](), dict[str, Any](), list[dict[str, Any]]()
     for manifest in map(read_json, sorted((folder / "shards").glob("train*.json"))):
         counts, stats = manifest["counts"], manifest["judgements"][-1]["stats"]
-        for name, number in (("groups", counts["groups"]), ("dead_groups", stats["zero_variance_groups"])):
+        for name, number in (("groups", counts["groups"]), ("equal_rewards", stats["zero_variance_groups"])):
             samples[name] = samples.get(name, 0) + number
         samples["response_tokens"] = counts["response_tokens"] / counts["responses"]
         samples |= {f"{name}/sampled/reward": mean for name, mean in stats["mean"].items() if mean is not None}
