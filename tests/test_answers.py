@@ -115,6 +115,7 @@ ANSWERS = {
         ("2.74", ["2,74 €", "€2,74", "€ 2,74", r"\$2.74"], ["74", "2,74", "274"]),
         ("1.5", ["1.5 (times)", "1.5 (cups)"], ["1.5 (times 2)", "1.5 (million)", "1.5 (dozen)", "1.5 (x)"]),
         ("3 (out of 10)", ["3", "3 (out of 10)"], ["30", "3 (or 4)", "3 (out of 9)", "3/10"]),
+        ("12 ($/hour)", ["12", r"\$12"], ["13"]),
         ("9 (%)", ["9", r"9\%", "9 percent", "9 (%)"], ["0.09", "900", "9 pears"]),
         ("9 ($)", ["9", r"\$9", "9 (dollars)", "9 (€)"], ["90", "9 pears"]),
         ("5:30 (p.m.)", ["5:30", "5:30 p.m.", r"5:30 \text{ PM}", "5:30pm"], ["5:30 a.m.", "5:31", "5:30 (am)", "30"]),
@@ -241,6 +242,10 @@ def test_answers_in_words(text, gold):
     [
         ("it is √2", "2"),
         ("We meet at 5:30 a.m.", "5:30 p.m."),
+        ("5 would be the answer to another problem; here it is 6.", "5"),
+        ("5 cannot be our answer. It is 6.", "5"),
+        ("5 is the wrong answer. It is 6.", "5"),
+        ("8 is not the answer, 7 is.", "8"),
         (r"We meet at \boxed{5:30} a.m.", "5:30 (p.m.)"),
         ("We meet at 5:30 a.m.", "5:30 (p.m.)"),
         ("The limit is not infinity.", r"\infty"),

@@ -88,7 +88,7 @@ _ANCHOR = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _STATED = re.compile(
-    r"\b(?:(?:will|must|should|would|can)\s(?:[a-z]+\s)?)?(?:is|are|be|as|for)\s{1,4}(?:(?!not\b)[a-z]+\s{1,4})?"
+    r"\b(?:(?:will|must|should)\s(?:[a-z]+\s)?)?(?:is|are|be|as|for)\s{1,4}(?:(?!not\b)[a-z]+\s{1,4})?"
     r"(?:the|our|my)\s{1,4}(?:(?!not\b|wrong\b)[a-z]+\s{1,4}){0,3}(?P<anchor>answers?)(?![A-Za-z])",
     re.IGNORECASE,
 )
