@@ -86,11 +86,12 @@ def build_trainer(
         config=config,
         model_files=model_files(config, resume_from),
     )
-    state = RunState(data_fingerprint=train_groups.fingerprint, groups_per_step=config.data.groups_per_step)
+    now = {"groups_per_step": config.data.groups_per_step, "total_steps": total_steps}
+    state = RunState(data_fingerprint=train_groups.fingerprint, **now)
     if resume_from is not None:
         stored = checkpointer.load(resume_from, with_optimizer=config.checkpoint.load_optimizer)
         _check_same_data(stored, state, config, resume_from, changed)
-        state = replace(stored, data_fingerprint=state.data_fingerprint, groups_per_step=state.groups_per_step)
+        state = replace(stored, data_fingerprint=state.data_fingerprint, **now)
     elif config.checkpoint.init_optimizer:
         origin = newest_checkpoint(Path(str(config.checkpoint.init_from)), "checkpoint.init_from")
         checkpointer.load(origin, with_optimizer=True)

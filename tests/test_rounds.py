@@ -338,6 +338,19 @@ def test_a_stage_that_fails_and_a_second_driver_are_told(place, capsys):
     assert "in use by another run" in capsys.readouterr().err
 
 
+def test_training_that_was_asked_to_stop_is_not_finished(place):
+    """It saves and ends well, as it does when it is done."""
+    pid = start(place, "rounds=1", "train.arguments=train.epochs=500 logging.tensorboard=false")
+    metrics = place / "run" / "round-01" / "train" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()) and psutil.pid_exists(pid):
+        time.sleep(0.05)
+    (training,) = psutil.Process(pid).children()
+    training.send_signal(signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert re.search(r"stage 01-train failed: it stopped at step \d+ of 1500 -> ", (place / "log").read_text())
+    assert not json.loads((place / "run" / "stages" / "01-train.json").read_text())["done"]
+
+
 def test_self_responses_of_old_models_are_refused(undisturbed, tmp_path, monkeypatch):
     shutil.copytree(undisturbed / "run", tmp_path / "run", symlinks=True)
     for name in ("model", "problems", "train.yaml"):

@@ -60,7 +60,8 @@ class RunState:
     """Where a run stands. Independent of the layout, equal on all ranks.
 
     ``step`` counts finished optimizer steps, which is also the cursor into the order of the groups;
-    ``data_fingerprint`` identifies shards, weights, split and seed; ``consumed_groups`` is for people.
+    ``total_steps`` are those of the whole run, as the latest start saw it; ``data_fingerprint`` identifies shards,
+    weights, split and seed; ``consumed_groups`` is for people.
     """
 
     step: int = 0
@@ -68,6 +69,7 @@ class RunState:
     groups_per_step: int = 0
     consumed_groups: int = 0
     skipped_steps: int = 0
+    total_steps: int = 0
 
 
 class SaveFailed(InputError):

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_gft.atomic import working_folder
+from megatron_gft.checkpoints.history import STATE_FILE, newest_checkpoint
 from megatron_gft.config import load_config
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.mapping import parameter_count
@@ -197,6 +198,7 @@ class Rounds:
             identity=identity,
             serve=serve,
             check=functools.partial(self.refuse_stale, number) if kind == "train" else None,
+            unfinished=functools.partial(_steps_left, output) if kind == "train" else str,
         )
 
     def _program(self, kind: str) -> list[str]:
@@ -312,3 +314,10 @@ class Rounds:
 def folder_bytes(folder: Path) -> int:
     """Size of all files below."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _steps_left(run: Path) -> str:
+    """Training that is asked to stop saves, and ends well."""
+    state = read_json(newest_checkpoint(run, "train") / STATE_FILE)
+    step, total = state["step"], state.get("total_steps", 0)
+    return f"it stopped at step {step} of {total}" if step < total else ""

@@ -55,6 +55,7 @@ class Stage:
         identity: what of the command decides its outputs, and so the key; default: all of it.
         serve: starts the server that the command asks; gives its process, None for one that is not ours.
         check: refuses (InputError) what the command should not read.
+        unfinished: what the outputs of a command that ended well still lack; "" when nothing.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Stage:
     identity: tuple[str, ...] = ()
     serve: Callable[[], contextlib.AbstractContextManager[subprocess.Popen | None]] | None = None
     check: Callable[[], None] | None = None
+    unfinished: Callable[[], str] = str
 
     @property
     def stamp(self) -> Path:
@@ -155,9 +157,10 @@ class Pipeline:
             dead = server is not None and code != 0 and server.poll() is not None
         spent = {"wall": time.perf_counter() - started, "cpu": _children_cpu_seconds() - cpu}
         missing = [str(path) for path in stage.outputs if not path.exists()]
-        if code == 0 and not missing:
+        lacking = "" if code or missing else stage.unfinished()
+        if code == 0 and not missing and not lacking:
             return spent
-        why = "the server died in the middle" if dead else _reason(code, missing)
+        why = "the server died in the middle" if dead else lacking or _reason(code, missing)
         raise StageFailed(
             f"stage {stage.name} failed: {why} -> see to it and run the same command again: what is finished "
             f"is kept; log: {log}\n{last_lines(server_log(log) if dead else log)}"
