@@ -239,7 +239,7 @@ def is_sound(ended: Ended, *culprits: str) -> bool:
     return ended.code == 0 or (ended.is_message and any(culprit in ended.text for culprit in culprits))
 
 
-QUICK = [command for command in COMMANDS if command != "score"]  # which starts a server of workers: seconds
+QUICK = [command for command in COMMANDS if command != "score"]  # which starts a server of workers: in the slow tier
 
 
 @pytest.mark.parametrize("command", QUICK)
@@ -249,7 +249,7 @@ def test_damaged_files_are_named(workspace, command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["to megatron", "to hf", "run to hf", "columns"])
+@pytest.mark.parametrize("command", ["to megatron", "to hf", "run to hf", "columns", "score"])
 def test_every_damage_of_every_file(workspace, command):
     found = list(failures(workspace, command, tuple(DAMAGE), COMMANDS[command][1]))
     assert not found, "\n\n".join(found)
