@@ -1,6 +1,7 @@
 """Shared fixtures. Importing ``ranks`` first sets one thread per process before any torch operation."""
 
 import functools
+import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -17,6 +18,15 @@ from tqdm import tqdm
 
 # tqdm's own lock is a semaphore that all forks share: a child killed while it holds it would stop every later one.
 tqdm.set_lock(threading.RLock())
+
+
+def forget_fork_server():
+    """Children that tests fork start one of their own: they cannot wait for this process's."""
+    server = multiprocessing.forkserver._forkserver
+    server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
+
+
+os.register_at_fork(after_in_child=forget_fork_server)
 
 hypothesis.settings.register_profile("shared machine", deadline=None)  # others' load is no fault of ours
 hypothesis.settings.load_profile("shared machine")

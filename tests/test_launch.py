@@ -226,7 +226,7 @@ def test_bare_torchrun_without_sizes_prints_the_command():
         ({"NNODES": "8", "GPUS_PER_NODE": "8"}, "no MASTER_ADDR"),
         ({"NNODES": "eight"}, "NNODES=eight"),
         ({"NNODES": "1", "GPUS_PER_NODE": "48"}, "= 32 does not divide the world size 48"),
-        ({"CONFIG": "no/such.yaml"}, "no/such.yaml: cannot read"),
+        ({"CONFIG": "no/such.yaml"}, "no/such.yaml: cannot be read"),
     ],
 )
 def test_bash_refuses_before_starting_anything(variables, message):
