@@ -42,13 +42,21 @@ def alone(function, *args, **options):
 
 @pytest.mark.parametrize(
     ("name", "contestant"),
-    [("step_ratio", "gft"), ("dead_groups", "half_dead"), ("objective_ratios", "grpo with anchor")],
+    [
+        ("step_ratio", "gft"),
+        ("dead_groups", "half_dead"),
+        ("objective_ratios", "grpo with anchor"),
+        ("logprob_throughput", "step"),
+    ],
 )
 def test_ratios_are_reported_with_their_spread(name, contestant):
     result = alone(getattr(step, name), TINY, pairs=3)
     low, middle, high = (result[contestant][f"ratio_{q}"] for q in ("quartile_low", "median", "quartile_high"))
     assert 0 < low <= middle <= high and math.isfinite(high)
     assert result["shape"] == dataclasses.asdict(TINY)
+    if name == "logprob_throughput":
+        rates = result["tokens_per_second"]
+        assert rates["forward"] > rates["step"] > 0 and result["speedup"] > 1
     if name == "dead_groups":
         assert result["rows_half_dead"] * 2 == result["rows_all_live"]
         assert result["gradient_error"] <= 1e-6

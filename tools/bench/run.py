@@ -23,6 +23,7 @@ BENCHMARKS = {
     "planner": "tools.bench.packing:bench_planner",
     "step_ratio": "tools.bench.step:step_ratio",
     "objective_ratios": "tools.bench.step:objective_ratios",
+    "logprob_throughput": "tools.bench.step:logprob_throughput",
     "dead_groups": "tools.bench.step:dead_groups",
     "shared_prefix_step": "tools.bench.step:shared_prefix_step",
     "padded_batches": "tools.bench.step:padded_batches",

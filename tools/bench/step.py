@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_gft.batch import StepBatch
+from megatron_gft.logprobs import LogprobRunner
 from megatron_gft.metrics import device_peak_tflops
 from megatron_gft.model import unwrap
 from megatron_gft.objectives import OBJECTIVES, by_source
@@ -116,6 +117,43 @@ def objective_ratios(shape: StepShape | None = None, *, pairs: int = 15) -> dict
             runs[name] = partial(step, rows, by_source(preset.coefficient))
         durations = interleaved_seconds(runs, repeats=pairs)
     return {"shape": dataclasses.asdict(shape), "pairs": pairs, **summary(durations, "sft")}
+
+
+def logprob_throughput(shape: StepShape | None = None, *, pairs: int = 15) -> dict[str, Any]:
+    """The forward-only pass of ``tools/compute_logprobs.py`` and a GFT step (forward, backward, clipping, Adam) on the
+    same rows.
+
+    Goal: ``speedup``, tokens a second of the pass over those of the step (median of the pairs), at least 2.5.
+    """
+    shape = shape or default_shape()
+    with single_rank():
+        bench = Workbench(shape)
+        packs, batch = bench.packs(RandomGroups.equal(shape))
+        starts = np.cumsum([0, *(len(pack.labels) for pack in packs)])
+        placed = [
+            dataclasses.replace(pack, sampled_logprobs=start + torch.arange(len(pack.labels), dtype=torch.float64))
+            for pack, start in zip(packs, starts[:-1].tolist(), strict=True)
+        ]
+        tokens = int(starts[-1])
+        runner = LogprobRunner(bench.chunks, bench.parallel)
+
+        def step() -> None:
+            bench.forward_backward(packs, batch.denominator)
+            bench.update()
+
+        def forward() -> None:
+            for chunk in bench.chunks:
+                chunk.eval()
+            values, _ = runner.logprobs(placed, range(tokens))
+            assert np.isfinite(values).all()
+            for chunk in bench.chunks:
+                chunk.train()
+
+        durations = interleaved_seconds({"forward": forward, "step": step}, repeats=pairs)
+    result = summary(durations, "forward")
+    rates = {name: tokens / result[name]["seconds_median"] for name in durations}
+    told = {"shape": dataclasses.asdict(shape), "pairs": pairs, "tokens_per_second": rates}
+    return told | {"speedup": result["step"]["ratio_median"], **result}
 
 
 def _with_logprobs(pack: Pack, vocab: int, reads: int) -> Pack:
