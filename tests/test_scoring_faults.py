@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import psutil
 import pytest
@@ -171,6 +172,20 @@ def test_a_session_of_its_own_does_not_outlive_scoring(slow, then):
     started = [int(pid) for pid in calls(slow)]
     assert started
     wait_until(lambda: all(gone(pid) for pid in started))
+
+
+def test_a_process_that_ends_while_strays_are_looked_for_hides_no_other(slow):
+    class Ended:
+        pid = 1 << 30
+
+        def status(self):
+            raise psutil.NoSuchProcess(self.pid)
+
+    stray = subprocess.Popen(["sleep", "300"])
+    looks = iter([[Ended()], [Ended(), psutil.Process(stray.pid)], []])
+    with VerifierPool(ScoringOptions("slow_rewards:leave_a_daemon")) as pool:
+        pool._fork_server = types.SimpleNamespace(children=lambda: next(looks))
+    assert stray.wait(timeout=20) == -signal.SIGKILL
 
 
 def test_no_daemon_outlives_a_killed_run(slow):

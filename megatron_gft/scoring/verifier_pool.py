@@ -98,12 +98,16 @@ class VerifierPool(contextlib.AbstractContextManager["VerifierPool"]):
         """End what is below the fork server and is no process of this one: its parent has ended."""
         for _ in range(STRAY_ROUNDS):  # they may start others meanwhile
             known = {child.pid for child in multiprocessing.active_children()}
-            strays = []
+            strays, below, vanished = list[psutil.Process](), list[psutil.Process](), False
             with contextlib.suppress(psutil.Error):
-                for child in self._fork_server.children() if self._fork_server else []:
+                below = self._fork_server.children() if self._fork_server else []
+            for child in below:
+                try:
                     if child.pid not in known and child.status() != psutil.STATUS_ZOMBIE:
                         strays += [child, *child.children(recursive=True)]
-            if not strays:
+                except psutil.Error:  # it has ended: what it had started is the fork server's now
+                    vanished = True
+            if not strays and not vanished:
                 return
             for stray in strays:
                 with contextlib.suppress(psutil.Error):  # it has ended meanwhile
