@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_gft.atomic import working_folder
-from megatron_gft.checkpoints.history import STATE_FILE, newest_checkpoint
+from megatron_gft.checkpoints.history import STATE_FILE, find_checkpoint
 from megatron_gft.config import load_config
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.mapping import parameter_count
@@ -318,6 +318,8 @@ def folder_bytes(folder: Path) -> int:
 
 def _steps_left(run: Path) -> str:
     """Training that is asked to stop saves, and ends well."""
-    state = read_json(newest_checkpoint(run, "train") / STATE_FILE)
+    if (newest := find_checkpoint(run / "checkpoints", "latest")) is None:
+        return "it stopped before its first checkpoint"
+    state = read_json(newest / STATE_FILE)
     step, total = state["step"], state.get("total_steps", 0)
     return f"it stopped at step {step} of {total}" if step < total else ""
