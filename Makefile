@@ -7,6 +7,7 @@
 # make quickstart DATA=problems.parquet   the same on question/answer rows
 # make study       does GFT help? Many small models, about an hour on one core; QUICK=1: ten minutes (examples/study)
 # make study-full  the same with one thing changed at a time; hours
+# make study-smollm2   GFT and others on SmolLM2-135M and word problems; hours
 # make versions    the core tests against the newest supported Megatron-Core, or VERSIONS="0.17.1 0.18.2"
 # make gpu-check WHEELS=DIR   what one GPU shows in six minutes, with this machine's own Python and torch (docs/cluster.md)
 
@@ -25,7 +26,7 @@ TEST_WORKERS ?= 2
 # A file's tests share what is costly to make, so a file stays with one worker.
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: install test test-slow test-all test-slurm test-vllm lint soak versions quickstart study study-full gpu-check clean
+.PHONY: install test test-slow test-all test-slurm test-vllm lint soak versions quickstart study study-full study-smollm2 gpu-check clean
 
 # torch first and by itself: its index decides whether the CPU or the CUDA build is taken, and Megatron-Core's
 # own requirement would take the newest.
@@ -92,6 +93,9 @@ study: $(STAMP)
 
 study-full: $(STAMP)
 	$(BIN)/python -m examples.study --size full
+
+study-smollm2: $(STAMP) | $(SMOLLM2)
+	$(BIN)/python -m examples.study.smollm2
 
 gpu-check:
 	$(PYTHON) tools/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(GPU_CHECK_FLAGS)

@@ -23,8 +23,8 @@ import smollm2  # noqa: E402
 import split_rows  # noqa: E402
 import word_problems  # noqa: E402
 
+from megatron_gft.config import load_config  # noqa: E402
 from megatron_gft.errors import InputError  # noqa: E402
-from megatron_gft.rounds.driver import Rounds  # noqa: E402
 from megatron_gft.rounds.stages import Pipeline, Stage, StageFailed, last_lines  # noqa: E402
 from megatron_gft.scoring.verifiers import Case, build_verifier  # noqa: E402
 
@@ -242,16 +242,28 @@ def evaluation(outcomes: list[bool], logprobs: list[float]) -> dict:
 def test_the_report_says_whichever_way_it_went(tmp_path):
     before = evaluation([True] * 6 + [False] * 4, [-4.0] * 10)
     after = evaluation([True] * 5 + [False] * 4 + [True], [-8.0 - 0.08 * i for i in range(10)])
-    for number, side in enumerate((before, after)):
-        (tmp_path / f"round-0{number}").mkdir()
-        (tmp_path / f"round-0{number}" / "evaluation.json").write_text(json.dumps(side))
+    sft = evaluation([True] * 10, [-4.0] * 10)
+    for folder, side in (("round-00", before), ("round-01", after), ("sft", sft)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "evaluation.json").write_text(json.dumps(side))
+    (tmp_path / "report.html").write_text("<html><body>rounds</body></html>")
     times = {"stages": {"01-train": {"wall": 3.0, "cpu": 5.0, "skipped": False}}}
     (tmp_path / "timings.json").write_text(json.dumps(times))
-    text = report.write_report(tmp_path)
+    texts = [report.write_report(tmp_path, name) for name in ("sft", "gft", "gft")]
+    text, page = texts[-1], (tmp_path / "report.html").read_text()
     assert "n = 10" in text and "60.0 % [10.0, 90.0]" in text
-    assert "accuracy +0.0 [" in text and "1 problems gained, 1 lost): no clear change" in text
+    assert texts[1] == text and "before -> sft" in texts[0] and "-> gft" not in texts[0]
+    rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in text.splitlines() if line.startswith("  "))
+    assert rows["sft"].startswith("accuracy 100.0 %") and "(10 right" in rows["sft"]
+    assert "1 problems gained, 1 lost): no clear change, the interval includes 0;" in rows["before -> gft"]
+    assert re.match(r"accuracy \+40.0 \[\+\d.*: better; .*: no clear change", rows["before -> sft"])
+    assert re.match(r"accuracy -40.0 \[-\d.*: worse; .*: worse", rows["sft -> gft"])
+    assert page.count("<pre>") == 1 and "sft -&gt; gft" in page and page.startswith("<html><body>rounds<pre>")
     assert "log-prob -1.090 [-1.128, -1.052] a token: worse" in text
-    change = json.loads((tmp_path / "summary.json").read_text())["change"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["sft"]["accuracy"] == 1
+    assert summary["sft_change"]["gained"] == summary["after_minus_sft"]["lost"] == 4
+    change = summary["change"]
     # ten differences of 4.0 to 4.72 over four tokens each: mean 4.36 / 4, standard error stdev / sqrt(10) / 4
     spread = 1.96 * statistics.stdev([0.08 * i for i in range(10)]) / 10**0.5 / 4
     assert change["logprob_per_token_interval"] == pytest.approx([-1.09 - spread, -1.09 + spread], abs=1e-4)
@@ -279,10 +291,12 @@ def test_the_whole_pipeline_on_a_tiny_model(tmp_path, monkeypatch, capfd):
     command = ["--model", str(model), "--output", str(output), *sizes, "train.epochs=1", "data.groups_per_step=2"]
     assert run.main(command) == 0, capfd.readouterr().err
     printed = capfd.readouterr().err
-    assert "n = 6, with 95 % intervals" in printed
+    assert "n = 6, with 95 % intervals" in printed and "before -> sft" in printed
     train = output / "round-01" / "train"
     records = [json.loads(line) for line in (train / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3]
+    ours, sft = (load_config([folder / "config.yaml"], []) for folder in (train, output / "sft" / "train"))
+    assert sft.objective.name == "sft" and sft.data == ours.data and sft.optimizer == ours.optimizer
     made = ("train/config.yaml", "train/checkpoints/latest", "model/config.json", "model/model.safetensors")
     made = (*(f"round-01/{name}" for name in made), "curves.png", "report.html", "timings.json", "summary.json")
     for name in made:
@@ -290,7 +304,7 @@ def test_the_whole_pipeline_on_a_tiny_model(tmp_path, monkeypatch, capfd):
     assert any((train / "tensorboard").iterdir())
 
     assert run.main(command) == 0
-    assert capfd.readouterr().err.count("done before, skipped") == len(Rounds(run.read_settings(command)).stages()) == 8
+    assert capfd.readouterr().err.count("done before, skipped") == 11
 
 
 @pytest.mark.parametrize("data", [False, True])
@@ -298,8 +312,8 @@ def test_the_settings_load_and_every_command_is_there(tmp_path, monkeypatch, cap
     """``make quickstart``, and with DATA, as far as they can be followed without running a stage."""
     monkeypatch.chdir(ROOT)
     rows = write_rows(tmp_path / "rows.jsonl", 3)
-    settings = run.read_settings([*(["--data", str(rows)] if data else []), "--samples", "2", "objective=sft"])
-    Rounds(settings).show()
+    chosen = [*(["--data", str(rows)] if data else []), "--samples", "2"]
+    run.Quickstart(run.read_settings([*chosen, "objective=sft"])).show()  # nothing beside it
     printed = capsys.readouterr().out
     names = "model problems 00-evaluate 01-generate 01-score 01-preprocess 01-train 01-export 01-evaluate".split()
     assert re.findall(r"\[\d/9\] (\S+)", printed) == names
@@ -308,3 +322,9 @@ def test_the_settings_load_and_every_command_is_there(tmp_path, monkeypatch, cap
     assert "objective=sft" in printed and "--nproc-per-node 2" in printed and "k=2" in printed
     for script in re.findall(r"(?:examples|tools)/\S+\.py", printed):
         assert (ROOT / script).is_file()
+    stages = run.Quickstart(run.read_settings(chosen)).stages()
+    for ours, sft, more in zip(stages[-6:-3], stages[-3:], (["objective=sft"], [], []), strict=True):
+        moved = re.sub("round-01/(?!shards/)", "sft/", "\n".join(ours.command)).split("\n")
+        assert (list(sft.command), sft.name) == (moved + more, ours.name.replace("01-", "sft_"))
+        assert sft.identity != ours.identity and sft.outputs != ours.outputs
+    assert [stage.needs for stage in stages[-3:]] == [stages[-6].needs, ("sft_train",), ("sft_export",)]

@@ -351,7 +351,7 @@ def test_training_that_was_asked_to_stop_is_not_finished(place):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     assert re.search(r"stage 01-train failed: it stopped at step \d+ of 1500 -> ", (place / "log").read_text())
     assert not json.loads((place / "run" / "stages" / "01-train.json").read_text())["done"]
-    assert driver._steps_left(place / "another") == "it stopped before its first checkpoint"
+    assert driver.steps_left(place / "another") == "it stopped before its first checkpoint"
 
 
 def test_self_responses_of_old_models_are_refused(undisturbed, tmp_path, monkeypatch):

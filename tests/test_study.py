@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from examples.study import __main__ as study
-from examples.study import countdown, report, settings
+from examples.study import countdown, report, settings, smollm2
 from megatron_gft.config import load_config
 from megatron_gft.errors import InputError
 from megatron_gft.scoring.verifiers import Case
@@ -105,6 +106,59 @@ def test_a_result_of_other_settings_is_refused(tmp_path):
     other = replace(settings.TINY, world=replace(settings.TINY.world, rare=0.5))
     with pytest.raises(InputError, match="other settings"):
         study.Runner(other, tmp_path, None).result("a/b")
+
+
+def test_the_second_look_at_smollm2(tmp_path, monkeypatch, capsys):
+    """Its problems, its choice of prompts and rates, its stages and what a kill leaves; the tools are played."""
+    sizes = smollm2.Sizes(asked=9, groups=3, valid=2, test=4)
+    monkeypatch.setattr(smollm2, "Sizes", lambda: sizes)
+    rows = [row["question"] for part in smollm2.problems(smollm2.Sizes()).values() for row in part]
+    assert len(set(rows)) == len(rows) == 15
+    numbers = lambda text: (re.sub(r"[A-Z]\w+", "", text), *re.findall(r"\d+", text))  # noqa: E731
+    of_quickstart = {numbers(problem.question) for problem in smollm2.problem_sets(1, 100, 1)[1]}
+    assert not of_quickstart & set(map(numbers, rows))
+    assert smollm2.detectable(400, changed=0.25) == pytest.approx(0.07)
+
+    ran, stop_at = [], "rft-lr2e-05-seed1-evaluate"
+
+    def played(pipeline, stage):
+        pipeline.keys[stage.name] = ""
+        if stage.outputs[0].exists():
+            return
+        if stage.name == stop_at:
+            raise KeyboardInterrupt
+        ran.append(stage.name)
+        output, kind = stage.outputs[0], stage.name.split("-")[-1]
+        if kind == "score":
+            rewards = [[0] * 8, [1] * 8, *([1] * right + [0] * (8 - right) for right in range(1, 8))]
+            selves = [[{"source": "self", "reward": reward} for reward in row] for row in rewards]
+            groups = [{"responses": [{"source": "expert", "reward": 1}, *row]} for row in selves]
+            output.write_text("".join(json.dumps(group) + "\n" for group in groups))
+        elif kind in ("base", "evaluate"):
+            right = 1 if kind == "base" else 2 + ("2e-05" in stage.name) + ("dft_correct" in stage.name)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            outcomes = ["correct"] * right + ["wrong"] * (6 - right)
+            output.write_text(json.dumps({"greedy": {"by_problem": outcomes}}))
+        else:
+            output.mkdir(parents=True)
+
+    monkeypatch.setattr(smollm2.Pipeline, "run", played)
+    command = ["--output", str(tmp_path), "--model", "m"]
+    assert smollm2.main(command) == 130
+    printed = capsys.readouterr()
+    assert "45 of 45 cells to do" in printed.err and "smallest detectable difference" in printed.err
+    assert "'dead, %': 11.1" in printed.err and "'groups': 3" in printed.err
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert [[int(r["reward"]) for r in group["responses"]] for group in kept] == [
+        *([1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1])
+    ]
+    assert "| gft | 100.0 (1) | not run | not run | 2e-05 | 25.0 [" in printed.out
+    before, stop_at = len(ran), ""
+    assert smollm2.main(command) == 0
+    assert len(set(ran)) == len(ran) == 4 + 3 * 45 and ran[before] == "rft-lr2e-05-seed1-evaluate"
+    assert smollm2.main([*command, "--report"]) == 0 and len(ran) == 4 + 3 * 45
+    chosen = json.loads((tmp_path / "summary.json").read_text())["arms"]["dft_correct"]
+    assert chosen["rate"] == 2e-5 and chosen["rates"]["2e-05"]["seeds"] == 3 and chosen["change"][0] == 0.5
 
 
 @pytest.mark.slow

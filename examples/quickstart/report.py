@@ -1,18 +1,21 @@
-"""Before and after: what the quickstart prints at its end and writes to ``summary.json``.
+"""Before, after, and SFT beside: what the quickstart prints at its end and writes to ``summary.json``.
 
-The same problems are answered twice, so the change has an interval of its own, from the differences problem by problem.
+Every model answers the same problems, so a change has an interval of its own, from the differences problem by problem.
 """
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from megatron_gft.atomic import write_json
+from megatron_gft.atomic import atomic_file, write_json
 from megatron_gft.evaluation.intervals import mean_interval, ratio_interval
 
-SIDES = ("before", "after")
+FOLDERS = {"before": "round-00", "after": "round-01", "sft": "sft"}
+CHANGES = {"change": ("before", "after"), "sft_change": ("before", "sft"), "after_minus_sft": ("sft", "after")}
 MEASURES = {
     "greedy": ("accuracy", "interval", "correct", "num_responses", "truncated", "mean_tokens"),
     "reference": (
@@ -26,15 +29,26 @@ MEASURES = {
 }
 
 
-def write_report(output: Path) -> str:
-    """Compare the two evaluations of a run folder; write ``summary.json`` and return the text to print."""
-    before, after = (json.loads((output / f"round-0{side}" / "evaluation.json").read_text()) for side in (0, 1))
-    seconds = json.loads((output / "timings.json").read_text())["stages"]
-    summary: dict[str, Any] = {"before": _measures(before), "after": _measures(after)}
-    summary["change"] = paired_change(before, after)
-    summary["seconds"] = seconds
+def write_report(output: Path, objective: str) -> str:
+    """Compare the evaluations of a run folder: ``summary.json``, and a text, printed and put into ``report.html``.
+
+    Args:
+        objective: what the round trained with; a run of SFT has no SFT beside it.
+    """
+    files = {side: output / folder / "evaluation.json" for side, folder in FOLDERS.items()}
+    results = {side: json.loads(file.read_text()) for side, file in files.items() if side != objective}
+    summary: dict[str, Any] = {side: _measures(result) for side, result in results.items()}
+    for name, (old, new) in CHANGES.items():
+        if {old, new} <= results.keys():
+            summary[name] = paired_change(results[old], results[new])
+    summary["seconds"] = json.loads((output / "timings.json").read_text())["stages"]
     write_json(output / "summary.json", summary)
-    return _text(output, summary)
+    text, page = _text(output, summary, objective), output / "report.html"
+    own = f"<pre>{html.escape(text)}</pre></body>"
+    shown = re.sub(r"(<pre>.*?</pre>)?</body>", lambda _: own, page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    with atomic_file(page) as temporary:
+        temporary.write_text(shown, encoding="utf-8")
+    return text
 
 
 def _measures(result: dict[str, Any]) -> dict[str, Any]:
@@ -60,27 +74,31 @@ def paired_change(before: dict[str, Any], after: dict[str, Any]) -> dict[str, An
     }
 
 
-def _text(output: Path, summary: dict[str, Any]) -> str:
+def _text(output: Path, summary: dict[str, Any], objective: str) -> str:
+    names = {"before": "before", "after": objective, "sft": "sft"}
     lines = [f"\nHeld-out problems, greedy, n = {summary['before']['num_responses']}, with 95 % intervals"]
-    for side in SIDES:
+    for side in (side for side in names if side in summary):
         now = summary[side]
         lines.append(
-            f"  {side:6}  accuracy {_percent(now['accuracy'], now['interval'])}   log-prob of the reference answers "
-            f"{_number(now['logprob_per_token'], now['logprob_per_token_interval'])} a token   "
+            f"  {names[side]:11}  accuracy {_percent(now['accuracy'], now['interval'])}   log-prob of the reference "
+            f"answers {_number(now['logprob_per_token'], now['logprob_per_token_interval'])} a token   "
             f"({now['correct']} right, {now['truncated']} cut off, {now['mean_tokens']:.0f} tokens on average)"
         )
-    change = summary["change"]
-    lines.append(
-        f"  change  accuracy {_percent(change['accuracy'], change['accuracy_interval'], '+')} points "
-        f"({change['gained']} problems gained, {change['lost']} lost): {_verdict(change['accuracy_interval'])}; "
-        f"log-prob {_number(change['logprob_per_token'], change['logprob_per_token_interval'], '+')} a token: "
-        f"{_verdict(change['logprob_per_token_interval'])}"
-    )
+    lines.append("Changes, problem by problem")
+    for name, (old, new) in ((name, sides) for name, sides in CHANGES.items() if name in summary):
+        change = summary[name]
+        points = _percent(change["accuracy"], change["accuracy_interval"], "+")
+        logprob = _number(change["logprob_per_token"], change["logprob_per_token_interval"], "+")
+        lines.append(
+            f"  {f'{names[old]} -> {names[new]}':21}  accuracy {points} points ({change['gained']} problems gained, "
+            f"{change['lost']} lost): {_verdict(change['accuracy_interval'])}; "
+            f"log-prob {logprob} a token: {_verdict(change['logprob_per_token_interval'])}"
+        )
     seconds = summary["seconds"]
     times = ", ".join(f"{name} {entry['wall']:.0f}" for name, entry in seconds.items())
     lines.append(f"Seconds: {times}; together {sum(entry['wall'] for entry in seconds.values()):.0f}")
     model = summary["after"]["model"]
-    lines.append(f"Model: {model}   curves: {output / 'report.html'}   all results: {output / 'summary.json'}")
+    lines.append(f"Model: {model}   curves and this: {output / 'report.html'}   all results: {output / 'summary.json'}")
     return "\n".join(lines)
 
 
@@ -97,5 +115,5 @@ def _percent(value: float, interval: list[float] | None, sign: str = "") -> str:
 def _verdict(interval: list[float] | None) -> str:
     """What a change with this interval says."""
     if interval is None or interval[0] <= 0 <= interval[1]:
-        return "no clear change"
+        return "no clear change, the interval includes 0"
     return "better" if interval[0] > 0 else "worse"

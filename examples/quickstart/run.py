@@ -1,17 +1,21 @@
 """The whole pipeline on a real model and two CPU cores: problems -> groups -> shards -> GFT -> Hugging Face folder.
 
-One round of tools/run_rounds.py, whose settings are in rounds.yaml, and a comparison of before and after. Every stage
-is a command that can be copied. A stage whose output stands is skipped, so the same command continues after an
-interruption, and changed settings run what depends on them.
+One round of tools/run_rounds.py, whose settings are in rounds.yaml, SFT on the same experts beside it, and a comparison
+of both with the model before. Every stage is a command that can be copied. A stage whose output stands is skipped, so
+the same command continues after an interruption, and changed settings run what depends on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import re
 import shlex
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from report import write_report
@@ -19,8 +23,9 @@ from report import write_report
 from megatron_gft.commands.rounds import run
 from megatron_gft.config import load_tree
 from megatron_gft.errors import InputError, command
+from megatron_gft.rounds.driver import Rounds, steps_left
 from megatron_gft.rounds.settings import RoundsConfig
-from megatron_gft.rounds.stages import say
+from megatron_gft.rounds.stages import Stage, say
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -83,6 +88,33 @@ def read_settings(argv: list[str] | None) -> RoundsConfig:
     )
 
 
+class Quickstart(Rounds):
+    """One round; beside it, in ``OUTPUT/sft``, SFT on its experts: the same shards, settings, steps and problems."""
+
+    def stages(self) -> list[Stage]:
+        """Those of the round, and its training, export and evaluation again."""
+        stages = super().stages()
+        return stages + [self._sft(stage) for stage in stages[-3:] if self.training.objective.name != "sft"]
+
+    def _sft(self, stage: Stage) -> Stage:
+        own = re.compile(f"{re.escape(str(self.folder(1)))}/(?!shards/)")
+
+        def moved(words: Iterable[object]) -> tuple[str, ...]:
+            return tuple(own.sub(f"{self.output}/sft/", str(word)) for word in words)
+
+        outputs = tuple(map(Path, moved(stage.outputs)))
+        more = ("objective=sft",) if stage.name == "01-train" else ()
+        return replace(
+            stage,
+            name=stage.name.replace("01-", "sft_"),
+            command=moved(stage.command) + more,
+            identity=moved(stage.identity) + more,
+            outputs=outputs,
+            needs=tuple(re.sub("01-(train|export)", r"sft_\1", name) for name in stage.needs),
+            unfinished=functools.partial(steps_left, *outputs) if more else str,
+        )
+
+
 def _from_root(path: Path) -> str:
     """The path as seen from the repository's root, where the commands run; short when it is inside."""
     path = path.resolve()
@@ -94,9 +126,10 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0 when every stage is done, 1 when one failed, 2 on bad input, 130 when interrupted."""
     settings = read_settings(argv)
     os.chdir(ROOT)
-    code = run(settings)
+    rounds = Quickstart(settings)
+    code = run(rounds)
     if code == 0:
-        say(write_report(Path(settings.output)))
+        say(write_report(Path(settings.output), rounds.training.objective.name))
     return code
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, command
 
 if TYPE_CHECKING:
-    from megatron_gft.rounds.settings import RoundsConfig
+    from megatron_gft.rounds.driver import Rounds
 
 EPILOG = """examples:
   python tools/run_rounds.py --config examples/rounds/tiny.yaml
@@ -33,21 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
     options = parser.parse_args(argv)
     from megatron_gft.config import load_tree
+    from megatron_gft.rounds.driver import Rounds
     from megatron_gft.rounds.settings import RoundsConfig
 
-    return run(load_tree(RoundsConfig, options.config, options.overrides), dry_run=options.dry_run)
+    return run(Rounds(load_tree(RoundsConfig, options.config, options.overrides)), dry_run=options.dry_run)
 
 
-def run(settings: RoundsConfig, *, dry_run: bool = False) -> int:
-    """Run the stages that ``settings`` ask for, or print them; the exit code.
+def run(rounds: Rounds, *, dry_run: bool = False) -> int:
+    """Run the stages of ``rounds``, or print them; the exit code.
 
     Raises:
-        InputError: what is wrong with the settings or in a stage's way.
+        InputError: what is in a stage's way.
     """
-    from megatron_gft.rounds.driver import Rounds
     from megatron_gft.rounds.stages import StageFailed, say
 
-    rounds = Rounds(settings)
     if dry_run:
         rounds.show()
         return 0

@@ -198,7 +198,7 @@ class Rounds:
             identity=identity,
             serve=serve,
             check=functools.partial(self.refuse_stale, number) if kind == "train" else None,
-            unfinished=functools.partial(_steps_left, output) if kind == "train" else str,
+            unfinished=functools.partial(steps_left, output) if kind == "train" else str,
         )
 
     def _program(self, kind: str) -> list[str]:
@@ -316,7 +316,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _steps_left(run: Path) -> str:
+def steps_left(run: Path) -> str:
     """Training that is asked to stop saves, and ends well."""
     if (newest := find_checkpoint(run / "checkpoints", "latest")) is None:
         return "it stopped before its first checkpoint"
