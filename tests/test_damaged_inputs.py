@@ -465,6 +465,15 @@ def test_a_checkpoint_of_another_shape_names_tensor_and_shapes(workspace, values
         assert ended.is_message and all(f"{key}: {value}, " in ended.text for key, value in values.items()), ended.text
 
 
+def test_weights_of_another_function_are_refused(workspace):
+    """Of the same shape, by another config.json; ``test_train_cli.py`` goes on with the key that allows it (slow)."""
+    with changed(workspace / "hf", keys(rms_norm_eps=1e-3)):
+        for command in ("train from checkpoint", "resume"):
+            ended = run(workspace, COMMANDS[command][0])
+            assert ended.is_message and "rms_norm_eps: 0.001 by hf, " in ended.text, ended.text
+            assert "model.allow_config_mismatch=[rms_norm_eps]" in ended.text, ended.text
+
+
 def of_megatron(checkpoint: Path) -> None:
     """Without what this package puts beside the weights."""
     shutil.rmtree(checkpoint / "hf")

@@ -177,7 +177,7 @@ def test_a_holder_that_lost_its_folder_ends(tmp_path):
     """It was stopped so long that another one believed it dead: it must not save over that one's checkpoints."""
     if (pid := os.fork()) == 0:
         with held(tmp_path):
-            time.sleep(60)
+            time.sleep(600)  # far longer than it takes to notice, on the busiest machine
         os._exit(9)
     path = tmp_path / LOCK_FILE
     while not path.exists() or not path.read_text():

@@ -297,12 +297,13 @@ def test_a_recipe_checks_the_tokenizer_of_the_weights(workspace, recipe, tmp_pat
     assert done.returncode == 2 and "made with tokenizer" in done.stderr
 
 
+@pytest.mark.slow  # five starts of processes; test_damaged_inputs.py has the refusals
 @pytest.mark.parametrize(
     ("values", "key"),
     [
         ({"rope_theta": 123456.0}, "rope_theta"),
-        pytest.param({"rms_norm_eps": 1e-3}, "rms_norm_eps", marks=pytest.mark.slow),
-        pytest.param({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling", marks=pytest.mark.slow),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling"),
     ],
 )
 def test_weights_of_another_function_are_refused(workspace, recipe, tmp_path, values, key):
