@@ -34,6 +34,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_gft.pack_layout import Block, PackLayout, VarlenIndex
 
@@ -83,32 +84,36 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, index: VarlenIndex, scale:
     return torch.cat(outputs)
 
 
-class _GatherRows(torch.autograd.Function):
-    """``rows[index]`` along the first dimension, whose gradient is summed in float32 and in the same order each time.
+class GatherRows(torch.autograd.Function):
+    """``rows[index]`` along the first dimension, whose gradient is summed in the same order each time, in ``dtype``.
 
-    K responses read the same prompt rows. ``index_select`` sums their gradients in half precision, by atomic adds.
+    Rows repeat: K responses read the same prompt. ``index_select`` sums their gradients by atomic adds on CUDA.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:
+    def forward(ctx, rows: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.count = len(rows)
+        ctx.count, ctx.dtype = len(rows), dtype
         return rows.index_select(0, index)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         (index,) = ctx.saved_tensors
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        total = grad.new_zeros((ctx.count, *grad.shape[1:]), dtype=dtype)
-        # with accumulate, CUDA sorts the indices instead of adding atomically
-        return total.index_put_((index,), grad.to(dtype), accumulate=True).to(grad.dtype), None
+        total = grad.new_zeros((ctx.count, *grad.shape[1:]), dtype=ctx.dtype)
+        if grad.is_cuda:  # with accumulate, CUDA sorts the indices; on a CPU it is index_add_ that keeps their order
+            total.index_put_((index,), grad.to(ctx.dtype), accumulate=True)
+        else:
+            total.index_add_(0, index, grad.to(ctx.dtype))
+        return total.to(grad.dtype), None, None
 
 
 def _gather_keys(k: Tensor, v: Tensor, index: VarlenIndex) -> tuple[Tensor, Tensor]:
     """Keys and values [K, g, d] in the order in which the entries of a pack read them."""
     if index.kv_index is None:
         return k, v
-    return _GatherRows.apply(k, index.kv_index), _GatherRows.apply(v, index.kv_index)
+    wide = torch.promote_types(k.dtype, torch.float32)  # half precision would lose small gradients of K responses
+    return GatherRows.apply(k, index.kv_index, wide), GatherRows.apply(v, index.kv_index, wide)
 
 
 def _rounded_up(longest: int) -> int:

@@ -6,7 +6,6 @@ GPU without Transformer Engine, and with it.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from typing import Any
 
@@ -29,12 +28,6 @@ from megatron_gft.hf.shape import DTYPES, ModelShape, transformer_config_kwargs
 
 # Megatron's names: TransformerConfig.fp8_recipe (0.16.1 to 0.19), all with the hybrid e4m3/e5m2 format.
 FP8_FORMAT = "hybrid"
-
-
-def known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Only the fields that this megatron-core version has, so that one list serves 0.16.1 to 0.19."""
-    known = {field.name for field in dataclasses.fields(cls)}
-    return {key: value for key, value in values.items() if key in known}
 
 
 def choose_backend(requested: str, precision: str) -> str:
@@ -109,8 +102,7 @@ def build_transformer_config(
         kwargs |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if model.fp8:
         kwargs |= {"fp8": FP8_FORMAT, "fp8_recipe": model.fp8}
-    kwargs |= extra
-    return TransformerConfig(**known_fields(TransformerConfig, kwargs))
+    return TransformerConfig(**kwargs | extra)
 
 
 def build_layer_spec(

@@ -25,8 +25,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.autograd.function import once_differentiable
 
+from megatron_gft.attention import GatherRows
 from megatron_gft.backend import build_layer_spec, build_transformer_config, choose_backend
 from megatron_gft.config import ModelConfig, ObjectiveConfig, ParallelConfig
 from megatron_gft.gft import RowFacts, row_weights
@@ -108,7 +108,7 @@ class GFTOutputLayer(ColumnParallelLinear):
         """
         if self.sequence_parallel:
             input_ = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
-        return _SelectRows.apply(input_[:, 0], loss_rows)
+        return GatherRows.apply(input_[:, 0], loss_rows, input_.dtype)
 
     def _unfused_loss(
         self,
@@ -140,29 +140,6 @@ class GFTOutputLayer(ColumnParallelLinear):
         logprobs = -vocab_parallel_cross_entropy(logits[:, None], labels[:, None])[:, 0]
         weights = row_weights(logprobs, token_weights, settings, facts)
         return -(weights * logprobs).sum(), logprobs.detach(), entropy
-
-
-class _SelectRows(torch.autograd.Function):
-    """``input[rows]`` whose backward adds repeated rows in a fixed order, so that runs repeat bit for bit.
-
-    ``index_add_`` is sequential on the CPU but atomic on CUDA; accumulating ``index_put_`` is the reverse (it
-    sorts on CUDA).
-    """
-
-    @staticmethod
-    def forward(ctx, input_, rows):
-        ctx.save_for_backward(rows)
-        ctx.input_shape = input_.shape
-        return input_.index_select(0, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (rows,) = ctx.saved_tensors
-        total = grad.new_zeros(ctx.input_shape)
-        if grad.is_cuda:
-            return total.index_put_((rows,), grad, accumulate=True), None
-        return total.index_add_(0, rows, grad), None
 
 
 @dataclass

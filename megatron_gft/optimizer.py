@@ -23,7 +23,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import local_multi_tensor_l2_norm
 from torch.nn.utils import get_total_norm
 
-from megatron_gft.backend import known_fields
 from megatron_gft.config import OptimizerConfig
 from megatron_gft.errors import InputError
 
@@ -36,15 +35,14 @@ def wrap_data_parallel(
     Gradients are summed, not averaged: ``calculate_per_token_loss`` divides them once by the step's
     denominator (``finalize_model_grads``).
     """
-    settings = {
-        "use_distributed_optimizer": optimizer.distributed,
-        "overlap_grad_reduce": optimizer.overlap_grad_reduce,
-        "overlap_param_gather": optimizer.overlap_param_gather,
-        "grad_reduce_in_fp32": optimizer.grad_reduce_in_fp32,
-        "average_in_collective": False,
-        "check_for_nan_in_grad": False,  # ours names the group ids and keeps the microbatch
-    }
-    ddp_config = DistributedDataParallelConfig(**known_fields(DistributedDataParallelConfig, settings))
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        overlap_param_gather=optimizer.overlap_param_gather,
+        grad_reduce_in_fp32=optimizer.grad_reduce_in_fp32,
+        average_in_collective=False,
+        check_for_nan_in_grad=False,  # ours names the group ids and keeps the microbatch
+    )
     # Later chunks do not bucket: their gradients are reduced while the first chunk still runs backward.
     wrapped = [
         DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=index > 0)
@@ -63,21 +61,20 @@ def build_optimizer(
     chunks: list[DistributedDataParallel], optimizer: OptimizerConfig, *, bf16: bool, use_gloo: bool = True
 ) -> MegatronOptimizer:
     """Megatron's Adam(W) over the chunks. Weight decay leaves out biases and one-dimensional weights (norms)."""
-    settings = {
-        "optimizer": "adam",
-        "lr": optimizer.lr,
-        "min_lr": optimizer.min_lr,
-        "weight_decay": optimizer.weight_decay,
-        "adam_beta1": optimizer.beta1,
-        "adam_beta2": optimizer.beta2,
-        "adam_eps": optimizer.eps,
-        "clip_grad": optimizer.clip_grad,
-        "bf16": bf16,
-        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
-        "use_distributed_optimizer": optimizer.distributed,
-        "overlap_param_gather": optimizer.overlap_param_gather,
-    }
-    config = MegatronOptimizerConfig(**known_fields(MegatronOptimizerConfig, settings))
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_param_gather=optimizer.overlap_param_gather,
+    )
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:  # without Transformer Engine: it reads each norm
         clip_grads.l2_norm_impl = _norm_on_device
     built = get_megatron_optimizer(config, chunks, use_gloo_process_groups=use_gloo)

@@ -15,10 +15,10 @@ from ranks import run_ranks
 
 from megatron_gft.attention import (
     CoreAttention,
+    GatherRows,
     PackLayout,
     RMSNorm,
     TECoreAttention,
-    _GatherRows,
     flash_attention,
     masked_attention,
 )
@@ -220,13 +220,13 @@ def test_prompt_rows_sum_their_gradients_in_float32():
     index = torch.arange(3).repeat(64)
     rows = torch.randn(3, 2, 8).bfloat16().requires_grad_()
     grad = (torch.randn(192, 2, 8) + 1).bfloat16()
-    gathered = _GatherRows.apply(rows, index)
+    gathered = GatherRows.apply(rows, index, torch.float32)
     assert torch.equal(gathered, rows[index])
     gathered.backward(grad)
     expected = torch.zeros(3, 2, 8, dtype=torch.float64).index_add_(0, index, grad.double())
     assert torch.equal(rows.grad, expected.bfloat16())
     twin = rows.detach().double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: _GatherRows.apply(x, index), twin)
+    assert torch.autograd.gradcheck(lambda x: GatherRows.apply(x, index, torch.float64), twin)
 
 
 def test_bf16_stays_near_fp32():
