@@ -7,7 +7,7 @@ import pytest
 from ranks import run_ranks
 
 from tools.bench import data, head, packing, start_up, step
-from tools.bench.timing import lockstep_seconds, summary
+from tools.bench.timing import summary
 from tools.bench.workbench import StepShape
 
 TINY = StepShape(
@@ -44,7 +44,6 @@ def alone(function, *args, **options):
     ("name", "contestant"),
     [
         ("step_ratio", "gft"),
-        ("dead_groups", "half_dead"),
         ("objective_ratios", "grpo with anchor"),
         ("logprob_throughput", "step"),
     ],
@@ -57,9 +56,6 @@ def test_ratios_are_reported_with_their_spread(name, contestant):
     if name == "logprob_throughput":
         rates = result["tokens_per_second"]
         assert rates["forward"] > rates["step"] > 0 and result["speedup"] > 1
-    if name == "dead_groups":
-        assert result["rows_half_dead"] * 2 == result["rows_all_live"]
-        assert result["gradient_error"] <= 1e-6
 
 
 def test_shared_prefix_reports_speed_against_the_formula_and_the_same_gradient():
@@ -119,17 +115,6 @@ def test_both_ways_write_the_same_tokens_of_flat_text(tmp_path):
     assert grouped["token_ratio"] < 0.8
 
 
-def test_workers_are_compared_with_processes_apart():
-    result = data.bench_preprocess_workers(groups=6, repeats=2)
-    assert result["workers"] == 2 and result["wall_seconds"].keys() == {"one", "several", "apart"}
-    assert result["speed_up"] > 0 and result["ceiling"] > 0
-
-
-def test_reading_is_measured_through_every_layer():
-    reading = data.bench_shard_reading(groups=60, responses=2, mean_length=10)
-    assert reading["groups_per_cpu_second"].keys() == {"shard", "dataset", "table of 128 groups"}
-
-
 # --- starting, and timing itself ------------------------------------------------------------------------------------
 
 
@@ -144,19 +129,6 @@ def test_help_of_every_tool_is_quick_and_a_first_row_is_timed():
 def test_a_tool_that_fails_is_not_timed():
     with pytest.raises(RuntimeError, match=r"plot_run\.py --unknown: failed with status"):
         start_up._measure(["plot_run.py", "--unknown"])
-
-
-def test_lockstep_takes_turns_until_both_have_ended():
-    turns = []
-
-    def run(name, steps):
-        for _ in range(steps):
-            turns.append(name)
-            yield
-
-    durations = lockstep_seconds({"a": lambda: run("a", 3), "b": lambda: run("b", 1)}, repeats=2, warmup=1)
-    assert turns == ["b", "a", "a", "a"] * 3
-    assert all(len(values) == 2 and min(values) > 0 for values in durations.values())
 
 
 def test_summary_pairs_the_rounds():

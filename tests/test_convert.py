@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from ranks import run_ranks
 from te_shaped import SPECS, build_rank
-from tiny_models import MODELS, MOE_MODELS, assert_same_tensors, build_gpt, hf_tensors, world_size
+from tiny_models import MODELS, MOE_MODELS, assert_same_tensors, build_gpt, hf_tensors, world_size, write_large_model
 
 from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
 from megatron_gft.checkpoints.torch_dist import prefetch
@@ -30,7 +30,6 @@ from megatron_gft.hf.files import read_source_record
 from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.tokenizer import tokenizer_fingerprint
 from tools import convert_checkpoint
-from tools.bench.convert import write_synthetic_model
 
 SHARD_BYTES = 300_000
 
@@ -262,12 +261,12 @@ def test_prefetch_raises_in_the_consumer_and_stops_when_left():
 MEASURE = """
 import json, sys
 from transformers import AutoTokenizer, LlamaConfig  # loaded lazily, with torch._dynamo (and triton) behind them
-from tools.bench.convert import PeakMemory
+from tools.bench.head import peak, reset_peak
 from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 convert = {"hf_to_megatron": hf_to_megatron, "megatron_to_hf": megatron_to_hf}[sys.argv[1]]
-with PeakMemory() as memory:
-    convert(sys.argv[2], sys.argv[3])
-print(json.dumps(memory.peak))
+before = reset_peak()
+convert(sys.argv[2], sys.argv[3])
+print(json.dumps(peak() - before))
 """
 
 
@@ -281,7 +280,7 @@ def peak_memory(direction, source, output):
 @pytest.mark.slow  # half a gigabyte through processes of their own; chunks are asserted elsewhere
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """Largest tensor 25 MB, model 0.45 GB: in both directions the peak is far below the model's size."""
-    folder = write_synthetic_model(tmp_path / "hf", total_bytes=450 * 10**6)
+    folder = write_large_model(tmp_path / "hf")
     largest = max(info.num_bytes for info in safetensors_io.SafetensorsFolder(folder).tensors.values())
     assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) > 4e8 and largest < 3e7
     bound = 3 * largest + 256 * 2**20  # the goal allows 1 GiB

@@ -7,9 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from megatron_gft.errors import InputError
 from tools import gpu_check
 
 TOOL = Path(gpu_check.__file__)
@@ -83,13 +80,12 @@ def wheel(folder, name, content):
         file.writestr(f"{name}-1.0.dist-info/RECORD", "")
 
 
-def test_what_is_missing_comes_from_wheels_or_is_named(tmp_path, monkeypatch):
+def test_what_is_missing_comes_from_wheels_or_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(gpu_check, "NEEDED", {"lost_one": "lost-one", "yaml": "pyyaml", "liger_kernel": "liger-kernel"})
-    (tmp_path / "site").mkdir()
-    with pytest.raises(InputError, match=r"cannot import lost-one -> WHEELS=DIR"):
-        gpu_check.install_missing(None, str(tmp_path / "site"))
     wheel(tmp_path, "lost_one", "value = 7")
-    wheel(tmp_path, "pyyaml", "value = 8")  # there already: never replaced
-    gpu_check.install_missing(tmp_path, str(tmp_path / "site"))
-    assert __import__("lost_one").value == 7 and not (tmp_path / "site" / "pyyaml.py").exists()
+    wheel(tmp_path, "yaml", "value = 8")  # there already: it stays in use
+    gpu_check.install(tmp_path, str(tmp_path / "site"))
+    assert __import__("lost_one").value == 7 and not hasattr(__import__("yaml"), "value")
+    monkeypatch.setattr(gpu_check, "_check", lambda options: __import__("lost_two"))
+    assert gpu_check.main([]) == 2
+    assert "No module named 'lost_two' -> WHEELS=DIR" in capsys.readouterr().err

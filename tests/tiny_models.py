@@ -19,12 +19,19 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_gft.attention import RMSNorm
 from megatron_gft.conversion.convert import megatron_to_hf
-from megatron_gft.hf.shape import ModelShape, gpt_model_kwargs, padded_vocab_size, transformer_config_kwargs
+from megatron_gft.hf.mapping import HfMapping
+from megatron_gft.hf.shape import (
+    ModelShape,
+    gpt_model_kwargs,
+    model_shape_from_config,
+    padded_vocab_size,
+    transformer_config_kwargs,
+)
 from megatron_gft.parallel import Parallel, seed_everything
 
 VOCAB_SIZE = 503  # odd: padded at every layout
@@ -123,6 +130,19 @@ def write_tiny_model(
     if style == "tf4":
         path = folder / "config.json"
         path.write_text(json.dumps(to_transformers4_style(json.loads(path.read_text())), indent=2))
+    return folder
+
+
+def write_large_model(folder: Path) -> Path:
+    """A random Llama in bfloat16 of half a gigabyte, whose largest tensors have 25 MB; returns the folder."""
+    large = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 5, "num_attention_heads": 16}
+    config = {**_COMMON, **large, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4000}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = HfMapping(model_shape_from_config(config, "large")).hf_shapes
+    # random bits in an exponent range without NaN: several times faster than normal numbers
+    bits = {name: torch.randint(-(2**15), 2**15, shape, dtype=torch.int16) & -16385 for name, shape in shapes.items()}
+    save_file({name: value.view(torch.bfloat16) for name, value in bits.items()}, folder / "model.safetensors")
     return folder
 
 

@@ -2,14 +2,10 @@
 """One call on one GPU: is what it computes right, how fast is it, where does it wait? One process, at most 7 minutes,
 this machine's own Python and torch. Every part stands by itself; a table and a JSON file come out whatever fails."""
 
-from __future__ import annotations
-
 import argparse
-import contextlib
 import faulthandler
 import gc
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -29,35 +25,14 @@ from megatron_gft.atomic import write_json
 from megatron_gft.errors import InputError, command
 
 STARTED = time.monotonic()
-# Modules that the check needs beside torch, and the package that brings each; Liger is measured where it is there.
-MODULES = "annotated_types numpy packaging psutil pydantic pydantic_core safetensors tqdm triton typing_inspection"
-NEEDED = {name: name.replace("_", "-") for name in [*MODULES.split(), "liger_kernel"]}
-NEEDED |= {"megatron.core": "megatron-core", "yaml": "pyyaml"}
 
 
-def install_missing(wheels: Path | None, folder: str) -> None:
-    """Put what cannot be imported into ``folder``, from a folder of wheels and nowhere else.
-
-    Raises:
-        InputError: something is missing and there is no wheel of it.
-    """
-    missing = [package for module, package in NEEDED.items() if not _importable(module)]
-    there = {path.name.split("-")[0].lower() for path in wheels.glob("*.whl")} if wheels else set()
-    found = [package for package in missing if package.replace("-", "_") in there]
-    if lost := [package for package in missing if package not in (*found, "liger-kernel")]:
-        need = f"cannot import {', '.join(lost)} -> WHEELS=DIR with wheels of them"
-        raise InputError(f"{sys.executable} ({sys.version.split()[0]}): {need}, or set PYTHON to one that can")
-    if found:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-        subprocess.run([*pip, "--find-links", str(wheels), "--target", folder, *found], check=True)
-        sys.path.insert(0, folder)
-        importlib.invalidate_caches()
-
-
-def _importable(module: str) -> bool:
-    with contextlib.suppress(ModuleNotFoundError):
-        return importlib.util.find_spec(module) is not None
-    return False
+def install(wheels: Path, folder: str) -> None:
+    """Put a folder of wheels into ``folder``, where Python looks last: what is installed already stays in use."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, "--target", folder, *map(str, wheels.glob("*.whl"))], check=True)
+    sys.path.append(folder)
+    importlib.invalidate_caches()
 
 
 def leaves(result: Any, place: str = "") -> Iterator[tuple[str, float]]:
@@ -128,8 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU: every part with tiny sizes, to try the check")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        install_missing(options.wheels, folder)
-        return _check(options)
+        if options.wheels:
+            install(options.wheels, folder)
+        try:
+            return _check(options)
+        except ModuleNotFoundError as error:
+            need = f"{error} -> WHEELS=DIR with wheels of what is missing, or set PYTHON to one that has it"
+            raise InputError(f"{sys.executable} ({sys.version.split()[0]}): {need}") from None
 
 
 def _check(options: argparse.Namespace) -> int:

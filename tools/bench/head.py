@@ -1,10 +1,7 @@
 """Measurements of the fused head as ratios: against its three GEMMs, Megatron's cross entropies, and torch's.
 
-Every function returns a JSON-able dict and picks the device itself. Run as a module it is the fresh process in
-which :func:`head_memory` measures one variant.
+Run as a module it is the fresh process in which :func:`head_memory` measures one variant.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """The head's Triton kernels compiled for an H100 or H200 (sm_90): registers, spills, width of loads. Needs no GPU."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

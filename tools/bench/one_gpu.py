@@ -3,8 +3,6 @@
 On a CPU each runs with tiny sizes and proves only itself. Results are JSON-able; ``GOALS`` are of a GPU.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections import Counter
@@ -55,8 +53,7 @@ def waits() -> dict[str, Any]:
         microbatches = len(prepared[0])
 
         def run() -> None:
-            bench.forward_backward(prepared.pop(), batch.denominator)
-            bench.update()
+            bench.step(prepared.pop(), batch.denominator)
 
         run()
         warn = torch.cuda.set_sync_debug_mode if ON_GPU else str

@@ -1,7 +1,5 @@
 """What the planner costs and reaches. CPU times are process times, so that other load counts less."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any

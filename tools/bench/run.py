@@ -1,7 +1,5 @@
 """Measure what this project claims, as ratios within one run; device chosen automatically; JSON out."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json
@@ -24,13 +22,9 @@ BENCHMARKS = {
     "step_ratio": "tools.bench.step:step_ratio",
     "objective_ratios": "tools.bench.step:objective_ratios",
     "logprob_throughput": "tools.bench.step:logprob_throughput",
-    "dead_groups": "tools.bench.step:dead_groups",
     "shared_prefix_step": "tools.bench.step:shared_prefix_step",
     "padded_batches": "tools.bench.step:padded_batches",
     "preprocess": "tools.bench.data:bench_preprocess",
-    "preprocess_workers": "tools.bench.data:bench_preprocess_workers",
-    "shard_reading": "tools.bench.data:bench_shard_reading",
-    "conversion": "tools.bench.convert:measure_conversion",
     "start_up": "tools.bench.start_up:start_up",
 }
 

@@ -1,7 +1,5 @@
 """What a user waits for before anything happens: ``--help`` of every tool, and preprocessing of a few rows."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

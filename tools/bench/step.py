@@ -1,10 +1,7 @@
-"""Measurements of whole steps as ratios: GFT against SFT, dead groups, shared prompts, padded batches.
+"""Measurements of whole steps as ratios: GFT against SFT, shared prompts, padded batches.
 
-Every function runs the trainer's own parts (plan, packs, model under Megatron's DDP, optimizer) on one rank, picks
-the device itself and returns a JSON-able dict. Contestants take turns within one run (``bench/timing.py``).
+Every function runs the trainer's own parts (plan, packs, model under Megatron's DDP, optimizer) on one rank.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -53,11 +50,8 @@ def step_ratio(shape: StepShape | None = None, *, pairs: int = PAIRS) -> dict[st
         packs, batch = bench.packs(RandomGroups.equal(shape))
         plain = [dataclasses.replace(pack, token_weights=torch.ones_like(pack.token_weights)) for pack in packs]
 
-        def step(rows: list[Pack], coefficient: str) -> None:
-            bench.forward_backward(rows, batch.denominator, coefficient)
-            bench.update()
-
-        runs = {"sft": partial(step, plain, "none"), "gft": partial(step, packs, "rectified")}
+        runs = {"sft": partial(bench.step, plain, batch.denominator, "none")}
+        runs["gft"] = partial(bench.step, packs, batch.denominator)
         runs["gft"]()
         held, static = peak() - before, static_memory(bench.chunks, bench.optimizer)
         planned = static.total + estimate_activations(bench.config, bench.model_shape, 0, static, len(packs)).total
@@ -106,15 +100,11 @@ def objective_ratios(shape: StepShape | None = None, *, pairs: int = 15) -> dict
         packs, batch = bench.packs(RandomGroups.equal(shape))
         plain = [dataclasses.replace(pack, token_weights=torch.ones_like(pack.token_weights)) for pack in packs]
 
-        def step(rows: list[Pack], coefficient: str | tuple[str | None, ...]) -> None:
-            bench.forward_backward(rows, batch.denominator, coefficient)
-            bench.update()
-
-        runs = {"sft": partial(step, plain, "none")}
+        runs = {"sft": partial(bench.step, plain, batch.denominator, "none")}
         for name, reads in OBJECTIVE_RUNS.items():
             rows = [_with_logprobs(pack, shape.vocab, reads) for pack in packs]
             preset = OBJECTIVES[name.split()[0]]
-            runs[name] = partial(step, rows, by_source(preset.coefficient))
+            runs[name] = partial(bench.step, rows, batch.denominator, by_source(preset.coefficient))
         durations = interleaved_seconds(runs, repeats=pairs)
     return {"shape": dataclasses.asdict(shape), "pairs": pairs, **summary(durations, "sft")}
 
@@ -137,10 +127,6 @@ def logprob_throughput(shape: StepShape | None = None, *, pairs: int = 15) -> di
         tokens = int(starts[-1])
         runner = LogprobRunner(bench.chunks, bench.parallel)
 
-        def step() -> None:
-            bench.forward_backward(packs, batch.denominator)
-            bench.update()
-
         def forward() -> None:
             for chunk in bench.chunks:
                 chunk.eval()
@@ -149,6 +135,7 @@ def logprob_throughput(shape: StepShape | None = None, *, pairs: int = 15) -> di
             for chunk in bench.chunks:
                 chunk.train()
 
+        step = partial(bench.step, packs, batch.denominator)
         durations = interleaved_seconds({"forward": forward, "step": step}, repeats=pairs)
     result = summary(durations, "forward")
     rates = {name: tokens / result[name]["seconds_median"] for name in durations}
@@ -161,47 +148,6 @@ def _with_logprobs(pack: Pack, vocab: int, reads: int) -> Pack:
     sampled, reference = (torch.randn_like(pack.token_weights) * 0.2 - np.log(vocab) for _ in range(2))
     anchor = {"reference_logprobs": reference, "anchor_weights": torch.ones_like(reference)} if reads > 1 else {}
     return dataclasses.replace(pack, sampled_logprobs=sampled if reads else None, **anchor)
-
-
-def dead_groups(shape: StepShape | None = None, *, pairs: int = 5) -> dict[str, Any]:
-    """Forward and backward with half of the groups at zero variance, over the same step with all groups live.
-
-    ``gradient_error`` compares with running the dead groups at weight 0. Goal: ratio at most 0.55; 0.5 is the limit.
-    """
-    shape = shape or default_shape()
-    with single_rank():
-        bench = Workbench(shape)
-        live, half = RandomGroups.equal(shape), RandomGroups.equal(shape, dead=shape.groups // 2)
-        packs, batch = bench.packs(live)
-        half_packs, half_batch = bench.packs(half)
-        places = torch.from_numpy(np.repeat(batch.groups < half.dead, shape.responses))
-        naive = [
-            dataclasses.replace(pack, token_weights=pack.token_weights.masked_fill(_rows_of(places, pack), 0.0))
-            for pack in packs
-        ]
-        bench.forward_backward(naive, batch.denominator)
-        expected = bench.gradients()
-        bench.forward_backward(half_packs, half_batch.denominator)
-        error = relative_error(bench.gradients(), expected)
-        durations = interleaved_seconds(
-            {
-                "all_live": partial(bench.forward_backward, packs, batch.denominator),
-                "half_dead": partial(bench.forward_backward, half_packs, half_batch.denominator),
-            },
-            repeats=pairs,
-        )
-    return {
-        "shape": dataclasses.asdict(shape),
-        "rows_all_live": sum(len(pack.tokens) for pack in packs),
-        "rows_half_dead": sum(len(pack.tokens) for pack in half_packs),
-        "gradient_error": error,
-        **summary(durations, "all_live"),
-    }
-
-
-def _rows_of(responses: torch.Tensor, pack: Pack) -> torch.Tensor:
-    """Which loss rows of a pack belong to the responses that are marked."""
-    return responses.to(pack.response_index.device)[pack.response_index.long()]
 
 
 def shared_prefix_step(

@@ -3,14 +3,11 @@
 Seconds are process CPU time without CUDA (other processes do not count) and CUDA events with it.
 """
 
-from __future__ import annotations
-
-import functools
 import importlib.metadata
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +58,8 @@ def seconds(run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def wall_seconds(run: Callable[[], Any]) -> float:
-    """Duration of one call that is worked on by several processes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def interleaved_seconds(
-    runs: Mapping[str, Callable[[], Any]],
-    *,
-    repeats: int = 7,
-    warmup: int = 1,
-    measure: Callable[[Callable[[], Any]], float] = seconds,
+    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 7, warmup: int = 1
 ) -> dict[str, list[float]]:
     """Durations of every run, ``repeats`` rounds in which each run has one turn, after ``warmup`` rounds.
 
@@ -82,40 +68,10 @@ def interleaved_seconds(
     durations: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(warmup + repeats):
         for name in list(runs) if round_number % 2 else reversed(list(runs)):
-            taken = measure(runs[name])
+            taken = seconds(runs[name])
             if round_number >= warmup:
                 durations[name].append(taken)
     return durations
-
-
-def lockstep_seconds(
-    runs: Mapping[str, Callable[[], Iterator[Any]]], *, repeats: int = 7, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Durations of runs that advance in turns, one ``next`` each, until all have ended; otherwise as above.
-
-    For runs of many like pieces: a machine that is slow for a tenth of a second is slow for all of them.
-    """
-    durations: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(warmup + repeats):
-        taken = dict.fromkeys(runs, 0.0)
-        waiting = {name: run() for name, run in runs.items()}
-        turn = 0
-        while waiting:
-            for name in list(waiting) if turn % 2 else reversed(list(waiting)):
-                taken[name] += seconds(functools.partial(_advance, waiting, name))
-            turn += 1
-        if round_number >= warmup:
-            for name in runs:
-                durations[name].append(taken[name])
-    return durations
-
-
-def _advance(waiting: dict[str, Iterator[Any]], name: str) -> None:
-    """One step of one run; takes it out when it has ended."""
-    try:
-        next(waiting[name])
-    except StopIteration:
-        del waiting[name]
 
 
 def summary(durations: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:

@@ -7,8 +7,6 @@ its rows swapped, a tuple with its ends swapped).
 ``tools/measure_verifier.py`` prints the table.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import re

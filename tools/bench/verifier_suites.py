@@ -5,8 +5,6 @@ huggingface/Math-Verify, MARIO-Math-Reasoning/MARIO_EVAL, NVIDIA/NeMo-Skills, vo
 rllm-org/rllm. ``tools/measure_suites.py`` prints the table; docs/verifiers.md says what it means.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import importlib.util

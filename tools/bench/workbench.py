@@ -1,11 +1,9 @@
 """What whole-step measurements run on: a model's sizes, random groups, and the trainer's parts on one rank."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -83,29 +81,28 @@ def default_shape() -> StepShape:
 
 
 class RandomGroups:
-    """Random tokens in groups of the given lengths; the first ``dead`` groups have equal rewards."""
+    """Random tokens in groups of the given lengths."""
 
     fingerprint = "bench"
 
-    def __init__(self, lengths: Sequence[GroupLengths], vocab: int, dead: int = 0):
+    def __init__(self, lengths: Sequence[GroupLengths], vocab: int):
         rng = np.random.default_rng(0)
-        self.lengths, self.dead = lengths, dead
+        self.lengths = lengths
         self.prompts = [rng.integers(0, vocab, group.prompt) for group in lengths]
         self.responses = [[rng.integers(0, vocab, n) for n in group.responses] for group in lengths]
 
     @classmethod
-    def equal(cls, shape: StepShape, dead: int = 0) -> RandomGroups:
+    def equal(cls, shape: StepShape) -> Self:
         """The groups of ``shape``."""
         group = GroupLengths(shape.prompt, (shape.response,) * shape.responses)
-        return cls([group] * shape.groups, shape.vocab, dead)
+        return cls([group] * shape.groups, shape.vocab)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def rewards(self, index: int) -> np.ndarray:
-        """1 and 0 in turns, or all 1."""
-        alternating = (np.arange(len(self.responses[index])) % 2 == 0).astype(np.float32)
-        return np.ones_like(alternating) if index < self.dead else alternating
+        """1 and 0 in turns."""
+        return (np.arange(len(self.responses[index])) % 2 == 0).astype(np.float32)
 
     def sources(self, index: int) -> np.ndarray:
         """Expert, teacher, then the model's own."""
@@ -172,6 +169,13 @@ class Workbench:
         norm = reduce_gradients(self.optimizer)
         apply_gradients(self.optimizer, norm, self.config.optimizer.clip_grad)
         return norm
+
+    def step(
+        self, packs: list[Pack], denominator: int, coefficient: str | tuple[str | None, ...] = "rectified"
+    ) -> None:
+        """Gradients and update."""
+        self.forward_backward(packs, denominator, coefficient)
+        self.update()
 
     def gradients(self) -> torch.Tensor:
         """All gradients, flat, on their device; float64 on a CPU."""
