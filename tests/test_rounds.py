@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,26 +92,14 @@ def popen(program: Sequence[str], **options: Any) -> Forked | subprocess.Popen:
 
 class Forked:
     def __init__(self, program: Sequence[str], stdout: int, env: Mapping[str, str], **_: object):
+        def run() -> None:
+            os.environ.update(env)
+            sys.argv = program[2:] if program[1] == "-m" else program[1:]
+            kind = runpy.run_module if program[1] == "-m" else runpy.run_path
+            kind(sys.argv[0], run_name="__main__")
+
         self.returncode: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 70
-            try:
-                os.dup2(stdout, 1)
-                os.dup2(stdout, 2)
-                sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
-                os.environ.update(env)
-                sys.argv = program[2:] if program[1] == "-m" else program[1:]
-                kind = runpy.run_module if program[1] == "-m" else runpy.run_path
-                kind(sys.argv[0], run_name="__main__")
-            except SystemExit as end:
-                code = int(end.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+        self.pid = tool_runs.forked(run, stdout)
 
     def poll(self) -> int | None:
         return self.returncode
@@ -125,24 +112,16 @@ class Forked:
 
 def start(folder: Path, *arguments: str) -> int:
     """The command in a process group of its own, in ``folder``; its pid."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setsid()
-            os.chdir(folder)
-            log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-                os.environ.pop(name, None)
-            driver.write_report = lambda *_: ""  # seconds
-            stages.subprocess = types.SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)
-            os._exit(command.main(["--config", "rounds.yaml", *arguments]))
-        finally:
-            traceback.print_exc()
-            os._exit(70)
-    return pid
+
+    def run() -> int:
+        os.setsid()
+        os.chdir(folder)
+        driver.write_report = lambda *_: ""  # seconds
+        stages.subprocess = types.SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL)
+        return command.main(["--config", "rounds.yaml", *arguments])
+
+    with open(folder / "log", "ab") as log:
+        return tool_runs.forked(run, log.fileno())
 
 
 def finish(folder: Path, *arguments: str) -> None:

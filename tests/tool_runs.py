@@ -11,9 +11,9 @@ import importlib
 import importlib.util
 import os
 import sys
-import time
+import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,36 +65,38 @@ def main_of(tool: str) -> Callable[..., int]:
 def run(folder: Path, tool: str, *arguments: str, seconds: float = 120, as_nobody: bool = False) -> Ended:
     """:func:`main_of` ``tool`` with these arguments and with ``folder`` as the working directory."""
     main = main_of(tool)
-    log = folder.parent / f".{folder.name}.{os.getpid()}.{time.monotonic_ns()}"
-    log.touch()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        _child(main, arguments, folder, log, seconds, as_nobody)
-    status = os.waitpid(pid, 0)[1]
-    text = log.read_text(encoding="utf-8", errors="replace")
-    log.unlink()
-    return Ended(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None, text)
 
-
-def _child(main, arguments: Sequence[str], folder: Path, log: Path, seconds: float, as_nobody: bool) -> None:
-    code = 70
-    try:
-        output = os.open(log, os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(output, stream)
-        sys.stdin = open(os.devnull)
-        sys.stdout, sys.stderr = (os.fdopen(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
+    def child() -> int:
         faulthandler.dump_traceback_later(seconds, exit=True)
         os.chdir(folder)
         if as_nobody and os.geteuid() == 0:
             os.seteuid(UNREADABLE_FOR)
         if main.__module__.endswith((".plan", "recipe_tables.py")):
             cpu._installed.clear()  # planning puts a redirection to "meta" upon the one to the CPU
+        return main(list(arguments))
+
+    with tempfile.TemporaryFile() as log:
+        status = os.waitpid(forked(child, log.fileno()), 0)[1]
+        log.seek(0)
+        text = log.read().decode(errors="replace")
+    return Ended(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else None, text)
+
+
+def forked(function: Callable[[], int | None], output: int) -> int:
+    """Call ``function`` in a fork that prints to the descriptor ``output`` and exits with what it returns; its pid."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if pid := os.fork():
+        return pid
+    code = 70
+    try:
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        sys.stdin = open(os.devnull)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", encoding="utf-8", closefd=False) for stream in (1, 2))
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             os.environ.pop(name, None)
-        code = main(list(arguments)) or 0
+        code = function() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 2
     except BaseException:
