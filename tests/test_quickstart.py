@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT / "examples" / "quickstart"))
 import report  # noqa: E402
 import run  # noqa: E402
 import smollm2  # noqa: E402
-import split_rows  # noqa: E402
 import word_problems  # noqa: E402
 
 from megatron_gft.config import load_config  # noqa: E402
@@ -86,7 +85,7 @@ def write_rows(path: Path, count: int) -> Path:
 def test_rows_of_a_file_are_split_without_overlap(tmp_path, name):
     path = write_rows(tmp_path / name, 30)
     tail = ["--train", "20", "--held-out", "10", "--seed", "4"]
-    assert split_rows.main(["--input", str(path), "--output", str(tmp_path / "out"), *tail]) == 0
+    assert word_problems.main(["--input", str(path), "--output", str(tmp_path / "out"), *tail]) == 0
     sets = [(tmp_path / "out" / f"{side}.jsonl").read_text().splitlines() for side in ("train", "held_out")]
     assert [len(rows) for rows in sets] == [20, 10]
     rows = [json.loads(row) for rows in sets for row in rows]
@@ -95,14 +94,14 @@ def test_rows_of_a_file_are_split_without_overlap(tmp_path, name):
         n = int(re.findall(r"\d+", row["question"])[0])
         assert row["solution"] == f"{n} + 1 = {n + 1}\nThe answer is {n + 1}." and row["answer"] == str(n + 1)
     with pytest.raises(InputError, match="the file has 30 different problems"):
-        split_rows.draw(split_rows.read_rows(path), 21, 10, seed=4)
+        word_problems.draw(word_problems.read_rows(path), 21, 10, seed=4)
 
 
 def test_rows_without_a_checkable_answer_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?", "answer": "four"}\n')
     with pytest.raises(InputError, match=r"rows\.jsonl:2.*#### 42"):
-        split_rows.read_rows(path)
+        word_problems.read_rows(path)
 
 
 # --- stages ------------------------------------------------------------------------------------------------------
@@ -317,7 +316,7 @@ def test_the_settings_load_and_every_command_is_there(tmp_path, monkeypatch, cap
     printed = capsys.readouterr().out
     names = "model problems 00-evaluate 01-generate 01-score 01-preprocess 01-train 01-export 01-evaluate".split()
     assert re.findall(r"\[\d/9\] (\S+)", printed) == names
-    assert (f"split_rows.py --input {rows}" if data else "word_problems.py --output") in printed
+    assert (f"word_problems.py --input {rows}" if data else "word_problems.py --output") in printed
     assert ("--train 36 --held-out 40" if data else "--train 48 --held-out 100") in printed
     assert "objective=sft" in printed and "--nproc-per-node 2" in printed and "k=2" in printed
     for script in re.findall(r"(?:examples|tools)/\S+\.py", printed):

@@ -3,8 +3,6 @@
 Every model answers the same problems, so a change has an interval of its own, from the differences problem by problem.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import re

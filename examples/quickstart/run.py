@@ -5,8 +5,6 @@ of both with the model before. Every stage is a command that can be copied. A st
 the same command continues after an interruption, and changed settings run what depends on them.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

