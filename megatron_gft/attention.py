@@ -4,8 +4,7 @@ Why our own: a shared-prefix pack holds the prompt of a group once and lets ever
 of Megatron-Core's attention modules express; and Megatron's own module without Transformer Engine takes neither
 packs nor context parallelism. The layer around it (projections, RoPE, tensor parallelism, recompute) is Megatron's.
 
-The idea that carries all cases is in ``pack_layout.py``: queries see ``[prefix; own rows]``, causal, aligned to the
-bottom right, and context parallelism only makes the own rows fewer once keys and values were all-gathered over the
+The idea that carries all cases is in ``pack_layout.py``. Keys and values are all-gathered over the context-parallel
 group (as Llama 3 was trained: arXiv 2407.21783, section 3.3.2). So sharing and context parallelism are exact, alone
 and together, and a backend only needs variable-length attention with unequal query and key lengths:
 
@@ -16,8 +15,6 @@ and together, and a backend only needs variable-length attention with unequal qu
 
 Shapes: T rows of a pack on this rank, h query heads, g key-value heads (g divides h), d channels a head.
 """
-
-from __future__ import annotations
 
 import copy
 import math
@@ -206,10 +203,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class CoreAttention(MegatronModule):
-    """Core attention on torch alone, CPU or GPU; see the module docstring for which kernel runs when.
+    """Core attention on torch alone, CPU or GPU; the constructor is the one that Megatron's layer specs call.
 
-    The constructor is the one that Megatron's layer specs call. Self-attention, causal, without dropout: ``backend.py``
-    asks for nothing else.
+    Self-attention, causal, without dropout: ``backend.py`` asks for nothing else.
     """
 
     def __init__(

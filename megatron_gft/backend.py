@@ -4,8 +4,6 @@ One switch (:func:`choose_backend`) picks the layer implementations; everything 
 GPU without Transformer Engine, and with it.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 

@@ -6,8 +6,6 @@ hold few (whole groups on a shared prompt), groups are cut exactly where that lo
 price of computing the prompt once more.
 """
 
-from __future__ import annotations
-
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
@@ -70,9 +68,8 @@ def tokens(items: Sequence[Item]) -> int:
 class Balancer:
     """Places items into bins of at most ``capacity`` tokens.
 
-    Attributes:
-        make_item: the item of some responses of a group: (group, responses) -> item.
-        tails: [group][response] -> rows and cost that a response adds to an item that has its prompt.
+    ``make_item`` gives the item of some responses of a group; ``tails`` are [group][response] -> rows and cost that a
+    response adds to an item that has its prompt.
     """
 
     capacity: int

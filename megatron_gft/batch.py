@@ -5,8 +5,6 @@ for every layout; only then are the tokens of this rank's packs read. Responses 
 (advantage exactly 0, source not selected) are never read, packed or run.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -135,12 +133,7 @@ def _check_logprob_files(config: Config, shards: Sequence[GroupShard]) -> None:
 
 
 class StepLoader:
-    """Makes the steps of a run over one data set.
-
-    Args:
-        groups: the data set.
-        validation: every response with advantage 1 in the data set's own order, nothing left out.
-    """
+    """Makes the steps of a run over ``groups``; ``validation``: every response with advantage 1, in their own order."""
 
     def __init__(
         self, groups: Groups, config: Config, shape: ModelShape, parallel: Parallel, *, validation: bool = False
@@ -294,14 +287,10 @@ class StepLoader:
 
 
 class StepPrefetcher:
-    """Hands out the steps of ``loader`` in order, one prepared ahead in a thread.
+    """Hands out the steps of ``loader`` in order, one prepared ahead in a thread, none from ``end`` on.
 
     At 256 data-parallel ranks and 2048 groups a step, planning takes 0.3 s of one core, and reading waits for
     disks: a GPU should wait for neither.
-
-    Args:
-        loader: where steps come from.
-        end: steps from this one on are never prepared.
     """
 
     def __init__(self, loader: StepLoader, end: int):

@@ -4,8 +4,6 @@ Imports neither torch nor Megatron, so that a wrong configuration is refused in 
 any process group starts. ``load_config`` gives a :class:`Config` or raises one error that lists every problem.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

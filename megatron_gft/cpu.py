@@ -8,11 +8,9 @@ the contract of Transformer Engine's (``step`` per parameter group, none per par
 optimizer takes the same path and writes the same checkpoint layout as on a GPU.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.optim.adam import adam
@@ -84,11 +82,11 @@ class _Stream:
 
     wait_stream = synchronize = wait_event
 
-    def record_event(self, *_: Any) -> _Stream:
+    def record_event(self, *_: Any) -> Self:
         """Something that can be synchronized, as an event can (MoE token dispatcher)."""
         return self
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:

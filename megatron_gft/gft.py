@@ -14,11 +14,9 @@ any forward (:func:`response_weights`), and the model's part is a weighted cross
 Shapes: N responses, T tokens.
 """
 
-from __future__ import annotations
-
 import functools
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, replace
+from typing import Self, get_args
 
 import torch
 
@@ -112,7 +110,7 @@ def response_weights(
     Args:
         advantages: [N], from :func:`group_advantages`; or [2, N] with those of an anchor: dead is without either.
         lengths: [N] integers >= 1, tokens of each response (its end of sequence included).
-        group_ids: [N] integers; K of a group is the number of its rows here.
+        group_ids: [N] integers, as there.
         strata: [N]; each value is a loss with its own denominator D_s. Their sum is D; D / D_s is in the weights.
 
     Returns (A * u in the shape and dtype of ``advantages``, float32 or wider; D as int).
@@ -160,9 +158,9 @@ class RowFacts:
     reference_logprobs: torch.Tensor | None = None
     anchor_weights: torch.Tensor | None = None
 
-    def at(self, rows: slice) -> RowFacts:
+    def at(self, rows: slice) -> Self:
         """Those of some rows."""
-        return RowFacts(*(None if value is None else value[rows] for value in vars(self).values()))  # type: ignore[arg-type]
+        return replace(self, **{name: value[rows] for name, value in vars(self).items() if value is not None})
 
 
 def row_weights(

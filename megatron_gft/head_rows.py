@@ -5,12 +5,10 @@ Two pairs of passes give the same: the eager one, which is the reference, and th
 Shapes: T rows, V vocabulary rows of all ranks (padding included), v = V/tp columns here.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -36,7 +34,7 @@ class VocabShard:
     tp_group: dist.ProcessGroup | None
 
     @classmethod
-    def of_rank(cls, size: int, tp_group: dist.ProcessGroup | None, vocab_size: int | None) -> VocabShard:
+    def of_rank(cls, size: int, tp_group: dist.ProcessGroup | None, vocab_size: int | None) -> Self:
         """Shard of this rank in ``tp_group``; ``vocab_size`` is the true size, None means no padding."""
         rank, world_size = (0, 1) if tp_group is None else (tp_group.rank(), tp_group.size())
         start = rank * size
@@ -104,11 +102,10 @@ def softmax_gradient(
     row_weights: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """``out[t] = row_weights[t] * (softmax[t] - onehot[t])`` [T, v] from :func:`exponentiate_rows_`'s result.
+    """``out[t] = row_weights[t] * (softmax[t] - onehot[t])`` [T, v], where softmax = ``exponentials * rows.scale``.
 
     Args:
         exponentials: [T, v] exp(logit - row maximum).
-        rows: what was combined over the ranks; softmax = exponentials * ``rows.scale``.
         row_weights: [T] gradient with respect to -log p of each row.
         out: [T, v], may be ``exponentials`` itself; padding columns are set to 0.
     """

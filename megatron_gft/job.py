@@ -1,7 +1,5 @@
 """What builds a run and ends it: the data, the process group, model and optimizer, the state to go on from."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -12,11 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gft.batch import Groups, StepLoader, StepPrefetcher, open_groups
-from megatron_gft.checkpoints.checkpointer import (
-    Checkpointer,
-    RunState,
-    load_weights,
-)
+from megatron_gft.checkpoints.checkpointer import Checkpointer, RunState, load_weights
 from megatron_gft.checkpoints.history import find_checkpoint, list_checkpoints, newest_checkpoint
 from megatron_gft.checkpoints.starts import DATA_KEYS, Changes, check_same_function, keep_config
 from megatron_gft.config import Config
@@ -29,11 +23,7 @@ from megatron_gft.hf.weights import load_hf_weights
 from megatron_gft.metrics import Reporter
 from megatron_gft.model import build_model
 from megatron_gft.objectives import by_source
-from megatron_gft.optimizer import (
-    build_optimizer,
-    build_scheduler,
-    wrap_data_parallel,
-)
+from megatron_gft.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
 from megatron_gft.parallel import Parallel, destroy_parallel, initialize_parallel, seed_everything
 from megatron_gft.reports.plotting import plot_runs
 from megatron_gft.runtime import StopRequest, Watchdog, set_up_logging, start_process_group
@@ -53,11 +43,8 @@ def build_trainer(
     valid_groups: Groups | None,
     stop: StopRequest | None = None,
 ) -> Trainer:
-    """Model, optimizer, data and outputs of a run, with weights loaded and the run's state restored.
-
-    Raises:
-        InputError: weights or checkpoint do not fit, or the data changed since the checkpoint was written.
-    """
+    """Model, optimizer, data and outputs of a run, with weights loaded and the run's state restored. Raises InputError
+    where weights or checkpoint do not fit, or the data changed since the checkpoint was written."""
     run_folder = Path(config.train.output)
     checkpoints = run_folder / "checkpoints"
     loader = StepLoader(train_groups, config, shape, parallel)
@@ -78,14 +65,8 @@ def build_trainer(
         _initial_weights(config, shape, parallel, modules)
     chunks = wrap_data_parallel(modules, transformer, config.optimizer)
     optimizer = build_optimizer(chunks, config.optimizer, bf16=transformer.bf16)
-    checkpointer = Checkpointer(
-        checkpoints,
-        chunks,
-        optimizer,
-        parallel,
-        config=config,
-        model_files=model_files(config, resume_from),
-    )
+    files = model_files(config, resume_from)
+    checkpointer = Checkpointer(checkpoints, chunks, optimizer, parallel, config=config, model_files=files)
     now = {"groups_per_step": config.data.groups_per_step, "total_steps": total_steps}
     state = RunState(data_fingerprint=train_groups.fingerprint, **now)
     if resume_from is not None:
@@ -132,11 +113,7 @@ def join(config: Config, store: dist.Store | None = None) -> tuple[torch.device,
 
 
 def load_model(config: Config, shape: ModelShape, parallel: Parallel) -> list[torch.nn.Module]:
-    """This rank's chunks with the weights of ``checkpoint.init_from``, to be run forward only.
-
-    Raises:
-        InputError: weights that are damaged, or not those of ``model.config``.
-    """
+    """This rank's chunks with the weights of ``checkpoint.init_from``, to be run forward only."""
     _check_function(config, shape, _weights_folder(config, None))
     seed_everything(config.train.seed, parallel)
     _, modules = build_model(shape, config.model, config.objective, config.parallel, parallel)
@@ -180,11 +157,7 @@ def model_files(config: Config, resume_from: Path | None) -> ModelFiles:
 
 
 def _check_function(config: Config, shape: ModelShape, folder: Path | None) -> None:
-    """``model.config`` describes the model of the weights.
-
-    Raises:
-        InputErrors: everything in which it computes another function.
-    """
+    """``model.config`` describes the model of the weights; InputErrors with all that makes it another one."""
     if folder is None:
         return
     if not (folder / "config.json").is_file():

@@ -1,7 +1,5 @@
 """What started this process, and which of how many it is: torchrun's, Slurm's, MPI's and Kubernetes' variables."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple

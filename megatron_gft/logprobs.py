@@ -5,8 +5,6 @@ pack the places of tokens in the file travel where log-probs do in training, so 
 parallelism treat both alike.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence
@@ -73,10 +71,7 @@ class LogprobRunner(StepRunner):
 
 def compute_logprobs(config: Config, shape: ModelShape, parallel: Parallel, name: str) -> list[str]:
     """Write log-probs called ``name`` by the model of ``checkpoint.init_from`` for each shard of ``data.train`` that
-    has none. Collective.
-
-    Returns:
-        Prefixes of all the shards, which have them now.
+    has none. Collective. Returns the prefixes of all the shards.
 
     Raises:
         InputError: weights or shards that are damaged or do not fit, a name taken by another model, log-probs that are

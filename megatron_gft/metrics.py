@@ -4,11 +4,10 @@ A record is flat, ``{"step": 12, "loss": 0.31, "expert/positive/probability": 0.
 left out rather than written as NaN.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
+import platform
 import secrets
 import sys
 import threading
@@ -17,13 +16,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron_gft import __version__
 from megatron_gft.atomic import atomic_file, write_json, writing
 from megatron_gft.batch import StepBatch
 from megatron_gft.config import Config
@@ -32,12 +33,13 @@ from megatron_gft.objectives import SOURCES
 from megatron_gft.planning import StepPlan
 from megatron_gft.progress import ProgressBar
 from megatron_gft.reading import read_json
-from megatron_gft.reports.environment import write_environment
 from megatron_gft.step import MORE_STATISTICS, SIGNS, STATISTICS, LossReport, StepOutcome
 
 logger = logging.getLogger(__name__)
 
 TOKENS = STATISTICS.index("tokens")
+ENVIRONMENT_FILE = "environment.json"
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "numpy")
 
 Record = dict[str, float | int]
 Sink = Callable[[Record], object]
@@ -161,7 +163,7 @@ class RunTotals:
     useful_seconds: float = 0.0  # of ``device_seconds``: forward, backward and update of steps that count
 
     @classmethod
-    def of_lines(cls, lines: Sequence[str], resume_step: int) -> RunTotals:
+    def of_lines(cls, lines: Sequence[str], resume_step: int) -> Self:
         """Those at ``resume_step``, from the ``metrics.jsonl`` of the earlier starts."""
         totals = cls()
         for line in lines:
@@ -244,6 +246,18 @@ def _weights_and_biases(project: str, run_folder: Path, config: dict[str, Any], 
     run = wandb.init(project=project, dir=str(run_folder), name=name, id=known, config=config, resume="allow")
     closing.callback(run.finish)
     return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+
+
+def write_environment(folder: Path, world_size: int, device: str) -> None:
+    """Keep what this start runs on in ``folder/environment.json``. Each start writes it anew."""
+    found = {"processes": str(world_size), "device": device, "host": platform.node(), "system": platform.platform()}
+    found |= {"python": platform.python_version(), "megatron_gft": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    write_json(folder / ENVIRONMENT_FILE, found)
 
 
 class Reporter:
@@ -338,10 +352,7 @@ class Reporter:
         return " | ".join(parts)
 
     def close(self) -> None:
-        """
-        Raises:
-            InputError: the last records could not be written, and no problem was known so far.
-        """
+        """Raises InputError where the last records could not be written, and no problem was known so far."""
         self.bar.close()
         with suppress(OSError) if self.problem else writing(self.place):
             self.closing.close()

@@ -7,8 +7,6 @@ way to be called: it computes the loss from the last hidden state. It must be ca
 ``loss_rows`` reach the matrix: prompt rows cost nothing there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,13 +60,9 @@ class GFTOutputLayer(ColumnParallelLinear):
         Args:
             input_: [s, 1, h] last hidden state; [s/tp, 1, h] with sequence parallelism.
             weight: [v/tp, h] the tied embedding matrix; None for the layer's own.
-            runtime_gather_output: as in Megatron; logits only.
             loss_rows: [N] int64 rows of the gathered s; repeated where one row predicts the first token of
                 several responses (shared prefix). N may be 0.
-            labels: [N] int64.
-            token_weights: [N] float32, A * u.
-            settings: objective and path.
-            facts: what the objective reads of the rows beside p.
+            labels, token_weights, settings, facts: [N], as for :func:`linear_gft_loss`.
 
         Returns:
             (loss sum, scalar with gradient; log p [N]; entropy [N] or None), equal on all tensor-parallel ranks.

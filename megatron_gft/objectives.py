@@ -3,8 +3,6 @@
 Imported by the configuration, so it needs nothing but Python. The formulas are in ``gft.py``.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 from collections.abc import Callable, Mapping

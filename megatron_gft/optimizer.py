@@ -1,7 +1,5 @@
 """Megatron's DDP, (distributed) optimizer and learning-rate schedule, built from our configuration."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from functools import partial
@@ -173,11 +171,8 @@ def build_scheduler(
 
 
 def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Restore moments and step counts; learning rate, betas, eps and weight decay stay those of the configuration.
-
-    Args:
-        state: :func:`check_optimizer_state` has passed it.
-    """
+    """Restore moments and step counts of a ``state`` that :func:`check_optimizer_state` has passed; learning rate,
+    betas, eps and weight decay stay those of the configuration."""
     wanted = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
     # From 0.19 on Megatron-Core finds a group again by its rates, which are alike in all groups here.
     rates = {name: wanted[0][name] for name in ("max_lr", "min_lr") if wanted and name in wanted[0]}

@@ -7,8 +7,6 @@ with fewer own rows, over keys gathered from all ranks. So one description serve
 parallelism, alone and together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple

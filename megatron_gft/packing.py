@@ -5,18 +5,15 @@ with which weight. A prompt that several responses share is there once; its last
 each of them, so rows may repeat among the loss rows. The last token of a response is only ever a label.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_gft.errors import InputError
 from megatron_gft.gft import RowFacts
 from megatron_gft.pack_layout import PackLayout, page_locked, sent
 from megatron_gft.planning import PackPlan
@@ -60,16 +57,16 @@ class Pack:
         """What the objective reads of the loss rows."""
         return RowFacts(**{field.name: getattr(self, field.name) for field in fields(RowFacts)})
 
-    def to(self, device: torch.device | str) -> Pack:
+    def to(self, device: torch.device | str) -> Self:
         """The pack with its tensors on ``device``; the layout stays on the host and caches per device."""
         return self._with_each(lambda tensor: sent(tensor, device))
 
-    def prepared(self, cp_rank: int) -> Pack:
+    def prepared(self, cp_rank: int) -> Self:
         """On the host, ready for a GPU to fetch while the host goes on; for a background thread."""
         self.layout.prepare(cp_rank)
         return self._with_each(page_locked)
 
-    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Pack:
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Self:
         changed: dict[str, Any] = {
             field.name: change(value)
             for field in fields(self)
@@ -91,10 +88,8 @@ def _joined(arrays: Sequence[np.ndarray], dtype: type = np.int64) -> np.ndarray:
 class _Rows:
     """Where prompts and responses of a pack lie, from their lengths alone.
 
-    Attributes:
-        segments: int [S, 4], as in :class:`PackLayout`; the padding at the end is one of them.
-        places: row of each token; ``positions``: its position. Tokens come prompt first, responses without their last.
-        loss_rows: row that predicts each token of the responses.
+    ``segments`` are int [S, 4], as in :class:`PackLayout`, padding included; ``places`` the row of each token, prompts
+    first, responses without their last; ``loss_rows`` the row that predicts each token of the responses.
     """
 
     segments: np.ndarray
@@ -103,7 +98,7 @@ class _Rows:
     loss_rows: np.ndarray
 
     @classmethod
-    def of_items(cls, items: Sequence[tuple[Group, tuple[int, ...]]], multiple: int, unit: int) -> _Rows:
+    def of_items(cls, items: Sequence[tuple[Group, tuple[int, ...]]], multiple: int, unit: int) -> Self:
         """Those of (group, chosen responses); segments and pack are padded to ``multiple`` and ``unit``."""
         prompts = np.array([len(group.prompt) for group, _ in items], np.int64)
         counts = np.array([len(chosen) for _, chosen in items], np.int64)
@@ -173,13 +168,9 @@ def build_pack(
             its own, of token 0, without loss.
 
     Raises:
-        InputError: a prompt without tokens.
         ValueError: the plan does not belong to these groups.
     """
     items = [(groups[place], chosen) for place, chosen in plan.items]
-    for place, _ in plan.items:
-        if not len(groups[place].prompt):
-            raise InputError(f"group {place} of the step: prompt has no token -> give it one")
     rows = _Rows.of_items(items, segment_multiple, math.lcm(pad_multiple, segment_multiple))
     length = int(rows.segments[-1, :2].sum())
     if length != plan.tokens:

@@ -3,8 +3,6 @@
 Everything else takes a :class:`Parallel`, or a single group, as an argument, so that tests can pass their own.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +73,6 @@ def initialize_parallel(
     """Build Megatron's process groups over an initialised default group and return the layout.
 
     Args:
-        tp, pp, vpp, cp, ep, etp: tensor, pipeline, virtual pipeline, context, expert and expert-tensor sizes.
         create_gloo_groups: CPU twins of the data-parallel groups, needed by the distributed optimizer's
             checkpoints on GPUs; impossible under a fake process group.
         timeout_minutes: of every collective.

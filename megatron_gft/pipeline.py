@@ -5,8 +5,6 @@ transfer, which synchronises the device every time: no rank runs ahead of its GP
 But all ranks of a pipeline hold the same packs, so each knows every shape before the step starts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,10 +30,7 @@ class KnownShapes(P2PCommunicator):
     """
 
     def __init__(self, parallel: Parallel, config: TransformerConfig, rows: Sequence[int]):
-        """
-        Args:
-            rows: token rows of each microbatch on this context-parallel rank, the same on all stages.
-        """
+        """``rows`` of tokens of each microbatch on this context-parallel rank, the same on all stages."""
         super().__init__(pp_group=parallel.pp_group, config=config)
         sharded = parallel.tp_size if config.sequence_parallel else 1
         shapes = [(count // sharded, 1, config.hidden_size) for count in rows]

@@ -8,14 +8,12 @@ response token is only ever a label). In the ``shared_prefix`` form the prompt o
 P + sum(R_k - 1) rows. A group may be cut into parts over packs; a part of one response is the same in both forms.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -66,7 +64,7 @@ class FlopModel:
     window: int | None = None
 
     @classmethod
-    def from_shape(cls, shape: ModelShape) -> FlopModel:
+    def from_shape(cls, shape: ModelShape) -> Self:
         """Count a decoder with grouped-query attention and gated MLPs, or ``moe_router_topk`` gated experts."""
         heads = shape.num_attention_heads * shape.kv_channels
         attention = shape.hidden_size * (2 * heads + 2 * shape.num_query_groups * shape.kv_channels)
@@ -100,14 +98,10 @@ DEFAULT_FLOP_MODEL = FlopModel(linear_per_token=3.9e10, attention_per_pair=1.2e6
 
 @dataclass(frozen=True)
 class PackPlan:
-    """One microbatch of one data-parallel rank.
+    """One microbatch of one data-parallel rank: ``tokens`` rows, padding included, of which ``loss_rows`` carry loss.
 
-    Attributes:
-        items: (group, (response, ...)), both as indices into the lengths that were planned; the responses of an item
-            share one prompt. Empty: padding only.
-        tokens: rows, padding included.
-        flops: cost of these rows.
-        loss_rows: response tokens.
+    ``items`` are (group, (response, ...)), both as indices into the lengths that were planned; the responses of an item
+    share one prompt. Empty: padding only.
     """
 
     items: tuple[tuple[int, tuple[int, ...]], ...]
@@ -123,7 +117,6 @@ class StepPlan:
     Attributes:
         packs: [dp_size][packs per rank]; all ranks work on packs[rank][i] at the same time.
         tokens: rows of all packs, padding included; ``padding`` of them hold no token of the data.
-        flops: cost of all packs.
         fill: tokens / (packs * max_tokens_per_pack).
         balance: sum over i of the mean cost / sum over i of the maximal cost of microbatch i over the ranks:
             the share of time in which a rank works when the ranks keep step.
@@ -138,7 +131,6 @@ class StepPlan:
 
     @property
     def packs_per_rank(self) -> int:
-        """Microbatches of the step."""
         return len(self.packs[0])
 
 
@@ -335,8 +327,6 @@ def plan_step(
         5. Ranks' costs are balanced per microbatch (``StepPlan.balance``), heavier microbatches come first.
 
     Args:
-        lengths: of each group of the step, in step order.
-        dp_size: data-parallel ranks.
         max_tokens_per_pack: rows of one microbatch, before context-parallel slicing.
         packing: ``auto`` shares prompts where that is cheaper by ``flop_model``.
         packs_multiple_of: of packs per rank (interleaved pipelines need a multiple of the pipeline size).

@@ -102,7 +102,6 @@ def row_gradient_(
     """Replace ``logits`` [T, v] by the gradient of each row, in their dtype; one read and one write of them.
 
     Args:
-        labels, start, valid: as for :func:`row_statistics`.
         top: [T] float32, the row's maximum here.
         factor: [T] float32, row weight * exp(top) / partition function.
         label_gradient: [T] float32, row weight * (p - 1), the value at the label's column.

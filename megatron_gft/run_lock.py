@@ -75,12 +75,9 @@ def _start_of(pid: int) -> str | None:
 
 @contextlib.contextmanager
 def run_lock(folder: Path, stop: StopRequest) -> Iterator[None]:
-    """Hold ``folder`` for this job while the block runs; by rank 0 for all.
+    """Hold ``folder`` for this job while the block runs; by rank 0 for all. InputError where another job holds it.
 
     It works by exclusive creation, replacement and reading back, which network file systems have; not by flock.
-
-    Raises:
-        InputError: another job trains into it, or it cannot be written.
     """
     if os.environ.get("RANK", "0") != "0":
         yield

@@ -60,10 +60,7 @@ def _may_restart() -> bool:
 
 
 def start_process_group(timeout_minutes: int, store: dist.Store | None = None) -> torch.device:
-    """Join the default process group (NCCL on GPUs, gloo on CPUs) and return this process's device.
-
-    Args:
-        store: of :func:`meet`.
+    """Join the default process group (NCCL on GPUs, gloo on CPUs; ``store`` of :func:`meet`); this process's device.
 
     Raises:
         InputError: more processes on this machine than GPUs.

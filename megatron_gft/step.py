@@ -6,8 +6,6 @@ denominator D of a step is known before any forward, so exactly one loss call of
 rank 0, context rank 0, last stage) returns D and all others return 0. Nothing is ever a mean of means.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -43,7 +41,7 @@ class LossReport:
     token_sums: torch.Tensor
     denominator: int
 
-    def __add__(self, other: LossReport) -> LossReport:
+    def __add__(self, other: "LossReport") -> "LossReport":
         """Both steps as one."""
         return LossReport(self.token_sums + other.token_sums, self.denominator + other.denominator)
 

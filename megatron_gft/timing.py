@@ -1,7 +1,5 @@
 """Where the time of a step goes on each rank: forward compute per rank, the slowest one, idle share, traces."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import time
@@ -55,7 +53,7 @@ class ForwardTimer:
 
 @dataclass(frozen=True)
 class RankTimes:
-    """Forward seconds of every rank in one interval, and what follows from them; see :func:`gather_times`."""
+    """What follows from the forward seconds of every rank; see :func:`gather_times`."""
 
     slowest_rank: int
     slowest_factor: float
@@ -95,10 +93,7 @@ def gather_times(forward_seconds: float, step_seconds: float, parallel: Parallel
 
 @contextlib.contextmanager
 def traced(config: ProfileConfig, step: int, rank: int, folder: Path) -> Iterator[None]:
-    """Write a torch profiler trace of this step on this rank when the configuration asks for it.
-
-    ``folder/step-N-rank-R.json`` opens in Perfetto or chrome://tracing.
-    """
+    """Write a torch profiler trace of this step on this rank when the configuration asks for it, for Perfetto."""
     if step not in config.steps or rank not in config.ranks:
         yield
         return

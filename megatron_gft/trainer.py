@@ -1,7 +1,5 @@
 """The loop of a run: take a step, run its packs, update, report, save. ``job.py`` builds what it needs."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time
@@ -61,12 +59,7 @@ class Trainer:
     guard: CollapseGuard = field(default_factory=CollapseGuard)
 
     def run(self) -> int:
-        """Train until the last step or a stop request; returns the exit code.
-
-        Raises:
-            TrainingStopped: see :meth:`step`.
-            SaveFailed: a checkpoint could not be written.
-        """
+        """Train until the last step or a stop request; returns the exit code. Raises TrainingStopped, SaveFailed."""
         settings = self.config.train
         self._export()  # what an earlier start was not asked for, or did not come to
         while self.state.step < self.total_steps:
@@ -219,7 +212,7 @@ class Trainer:
         settings, step = self.config.checkpoint, self.state.step
         due = last or self._export_due or (settings.save_every is not None and step % settings.save_every == 0)
         self.watchdog.doing(f"saving after step {step}")
-        if self.checkpointer.poll() or due:  # a background save that failed is made good at once
+        if self.checkpointer.wait(blocking=False) or due:  # a background save that failed is made good at once
             with gathered_parameters(self.chunks):
                 self.checkpointer.save(self.state)
                 if (last or self._export_due) and self.checkpointer.wait():

@@ -4,8 +4,6 @@ Torch-free: it runs before any process group, and in ``tools/plan.py``. Several 
 Megatron-Core without a word and give wrong numbers; each rule says so.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import math

@@ -24,8 +24,6 @@ Two homes for the weight gradient:
 Shapes: T rows, V vocabulary rows of all ranks (padding included), v = V/tp rows here, h hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple

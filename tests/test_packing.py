@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_groups import pack_of
 
-from megatron_gft.errors import InputError
 from megatron_gft.packing import slice_for_context_parallel
 from megatron_gft.planning import GroupLengths, PackPlan, plan_step
 from megatron_gft.shards import Group
@@ -187,9 +186,7 @@ def test_dtypes_are_those_that_the_model_takes():
     assert moved.tokens.is_meta and moved.advantages.is_meta and moved.layout is pack.layout
 
 
-def test_a_plan_of_other_groups_and_an_empty_prompt_are_refused():
+def test_a_plan_of_other_groups_is_refused():
     plan = plan_step([GroupLengths(3, (2, 5))], 1, 64).packs[0][0]
     with pytest.raises(ValueError, match="plan says"):
         pack_of(plan, make_groups([GroupLengths(3, (2, 4))]), np.ones(2), np.ones(2))
-    with pytest.raises(InputError, match="group 0 of the step: prompt has no token"):
-        pack_of(PackPlan(((0, (0,)),), 1, 0.0, 1), [group_of([], [[1]], [0])], [1.0], [1.0])

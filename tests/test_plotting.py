@@ -13,7 +13,7 @@ import pytest
 from group_shards import write_shard
 
 from megatron_gft.errors import InputError
-from megatron_gft.reports.environment import write_environment
+from megatron_gft.metrics import write_environment
 from megatron_gft.reports.plotting import PANELS, plot_runs, read_run, smoothed
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,8 +4,6 @@ A save is written to a hidden folder, in the background by default. When every r
 (:mod:`megatron_gft.checkpoints.history`).
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import inspect
@@ -108,13 +106,7 @@ class Checkpointer:
         config: Config,
         model_files: ModelFiles,
     ):
-        """
-        Args:
-            folder: ``RUN/checkpoints``.
-            config: of this start; goes into each checkpoint.
-            model_files: configuration and tokenizer that go into each checkpoint, so that an export needs nothing
-                else.
-        """
+        """``folder`` is ``RUN/checkpoints``; ``config`` and ``model_files`` go into each checkpoint, for exports."""
         self.folder, self.chunks, self.optimizer, self.parallel = folder, chunks, optimizer, parallel
         self.config, self.background = config, config.checkpoint.async_save
         self.model_files = model_files
@@ -124,17 +116,16 @@ class Checkpointer:
         self.hasher = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint-hash")
 
     def save(self, state: RunState) -> None:
-        """Write a checkpoint of ``state``; returns once the weights are copied, unless ``background`` is off.
-
-        Raises:
-            SaveFailed: it could not be written (disk full, no permission); the previous one is untouched.
-        """
+        """Write a checkpoint of ``state``; returns once the weights are copied, unless ``background`` is off. Raises
+        SaveFailed."""
         self.wait()
         partial = self.folder / f".step-{state.step:08d}"
         try:
             gather_results(lambda: self._prepare(partial), partial)
         except InputError as error:
             raise self._failed(state, partial, error) from error
+        # From 0.17 on the default asks for NVIDIA's resiliency extension; Megatron's own needs nothing.
+        chooses = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
         with self._alone(state, partial):
             request = dist_checkpointing.save(
                 self._sharded_state(),
@@ -142,7 +133,7 @@ class Checkpointer:
                 FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), self.parallel.dp_cp_group),
                 async_sharded_save=True,
                 content_metadata=OPTIMIZER_METADATA,
-                **_async_strategy(dist_checkpointing.save),
+                **({"async_strategy": "mcore"} if chooses else {}),
             )
         assert request is not None
         self.pending = _Pending(state, partial)
@@ -158,15 +149,8 @@ class Checkpointer:
         self.pending.hashes = self._start_hashing(partial)
         self._commit()
 
-    def poll(self) -> bool:
-        """Finish a background save whose writers are done; True when it failed and has to be made again."""
-        return self._finalize(blocking=False)
-
-    def wait(self) -> bool:
-        """Return when no save is outstanding; True when it failed and has to be made again."""
-        return self._finalize(blocking=True)
-
-    def _finalize(self, *, blocking: bool) -> bool:
+    def wait(self, *, blocking: bool = True) -> bool:
+        """Finish a background save (unless ``blocking``: a written one); True: it failed and is to be made again."""
         pending = self.pending
         if pending is None:
             return False
@@ -279,11 +263,7 @@ class Checkpointer:
                 load_optimizer_state(optimizer, loaded["optimizer"])
             else:
                 optimizer.reload_model_params()
-        return _read_state(path / STATE_FILE)
-
-
-def _read_state(path: Path) -> RunState:
-    return read_json(path, "set checkpoint.resume=previous", RunState)
+        return read_json(path / STATE_FILE, "set checkpoint.resume=previous", RunState)
 
 
 def load_weights(path: Path, chunks: list[torch.nn.Module], parallel: Parallel) -> None:
@@ -329,8 +309,3 @@ def _refuse_nonfinite(path: Path, chunks: list[torch.nn.Module]) -> None:
     for chunk in chunks:
         for name, parameter in unwrap(chunk).named_parameters():
             refuse_nonfinite(parameter, f"{path}: {name}")
-
-
-def _async_strategy(save: Any) -> dict[str, str]:
-    """From 0.17 on the default asks for NVIDIA's resiliency extension; Megatron's own needs nothing."""
-    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}

@@ -1,17 +1,9 @@
 """Checkpoints saved with one layer spec (Transformer Engine or local), or converted offline, load with the other.
 
-Weights have the same keys and shapes in both, with two exceptions (megatron-core 0.16.1):
-
-- a layer asks for the ``_extra_state`` objects (FP8 scaling and the like) of its own implementation, which the other
-  one, and a converted checkpoint, does not have;
-- the local MoE spec gives the norm before the MLP the key of a fused one (``gpt_layer_specs.py:419``), although
-  neither spec fuses it there.
-
-Checkpoints of earlier Megatron-Core releases load with later ones. Those of 0.19 and later do not load with earlier
-ones, which is said in so many words.
+Weights have the same keys and shapes in both, with two exceptions: a layer asks for the ``_extra_state`` objects (FP8
+scaling and the like) of its own implementation alone, and the local MoE spec gives the norm before the MLP the key of a
+fused one (``gpt_layer_specs.py:419`` of 0.16.1).
 """
-
-from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -34,9 +26,7 @@ def loadable_sharded_state_dict(state: dict[str, Any], checkpoint: str | Path) -
     Weights that are absent stay in, so that loading still fails on them. Put the result into the model with
     ``load_state_dict(strict=False)``: dropped objects leave the model's own in place.
 
-    Args:
-        state: nested sharded state dict, such as ``{"model": model.sharded_state_dict()}``; tensors may be renamed in
-            place.
+    Tensors of ``state``, a nested sharded state dict, may be renamed in place.
 
     Raises:
         InputError: no ``torch_dist`` checkpoint, one of a later Megatron-Core, or of another kind of optimizer; or

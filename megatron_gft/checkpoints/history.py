@@ -11,8 +11,6 @@ Layout of ``RUN/checkpoints``::
 Every change is one rename or one replacement of ``latest``, so a process may die between any two of them.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import os
@@ -32,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What is known of a file that was written."""
+    """Of a file that was written."""
 
     bytes: int
     sha256: str

@@ -4,8 +4,6 @@ torch reads ``.metadata`` with a bare ``pickle.load``, and objects among the sha
 False)``; Transformer Engine unpickles the bytes of ``_extra_state``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Every start of a run keeps its configuration; a run that goes on trains the same function, unless told otherwise."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +46,7 @@ def keep_config(config: Config, run_folder: Path) -> list[str]:
 
 
 def changes(file: Path, config: Config) -> Changes:
-    """What ``config`` has otherwise than a stored configuration. A key that was not there yet had its default.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """What ``config`` has otherwise than a stored configuration. A key that was not there yet had its default."""
     stored = read_yaml(file)
     found: Changes = {}
     for name, section in config:

@@ -4,17 +4,13 @@
 what Megatron writes through, gets a planner whose data are made one chunk at a time, just before they are written;
 a thread makes the next chunk meanwhile. ``dist_checkpointing.load`` takes the result at any layout.
 
-Needs torch only: no megatron import, no process group for one process. Only :func:`replace_results_queue` is about
-Megatron's own writer, which runs use.
+One process needs no process group. :func:`replace_results_queue` is about Megatron's own writer, which runs use.
 """
-
-from __future__ import annotations
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import pickle
 import queue
@@ -28,6 +24,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -53,14 +51,6 @@ from megatron_gft.hf.safetensors_io import row_chunks
 
 CHUNK_BYTES = 16 * 2**20
 """Of one stored chunk. The writer keeps the last chunk of every key until its file is closed."""
-
-# megatron/core/dist_checkpointing/core.py CheckpointingConfig, strategies/common.py (0.16.1; 0.19.2 reads it too)
-_MEGATRON_CONFIG = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 Value = TypeVar("Value")
 
@@ -151,12 +141,9 @@ class _RecordingWriter(io.BufferedWriter):
 
 
 def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable[torch.Tensor]) -> None:
-    """Write this process's parts of a checkpoint; collective over the default group if there is one.
+    """Write this process's ``parts`` of a checkpoint into the empty ``folder``; collective if there is a process group.
 
-    Args:
-        folder: exists and is empty.
-        parts: what this process writes, in order; together the processes cover every tensor once.
-        data: a tensor for each part, of the size of its rows [rows, ...]; made in a thread, one ahead.
+    ``data`` gives a tensor for each part, of the size of its rows [rows, ...]; made in a thread, one ahead.
 
     Raises:
         OSError, InputError: from writing or from ``data``.
@@ -180,7 +167,7 @@ def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable
         stream.close()
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save({}, folder / "common.pt")
-        (folder / "metadata.json").write_text(json.dumps(_MEGATRON_CONFIG))
+        save_config(CheckpointingConfig("torch_dist"), str(folder))
 
 
 class ResultFile:
@@ -210,20 +197,13 @@ def replace_results_queue() -> None:
     Its own queue lives in a server process, which a signal to the process group kills (a preemption, Ctrl-C) and the
     next save with it; starting that process also imports torch and Megatron once more, 3 to 13 s.
     """
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
-
     for name in ("_get_write_results_queue", "get_write_results_queue"):  # 0.16 / >= 0.17
         if hasattr(filesystem_async, name):
             setattr(filesystem_async, name, lambda *_, **__: ResultFile())
 
 
 class TorchDistReader:
-    """Random access to the tensors of a ``torch_dist`` checkpoint.
-
-    Attributes:
-        tensors: key -> metadata with ``size`` and ``properties.dtype``.
-        objects: keys of everything else (``_extra_state`` objects).
-        metadata: of torch, with the places of both.
+    """Random access to the ``tensors`` of a ``torch_dist`` checkpoint, whose other keys are ``objects``.
 
     Raises:
         InputError: the folder is not such a checkpoint, or its ``.metadata`` would call what is not listed.
@@ -243,11 +223,7 @@ class TorchDistReader:
         self._stacked: dict[str, dict[int, TensorStorageMetadata]] = {}
 
     def read(self, key: str, index: tuple[int, ...], rows: tuple[int, int]) -> torch.Tensor:
-        """Rows of ``key[index]``, [rows, ...].
-
-        Raises:
-            InputError: a data file is missing or damaged.
-        """
+        """Rows of ``key[index]``, [rows, ...]. Raises InputError where a data file is missing or damaged."""
         entry = self.tensors[key]
         part = StoredTensor(key, tuple(entry.size), entry.properties.dtype, index, rows)
         target = torch.empty(part.sizes, dtype=part.dtype)

@@ -1,7 +1,5 @@
 """Whether a checkpoint's files are what was written: the one check on every way in (resume, init_from, conversion)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Convert between a Hugging Face model folder and a Megatron distributed checkpoint, exactly, in both directions."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -12,8 +12,6 @@ A script can be started in four ways, and finds out from the environment which i
 Nothing here imports torch before the configuration has been checked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shlex
@@ -24,7 +22,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_gft.commands.train import main as train
 from megatron_gft.commands.train import read_command_line
@@ -62,7 +60,7 @@ class Job:
         return self.nnodes * self.gpus_per_node
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Job:
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
         """Read the variables that the head of each script names.
 
         Kubernetes' PyTorchJob starts a script once per machine: there RANK counts machines, and so does WORLD_SIZE,
@@ -162,12 +160,10 @@ def apply_environment(file: Path) -> None:
 def main(
     script: str, *, recipe: str, gpus: int, argv: Sequence[str] | None = None, stop: StopRequest | None = None
 ) -> int:
-    """Run a launch script.
+    """Run the launch script at ``script``.
 
     Args:
-        script: its path.
-        recipe: configuration file used where ``CONFIG`` is not set.
-        gpus: devices that the recipe is made for.
+        recipe: configuration file for ``gpus`` devices, used where ``CONFIG`` is not set.
         argv: ``[--config OVERLAY ...] [section.key=value ...]``; default the command line.
         stop: made in the first lines of the process.
     """

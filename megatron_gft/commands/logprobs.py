@@ -1,11 +1,10 @@
 """Compute the log-probs that a model gives to the responses of group shards, and keep them beside the tokens."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Sequence
 
+from megatron_gft.commands.numbers import config_parser
 from megatron_gft.commands.train import check_config, one_message
 from megatron_gft.config import load_config
 from megatron_gft.errors import InputError, command
@@ -31,12 +30,8 @@ def logprob_name(text: str) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML file of a run")
+    parser = config_parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("--name", required=True, type=logprob_name, help="of the log-probs, in the shards' manifests")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")
     options = parser.parse_args(argv)
     with one_message():
         config = load_config(options.config, options.overrides)

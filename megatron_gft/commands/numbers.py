@@ -1,13 +1,23 @@
-"""Numbers of a command line: within their bounds, or refused by the parser with exit code 2 and the option's name."""
+"""What several command lines take: configuration files, and numbers within bounds, else exit code 2 and the option."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
+from typing import Any
 
 MANY = 10**9
 """More than anything that a user counts; beyond are typing errors, which would run for years or out of memory."""
+
+
+def config_parser(**options: Any) -> argparse.ArgumentParser:
+    """Reads ``--config FILE ... [section.key=value ...]``; ``options`` are argparse's."""
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    help_of_files = "YAML file; later files win, key by key"
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help=help_of_files)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")
+    return parser
 
 
 def count(low: int = 1, high: int = MANY) -> Callable[[str], int]:

@@ -3,27 +3,23 @@
 Exit code 0: it fits; 1: it does not (the report names the nearest layout that does); 2: the configuration is wrong.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
 import os
 from collections.abc import Sequence
 
-from megatron_gft.commands.numbers import count, number
+from megatron_gft.commands.numbers import config_parser, count, number
 from megatron_gft.errors import InputError, command
 
 EXIT_DOES_NOT_FIT = 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = config_parser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python tools/plan.py --config examples/llama3.1-70b/gpus-64.yaml --world-size 64",
     )
-    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML; later files win")
     parser.add_argument("--world-size", type=count(high=10**6), required=True, metavar="N", help="processes of the job")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     device = parser.add_argument_group("device")
@@ -38,7 +34,6 @@ def _parser() -> argparse.ArgumentParser:
     assumed.add_argument("--responses", type=count(high=10**5), default=8, help="of a group; the first is the expert's")
     assumed.add_argument("--prompt-tokens", type=count(high=10**7), default=150, help="mean")
     assumed.add_argument("--response-tokens", type=count(high=10**7), default=700, help="mean")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")
     return parser
 
 

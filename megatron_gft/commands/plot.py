@@ -1,7 +1,5 @@
 """Overlay runs in one figure: loss, validation, gradient norm, probabilities by source, rectified share, speed."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

@@ -3,11 +3,11 @@ export -> evaluate. A stage whose output stands is skipped; killed, the same com
 
 from __future__ import annotations
 
-import argparse
 import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_gft.commands.numbers import config_parser
 from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, command
 
 if TYPE_CHECKING:
@@ -23,14 +23,8 @@ Keys: docs/rounds.md.
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when every stage is done, 1 when one failed, 2 on bad input, 130 when interrupted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config", action="append", required=True, metavar="FILE", help="YAML file; later files win, key by key"
-    )
+    parser = config_parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("--dry-run", action="store_true", help="print the stages with their commands, run none")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single keys")
     options = parser.parse_args(argv)
     from megatron_gft.config import load_tree
     from megatron_gft.rounds.driver import Rounds

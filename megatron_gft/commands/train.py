@@ -5,7 +5,6 @@ Configuration problems end the program with exit code 2 before torch is imported
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import os
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_gft.commands.numbers import config_parser
 from megatron_gft.config import Config, load_config
 from megatron_gft.errors import EXIT_FAILED, InputError, command
 from megatron_gft.launchers import name_rank
@@ -47,19 +47,14 @@ def recipes() -> Path:
 
 def read_command_line(argv: Sequence[str] | None = None) -> Config:
     """The configuration that a command line names, not yet checked against a model or a world size."""
-    parser = argparse.ArgumentParser(
+    parser = config_parser(
         prog="python -m megatron_gft.train",
         description="Train a model on group shards with GFT, SFT or DFT on Megatron-Core.",
         epilog=EXAMPLE + help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", action="append", required=True, metavar="FILE", help="YAML file; later files win, key by key"
     )
     parser.add_argument(
         "--recipes", action="version", version=str(recipes()), help="print the folder of examples/ and launch/"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")
     options = parser.parse_args(argv)
     return load_config(options.config, options.overrides)
 

@@ -3,12 +3,7 @@
 Both directions stream: a chunk (to Megatron) or a tensor (to Hugging Face) is made while the last one is written,
 so memory does not grow with the model. Started under torchrun, processes share the tensors by bytes. Every tensor
 is hashed on its way, the output is read back through the mapping and compared, and only then gets its name.
-
-A converted checkpoint carries ``hf/`` (configuration, tokenizer, chat template) and ``hf_source.json`` (hashes of
-the configuration and of every tensor, tokenizer fingerprint), so exporting needs nothing else.
 """
-
-from __future__ import annotations
 
 import concurrent.futures
 import contextlib
@@ -99,11 +94,7 @@ def check_free_space(output: Path, needed: int) -> None:
 
 
 def run_logits_check(hf_dir: Path, checkpoint: Path, text: str | None) -> None:
-    """:func:`megatron_gft.conversion.verify.verify_logits` in a process of its own: it needs its own process group.
-
-    Raises:
-        InputError: the logits differ.
-    """
+    """:func:`megatron_gft.conversion.verify.verify_logits` in a process of its own: it needs its own process group."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         logger.info("%s", process.submit(_compare_logits, hf_dir, checkpoint, text).result())
 
@@ -129,9 +120,7 @@ def hf_to_megatron(
 ) -> None:
     """Convert a Hugging Face folder to a Megatron checkpoint of any layout. Collective under torchrun.
 
-    Args:
-        dtype: of the written tensors; None keeps them.
-        verify: see :data:`Verify`; ``text`` is what ``logits`` runs on.
+    ``dtype`` None keeps that of the tensors; ``text`` is what :data:`Verify` ``logits`` runs on.
 
     Raises:
         InputError: unsupported model, weights that do not fit it, an output that exists, disk full, or a
@@ -146,7 +135,7 @@ def hf_to_megatron(
     _check_one_dtype_per_key(hf_dir, entries, layouts)
     rank, count = process_rank_and_count()
     mine = split_entries(entries, layouts, count)[rank]
-    stage = partial(_stage, progress and rank == 0, total_bytes(mine, layouts))
+    stage = partial(ProgressBar, None, total=total_bytes(mine, layouts), unit="B", show=progress and rank == 0)
     check_free_space(output, total_bytes(entries, layouts))
 
     def write() -> dict[str, str]:
@@ -181,10 +170,6 @@ def hf_to_megatron(
 
         gather_results(finish, output)
         write_file_hashes(folder)
-
-
-def _stage(show: bool, total: int, name: str) -> ProgressBar:
-    return ProgressBar(None, name, total=total, unit="B", show=show)
 
 
 def _check_one_dtype_per_key(hf_dir: Path, entries: Sequence[Entry], layouts: Layouts) -> None:
@@ -266,9 +251,7 @@ def megatron_to_hf(
 
     Args:
         hf_dir: configuration and tokenizer, where the checkpoint carries none.
-        dtype: of the written tensors; None keeps them.
-        verify: see :data:`Verify`; ``text`` is what ``logits`` runs on. A checkpoint that came from Hugging Face
-            unchanged must also give the hashes that it recorded.
+        verify: a checkpoint that came from Hugging Face unchanged must also give the hashes that it recorded.
 
     Raises:
         InputError: a checkpoint that is damaged or does not fit its config.json, an output that exists, disk full,
@@ -296,7 +279,8 @@ def megatron_to_hf(
 
     def write() -> None:
         """This process's shards, checked against the sha256 of each tensor as it was given."""
-        hashes, stage = {}, partial(_stage, progress and rank == 0, total_bytes(runs[rank], layouts))
+        hashes, size = {}, total_bytes(runs[rank], layouts)
+        stage = partial(ProgressBar, None, total=size, unit="B", show=progress and rank == 0)
 
         def noted(pair: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
             hashes[pair[0]] = hashlib.sha256(tensor_bytes(pair[1])).hexdigest()

@@ -6,8 +6,6 @@ layer and filled with each layer's tensors in turn, and the training model, like
 one layer of each, plus a slice of the vocabulary.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +43,6 @@ class LogitsReport:
 
     @property
     def relative(self) -> float:
-        """Largest difference over the largest logit."""
         return self.max_difference / self.largest_logit
 
     def __str__(self) -> str:

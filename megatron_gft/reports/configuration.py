@@ -3,8 +3,6 @@
 ``python -m megatron_gft.reports.configuration > docs/configuration.md`` makes the page anew.
 """
 
-from __future__ import annotations
-
 import textwrap
 import types
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ are left out. Curves of many points are drawn twice: faint as they are, and as a
 of the runs (see :mod:`megatron_gft.reports.run_facts`), which training writes of its own run at the end.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -133,11 +131,7 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
 
 
 def draw(runs: Sequence[Run], panels: Sequence[Panel] = PANELS) -> Any:
-    """Figure of ``runs`` with those of ``panels`` that have something to show.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
+    """Figure of ``runs`` with those of ``panels`` that have something to show."""
     panels = [panel for panel in panels if any(len(run.series(key)[0]) for run in runs for key in panel.keys)]
     try:
         from matplotlib.figure import Figure  # optional dependency

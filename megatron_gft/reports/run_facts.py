@@ -3,8 +3,6 @@
 Nothing here is needed to go on training, so what cannot be read is said on the page.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -15,9 +13,9 @@ from megatron_gft.checkpoints.starts import config_files
 from megatron_gft.config import DataConfig, load_config
 from megatron_gft.errors import InputError
 from megatron_gft.inspection.output import page_environment
+from megatron_gft.metrics import ENVIRONMENT_FILE
 from megatron_gft.objectives import SOURCES
 from megatron_gft.reading import read_json
-from megatron_gft.reports.environment import ENVIRONMENT_FILE
 from megatron_gft.shards.manifest import ShardManifest, expand_shards, read_manifest
 
 PHASES = ("data", "forward_backward", "optimizer", "save")

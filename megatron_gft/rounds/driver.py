@@ -6,8 +6,6 @@ RUN/round-01/groups/             responses of that model; scored/, shards/, trai
 RUN/round-02/groups/             responses of round-01/model ...
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import shutil
@@ -47,11 +45,7 @@ MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json
 
 
 class Rounds:
-    """The stages of a run.
-
-    Raises:
-        InputErrors: what of the settings can be known to be wrong.
-    """
+    """The stages of a run. Making one raises InputErrors with what of the settings can be known to be wrong."""
 
     def __init__(self, settings: RoundsConfig):
         self.settings, self.output = settings, Path(settings.output)
@@ -227,11 +221,7 @@ class Rounds:
         return self._outside([f"{self.settings.model}/{name}" for name in MODEL_FILES], self.names(1))
 
     def refuse_stale(self, number: int) -> None:
-        """Self responses of a round come from models that are not too old, by the lineage in the shards' manifests.
-
-        Raises:
-            InputErrors: others, by shard.
-        """
+        """Raise InputErrors where self responses of a round are of too old models, by the lineage in the manifests."""
         if (limit := self.settings.max_staleness) is None:
             return
         rounds = {str(self.model(k)): k for k in range(1, number + 1)}
@@ -255,11 +245,7 @@ class Rounds:
         return None
 
     def check_disk(self) -> None:
-        """Refuse rounds whose exports and checkpoints would not find room.
-
-        Raises:
-            InputError: with the sum, and what makes it smaller.
-        """
+        """Raise InputError where exports and checkpoints of the rounds would not find room."""
         s, p = self.settings, parameter_count(read_model_shape(self.settings.model))
         weights, state = (2, 14) if self.training.model.precision == "bf16" else (4, 12)
         exports = min(s.rounds, (s.keep_exports or s.rounds) + 1)

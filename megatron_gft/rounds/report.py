@@ -1,7 +1,5 @@
 """What rounds came to: a table for the terminal, ``curves.png``, and ``report.html`` with both."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path
@@ -68,10 +66,7 @@ def measure(folder: Path) -> tuple[Measures, Measures, list[dict[str, Any]]]:
 
 def write_report(page: Path, last: int, seconds: dict[str, dict[str, Any]]) -> str:
     """Read the rounds up to ``last``, which are beside ``page``; write this and the figure, return the table.
-
-    Args:
-        seconds: of each stage, by its name.
-    """
+    ``seconds`` are those of each stage, by its name."""
     output = page.parent
     rows: dict[str, dict[int, str]] = {name: {} for name in ROWS}
     points, steps = list[dict[str, Any]](), 0

@@ -1,7 +1,5 @@
 """The server that a generate stage asks: started and stopped around it, or given; it must serve the round's model."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json
@@ -75,11 +73,7 @@ def _wait(settings: ServeSettings, process: subprocess.Popen, log: Path) -> None
 
 
 def check_model(url: str, model: Path, cure: str) -> None:
-    """Compare what is served with the round's model: by name and, where its folder can be seen, by content.
-
-    Raises:
-        InputError: it is another one, or nothing answers.
-    """
+    """Raise InputError unless the round's model is served: by name and, where its folder can be seen, by content."""
     served = _names(url)
     if not served:
         raise InputError(f"serve.url={url}: no answer -> start a server of {model} there")

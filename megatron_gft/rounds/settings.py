@@ -1,7 +1,5 @@
 """The YAML of ``tools/run_rounds.py``: what a round samples from, what it runs, what is kept. See docs/rounds.md."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -99,14 +97,7 @@ class RoundsConfig(Section):
     keep_checkpoints: PositiveInt | None = Field(None, description="newest rounds whose checkpoints stay; null: all")
 
     def check(self, names: Mapping[str, str]) -> None:
-        """Refuse what can be known before the first stage.
-
-        Args:
-            names: for ``{name}`` in the texts, of the first round.
-
-        Raises:
-            InputErrors: all of it.
-        """
+        """Raise InputErrors with all that can be known before the first stage; ``names`` are the first round's."""
         if problems := [*self._problems(names), *self._training(names), *self._files(names)]:
             raise InputErrors("rounds", problems)
 

@@ -6,8 +6,6 @@ whose outputs are all there is skipped; changed settings, inputs or earlier stag
 again. Outputs that no stamp accounts for are somebody else's and are never removed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno
@@ -39,13 +37,9 @@ class StageFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One command.
+    """One command, which makes the files and folders ``outputs``.
 
     Args:
-        name: in the order of the pipeline, unique.
-        command: program and arguments.
-        outputs: files and folders that the command makes.
-        stamps: folder of the stamp.
         needs: stages whose outputs the command reads.
         inputs: files from outside of the pipeline.
         resumes: the command goes on from its own unfinished outputs, so these are kept.
@@ -95,13 +89,7 @@ class Stage:
 
 @dataclass
 class Pipeline:
-    """Runs stages in order and keeps their times in ``timings``.
-
-    Args:
-        logs: folder of ``NAME.log``, everything that a stage printed.
-        total: number of stages, for the headings.
-        timings: file that holds seconds and CPU seconds of every stage.
-    """
+    """Runs ``total`` stages in order; ``logs`` is the folder of what they print, ``timings`` a file of their times."""
 
     logs: Path
     total: int

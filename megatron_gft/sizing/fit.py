@@ -1,12 +1,8 @@
 """Does this configuration fit on N devices, and how fast will it be? Answered without a GPU, in seconds.
 
-:func:`make_plan` checks the configuration against the world size, builds the model of one rank per pipeline stage on
-meta tensors (exact bytes), estimates activations, plans real or assumed steps and estimates their time. What is exact
-and what is estimated is part of the result, and of the JSON that :meth:`Plan.to_json` gives (``schema`` counts up when
-a key changes its meaning).
+:func:`make_plan` builds the model of one rank per pipeline stage on meta tensors (exact bytes), estimates activations,
+plans real or assumed steps and estimates their time. What is exact and what is estimated is part of the result.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
@@ -107,7 +103,8 @@ class Plan:
         return "fits" if self.fits else "does not fit"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, bytes and seconds; every number is under a key that says ``exact`` or ``estimate``."""
+        """Plain values, bytes and seconds; every number is under a key that says ``exact`` or ``estimate``.
+        ``schema`` counts up when a key changes its meaning."""
         p = self.config.parallel
         return {
             "schema": SCHEMA,

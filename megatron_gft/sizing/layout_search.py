@@ -1,7 +1,5 @@
 """The nearest layout that fits, for a configuration that does not."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -40,8 +38,7 @@ def suggest_layout(
 ) -> Suggestion | None:
     """Search sizes, recomputation and pack size, nearest first; more devices only when none of that helps.
 
-    Distance counts doublings of a parallel size or halvings of a pack, and 1.5 for full recomputation (a third more
-    work). Candidates are ranked by an approximate parameter count and confirmed by ``peak_bytes``.
+    Candidates are sifted by an approximate parameter count and confirmed by ``peak_bytes``.
     """
     ranks = world_size
     while ranks <= MAX_WORLD_SIZE:
@@ -94,6 +91,7 @@ def _changed(config: Config, shape: ModelShape, tp: int, pp: int, ep: int, pack:
 
 
 def _distance(old: Config, new: Config) -> float:
+    """Doublings of a parallel size, halvings of a pack, and 1.5 for full recomputation (a third more work)."""
     o, n = old.parallel, new.parallel
     steps = [(n.tp, o.tp), (n.pp, o.pp), (n.ep, o.ep), (old.data.max_tokens_per_pack, new.data.max_tokens_per_pack)]
     doublings = sum(abs(math.log2(one / other)) for one, other in steps)

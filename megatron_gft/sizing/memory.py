@@ -12,8 +12,6 @@ Symbols: T rows of a pack, t tensor-parallel, c context-parallel size, h hidden,
 f MLP channels, v vocabulary rows; all sizes in bytes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
@@ -110,11 +108,7 @@ def _updated(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def simulated_rank(config: Config, rank: int, world_size: int) -> Iterator[Parallel]:
-    """This process as ``rank`` of ``world_size``: real Megatron groups over a fake process group.
-
-    Raises:
-        InputError: a process group is there already.
-    """
+    """This process as ``rank`` of ``world_size``: real Megatron groups over a fake process group."""
     if dist.is_initialized():
         raise InputError("planning needs a process of its own: a process group is initialised already")
     p = config.parallel
@@ -128,8 +122,7 @@ def simulated_rank(config: Config, rank: int, world_size: int) -> Iterator[Paral
 def measure_stage(config: Config, shape: ModelShape, world_size: int, stage: int) -> StaticMemory:
     """Build the first rank of a pipeline stage without memory and add it up.
 
-    Pipeline stages are the outermost dimension of Megatron's rank order, so stage s begins at rank
-    ``s * world_size / pp``. The ranks of a stage differ by the padding of their optimizer shards at most.
+    Stage s begins at rank ``s * world_size / pp``; its ranks differ by the padding of their optimizer shards at most.
     """
     cpu.install(device="meta")
     # Transformer Engine's modules hold the same parameters; FP8 changes what they keep besides (added by the plan).
@@ -154,12 +147,9 @@ def measure_stage(config: Config, shape: ModelShape, world_size: int, stage: int
 class ActivationMemory:
     """Bytes of activations at the peak of one stage; an estimate.
 
-    Attributes:
-        per_layer: saved by one layer for one pack.
-        layers_in_flight: layers times microbatches whose activations are held at the same time.
-        saved: all of them, with embedding and head outputs.
-        working: the largest of: one layer's backward (or recomputation), the head's chunk and gathered rows.
-        fp8_copies: quantised weights beside the bf16 ones.
+    ``per_layer`` is saved by one layer for one pack, ``layers_in_flight`` times at once; ``saved`` is all of that, with
+    embedding and head outputs; ``working`` the larger of one layer's backward and the head's chunk; ``fp8_copies``
+    quantised weights beside the bf16 ones.
     """
 
     per_layer: int

@@ -1,7 +1,5 @@
 """A plan as text for people."""
 
-from __future__ import annotations
-
 from megatron_gft.hf.mapping import parameter_count
 from megatron_gft.sizing.fit import GIB, Plan
 

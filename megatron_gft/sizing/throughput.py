@@ -4,8 +4,6 @@ Packs, tokens, FLOPs, fill and balance are exact for the groups at hand: the sam
 training. Seconds and MFU are estimates, as good as the efficiency they start from (:data:`ANCHORS`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +68,6 @@ class AssumedGroups:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the workload."""
         return sha256_json([repr(self.workload), self.longest])
 
     def __len__(self) -> int:
@@ -83,7 +80,6 @@ class AssumedGroups:
         return f"assumed group {index}"
 
     def table(self, indices: Sequence[int] | np.ndarray, *, ends: bool = False) -> GroupTable:
-        """Lengths, sources (the first responses are the expert's) and rewards."""
         return GroupTable.of_groups([self._group(int(index)) for index in indices])
 
     def _group(self, index: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
@@ -104,8 +100,7 @@ class StepStatistics:
     """Means over ``sampled_steps`` planned steps, evenly spread over an epoch; exact for these steps.
 
     ``groups`` counts the data set's, ``dead_groups`` those of a step that cannot change the weights, ``tokens`` rows
-    that the model runs (padding included), ``loss_tokens`` the rows among them that carry loss, ``flops`` forward and
-    backward without recomputation. ``fill`` and ``balance`` are those of :class:`megatron_gft.planning.StepPlan`.
+    that the model runs (padding included), ``flops`` forward and backward without recomputation.
     """
 
     assumed: bool
