@@ -261,11 +261,7 @@ def write_environment(folder: Path, world_size: int, device: str) -> None:
 
 
 class Reporter:
-    """Everything a person sees of a run. Make one on rank 0; other ranks stay silent.
-
-    Attributes:
-        problem: why a record could not be written; "" as long as all were.
-    """
+    """Everything a person sees of a run, on rank 0; ``problem`` is why a record could not be written, else ""."""
 
     def __init__(self, run: Config, *, world_size: int, first_step: int, total_steps: int):
         config, run_folder = run.logging, Path(run.train.output)

@@ -98,11 +98,7 @@ class Trainer:
         return torch.device(torch.cuda.current_device())
 
     def step(self, batch: StepBatch, packs: list[Pack], data_seconds: float) -> StepOutcome:
-        """Forward, backward and update of one planned step.
-
-        Raises:
-            TrainingStopped: loss or gradient is not finite, or spikes, and the policy says stop.
-        """
+        """Forward, backward and update of one planned step; TrainingStopped where loss or gradient are of no use."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -44,7 +44,6 @@ def alone(function, *args, **options):
     ("name", "contestant"),
     [
         ("step_ratio", "gft"),
-        ("objective_ratios", "grpo with anchor"),
         ("logprob_throughput", "step"),
     ],
 )

@@ -43,11 +43,7 @@ SIZES = {
 
 
 def read_settings(argv: list[str] | None) -> RoundsConfig:
-    """The round that a command line asks for.
-
-    Raises:
-        InputError: a file or folder is not there.
-    """
+    """The round that a command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )

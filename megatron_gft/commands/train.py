@@ -60,11 +60,7 @@ def read_command_line(argv: Sequence[str] | None = None) -> Config:
 
 
 def check_config(config: Config) -> ModelShape:
-    """The model's shape, checked against the configuration and the world size.
-
-    Raises:
-        InputError: whatever is wrong, all of it at once.
-    """
+    """The model's shape, checked against the configuration and the world size."""
     name_rank(os.environ)
     from megatron_gft.hf.shape import read_model_shape  # --help does without these
     from megatron_gft.validation import check
@@ -96,11 +92,7 @@ def one_message(stop: StopRequest | None = None) -> Iterator[None]:
 
 @command
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
-    """Train; the exit code is 0, 2 for bad input, or that of the stop that was asked for.
-
-    Args:
-        stop: made in the first lines of the process.
-    """
+    """Train; the exit code is 0, 2 for bad input, or that of the ``stop``, made in the first lines of the process."""
     stop = stop or StopRequest()
     with one_message(stop):
         shape = check_config(config := read_command_line(argv))

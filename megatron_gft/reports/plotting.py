@@ -124,10 +124,14 @@ def plot_runs(folders: Sequence[str | Path], output: str | Path) -> None:
             runs[index] = Run(str(folder), runs[index].records)
     figure = draw(runs)
     with atomic_file(output) as temporary:
-        if output.suffix == ".html":
-            temporary.write_text(_page(runs, [*map(Path, folders)], figure), encoding="utf-8")
-        else:
+        if output.suffix != ".html":
             figure.savefig(temporary, format=output.suffix[1:], dpi=120)
+            return
+        from megatron_gft.reports.run_facts import page, run_facts  # imports Megatron, to read shards' manifests
+
+        keys = [key for panel in PANELS for key in panel.keys if any(map(methodcaller("last", key), runs))]
+        facts = [(run, run_facts(Path(folder), run.records)) for run, folder in zip(runs, folders, strict=True)]
+        temporary.write_text(page(svg=svg(figure), runs=facts, keys=keys), encoding="utf-8")
 
 
 def draw(runs: Sequence[Run], panels: Sequence[Panel] = PANELS) -> Any:
@@ -175,20 +179,15 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
                 axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.2)
     if panel.log and all((run.series(key)[1] > 0).all() for run in runs for key in panel.keys):
         axes.set_yscale("log")
-    if len(panel.keys) > 1:
-        _name_sources(axes)
+    if len(panel.keys) > 1:  # the line styles, in no run's colour
+        styles = {label: line.get_linestyle() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        axes.legend([_line(color="0.3", linestyle=style) for style in styles.values()], styles, fontsize=8)
 
 
 def _line(**look: Any) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], **look)
-
-
-def _name_sources(axes: Any) -> None:
-    """The line styles, in no run's colour."""
-    styles = {label: line.get_linestyle() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    axes.legend([_line(color="0.3", linestyle=style) for style in styles.values()], styles, fontsize=8)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -203,12 +202,3 @@ def svg(figure: Any) -> str:
     figure.savefig(drawing, format="svg")
     text = drawing.getvalue()
     return text[text.index("<svg") :]
-
-
-def _page(runs: Sequence[Run], folders: Sequence[Path], figure: Any) -> str:
-    """Curves (inline SVG), last values, and of each run what its folder says; no link to anywhere."""
-    from megatron_gft.reports.run_facts import page, run_facts  # imports Megatron, to read shards' manifests
-
-    keys = [key for panel in PANELS for key in panel.keys if any(map(methodcaller("last", key), runs))]
-    facts = [run_facts(folder, run.records) for run, folder in zip(runs, folders, strict=True)]
-    return page(svg=svg(figure), runs=[*zip(runs, facts, strict=True)], keys=keys)

@@ -250,7 +250,8 @@ class Rounds:
         weights, state = (2, 14) if self.training.model.precision == "bf16" else (4, 12)
         exports = min(s.rounds, (s.keep_exports or s.rounds) + 1)
         checkpoints = min(s.rounds, (s.keep_checkpoints or s.rounds) + 1) * self.training.checkpoint.keep_last + 1
-        needed, there = p * (weights * exports + state * checkpoints), folder_bytes(self.output)
+        needed = p * (weights * exports + state * checkpoints)
+        there = sum(path.stat().st_size for path in self.output.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.output).free
         if needed > free + there:
             raise InputError(
@@ -295,11 +296,6 @@ class Rounds:
         for index, stage in enumerate(stages, 1):
             stands = " (stands)" if pipeline.stands(stage) else ""
             print(f"[{index}/{len(stages)}] {stage.name}{stands}\n{stage.shown()}")
-
-
-def folder_bytes(folder: Path) -> int:
-    """Size of all files below."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def steps_left(run: Path) -> str:

@@ -20,7 +20,6 @@ BENCHMARKS = {
     "kernels": "tools.bench.kernels:kernels",
     "planner": "tools.bench.packing:bench_planner",
     "step_ratio": "tools.bench.step:step_ratio",
-    "objective_ratios": "tools.bench.step:objective_ratios",
     "logprob_throughput": "tools.bench.step:logprob_throughput",
     "shared_prefix_step": "tools.bench.step:shared_prefix_step",
     "padded_batches": "tools.bench.step:padded_batches",

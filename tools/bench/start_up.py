@@ -19,11 +19,7 @@ ROWS = 4
 def start_up(tools: Sequence[str] | None = None, *, repeats: int = 3) -> dict[str, Any]:
     """CPU and wall seconds of ``TOOL --help``, and of ``preprocess_groups.py`` on :data:`ROWS` rows: the fastest run.
 
-    So few rows cost nothing beside starting, so that the latter is the time until the first row is done.
-
-    Args:
-        tools: file names under ``tools/``; all by default.
-        repeats: runs of each command, after one that fills the page cache.
+    So few rows cost nothing beside starting. ``tools`` are file names under ``tools/``; all by default.
 
     Goals: at most 0.3 CPU seconds of every ``--help``, at most 4.2 of preprocessing.
     """

@@ -17,7 +17,6 @@ from megatron_gft.batch import StepBatch
 from megatron_gft.logprobs import LogprobRunner
 from megatron_gft.metrics import device_peak_tflops
 from megatron_gft.model import unwrap
-from megatron_gft.objectives import OBJECTIVES, by_source
 from megatron_gft.packing import Pack, build_pack
 from megatron_gft.pipeline import schedule_arguments
 from megatron_gft.planning import PackPlan
@@ -85,30 +84,6 @@ def _plain_step(bench: Workbench, packs: list[Pack]) -> None:
     bench.update()
 
 
-# Presets whose heads differ, and the log-probs that they read.
-OBJECTIVE_RUNS = {"gft": 0, "dft": 0, "luffy": 1, "grpo": 1, "cispo": 1, "chord_phi": 1, "grpo with anchor": 2}
-
-
-def objective_ratios(shape: StepShape | None = None, *, pairs: int = 15) -> dict[str, Any]:
-    """A step of each preset over an SFT step on the same rows of all sources: forward, backward, clipping and Adam.
-
-    Goal: median ratio at most 1.01 without q, 1.02 with.
-    """
-    shape = shape or default_shape()
-    with single_rank():
-        bench = Workbench(shape)
-        packs, batch = bench.packs(RandomGroups.equal(shape))
-        plain = [dataclasses.replace(pack, token_weights=torch.ones_like(pack.token_weights)) for pack in packs]
-
-        runs = {"sft": partial(bench.step, plain, batch.denominator, "none")}
-        for name, reads in OBJECTIVE_RUNS.items():
-            rows = [_with_logprobs(pack, shape.vocab, reads) for pack in packs]
-            preset = OBJECTIVES[name.split()[0]]
-            runs[name] = partial(bench.step, rows, batch.denominator, by_source(preset.coefficient))
-        durations = interleaved_seconds(runs, repeats=pairs)
-    return {"shape": dataclasses.asdict(shape), "pairs": pairs, **summary(durations, "sft")}
-
-
 def logprob_throughput(shape: StepShape | None = None, *, pairs: int = 15) -> dict[str, Any]:
     """The forward-only pass of ``tools/compute_logprobs.py`` and a GFT step (forward, backward, clipping, Adam) on the
     same rows.
@@ -141,13 +116,6 @@ def logprob_throughput(shape: StepShape | None = None, *, pairs: int = 15) -> di
     rates = {name: tokens / result[name]["seconds_median"] for name in durations}
     told = {"shape": dataclasses.asdict(shape), "pairs": pairs, "tokens_per_second": rates}
     return told | {"speedup": result["step"]["ratio_median"], **result}
-
-
-def _with_logprobs(pack: Pack, vocab: int, reads: int) -> Pack:
-    """The pack with log q, and from 2 on with a reference, of about a fresh model."""
-    sampled, reference = (torch.randn_like(pack.token_weights) * 0.2 - np.log(vocab) for _ in range(2))
-    anchor = {"reference_logprobs": reference, "anchor_weights": torch.ones_like(reference)} if reads > 1 else {}
-    return dataclasses.replace(pack, sampled_logprobs=sampled if reads else None, **anchor)
 
 
 def shared_prefix_step(

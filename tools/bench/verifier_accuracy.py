@@ -42,11 +42,7 @@ class Solution:
     place: str = "<text>"
 
     def with_answer(self, answer: str) -> str:
-        r"""The same text with another answer in the place of its own (``\boxed`` or ``####``).
-
-        Raises:
-            InputError: no answer is marked there.
-        """
+        r"""The same text with another answer in the place of its own (``\boxed`` or ``####``)."""
         boxed = last_boxed(self.text)
         before, marker, _ = self.text.rpartition("####")
         if boxed == "" or not (boxed or marker):

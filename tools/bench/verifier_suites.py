@@ -40,11 +40,7 @@ class SuiteCase:
 
 
 def read_suite(paths: Sequence[str | Path]) -> list[SuiteCase]:
-    """Cases of Python test files.
-
-    Raises:
-        InputError: a file that is missing, no Python, or holds no case.
-    """
+    """Cases of Python test files; InputError where one is missing, no Python, or holds no case."""
     cases: list[SuiteCase] = []
     for path in paths:
         try:

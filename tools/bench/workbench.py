@@ -154,10 +154,8 @@ class Workbench:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def forward_backward(
-        self, packs: list[Pack], denominator: int, coefficient: str | tuple[str | None, ...] = "rectified"
-    ) -> LossReport:
-        """Gradients of a step with one token coefficient, or one for each source."""
+    def forward_backward(self, packs: list[Pack], denominator: int, coefficient: str = "rectified") -> LossReport:
+        """Gradients of a step with one token coefficient."""
         for chunk in self.chunks:
             model = unwrap(chunk)
             model.head = dataclasses.replace(model.head, coefficient=coefficient)
@@ -170,9 +168,7 @@ class Workbench:
         apply_gradients(self.optimizer, norm, self.config.optimizer.clip_grad)
         return norm
 
-    def step(
-        self, packs: list[Pack], denominator: int, coefficient: str | tuple[str | None, ...] = "rectified"
-    ) -> None:
+    def step(self, packs: list[Pack], denominator: int, coefficient: str = "rectified") -> None:
         """Gradients and update."""
         self.forward_backward(packs, denominator, coefficient)
         self.update()
