@@ -3,8 +3,6 @@
 Run as a program by the GPU tests: with ``CUDA_VISIBLE_DEVICES=`` it is the CPU reference, without it the GPU run.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -3,8 +3,6 @@
 Each returns ``{"what": error}``; errors are ||ours - reference|| / ||reference||, and the worst of several.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time

@@ -1,11 +1,9 @@
 """What would make the host wait for the device on a GPU, counted on a CPU."""
 
-from __future__ import annotations
-
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -56,7 +54,7 @@ class HostSyncs(TorchFunctionMode):
             self.found[f"{func.__name__} {_place()}"] += 1
         return func(*args, **(kwargs or {}))
 
-    def __enter__(self) -> HostSyncs:
+    def __enter__(self) -> Self:
         self._operators.__enter__()
         return super().__enter__()
 

@@ -5,8 +5,6 @@ steps with ``job.build_trainer`` and merges the ranks' results; gradients come b
 shapes, gathered over tensor, pipeline and expert parallel ranks, so any two cases compare tensor by tensor.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Groups of tokens in memory, as training reads them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Shares no code with the package: advantages, coefficients, normalisers and masks
 paper's definitions, the softmax is dense, nothing is packed, padded or cut.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 ``python tests/plan_cases.py`` reads ``{case: [arguments, ...]}`` from stdin and prints ``{case: [answer, ...]}``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

@@ -4,8 +4,6 @@ Rules that keep this sound: one thread per process, no process group in the pare
 ``os._exit``, every case has its own rendezvous file and a time limit.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import pickle

@@ -4,8 +4,6 @@ Debian: ``apt-get install slurmctld slurmd slurm-client munge``. What it cannot 
 (their device files are ``/dev/zero`` and ``/dev/full``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

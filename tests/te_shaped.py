@@ -3,8 +3,6 @@
 Not Transformer Engine: they stand in for it where it cannot be installed, to test names and keys.
 """
 
-from __future__ import annotations
-
 import io
 
 import torch

@@ -1,7 +1,5 @@
 """Checkpoints across Megatron-Core releases."""
 
-from __future__ import annotations
-
 import megatron.core
 import pytest
 

@@ -1,7 +1,5 @@
 """Offline conversion: exact both ways, loadable by Megatron at any layout, small in memory."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Conversions that must fail: one message that names the cause, and nothing left behind."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -4,8 +4,6 @@ Every run is a program of its own (``device_run.py``), so that the CPU reference
 second formula.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """Hugging Face weights in live Megatron models: same logits, same bytes back, at every layout and layer spec."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from pathlib import Path

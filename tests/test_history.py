@@ -1,7 +1,5 @@
 """Whatever happens to the folder of a run's checkpoints, the newest complete one is found, or the run refuses."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

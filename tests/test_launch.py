@@ -1,7 +1,5 @@
 """The launch scripts as a user starts them, for real, on CPU processes; under Slurm in test_slurm.py."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Log-probs of a checkpoint on shards: right at every layout, whole or not at all, read back as q and p_ref."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The planner: bytes equal to real allocations, schedules equal to Megatron's, errors, verdicts and suggestions."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import json

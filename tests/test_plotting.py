@@ -1,7 +1,5 @@
 """Figures of runs."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

@@ -1,7 +1,5 @@
 """The quickstart: right answers, stages that run when they must, and all of it on a tiny model."""
 
-from __future__ import annotations
-
 import json
 import re
 import statistics

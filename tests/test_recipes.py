@@ -1,7 +1,5 @@
 """Every recipe in ``examples/`` loads, is right for its number of GPUs, and fits them; with FP8 too."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Rounds: killed at any point the same command ends with the same bytes; and what the driver refuses, in words."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -84,12 +82,6 @@ def place(inputs, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def popen(program: Sequence[str], **options: Any) -> Forked | subprocess.Popen:
-    """``subprocess.Popen``; of a tool, in a fork that has imported what it needs: tenths of seconds each."""
-    servers = "openai_server.py" in program[1]
-    return subprocess.Popen(program, **options) if servers else Forked(program, **options)
-
-
 class Forked:
     def __init__(self, program: Sequence[str], stdout: int, env: Mapping[str, str], **_: object):
         def run() -> None:
@@ -108,6 +100,12 @@ class Forked:
         if self.returncode is None:
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode
+
+
+def popen(program: Sequence[str], **options: Any) -> Forked | subprocess.Popen:
+    """``subprocess.Popen``; of a tool, in a fork that has imported what it needs: tenths of seconds each."""
+    servers = "openai_server.py" in program[1]
+    return subprocess.Popen(program, **options) if servers else Forked(program, **options)
 
 
 def start(folder: Path, *arguments: str) -> int:

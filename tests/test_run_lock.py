@@ -1,7 +1,5 @@
 """One job in one folder: who holds the lock, who may take it over, and what a holder does that lost it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

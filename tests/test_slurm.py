@@ -1,7 +1,5 @@
 """Jobs on a real Slurm of two nodes (slurm_cluster.py): start, stop, requeue, failure. Run by ``make test-slurm``."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

@@ -1,7 +1,5 @@
 """What a start of a run keeps of its configuration, and what it says of an earlier one's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A stop that comes while a run starts: from the first line on, in C code, alone and with ranks that were not asked."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Real processes killed, hung and starved: what is on the disk stays good, and the run ends up where it would have."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

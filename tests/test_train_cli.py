@@ -1,7 +1,5 @@
 """``python -m megatron_gft.train`` as a user types it: real processes, real shards, one clear error for bad input."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

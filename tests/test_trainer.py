@@ -1,7 +1,5 @@
 """The run as a user sees it: exact resume, stops on request, refused steps, bad checkpoints."""
 
-from __future__ import annotations
-
 import errno
 import json
 import shutil

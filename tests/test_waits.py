@@ -1,7 +1,5 @@
 """What a training step would make a GPU's host wait for, counted on a CPU."""
 
-from __future__ import annotations
-
 import device_run
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """A tiny random Llama with a byte-level tokenizer and a chat template, as a Hugging Face folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -4,8 +4,6 @@ Norms and biases are random: transformers starts them at ones and zeros, which h
 Both config.json styles are written: transformers 4 (``rope_theta``) and transformers 5 (``rope_parameters``).
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ A fork is as a fresh process would be, but for the modules that are imported alr
 sound.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import importlib
 import importlib.util
