@@ -35,8 +35,6 @@ from torch.autograd.function import once_differentiable
 
 from megatron_gft.pack_layout import Block, PackLayout, VarlenIndex
 
-__all__ = ["CoreAttention", "PackLayout", "RMSNorm", "TECoreAttention"]
-
 # Kernel limits of flash attention 2, which torch ships.
 FLASH_HEAD_MULTIPLE, FLASH_HEAD_MAX = 8, 256
 # Transformer Engine's fused kernels are built anew for each longest segment.

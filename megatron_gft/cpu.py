@@ -3,9 +3,7 @@
 ``install()`` does nothing when CUDA is there, so no other module asks which device it runs on. The call
 sites it covers (megatron-core 0.16.1 to 0.19.2) are few and of five kinds: ``device="cuda"`` arguments,
 ``Tensor.cuda()``, ``Tensor.type()`` comparisons with ``torch.cuda.*``, ``torch.cuda`` functions (current
-device, synchronize, RNG state, streams), and a CUDA-only Adam. The last is no shim: :class:`FusedAdam` keeps
-the contract of Transformer Engine's (``step`` per parameter group, none per parameter), so the distributed
-optimizer takes the same path and writes the same checkpoint layout as on a GPU.
+device, synchronize, RNG state, streams), and a CUDA-only Adam.
 """
 
 import os
@@ -18,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam(W) with the state layout of Transformer Engine's and Apex's FusedAdam.
+    """Adam(W) with the state layout of Transformer Engine's and Apex's FusedAdam; the arithmetic is torch's own.
 
-    State per parameter: ``exp_avg``, ``exp_avg_sq``; the step counter lives in the parameter group, where
-    Megatron's distributed optimizer looks for it. The arithmetic is ``torch.optim.adam.adam``.
+    State per parameter: ``exp_avg``, ``exp_avg_sq``; the step counter lives in the parameter group. So Megatron's
+    distributed optimizer takes the same path and writes the same checkpoint layout as on a GPU.
     """
 
     def __init__(

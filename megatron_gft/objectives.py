@@ -115,16 +115,15 @@ HEAD_CHUNK_BYTES = 2**29
 class HeadSettings:
     """How output layer and loss are computed: one value, from the configuration to the loop over chunks.
 
+    Keys of ``objective``, and:
+
     Attributes:
-        tau: threshold of the rectification.
         coefficient: name of each token's, or ``module:function``; or one for each of ``SOURCES``.
-        eps_low, eps_high, ratio_dual_clip, shaping: of the coefficients of p/q, and g of ``shaped``.
         vocab_size: true size of the vocabulary; rows of the output matrix beyond it are padding, get no
             probability and no gradient. None: there are none.
         fused: False takes Megatron's own linear layer and vocab-parallel cross entropy, which hold all logits.
-        chunk_tokens: rows of logits that the fused path holds at a time; rows are cut evenly. Larger chunks re-read
-            the matrix and its gradient less often. None: see :meth:`chunk_rows`.
-        entropy: also the entropy of each row's distribution, in the same pass.
+        chunk_tokens: rows of logits that the fused path holds at a time; larger chunks re-read the matrix and its
+            gradient less often. None: see :meth:`chunk_rows`.
     """
 
     tau: float = 0.1

@@ -27,6 +27,7 @@ def row(recipe: Path) -> str:
     p, steps, time = bf16.config.parallel, bf16.steps, bf16.time
     assert steps is not None and time is not None, recipe
     layout = f"tp {p.tp}, pp {p.pp}" + (f" x {p.vpp}" if p.vpp else "") + (f", ep {p.ep}" if p.ep > 1 else "")
+    minutes = 60 * time.epoch_hours
     cells = [
         f"`{recipe.name}`",
         f"{layout}, dp {bf16.dp}",
@@ -36,7 +37,7 @@ def row(recipe: Path) -> str:
         f"{time.seconds:.2g}",
         f"{time.tokens_per_second_per_device:,.0f}",
         f"{time.mfu:.0%}",
-        _duration(3600 * time.epoch_hours),
+        f"{minutes:.0f} min" if minutes >= 1 else f"{60 * minutes:.0f} s",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -51,10 +52,6 @@ def _plan(files: list[str]) -> Plan:
     plan = make_plan(config, read_model_shape(config.model.config), world_size)
     assert plan.fits, f"{files} on {world_size} GPUs: {plan.peak_bytes / GIB:.1f} GiB on the fullest"
     return plan
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 @command

@@ -48,7 +48,11 @@ def convert_gguf(folder: Path, name: str, output: Path) -> None:
     transformers refuses to save a model that it loaded from GGUF ("quantized"), so the tensors go into a fresh model.
     """
     config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
-    config = LlamaConfig.from_dict(_plain_settings(config.to_dict()))
+    settings = config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "pretraining_tp", "dtype"):
+        settings.pop(key, None)  # what GGUF added
+    settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:.6g}")  # float32: 9.99999974e-06, which means 1e-5
+    config = LlamaConfig.from_dict(settings)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     model = LlamaForCausalLM(config)
     tensors = load_gguf_checkpoint(
@@ -61,14 +65,6 @@ def convert_gguf(folder: Path, name: str, output: Path) -> None:
     with atomic_directory(output) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-
-
-def _plain_settings(settings: dict) -> dict:
-    """The settings without what GGUF added; its float32 ``rms_norm_eps`` reads 9.99999974e-06 and means 1e-5."""
-    for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "pretraining_tp", "dtype"):
-        settings.pop(key, None)
-    settings["rms_norm_eps"] = float(f"{settings['rms_norm_eps']:.6g}")
-    return settings
 
 
 @command

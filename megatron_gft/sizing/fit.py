@@ -143,8 +143,7 @@ def make_plan(
     """Plan a run of ``config`` on ``world_size`` devices. Needs a process without a process group.
 
     Args:
-        device: default one H100 80 GB.
-        workload: groups to assume where ``data.train`` is empty; default :class:`Workload`'s.
+        workload: groups to assume where ``data.train`` is empty.
         efficiency: share of peak reached while computing; default the anchor of :func:`stated_efficiency`.
         with_steps: false plans memory alone, for steps of many packs.
 

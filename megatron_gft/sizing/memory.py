@@ -1,8 +1,7 @@
 """What one rank of a layout holds in device memory: parameters and buffers exactly, activations as an estimate.
 
 Exact: :func:`measure_stage` builds the real model, DDP and distributed optimizer of one rank on meta tensors under a
-fake process group (no memory, no other process) and adds up storages. The same function adds up real tensors, which
-is how the tests compare the two.
+fake process group (no memory, no other process) and adds up storages.
 
 Estimate: :func:`estimate_activations` counts what the layers save for backward, from the shapes of their operators
 with flash attention and fused SwiGLU, as Megatron-Core runs them on a GPU (Korthikanti et al., arXiv 2205.05198,

@@ -45,13 +45,7 @@ def read_suite(paths: Sequence[str | Path]) -> list[SuiteCase]:
     for path in paths:
         try:
             tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            RecursionError,
-            MemoryError,
-        ) as error:
+        except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise InputError(f"{path}: {error} -> name a test file of a clone") from error
         for function in ast.walk(tree):
             if isinstance(function, ast.FunctionDef):
