@@ -14,6 +14,8 @@ any forward (:func:`response_weights`), and the model's part is a weighted cross
 Shapes: N responses, T tokens.
 """
 
+from __future__ import annotations
+
 import functools
 from dataclasses import dataclass, replace
 from typing import Self, get_args
