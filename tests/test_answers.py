@@ -42,6 +42,7 @@ ANSWERS = {
         ),
         ("-2<x<2", ["|x|<2"], ["|x|>2", r"|x| \le 2", "|y|<2"]),
         ("|x-3|<=2", ["1 <= x <= 5", "[1,5]"], ["-2<=x<=2", "1<x<5", "[1,5)"]),
+        ("|x-1/2|<1", [r"-\frac12<x<\frac32", "(-1/2, 3/2)", r"|x-\frac{1}{2}|<1"], ["-1<x<1", "(1/2,3/2)", "|x-1|<2"]),
         ("|x+1|>2", ["x < -3 or x > 1", r"(-\infty,-3) \cup (1,\infty)"], ["x < -1 or x > 3", "-3<x<1", "x>1"]),
         ("x<-2 or x>=2", [r"(-\infty,-2) \cup [2,\infty)", "x>=2 or x<-2"], ["|x|>2", "(2,-2)", "[2,-2)", "x<-2"]),
         ("y=2x", ["2x", "y = 2 x"], ["y=3x", "x=2y", "x"]),
@@ -116,6 +117,7 @@ ANSWERS = {
         ("1.5", ["1.5 (times)", "1.5 (cups)"], ["1.5 (times 2)", "1.5 (million)", "1.5 (dozen)", "1.5 (x)"]),
         ("3 (out of 10)", ["3", "3 (out of 10)"], ["30", "3 (or 4)", "3 (out of 9)", "3/10"]),
         ("12 ($/hour)", ["12", r"\$12"], ["13"]),
+        ("9 (cm, approx.)", ["9", "9.0"], ["8", "9 pears", "9 (or 10, approx.)"]),
         ("9 (%)", ["9", r"9\%", "9 percent", "9 (%)"], ["0.09", "900", "9 pears"]),
         ("9 ($)", ["9", r"\$9", "9 (dollars)", "9 (€)"], ["90", "9 pears"]),
         ("5:30 (p.m.)", ["5:30", "5:30 p.m.", r"5:30 \text{ PM}", "5:30pm"], ["5:30 a.m.", "5:31", "5:30 (am)", "30"]),
@@ -222,6 +224,16 @@ SAID = [
     ("The answer is $\n9\n$", "9"),
     ("Answer \\( \n 9 \n \\)", "9"),
     ("The limit is negative infinity.", r"-\infty"),
+    ("The sum tends to negative infinity.", r"-\infty"),
+    ("As $n$ grows, the sum approaches infinity.", r"\infty"),
+    ("It is 5 when n tends to infinity.", "5"),
+    ("So n = 1, 2, and 3.", "1, 2, 3"),
+    ("The solutions are $1$, $2$ and $3$.", "1, 2, 3"),
+    ("From $n = 3$, $7$.", "7"),
+    ("The answer is 12 by a = 5.", "12"),
+    ("The answer is 12 divided by 3 = 4.", "4"),
+    ("The answer is 7. The answer cannot be -7, since -7 < 0.", "7"),
+    ("Is the answer 5.5? No, 3 + 4 = 7.", "7"),
     ("So the series diverges to infinity.", r"\infty"),
     ("The limit is 5 as n goes to infinity.", "5"),
     ("We meet at 5:30 p.m.", "5:30"),
@@ -241,6 +253,9 @@ def test_answers_in_words(text, gold):
     "text, gold",
     [
         ("it is √2", "2"),
+        ("So n = 1, 2, 3.", "3"),
+        ("It holds where n tends to infinity.", r"\infty"),
+        ("Let n tend to infinity.", r"\infty"),
         ("We meet at 5:30 a.m.", "5:30 p.m."),
         ("5 would be the answer to another problem; here it is 6.", "5"),
         ("5 cannot be our answer. It is 6.", "5"),
@@ -299,6 +314,29 @@ The value is {}, since @.
 The value is {}. Note that @ is not needed.
 The value is {}. (We could have used @.)
 We get {}, using @.
+And the answer? {}, thanks to @.
+The answer? Well, it's {} by @.
+So what is the answer? {} cm, from @.
+Our final answer? {} rather than @.
+Do we know the answer? @ is too small. So {}.
+Can you guess the answer? With @ it is {}.
+Is the answer @? No, {}.
+Could the answer be @? Not quite. We get {}, since @ fails.
+Does the answer equal @? Hardly: the value is {}.
+Is the answer {}? Yes, since @.
+The answer is {}; can you see why? Because of @.
+The answer is @. Wait, no: it is {}.
+The answer cannot be @. It must be {}.
+The answer is never @, so we get {}.
+The answer is {}. The answer cannot be @.
+The final result is {}, on account of @.
+What is the result? It is {} metres, because @.
+The value is {} due to @, and @.
+The value is {}, because we know that @.
+The value is {}, which follows from @.
+The value is {} (obtained from @).
+The value is {}; see @.
+The value is {} instead of @.
 """.splitlines()
 
 

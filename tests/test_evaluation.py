@@ -189,6 +189,9 @@ def test_a_prompt_that_is_too_long_is_said_before_the_model_works(model, problem
     monkeypatch.setattr(LocalModel, "sample", None)
     with pytest.raises(InputError, match=r"problems.jsonl:6: prompt of \d+ tokens"):
         evaluate(lambda: model, problem_set(problems), EvaluationOptions(max_tokens=3, scoring=SCORING), progress=False)
+    options = EvaluationOptions(template_kwargs={"enable_thinking": False}, scoring=SCORING)
+    with pytest.raises(InputError, match="set --chat-template$"):  # the one way out: shorter it need not be
+        evaluate(lambda: model, problem_set(problems), options, progress=False)
 
 
 def test_a_verifier_of_the_users_may_do_without_gold_answers(model, problems, tmp_path):

@@ -128,6 +128,12 @@ SHAPES = {
         [("p", None, PAIR), (turns("p"), None, PAIR), (turns("p", "a", "q"), None, PAIR)],
         {"other_prompt": 1, "few_responses": 1, "group_dropped": 1},
     ),
+    "pairs of conversations without a column prompt": (
+        "preference",
+        [{"chosen": turns("p", "good"), "rejected": turns("p", "bad")}],
+        [(turns("p"), None, PAIR)],
+        {},
+    ),
     "a row a solution": (
         "openmathinstruct-2",
         [
@@ -157,13 +163,30 @@ SHAPES = {
         [("x", None, [("a", "self", 1.0), ("b", "self", -0.5), ("c", "self", 0.0), ("d", "self", None)])],
         {},
     ),
+    "rollouts, states of samples": (
+        "rollouts --prompt prompt --text response --reward reward --answer label --finish-reason status --group-by g",
+        [
+            {"g": g, "prompt": turns("x"), "response": str(i), "label": 3, "reward": 1, "status": status}
+            for i, (g, status) in enumerate(
+                map(str.split, ("b aborted", "a completed", "a truncated", "a completed", "b completed"))
+            )
+        ],
+        [(turns("x"), "3", [("1", "self", 1.0), ("3", "self", 1.0)])],
+        {"ended_otherwise": 1, "unfinished": 1, "few_responses": 1, "group_dropped": 1},
+    ),
+    "rollouts, a list of turns": (
+        "rollouts --prompt content.0 --text content.1 --reward rewards --group-by content.0",
+        [{"content": [q, a], "rewards": r} for q, a, r in [("x", "1", 1.0), ("y", "1", 0.0), ("x", "2", 0.0)]],
+        [("x", None, [("1", "self", 1.0), ("2", "self", 0.0)])],
+        {"few_responses": 1, "group_dropped": 1},
+    ),
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_public_shapes_with_one_command(shape, tmp_path):
     preset, rows, groups, dropped = SHAPES[shape]
-    found, summary, records = imported(tmp_path, rows, "--mapping", preset)
+    found, summary, records = imported(tmp_path, rows, "--mapping", *preset.split())
     assert found == groups
     assert sum((Counter(counts) for counts in summary["dropped"].values()), Counter()) == dropped
     assert all(reason in summary["first"] and "in.jsonl:" in summary["first"][reason] for reason in dropped)
@@ -202,7 +225,7 @@ def test_every_format_gives_the_same_bytes(shape, suffix, tmp_path):
         text = json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
         source.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
     imported(tmp_path, rows, "--mapping", preset)
-    imported(tmp_path, source, "--mapping", preset, name="other.jsonl")
+    imported(tmp_path, source, "--mapping", *preset.split(), name="other.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "other.jsonl").read_bytes()
 
 
@@ -245,6 +268,10 @@ BAD = {
         "no group is left (?s:.*)1 few_responses .first: .*in.jsonl:1",
     ),
     "deepmath": ([], "no row has a column 'question'"),
+    "rollouts --finish-reason end": (  # the score is there, though nothing needs it
+        [{"input": "x", "output": "a", "score": 1, "end": "abort"}] * 2,
+        "no group is left (?s:.*)2 ended_otherwise .first: .*in.jsonl:1",
+    ),
 }
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_gft.errors import InputError
 from megatron_gft.scoring.final_answers import extract_answer
-from megatron_gft.scoring.math_answers import parse_number, same_answer
+from megatron_gft.scoring.math_answers import same_answer
+from megatron_gft.scoring.spelling import parse_number
 from megatron_gft.scoring.verifier_pool import judge_one
 from megatron_gft.scoring.verifiers import (
     Case,

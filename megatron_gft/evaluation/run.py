@@ -221,15 +221,12 @@ class _Responses:
     def check_lengths(self) -> None:
         longest, tokenizer = self.model.max_positions - self.options.max_tokens, self.model.tokenizer
         problems = (
-            f"{row.place}: {problem} -> lower --max-tokens or leave the problem out"
+            f"{row.place}: {problem}" + " -> lower --max-tokens or leave the problem out" * (" -> " not in problem)
             for row in self.rows
             if (problem := encode_prompt(tokenizer, row.prompt, longest, self.options.of_row(row))[1]) is not None
         )
         if shown := list(itertools.islice(problems, SHOWN_PROBLEMS)):
             raise InputErrors("problems that the model cannot be asked", shown)
-
-    def _opens(self, row: PromptRow) -> str:
-        return prompt_opens(self.model.tokenizer, row.prompt, self.options.of_row(row), by_server=False)
 
     def judged(self, name: str, params: SamplingParams, count: int) -> tuple[list[Verdict], list[Sample]]:
         """``count`` responses for each problem and their verdicts, in the problems' order."""
@@ -239,7 +236,7 @@ class _Responses:
             for i, (row, k) in enumerate(owners)
         ]
         found: dict[str, Sample] = {}
-        backend = TransformersBackend(self.model, self.options.batch_size)
+        backend, tokenizer = TransformersBackend(self.model, self.options.batch_size), self.model.tokenizer
         with ProgressBar(None, name, total=len(requests), unit="response", show=self.progress) as bar:
             for outcome in backend.generate(requests, params, lambda key: False):
                 if isinstance(outcome, SampleFailure):
@@ -249,11 +246,10 @@ class _Responses:
                 bar.update()
         samples = [found[request.key] for request in requests]
         cases = (
-            Case(said.text, row.answer, row.prompt, row.meta, self._opens(row))
-            for said, (row, _) in zip(samples, owners, strict=True)
+            Case(said.text, row.answer, row.prompt, row.meta, prompt_opens(tokenizer, row.prompt, asked.options, False))
+            for said, asked, (row, _) in zip(samples, requests, owners, strict=True)
         )
-        judged = self.pool.judge(cases)
-        bar = ProgressBar(judged, "judging", total=len(samples), unit="response", show=self.progress)
+        bar = ProgressBar(self.pool.judge(cases), "judging", total=len(samples), unit="response", show=self.progress)
         return list(bar), samples
 
 

@@ -62,8 +62,8 @@ def expand_inputs(patterns: Sequence[str | Path]) -> list[str]:
         if not found or not all(Path(name).is_file() for name in found):
             raise InputError(f"{pattern}: no such group file -> check the path")
         files.extend(found)
-    twice = sorted({name for name in files if files.count(name) > 1})
-    if twice:
+    real = [os.path.realpath(name) for name in files]
+    if twice := [name for name, path in zip(files, real, strict=True) if real.count(path) > 1]:
         raise InputError(f"{twice[0]}: input named twice -> name each file once")
     return files
 

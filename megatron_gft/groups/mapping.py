@@ -33,8 +33,8 @@ from megatron_gft.reading import read_yaml
 
 _ABSENT = object()
 _Value = Callable[[str | None], Any]  # column -> cell
-_FINISHED = dict.fromkeys(("stop", "eos", "end_turn", "true"), "stop")
-_FINISHED |= dict.fromkeys(("length", "max_tokens", "max_length", "false"), "length")
+_FINISHED = dict.fromkeys("stop eos end_turn stop_sequence stop_word completed finished true".split(), "stop")
+_FINISHED |= dict.fromkeys("length max_tokens max_length max_new_tokens truncated false".split(), "length")
 _VERDICTS = {"true": True, "false": False}
 
 
@@ -152,6 +152,7 @@ class RowReader:
                 try:
                     if _is_conversation(said):
                         prompt, said = _apart(said, prompt, place)
+                        self.unseen.pop(own.prompt or "", None)  # the conversation has it
                     responses.append(self._response(where, value, said, place))
                 except _RowDropped:
                     raise
@@ -180,9 +181,7 @@ class RowReader:
             return
         items = self._cell(row, where.each) or []
         if not isinstance(items, list):
-            raise InputError(
-                f"{place}: column {where.each!r} is {short(items)}, no list -> name it as text, not as each"
-            )
+            raise InputError(f"{place}: column {where.each!r} is {short(items)}, no list -> name it as text")
         for index, item in enumerate(items):
             value = functools.partial(self._beside, row, items, index)
             yield value, item if where.text is None else value(where.text)
@@ -198,22 +197,23 @@ class RowReader:
         return column[index]
 
     def _response(self, where: Responses, value: _Value, said: Any, place: str) -> dict[str, Any]:
+        ended = next((found for found in [*map(value, where.finish_reason)] if found is not None), None)
+        scored = value(where.reward) if isinstance(where.reward, str) else where.reward
+        told = where.source if where.source in SOURCE_CODES else str(value(where.source))
         text = _text(None if said == [] else said, where.text or where.each, place)
         if text is None or not text.strip():
             raise Dropped("empty_response")
-        ended = next((found for found in [*map(value, where.finish_reason)] if found is not None), None)
         if ended is not None and (ended := _FINISHED.get(str(ended).lower())) is None:
             raise Dropped("ended_otherwise")  # abort, error, content_filter, ...
         if ended == "length" and self.mapping.unfinished == "drop":
             raise Dropped("unfinished")
-        told = where.source if where.source in SOURCE_CODES else str(value(where.source))
         source = self.mapping.sources.get(told, told)
         if source not in SOURCE_CODES:
             raise InputError(
                 f"{place}: column {where.source!r} says {short(told)}, none of {', '.join(SOURCE_CODES)} -> set "
                 f"sources: {{{told}: teacher}} in the mapping, or source to one of them"
             )
-        reward, outcome = _reward(value(where.reward) if isinstance(where.reward, str) else where.reward)
+        reward, outcome = _reward(scored)
         known = {"reward": reward, "outcome": outcome, "finish_reason": ended}
         return {"text": text, "source": source, **known, "model": _text(value(where.model), where.model, place)}
 

@@ -41,7 +41,9 @@ _NAME = re.compile(
     r"|\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)"
 )
 RELATIONS = frozenset(("=", "<", "<=", "!=", "~"))
-_DISTANCE = re.compile(r"\|\s*([A-Za-z])\s*(?:([-+])\s*(\d+(?:\.\d+)?))?\s*\|")  # of x from a number
+_DISTANCE = re.compile(  # of x from a number
+    r"\|\s*([A-Za-z])\s*(?:([-+])\s*(\d+(?:[./]\d+)?|\\frac\{?\d+\}?\{?\d+\}?))?\s*\|"
+)
 _SEGMENTS = re.compile(r"[A-Z]{1,8}")  # AB, and what stands for |AB|, AB:CD or \frac{AB}{CD}
 
 

@@ -59,7 +59,7 @@ class Policies:
 
 _UNIT = re.compile(
     r"(?<=[\d})])(?P<space>\s*+)(?:\\text\{(?P<text>[^{}]*+)\}"
-    r"|(?P<note>\(\s*/?(?:(?:[A-Za-z][A-Za-z ./]*+(?:(?<=out of )\d+)?)|\\text\{[^{}]*+\})(?:\^\{?-?\d\}?)?\s*\))"
+    r"|(?P<note>\(\s*/?(?:(?:[A-Za-z][A-Za-z ,./]*+(?:(?<=out of )\d+)?)|\\text\{[^{}]*+\})(?:\^\{?-?\d\}?)?\s*\))"
     r"|(?P<words>[A-Za-z][A-Za-z. /]*+))(?:\^\{?\d\}?)?$"
 )
 _SHORT_UNITS = frozenset(

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Literal
+
+from megatron_gft.scoring.spelling import with_sign_after
+
+BoxPolicy = Literal["last", "listed", "near"]
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _UNBRACED_BOX = re.compile(r"\s*([^\s{}$\\.,;]+)")
 
+_BETWEEN = r"[\s$,;.&}~+|\\]|\\[()\[\],;: ]|\\q?quad|\\text\{"
+_LINKED = {
+    "listed": re.compile(rf"(?:{_BETWEEN}|\band\b|\bor\b|respectively){{0,40}}"),
+    "near": re.compile(rf"(?:{_BETWEEN}){{0,40}}|(?=.*(?:,|\b(?:and|or)\b)).{{0,40}}", re.DOTALL),
+}
 
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last non-empty ``\boxed{}``; "" when the last box is not closed; ``None`` without a box."""
-    for _, start, end in boxes_from_last(text):
+
+def boxed_answer(text: str, boxes: BoxPolicy) -> str | None:
+    """The last box and those that belong to it; "" when the last is not closed, ``None`` without a box."""
+    found: list[str] = []
+    begin = -1
+    for box, start, end in boxes_from_last(text):
         if end is None:
-            return ""
-        if text[start:end].strip():
-            return text[start:end].strip()
-    return None
-
-
-def replace_boxed(text: str, answer: str) -> str:
-    """``text`` with ``answer`` in the place of its last boxed content, wherever that is boxed."""
-    boxed = last_boxed(text)
-    for _, start, end in list(boxes_from_last(text)):
-        if end is not None and text[start:end].strip() == boxed:
-            braced = text[start - 1] == "{"
-            text = text[:start] + (answer if braced else f"{{{answer}}}") + text[end:]
-    return text
+            return ", ".join(found)
+        content = text[start:end].strip()
+        if not content or (found and end > begin):
+            continue
+        after = end + (text[end : end + 1] == "}")
+        if found and (boxes == "last" or not _LINKED[boxes].fullmatch(text[after:begin])):
+            break
+        content = with_sign_after(content, text, after)[0]
+        found = [content, *(other for other in found if other != content)]
+        begin = box
+    return ", ".join(found) if found else None
 
 
 def boxes_from_last(text: str) -> Iterator[tuple[int, int, int | None]]:

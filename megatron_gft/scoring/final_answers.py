@@ -1,15 +1,8 @@
 r"""Final answers of responses: where a text says what its answer is, and the answer as written there.
 
-First rule that applies:
-
-1. the last ``\boxed{...}``; a box that is never closed means that the response was cut off: there is no answer,
-   whatever numbers stand before it;
-2. the last line marked ``####`` that is an answer and not a heading ("#### Step 3: add", "#### Conclusion");
-3. what follows the last "answer is", "answer:" or the heading "Final answer", or stands before "is the answer";
-4. the last number or formula of the text, remarks and reasons after it ("Note that", "since") left out.
-
-Numbers and formulas are taken whole (``10^5``, ``2x+3``, ``1 1/2``, ``2 million``): half of a formula is another
-answer. "5 or 7" is both: to hedge must not pay.
+docs/verifiers.md says where it is looked for. A box that is never closed means that the response was cut off: there is
+no answer, whatever numbers stand before it. Numbers and formulas are taken whole (``10^5``, ``2x+3``, ``1 1/2``): half
+of a formula is another answer. "5 or 7" is both: to hedge must not pay.
 """
 
 from __future__ import annotations
@@ -17,12 +10,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from megatron_gft.scoring.boxes import boxes_from_last
-from megatron_gft.scoring.spelling import MAGNITUDE, MULTIPLIERS, OUTSIDE_PERCENT, plain_latex, without_delimiters
-
-BoxPolicy = Literal["last", "listed", "near"]
+from megatron_gft.scoring.boxes import BoxPolicy, boxed_answer
+from megatron_gft.scoring.spelling import MAGNITUDE, MULTIPLIERS, plain_latex, with_sign_after, without_delimiters
 
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!\s*)(?=\d{3})")
@@ -80,13 +71,32 @@ _NUMBERING = re.compile(
 )
 _FORMULA = r"(?:\$|\\[(\[]|-?\d[\d.,/]*+(?=[;!)]|\s*$))"
 _SAID_OF = rf"(?![\s,(*_]{{1,4}}{_FORMULA})(?:[^.;\n:=$\\\d]|\$[^$\n]{{1,40}}\$|\\\([^\n]{{1,40}}?\\\)){{0,60}}?"
+_ADMITTED = (
+    r"(?:(?:well|why|of course|clearly|simply|just)[\s,]{1,2})?"
+    r"(?:it(?:'s|\s(?:is|equals|(?:must|has to|should|will) be))\s{1,4})?"
+)
+_VERB = (
+    r"(?:is|are|was|were|does|do|can(?:not)?|could|would|might|may|must|will|has|had|(?:seem|fail|work|look|give|yield|"
+    r"lead|come|exceed|follow|hold|tell|show|mean|make)s?)\b"
+)
 _ANCHOR = re.compile(
-    rf"(?P<anchor>^{_HEADING}|(?<![A-Za-z])answers?(?![A-Za-z])(?:"
+    rf"(?P<anchor>^{_HEADING}|(?<![A-Za-z])(?:answers?|final\sresult)(?![A-Za-z])(?:"
     r"[ \t*_`]{0,6}(?:[:=|>]|-{1,2}>?(?=\s)|\u2014|\\to(?![A-Za-z]))"
+    rf"|[ \t*_]{{0,6}}(?P<asked>\?)[\s*_]{{1,4}}{_ADMITTED}(?={_FORMULA})(?!(?:{_SPAN}|-?\d\S*)\s?{_VERB})"
     rf"|{_SAID_OF}\b(?:is|are|be|equals|becomes|[a-z]{{3,}}s(?:\sout|\sdown)?\sto)\b"
     rf"|(?:\sof|\sbeing)?[\s,(*_]{{1,4}}(?={_FORMULA})))(?:(?![.!?]\s+(?-i:[A-Z])|, but\b)[^\n])*",
     re.IGNORECASE | re.MULTILINE,
 )
+_YES_OR_NO = re.compile(
+    r"(?:\A|[.?!:,\n])\W*(?:do|does|did|can|could|would|should|have|has|is|are|will)\s[^.?!:,\n]*\Z", re.IGNORECASE
+)
+_DENIED = re.compile(r"\s*(?:not|never|neither)\b(?![^\n]*\bbut\b)", re.I)
+_QUESTION = re.compile(
+    r"(?:[^?.!\n]|\.\d){1,80}(?:\?\W{0,5}(?:(?P<yes>yes|yep|indeed|right|correct|exactly|sure|of course|it is)\b"
+    r"|(?P<no>no(?:t|pe)?|hardly|never|wrong|impossible)\b)?|[.!]{1,3}\s+(?P<corrected>wait,? no|no,? wait|oops)\b)",
+    re.IGNORECASE,
+)
+_NEGATED = re.compile(r"(?:\bnever|not|n't)\s(?:[a-z]{1,12}\s)?[a-z]{2,8}\Z", re.I)
 _STATED = re.compile(
     r"\b(?:(?:will|must|should)\s(?:[a-z]+\s)?)?(?:is|are|be|as|for)\s{1,4}(?:(?!not\b)[a-z]+\s{1,4})?"
     r"(?:the|our|my)\s{1,4}(?:(?!not\b|wrong\b)[a-z]+\s{1,4}){0,3}(?P<anchor>answers?)(?![A-Za-z])",
@@ -105,13 +115,6 @@ _FILLERS = r"^[\s*_:,]*(?:(?:therefore|thus|then|hence|so|simply|just|now|again|
 _FILLER = re.compile(_FILLERS, re.IGNORECASE)
 _ON_NEXT_LINE = re.compile(rf"{_FILLERS}[\s*_:]*(\$\$?|\\[(\[])?\s*", re.IGNORECASE)
 _NO_ANSWER = re.compile(r"(?:in)?correct|right|wrong|clear|as follows|below|above|given|found", re.IGNORECASE)
-_PERCENT_AFTER = re.compile(r"\s?(?:\$|\\[)\]])?\s?(?:\\?%|(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)\b)")
-_HALF_DAY_AFTER = re.compile(r"(?:(?<=:\d\d)|(?<=:\d\d[$}]))\s?(?:\\text\{\s?)?([ap]m)\b")
-_BETWEEN = r"[\s$,;.&}~+|\\]|\\[()\[\],;: ]|\\q?quad|\\text\{"
-_LINKED = {
-    "listed": re.compile(rf"(?:{_BETWEEN}|\band\b|\bor\b|respectively){{0,40}}"),
-    "near": re.compile(rf"(?:{_BETWEEN}){{0,40}}|(?=.*(?:,|\b(?:and|or)\b)).{{0,40}}", re.DOTALL),
-}
 _NAME_ALONE = re.compile(r"\\?[A-Za-z]{1,9}(?:_\w|\([a-z]\))?")
 _IS = re.compile(r"[\s*]*(?:is|are|equals|must|=)(?![A-Za-z])")
 _SENTENCE_END = re.compile(
@@ -126,24 +129,37 @@ _WORD = re.compile(
 )
 _OR = re.compile(r"[\s*]*(?:[a-z]{1,20}\s+){0,2}or\s+(?:[a-z]{1,20}\s+)?[\s*]*")
 _AND = re.compile(r"[\s*]*(?:,|,?\s+and\s)[\s*]*")
+_ASSIGNED = re.compile(r"[A-Za-z](?:_\w)?\s?=(?!.*=)")
+_PREMISE = re.compile(r"\b(?:as|at|by|for|from|given|if|since|using|when|where|with)\s\Z", re.I)
+_LINKS = re.compile(f"{_OR.pattern}|{_AND.pattern}")
 _END = re.compile(r"[\s*_`]*(?:$|[.!?;](?:\s|$))")
-_CLAUSE_END = re.compile(r"[;\n]|\s\(|,\s|\.(?:\s|$)|\b(?:because|since|as|where|when|if|so|which|with|for)\b")
+_CLAUSE_END = re.compile(
+    r"[;\n]|\s\(|,\s|\.(?:\s|$)|\b(?:because|since|as|where|when|if|so|which|with|for|(?:by|from|using|via)(?=\s[a-z]\s?=))\b"
+)
 _REMARK = re.compile(
-    r"(?<=[.!?)\]}$\s])(?:(?<=\s)\((?=[A-Z][a-z]* [a-z])"
-    r"|(?:Note|Notice|Remark|Alternatively|(?:To|(?:We|You) (?:can|may|could)(?: also)?) (?:check|verify|confirm))\b)"
+    r"(?<=[.!?)\]}$\s])(?:(?<=\s)\((?=[A-Z][a-z]* [a-z])|(?<=[;:,-]\s)(?:see|use|recall|note|compare|check)\b"
+    r"|(?:Note|Notice|Remark|Remember|Recall|Alternatively"
+    r"|(?:To|(?:We|You) (?:can|may|could)(?: also)?) (?:check|verify|confirm))\b)"
 )
 _REASON = re.compile(
-    r"(?<=[\d%$)\]}])"
-    r"(?:,?\s(?:because|since|where|as|when(?:ever)?|for (?:all|every|each)|after)|,\s(?:from|by|using|via))\s"
-    r"(?![^\n]*\b(?:which|we|it)\b)"
+    r"(?<=[\d%$)\]}])(?:"
+    r"(?:\s[a-z]+){0,2},?\s(?:because|since|thanks|due|owing|rather than|instead of)"
+    r"|(?:\s[a-z]+){0,2},\s(?:as|where|when|if|from|by|given|considering|seeing|assuming|provided|unlike|obtained"
+    r"|in view|in contrast|on account|which (?:follows|comes|we)|(?:and )?not(?=[^.,;\n]{1,60}\W*\Z))"
+    r"|,?\s(?:where|as|when(?:ever)?|for (?:all|every|each)|after|using|via|assuming|provided)"
+    r"|(?:\s(?:from|by)|,\s(?:for|with))(?=\s(?:\$|\\[(\[])?\s?[A-Za-z](?:_\w)?\s?(?:[=<>]|\\[gln]e))"
+    r"|\s\((?!or\b)[a-z]+(?=(?:\\[()]|[^()]|\([^()]{0,60}\)){0,200}+\)\W*\Z))\s"
+    r"(?![^\n]*\b(?:which|we(?!\s(?:know|used?|saw)\b)|it(?!\sis\s(?:known|given)\b))\b)"
 )
 _GOES_ON = re.compile(
-    r"[.?!]\s+(?=\S)|, [a-z]"
-    r"|\b(?:so|then|thus|hence|therefore|giv(?:es|ing)|but|however|instead|actually|answer|must|need)\b",
+    r"[.?!]\s+(?=\S)|, (?!and (?:\$|\\\())[a-z]"
+    r"|\b(?:so|then|thus|hence|therefore|giv(?:es|ing)|but|however|instead|actually|answer|must|need|get|obtain|find)\b",
     re.IGNORECASE,
 )
 _INFINITE = re.compile(
-    r"\b(?:is|are|be|equals|diverges to)\s((?:(?:positive|negative|plus|minus)\s)?infinity)\W*\Z",
+    r"(?:\b(?:is|are|be|equals|diverges to)|(?:\A|[.;:,\n])(?![^.;:,\n]*\b(?:as|when|where|while|if|for|let)\b)"
+    r"[^.;:,\n]{0,99}[^.;:,\n]{2}\s(?:tends|goes|grows|approaches)(?: to)?)"
+    r"\s((?:(?:positive|negative|plus|minus)\s)?infinity)\W*\Z",
     re.IGNORECASE,
 )
 _SPAN_END = re.compile(r"(?!\s*=)")  # what follows a formula is a remark
@@ -159,28 +175,21 @@ class _Run(NamedTuple):
 
 
 def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
-    """The final answer of ``text``, or ``None`` when there is none (or its box was cut off).
+    """The final answer of ``text``, as written there, but for signs outside of ASCII, which become LaTeX.
 
-    It is as written there, but for signs outside of ASCII, which become LaTeX. ``boxes``: see the first rule above.
+    ``None``: there is none, or its box was cut off.
     """
     text = plain_latex(_DRAWING.sub("", text) if "[/asy]" in text else text)
-    boxed = _boxed_answer(text, boxes)
-    if boxed is not None:
+    if (boxed := boxed_answer(text, boxes)) is not None:
         return boxed or None
     text = _EMPTY_BOX.sub("", text)
-    marked = _marked_answer(text)
-    if marked is not None:
+    if (marked := _marked_answer(text)) is not None:
         return marked
     text = _NUMBERING.sub("", text)
     anchors = [*_STATED.finditer(text), *_ANCHOR.finditer(text)]
     for anchor in sorted(anchors, key=lambda match: match.start("anchor"), reverse=True)[:_MAX_ANCHORS]:
-        if anchor.re is _STATED:
-            answer = _stated_answer(text[max(0, anchor.start() - _MAX_TAIL) : anchor.start()])
-        else:
-            tail, _, after = text[anchor.end("anchor") :].partition("\n")
-            if opening := _ON_NEXT_LINE.fullmatch(tail + " "):
-                tail = (opening[1] or "") + after.lstrip("*_: \t\n").partition("\n\n")[0]
-            answer = _anchored_answer(tail[:_MAX_TAIL])
+        before = text[max(0, anchor.start() - _MAX_TAIL) : anchor.start()]
+        answer = _stated_answer(before) if anchor.re is _STATED else _introduced_answer(anchor, before)
         if answer is not None:
             return answer
     return _last_value(text)
@@ -196,25 +205,6 @@ def with_words_around(text: str, answer: str) -> Iterator[str]:
     yield from (f"{answer} {' '.join(words[: count + 1])}" for count in range(len(words)))
     if before:
         yield f"{before} {answer}"
-
-
-def _boxed_answer(text: str, boxes: BoxPolicy) -> str | None:
-    """The last box and those that belong to it; "" when the last is not closed, ``None`` without a box."""
-    found: list[str] = []
-    begin = -1
-    for box, start, end in boxes_from_last(text):
-        if end is None:
-            return ", ".join(found)
-        content = text[start:end].strip()
-        if not content or (found and end > begin):
-            continue
-        after = end + (text[end : end + 1] == "}")
-        if found and (boxes == "last" or not _LINKED[boxes].fullmatch(text[after:begin])):
-            break
-        content = _with_sign_after(content, text, after)[0]
-        found = [content, *(other for other in found if other != content)]
-        begin = box
-    return ", ".join(found) if found else None
 
 
 def _marked_answer(text: str) -> str | None:
@@ -246,8 +236,24 @@ def _is_formula(line: str) -> bool:
 def _stated_answer(before: str) -> str | None:
     """The value, or those joined by "or", right before "is the answer"."""
     before = _THOUSANDS.sub(",", before).rstrip(" *_\n")
-    said = _alternatives(before, list(_runs(before)))
+    said = _alternatives(before, list(_runs(before)), _OR)
     return ", ".join(_result(run.text) for run in said) if said and said[-1].end == len(before) else None
+
+
+def _introduced_answer(anchor: re.Match[str], before: str) -> str | None:
+    """What follows "the answer is", or where that is asked and denied ("Is the answer 5? No, 7."), the last value."""
+    text = anchor.string[anchor.end("anchor") :]
+    if anchor["asked"] and _YES_OR_NO.search(before):
+        return None
+    question = _QUESTION.match(text)
+    denied = question and not question["yes"] and (question["no"] or question["corrected"] or _YES_OR_NO.search(before))
+    if denied or _NEGATED.search(anchor["anchor"]) or _DENIED.match(text):
+        first, last = next(_runs(text), None), _last_value(text)
+        return last if first and last != _result(first.text) else None
+    tail, _, after = text.partition("\n")
+    if opening := _ON_NEXT_LINE.fullmatch(tail + " "):
+        tail = (opening[1] or "") + after.lstrip("*_: \t\n").partition("\n\n")[0]
+    return _anchored_answer(tail[:_MAX_TAIL])
 
 
 def _anchored_answer(tail: str) -> str | None:
@@ -320,7 +326,7 @@ def _last_value(text: str) -> str | None:
     if not runs:
         return None
     last = len(runs) - 1
-    if len(joined := _alternatives(text, runs)) > 1:
+    if len(joined := _alternatives(text, runs, _LINKS)) > 1:
         return ", ".join(run.text for run in joined)
     while last and not runs[last].is_result and not _SENTENCES.search(text[runs[last - 1].end - 3 : runs[last].start]):
         last -= 1  # "there are $9$ divisors of 196", "2 + 3 = 5 for 4 days": what is set as a formula goes before
@@ -341,12 +347,19 @@ def _conclusion(text: str) -> str:
     return text
 
 
-def _alternatives(text: str, runs: list[_Run]) -> list[_Run]:
-    """The last run, with those that an "or" joins to it."""
-    first = len(runs) - 1
-    while first > 0 and _OR.fullmatch(text, runs[first - 1].end, runs[first].start):
+def _alternatives(text: str, runs: list[_Run], link: re.Pattern[str]) -> list[_Run]:
+    """The last run, with those that an "or" joins to it, or that are listed before it at the end: n = 1, 2, 3."""
+    first = max(0, len(runs) - 1)
+    while first and link.fullmatch(text, runs[first - 1].end, runs[first].start):
         first -= 1
-    return runs[max(0, first) :]
+    said = runs[first:]
+    links = [text[run.end : after.start] for run, after in itertools.pairwise(said)]
+    several = links and (
+        len(links) > 1 or (_ASSIGNED.match(said[0].text) and not _PREMISE.search(text, 0, said[0].start))
+    )
+    if several and not any("=" in run.text for run in said[1:]) and _END.match(text, said[-1].end):
+        return said
+    return said if any(map(_OR.fullmatch, links)) else said[-1:]
 
 
 def _runs(text: str) -> Iterator[_Run]:
@@ -356,23 +369,15 @@ def _runs(text: str) -> Iterator[_Run]:
         written, end = match[0], match.end()
         if match["span"]:
             value = _last_row(without_delimiters(written))
-            value, end = _with_sign_after(value, text, end)
+            value, end = with_sign_after(value, text, end)
         elif re.search(r"\d|\\infty", written):
             value = re.sub(_CURRENCY + " ?", "", written)
             value = re.sub(r"^\(([^(),]*)\)$", r"\1", value)
-            value, end = _with_sign_after(value, text, end)
+            value, end = with_sign_after(value, text, end)
         else:
             continue
         if value.strip():
             yield _Run(match.start(), end, value, bool(match["span"]) or "=" in value)
-
-
-def _with_sign_after(value: str, text: str, end: int) -> tuple[str, int]:
-    """``value`` with a percent sign or "p.m." that stands outside of its box or formula, which ends at ``end``."""
-    if (percent := _PERCENT_AFTER.match(text, end)) and "%" not in value[-1:]:
-        return value + OUTSIDE_PERCENT, percent.end()
-    half = _HALF_DAY_AFTER.match(text, end)
-    return (f"{value} ({half[1]})", half.end()) if half else (value, end)
 
 
 def _last_row(formula: str) -> str:

@@ -60,13 +60,9 @@ class ScoringOptions:
     missing_answer: str = "error"
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.workers < 1:
-            problems.append(f"workers={self.workers} -> at least 1")
-        for name, value, highest, unit in (
-            ("time limit", self.time_limit, MAX_TIME_LIMIT_SECONDS, "s"),
-            ("memory limit", self.memory_limit_gib, MAX_MEMORY_LIMIT_GIB, "GiB"),
-        ):
+        problems = [] if self.workers >= 1 else [f"workers={self.workers} -> at least 1"]
+        time = ("time limit", self.time_limit, MAX_TIME_LIMIT_SECONDS, "s")
+        for name, value, highest, unit in (time, ("memory limit", self.memory_limit_gib, MAX_MEMORY_LIMIT_GIB, "GiB")):
             if not 0 < value <= highest:  # nor NaN
                 problems.append(f"{name} of {value} {unit} -> more than 0, at most {highest:g}")
         for outcome, reward in self.rewards.items():

@@ -40,9 +40,7 @@ from megatron_gft.scoring.answer_values import (
     same_value,
     value_of,
 )
-from megatron_gft.scoring.spelling import one_spelling, parse_number
-
-__all__ = ["Policies", "parse_number", "same_answer", "warm_up"]
+from megatron_gft.scoring.spelling import one_spelling
 
 MAX_ANSWER_CHARS = 400  # longer "answers" are not parsed
 CALCULATION_TOLERANCE = 0.01  # of "10/3 = 3.33", where the last side is the answer
@@ -229,8 +227,3 @@ def _same_relation(gold: Form, answer: Form, policies: Policies) -> bool:
         return False
     factor = constant_ratio(*(f"({form.parts[0].text})-({form.parts[1].text})" for form in (left, right)))
     return factor is not None and (gold.kind in ("=", "!=") or factor.real > 0)
-
-
-def warm_up() -> None:
-    """Import and exercise sympy, so that the first real answer does not pay for it."""
-    same_answer(r"\sqrt{2}", r"2^{1/2}")

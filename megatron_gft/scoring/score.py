@@ -21,6 +21,7 @@ from typing import Any
 from megatron_gft.atomic import writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import SOURCES, GroupRecord, iter_groups, output_problems, read_all, write_group_file
+from megatron_gft.groups.files import expand_inputs
 from megatron_gft.groups.records import opened_tag
 from megatron_gft.journal import Journal
 from megatron_gft.progress import ProgressBar, total_bytes
@@ -90,7 +91,11 @@ def score_group_file(
             that is an input or cannot be written.
     """
     output = Path(output)
-    _check_files(inputs, output)
+    inputs, problems = expand_inputs(inputs), output_problems(output)
+    if output.resolve() in [Path(path).resolve() for path in inputs]:
+        problems.append(f"{output}: is an input too -> choose another output")
+    if problems:
+        raise InputErrors("cannot begin", problems)
     summary = ScoreSummary()
     with VerifierPool(options) as pool:  # first: a verifier that does not work leaves nothing behind
         description = options.description()
@@ -103,20 +108,6 @@ def score_group_file(
                     write_group_file(output, _with_verdicts(judged, options, description, summary))
         summary.replaced_workers = pool.replaced
     return summary
-
-
-def _check_files(inputs: Sequence[str | Path], output: Path) -> None:
-    problems = output_problems(output)
-    named: dict[Path, str | Path] = {}
-    for path in inputs:
-        real = Path(path).resolve()
-        if real == output.resolve():
-            problems.append(f"{output}: is an input too -> choose another output")
-        if real in named:
-            problems.append(f"{path}: input named twice (as {named[real]} before) -> name each file once")
-        named[real] = path
-    if problems:
-        raise InputErrors("cannot begin", problems)
 
 
 @contextlib.contextmanager

@@ -74,6 +74,8 @@ _INFINITY = re.compile(
 _PERCENT = re.compile(r"(?<=[\d)}])\s*(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)(?![A-Za-z])\.?\s*\}?|\\%")
 _NOTED = re.compile(r"\s*\(\s*(?:(\\?%|per ?cent|pct)|\\?[$\u20ac\u00a3\u00a5])\s*\)")  # 9 (%), 9 ($)
 _HALF_DAY = re.compile(r"(?<=:\d\d)([$}]?(?:\\\))?)\s?(\(?\s?(?:\\text\{\s?)?)([ap])\.?\s?m\b\.?", re.IGNORECASE)
+_PERCENT_AFTER = re.compile(r"\s?(?:\$|\\[)\]])?\s?(?:\\?%|(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)\b)")
+_HALF_DAY_AFTER = re.compile(r"(?:(?<=:\d\d)|(?<=:\d\d[$}]))\s?(?:\\text\{\s?)?([ap]m)\b")
 _DROPPED = re.compile(r"\\pmod\s*\{?\w+\}?|\(\\?(?:text\{)?mod\}? ?\d+\)|\^\{?\s*\\circ\s*\}?|\\degree\b|\u00b0")
 
 
@@ -97,6 +99,14 @@ def plain_latex(text: str) -> str:
 def _vulgar_fraction(match: re.Match[str]) -> str:
     top, bottom = unicodedata.normalize("NFKC", match[0]).split("\u2044")
     return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def with_sign_after(value: str, text: str, end: int) -> tuple[str, int]:
+    """``value`` with a percent sign or "p.m." that stands outside of its box or formula, which ends at ``end``."""
+    if (percent := _PERCENT_AFTER.match(text, end)) and "%" not in value[-1:]:
+        return value + OUTSIDE_PERCENT, percent.end()
+    half = _HALF_DAY_AFTER.match(text, end)
+    return (f"{value} ({half[1]})", half.end()) if half else (value, end)
 
 
 def without_delimiters(text: str) -> str:

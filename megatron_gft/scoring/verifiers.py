@@ -24,12 +24,9 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from megatron_gft.errors import InputError, InputErrors, nearest
 from megatron_gft.groups.records import FLOAT32_MAX
-from megatron_gft.scoring.final_answers import BoxPolicy, extract_answer, with_words_around
-from megatron_gft.scoring.math_answers import (
-    Policies,
-    same_answer,
-    warm_up,
-)
+from megatron_gft.scoring.boxes import BoxPolicy
+from megatron_gft.scoring.final_answers import extract_answer, with_words_around
+from megatron_gft.scoring.math_answers import Policies, same_answer
 from megatron_gft.scoring.spelling import plain_latex
 from megatron_gft.scoring.thoughts import after_thoughts
 
@@ -106,7 +103,8 @@ class MathVerifier(Policies, _AfterThoughts):
         return _judged(equal, answer)
 
     def warm_up(self) -> None:
-        warm_up()
+        """Import and exercise sympy, so that the first real answer does not pay for it."""
+        same_answer(r"\sqrt{2}", r"2^{1/2}")
 
 
 @dataclass(frozen=True)

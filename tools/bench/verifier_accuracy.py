@@ -22,7 +22,7 @@ from megatron_gft.groups import iter_rows, read_chunks, refuse_problems
 from megatron_gft.groups.problems import ProblemLog
 from megatron_gft.groups.records import gold_answer
 from megatron_gft.sampling.prompts import scalar_text
-from megatron_gft.scoring.boxes import last_boxed, replace_boxed
+from megatron_gft.scoring.boxes import boxes_from_last
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.math_answers import same_answer
 from megatron_gft.scoring.spelling import parse_number
@@ -51,6 +51,26 @@ class Solution:
                 "#### -> correct it or leave it out"
             )
         return replace_boxed(self.text, answer) if boxed else f"{before}{marker} {answer}"
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last non-empty ``\boxed{}``; "" when the last box is not closed; ``None`` without a box."""
+    for _, start, end in boxes_from_last(text):
+        if end is None:
+            return ""
+        if text[start:end].strip():
+            return text[start:end].strip()
+    return None
+
+
+def replace_boxed(text: str, answer: str) -> str:
+    """``text`` with ``answer`` in the place of its last boxed content, wherever that is boxed."""
+    boxed = last_boxed(text)
+    for _, start, end in list(boxes_from_last(text)):
+        if end is not None and text[start:end].strip() == boxed:
+            braced = text[start - 1] == "{"
+            text = text[:start] + (answer if braced else f"{{{answer}}}") + text[end:]
+    return text
 
 
 def read_solutions(
