@@ -43,8 +43,8 @@ Group = dict[str, Any]
 class Sizes:
     """Prompts asked and groups kept of them; problems to choose the rate on and to measure on."""
 
-    asked: int = 200
-    groups: int = 48
+    asked: int = 120
+    groups: int = 32
     valid: int = 64
     test: int = 128
 
@@ -117,7 +117,7 @@ class SecondLook:
     def _evaluate(self, name: str, model: Path, output: Path, **more: Any) -> Stage:
         measured = self.output / "measured.jsonl"
         words = ["tools/evaluate.py", "--model", model, "--problems", measured, "--output", output, "--no-reference"]
-        words += ["--prompt-template", TEMPLATE, "--max-tokens", MAX_TOKENS, "--batch-size", 64]
+        words += ["--prompt-template", TEMPLATE, "--max-tokens", MAX_TOKENS, "--batch-size", 96]
         return self._stage(name, words, output, inputs=(measured,), **more)
 
     def prepare(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class SecondLook:
         sampled = (
             f"kind=transformers source=self model={self.model} k={SAMPLES} max_tokens={MAX_TOKENS} temperature=0.7"
         )
-        sources = ["kind=column source=expert column=solution", f"{sampled} batch_size=64 logprobs=true"]
+        sources = ["kind=column source=expert column=solution", f"{sampled} batch_size=96 logprobs=true"]
         words = ["tools/generate_groups.py", "--input", asked, "--output", groups, "--seed", 1]
         words += ["--prompt-template", TEMPLATE, *(word for source in sources for word in ("--source", source))]
         run(self._stage("generate", words, groups.parent, resumes=True, inputs=(asked,)))
