@@ -106,8 +106,19 @@ def open_groups(
         limits=length_limits(config, shape),
         logprobs=((data.logprobs or "sampled") if config.q_sources else None, config.objective.reference),
     )
+    _check_sources(config, splits.train.shards)
     _check_logprob_files(config, splits.train.shards)
     return splits.train, splits.valid
+
+
+def _check_sources(config: Config, shards: Sequence[GroupShard]) -> None:
+    """Raise InputError where the shards have responses, but none of a source that the objective trains on."""
+    there = {name for shard in shards for name, number in shard.manifest.counts.by_source.items() if number}
+    if there and config.objective.sources and there.isdisjoint(config.objective.sources):
+        raise InputError(
+            f"objective.sources: data.train has no response of {', '.join(config.objective.sources)} (but of "
+            f"{', '.join(sorted(there))}), so nothing would be trained -> objective.sources=[{','.join(sorted(there))}]"
+        )
 
 
 def _check_logprob_files(config: Config, shards: Sequence[GroupShard]) -> None:

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from megatron_gft.atomic import atomic_file
-from megatron_gft.errors import InputError, InputErrors, nearest
+from megatron_gft.errors import KEY_OF, InputError, InputErrors, nearest
 from megatron_gft.objectives import (
     OBJECTIVES,
     READ_Q,
@@ -371,17 +371,23 @@ def all_keys(root: type[Section] = Config) -> list[str]:
     return keys
 
 
+def _unknown(where: str, root: type[Section]) -> str:
+    section, _, leaf = where.rpartition(".")
+    known = all_keys(root) if section else [*root.model_fields, *all_keys(root)]
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
+    alike = key if (key := KEY_OF.get(leaf)) in known else leaves.get(leaf)
+    alike = alike or leaves.get(nearest(leaf, [key.rpartition(".")[2] for key in siblings]) or "")
+    near = alike or leaves.get(nearest(leaf, leaves, 0.75) or "") or nearest(where, known, 0.75)
+    hint = f"did you mean {near}?" if near else f"known there: {', '.join(siblings)} (docs/configuration.md)"
+    return f"{where}: unknown key -> {hint}"
+
+
 def _explain(problem: Any, root: type[Section]) -> str:
     where = ".".join(str(part) for part in problem["loc"] if not re.search(r"\[|^(constrained-)?str$", str(part)))
     if problem["type"] == "extra_forbidden":
-        section, _, leaf = where.rpartition(".")
-        known = all_keys(root) if section else [*root.model_fields, *all_keys(root)]
-        siblings = [key for key in known if key.rpartition(".")[0] == section]
-        leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
-        alike = leaves.get(leaf) or nearest(where, siblings)
-        near = alike or leaves.get(nearest(leaf, leaves, 0.75) or "") or nearest(where, known)
-        hint = f"did you mean {near}?" if near else f"known there: {', '.join(siblings)} (docs/configuration.md)"
-        return f"{where}: unknown key -> {hint}"
+        return _unknown(where, root)
     if problem["type"] == "missing":
         return f"{where}: missing -> set it in the configuration file or as {where}=..."
-    return f"{where}: {problem['msg'].lower()} (got {problem['input']!r})"
+    written = f" -> write {where}=[{problem['input']}]" if problem["type"] == "list_type" else ""
+    return f"{where}: {problem['msg'].lower()} (got {problem['input']!r}){written}"

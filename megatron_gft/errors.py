@@ -53,6 +53,17 @@ def shown(text: str, secrets: Iterable[str] = ()) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+# Keys of a run, and what Megatron-LM and transformers call them.
+ELSEWHERE = """data.max_tokens_per_pack micro_batch_size per_device_train_batch_size seq_length max_length /
+logging.every log_interval logging_steps / data.groups_per_step global_batch_size batch_size
+gradient_accumulation_steps / train.epochs num_train_epochs / checkpoint.save_every save_interval save_steps /
+train.validate_every eval_interval eval_steps / parallel.tp tensor_model_parallel_size / train.max_steps train_iters
+steps / checkpoint.init_from load model_name_or_path / parallel.pp pipeline_model_parallel_size / optimizer.lr
+learning_rate / optimizer.distributed use_distributed_optimizer / model.precision bf16 fp16 torch_dtype /
+train.output save output_dir / model.recompute recompute_granularity gradient_checkpointing"""
+KEY_OF = {name: key for key, *names in map(str.split, ELSEWHERE.split("/")) for name in names}
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name most like a misspelt one ("did you mean ..."), None where none is alike (0 to 1: ``cutoff``)."""
     return next(iter(difflib.get_close_matches(name, known, 1, cutoff)), None)

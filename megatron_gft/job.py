@@ -199,8 +199,8 @@ def _check_same_data(stored: RunState, now: RunState, config: Config, path: Path
     lines = lines or [f"state.json, {n}: {getattr(stored, n)!r:.15} then, {getattr(now, n)!r:.15} now" for n in names]
     if not config.data.allow_changed_data:
         raise InputErrors(
-            f"{path}: was trained on other data -> restore it, or set data.allow_changed_data=true to go on from the "
-            "same step number in the new order",
+            f"{path}: was trained on other data -> restore it, set another train.output, or set "
+            "data.allow_changed_data=true to go on from the same step number in the new order",
             lines,
         )
     logger.warning("allowed by data.allow_changed_data: %s", "; ".join(lines))

@@ -28,6 +28,7 @@ class ProgressBar(tqdm):
         self.last_line = self.begun = time.monotonic()  # a stage of a few seconds needs no line
         if self.in_log:
             options["bar_format"] = LOG_LINE
+        options.setdefault("smoothing", 0)  # the mean: responses come by batches
         options["unit_scale"] = options.get("unit") == "B"
         super().__init__(iterable, desc, file=sys.stderr, disable=not show, **options)
 

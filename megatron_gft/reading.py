@@ -123,7 +123,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def absence(path: str | os.PathLike) -> str:
     """What to say of a path that is not there: where it was looked for, or how to get what it names on the hub."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name := str(path)) and not Path(name).parent.exists():
+    if re.fullmatch(r"(?!examples/)[\w.-]+/[\w.-]+", name := str(path)) and not Path(name).parent.exists():
         local = f"models/{name.partition('/')[2]}"
         return f"no such folder, perhaps a name on the Hugging Face hub -> hf download {name} --local-dir {local}"
     where = "" if Path(path).is_absolute() else f", seen from {os.getcwd()}"

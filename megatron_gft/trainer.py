@@ -29,6 +29,7 @@ from megatron_gft.timing import gather_times, traced
 
 # Steps of gradient norms that a spike is measured against, and how many there must be.
 SPIKE_WINDOW, SPIKE_MIN_STEPS = 50, 10
+NO_WEIGHT = "the rewards of each group are all equal, or none is right -> tools/inspect_groups.py shows them"
 
 
 class TrainingStopped(RuntimeError):
@@ -61,7 +62,10 @@ class Trainer:
     def run(self) -> int:
         """Train until the last step or a stop request; returns the exit code. Raises TrainingStopped, SaveFailed."""
         settings = self.config.train
+        if (first := self.state.step) >= self.total_steps:
+            self._log("nothing is left to train -> a new run: another train.output; a longer one: more train.epochs")
         self._export()  # what an earlier start was not asked for, or did not come to
+        learned = False
         while self.state.step < self.total_steps:
             self.watchdog.doing(f"training step {self.state.step + 1}")
             started = time.perf_counter()
@@ -69,6 +73,9 @@ class Trainer:
             with traced(self.config.profile, self.state.step + 1, self.parallel.rank, self.output / "traces"):
                 outcome = self.step(batch, packs, time.perf_counter() - started)
             self.state = self._next_state(batch, outcome)
+            learned |= batch.plan is not None
+            if not learned and self.state.step in (first + 1, self.total_steps):
+                self._log(f"warning: nothing is learned up to step {self.state.step}: {NO_WEIGHT}")
             outcome.seconds |= {"save": self.save_seconds, "step": time.perf_counter() - started}
             if self.reporter is not None:
                 self.reporter.step(self.state.step, batch, outcome, self.state.skipped_steps)
@@ -81,8 +88,8 @@ class Trainer:
             self._save(last=self.state.step == self.total_steps or bool(signal))
             if signal:
                 failed = self.reporter.problem if self.reporter is not None else ""
-                why = f"error: {failed}; stopped" if failed else f"stopped by signal {signal}"
-                self._log(f"{why} after step {self.state.step}; the checkpoint is complete")
+                why = f"error: {failed}; stopped" if failed else f"stopped by {Signals(signal).name}"
+                self._log(f"{why} after step {self.state.step}; the checkpoint is complete, the same command goes on")
                 return EXIT_BAD_INPUT if failed else StopRequest.CODES[Signals(signal)]
         self._log(f"finished {self.total_steps} steps; run folder {settings.output}")
         return 0

@@ -207,6 +207,22 @@ def _open(config):
     return len(open_groups(config, SHAPE)[0])
 
 
+@pytest.mark.parametrize(("objective", "source"), [("sft", "expert"), ("grpo", "self")])
+def test_an_objective_without_a_response_to_train_on_is_refused(tmp_path, objective, source):
+    """It would do its steps, export the weights it began with, and end well."""
+    with GroupShardWriter(tmp_path / "shard", STAMP.model_copy(update={"vocab_size": 67})) as writer:
+        writer.add_group([1] * 5, [[2] * 4, [3]], ["teacher", "teacher"], [1.0, 0.0], group_id="g")
+    (tmp_path / "config.json").write_text("{}")
+    paths = [f"data.train=[{tmp_path}/shard]", f"model.config={tmp_path}/config.json"]
+    config = load_config([], [*BASE, *paths, f"objective={objective}"])
+    message = f"no response of {source} .but of teacher.*-> objective.sources=.teacher."
+    with pytest.raises(InputError, match=message):
+        open_groups(config, SHAPE)
+    named = load_config([], [*BASE, *paths, f"objective={objective}", "objective.sources=[teacher]"])
+    if objective == "sft":
+        assert len(open_groups(named, SHAPE)[0]) == 1
+
+
 @pytest.mark.parametrize(
     ("response_tokens", "overrides", "fits"),
     [

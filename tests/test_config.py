@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gft.config import Config, all_keys, load_config
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import KEY_OF, InputError, InputErrors
 
 REPOSITORY = Path(__file__).parents[1]
 BASE = ["model.config=somewhere"]
@@ -69,11 +69,21 @@ def test_a_preset_in_a_file_can_be_refined_by_overrides(tmp_path):
     assert (objective.name, objective.sources, objective.advantage) == ("sft", ["self"], "none")
 
 
+def test_names_of_other_programs_lead_to_keys_that_are_there():
+    assert len(KEY_OF) >= 30 and set(KEY_OF.values()) <= set(all_keys())
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
         (["optimizer.lrr=1"], ["optimizer.lrr: unknown key", "did you mean optimizer.lr?"]),
         (["tp=2"], ["tp: unknown key", "did you mean parallel.tp?"]),
+        (["data.micro_batch_size=1"], ["data.micro_batch_size: unknown key -> did you mean data.max_tokens_per_pack?"]),
+        (["train.log_interval=1"], ["train.log_interval: unknown key -> did you mean logging.every?"]),
+        (["train.steps=1"], ["did you mean train.max_steps?"]),
+        (["learning_rate=1"], ["did you mean optimizer.lr?"]),
+        (["train.wxyz_every=1"], ["known there: train.output, "]),
+        (["data.train=a"], ["data.train: input should be a valid list (got 'a') -> write data.train=[a]"]),
         (["optimiser.lr=1"], ["optimiser: unknown key", "did you mean optimizer"]),
         (["zzzzzz=1"], ["zzzzzz: unknown key", "docs/configuration.md"]),
         (["parallel.tp=0"], ["parallel.tp: ", "greater than 0", "(got 0)"]),

@@ -15,6 +15,8 @@ import yaml
 from tiny_models import write_tiny_model, write_tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_gft.commands.train import read_command_line
+from megatron_gft.errors import InputError
 from megatron_gft.shards import GroupShardWriter, TokenizerStamp
 from megatron_gft.tokenizer import load_tokenizer
 
@@ -143,6 +145,14 @@ def test_from_main_to_the_loss_is_a_short_way(workspace, tmp_path):
     path = json.loads(done.stdout)
     assert path[0][1] == "main" and path[-1][1] == "linear_gft_loss"
     assert len(path) <= 8 and len({file for file, _ in path}) <= 5, path
+
+
+@pytest.mark.parametrize(
+    ("flag", "key"), [("--lr", "section.key=value"), ("--tensor-model-parallel-size=2", "parallel.tp=value")]
+)
+def test_a_flag_of_another_program_names_the_key(workspace, flag, key):
+    with pytest.raises(InputError, match=f"^{flag}: no flag of training -> keys are set as {key}$"):
+        read_command_line(["--config", str(workspace / "config.yaml"), flag, "2"])
 
 
 def test_help_is_there_at_once():

@@ -425,7 +425,17 @@ def test_export_during_the_run_loads_in_transformers(model, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_an_export_that_is_asked_for_after_the_end(model, tmp_path):
+def test_a_run_that_learns_nothing_says_so(model, tmp_path, capfd, monkeypatch):
+    """Once at its first step, once at its last; never where something was learned."""
+    train(model, tmp_path / "other", "train.max_steps=1")
+    assert "nothing is" not in capfd.readouterr().err
+    monkeypatch.setattr("megatron_gft.batch.group_advantages", lambda rewards, *_, **options: 0 * rewards)
+    train(model, tmp_path / "run")
+    error = capfd.readouterr().err
+    assert [error.count(f"warning: nothing is learned up to step {n}: ") for n in (1, 2, 3, 4)] == [1, 0, 0, 1]
+
+
+def test_an_export_that_is_asked_for_after_the_end(model, tmp_path, capfd):
     """Code beside the weights goes along as data."""
     import transformers
 
@@ -435,6 +445,7 @@ def test_an_export_that_is_asked_for_after_the_end(model, tmp_path):
     train(str(folder), output, "train.max_steps=1")
     assert not (output / "export").exists()
     train(str(folder), output, "train.max_steps=1", "checkpoint.export_hf=last")
+    assert capfd.readouterr().err.count("nothing is left to train -> a new run: another train.output") == 1
     export = output / "export" / "step-00000001"
     transformers.AutoModelForCausalLM.from_pretrained(export)
     for place in (export, output / "checkpoints" / "step-00000001" / "hf"):

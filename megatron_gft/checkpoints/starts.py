@@ -80,8 +80,8 @@ def check_same_function(config: Config, checkpoint: Path, run_folder: Path) -> t
     lines = {key: f"{key}: {changed[key][0]!r} in {file}, {changed[key][1]!r} now" for key in others}
     if refused := [key for key in others if key not in allowed]:
         raise InputErrors(
-            f"{checkpoint} was trained with another objective -> restore its settings, or go on with the new ones: "
-            f"checkpoint.allow_changes=[{','.join(others)}]",
+            f"{checkpoint} was trained with another objective -> restore its settings, set another train.output, "
+            f"or go on with the new ones: checkpoint.allow_changes=[{','.join(others)}]",
             [lines[key] for key in refused],
         )
     said = [f"allowed by checkpoint.allow_changes: {line}" for line in lines.values()]

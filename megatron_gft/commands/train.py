@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_gft.commands.numbers import config_parser
 from megatron_gft.config import Config, load_config
-from megatron_gft.errors import EXIT_FAILED, InputError, command
+from megatron_gft.errors import EXIT_FAILED, KEY_OF, InputError, command
 from megatron_gft.launchers import name_rank
 from megatron_gft.reports.configuration import help_text
 from megatron_gft.run_lock import run_lock
@@ -55,7 +55,10 @@ def read_command_line(argv: Sequence[str] | None = None) -> Config:
     parser.add_argument(
         "--recipes", action="version", version=str(recipes()), help="print the folder of examples/ and launch/"
     )
-    options = parser.parse_args(argv)
+    options, flags = parser.parse_known_args(argv)
+    if flags:
+        name = flags[0].lstrip("-").partition("=")[0].replace("-", "_")
+        raise InputError(f"{flags[0]}: no flag of training -> keys are set as {KEY_OF.get(name, 'section.key')}=value")
     return load_config(options.config, options.overrides)
 
 

@@ -14,13 +14,7 @@ from megatron_gft.groups.files import (
     refuse_problems,
     write_group_file,
 )
-from megatron_gft.groups.records import (
-    GroupRecord,
-    ResponseRecord,
-    gold_answer,
-    record_to_dict,
-    record_to_json,
-)
+from megatron_gft.groups.records import GroupRecord, ResponseRecord, gold_answer, record_to_dict, record_to_json
 from megatron_gft.groups.rows import cell, iter_rows, parse_json_line, record_from_json
 from megatron_gft.objectives import SOURCE_CODES, SOURCES
 

@@ -269,7 +269,8 @@ def _finding(error: ValidationError) -> tuple[str, str, int | None]:
     name = next((part for part in reversed(where) if isinstance(part, str)), "")
     assert not isinstance(position, str)
     if first["type"] == "missing" or (first["input"] is None and where[-1] == name):
-        return "missing_field", f"no {name!r}", position
+        others = " (a group has id, prompt, responses; of other rows tools/import_groups.py makes groups)"
+        return "missing_field", f"no {name!r}{others if len(where) == 1 else ''}", position
     if first["type"] == "too_short":
         return "missing_field", f"{name!r} is empty", position
     expected = first["msg"].replace("Input should be ", "expected ").replace("dictionary", "object")

@@ -20,13 +20,7 @@ from megatron_gft.errors import InputError
 from megatron_gft.groups.problems import Problem, report_lines
 from megatron_gft.reading import read_json
 from megatron_gft.shards import GroupShard, TokenizerStamp
-from megatron_gft.shards.manifest import (
-    ShardSet,
-    empty_part_path,
-    manifest_path,
-    read_manifest,
-    write_manifest,
-)
+from megatron_gft.shards.manifest import ShardSet, empty_part_path, manifest_path, read_manifest, write_manifest
 
 _NEXT_REPORT = "next.report"  # of the shard that is being written
 

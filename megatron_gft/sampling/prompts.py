@@ -227,7 +227,7 @@ def _prompt_row(row: dict[str, Any], place: str, columns: PromptColumns) -> Prom
     if columns.template is not None and isinstance(prompt, str):
         prompt = columns.template.replace("{prompt}", prompt)
     if columns.answer and cell(row, columns.answer, _ABSENT) is _ABSENT:
-        raise InputError(f"{place}: no column {columns.answer} -> set --answer-column")
+        raise InputError(f"{place}: no column {columns.answer} -> set --answer-column, or give the row one (or null)")
     answer_column, id_column = columns.answer or "answer", columns.id or "id"
     answer = scalar_text(cell(row, answer_column), place, answer_column)
     group_id = scalar_text(cell(row, id_column), place, id_column)

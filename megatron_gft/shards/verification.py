@@ -23,13 +23,7 @@ from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count
 from megatron_gft.progress import ProgressBar, total_bytes
 from megatron_gft.reading import read_json
-from megatron_gft.shards.manifest import (
-    BLOCK_BYTES,
-    ShardManifest,
-    file_problem,
-    incomplete_sets,
-    read_manifest,
-)
+from megatron_gft.shards.manifest import BLOCK_BYTES, ShardManifest, file_problem, incomplete_sets, read_manifest
 from megatron_gft.shards.reader import GroupShard
 
 logger = logging.getLogger(__name__)
