@@ -378,7 +378,7 @@ def _unknown(where: str, root: type[Section]) -> str:
     leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
     alike = key if (key := KEY_OF.get(leaf)) in known else leaves.get(leaf)
     alike = alike or leaves.get(nearest(leaf, [key.rpartition(".")[2] for key in siblings]) or "")
-    near = alike or leaves.get(nearest(leaf, leaves, 0.75) or "") or nearest(where, known, 0.75)
+    near = alike or leaves.get(nearest(leaf, leaves, 0.75) or "") or nearest(where, known, 0.75 if section else 0.6)
     hint = f"did you mean {near}?" if near else f"known there: {', '.join(siblings)} (docs/configuration.md)"
     return f"{where}: unknown key -> {hint}"
 
