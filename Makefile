@@ -5,7 +5,7 @@
 # make test-vllm   sampling, log-probs and exports in a real vLLM on CPUs, in an environment of its own (2 GB, half an hour)
 # make quickstart  the whole pipeline on a real 135M model: groups -> shards -> training -> Hugging Face export
 # make quickstart DATA=problems.parquet   the same on question/answer rows
-# make study       does GFT help? Many small models, about an hour on one core; QUICK=1: ten minutes (examples/study)
+# make study       does GFT help? Many small models, about an hour on one core; QUICK=1: eight minutes (examples/study)
 # make study-full  the same with one thing changed at a time; hours
 # make study-smollm2   GFT and others on SmolLM2-135M and word problems; hours
 # make versions    the core tests against the newest supported Megatron-Core, or VERSIONS="0.17.1 0.18.2"

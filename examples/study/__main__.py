@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import shutil
 import sys
 import time
@@ -76,9 +77,9 @@ class Runner:
         for task in tasks:
             self.lab.check_stop()
             if self.result(task.name) is None:
-                started = time.process_time()
+                started = sum(os.times()[:4])  # with the children's: one arm goes through the tools
                 made = task.make()
-                made |= {"name": task.name, "key": self.study.key, "seconds": time.process_time() - started}
+                made |= {"name": task.name, "key": self.study.key, "seconds": sum(os.times()[:4]) - started}
                 write_json(self.result_file(task.name), made)
                 say(task, made)
 
