@@ -25,7 +25,6 @@ from examples.study.report import bootstrap
 from examples.study.settings import objective
 from megatron_gft.atomic import write_json
 from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, command
-from megatron_gft.reading import read_json
 from megatron_gft.rounds.stages import Pipeline, Stage, StageFailed, prune, say
 
 ARMS = ("gft", "dft_correct", "gft_scaled_0.25", "rft", "gft_scaled_0.5")
@@ -120,8 +119,8 @@ class SecondLook:
         words += ["--prompt-template", TEMPLATE, "--max-tokens", MAX_TOKENS, "--batch-size", 96]
         return self._stage(name, words, output, inputs=(measured,), **more)
 
-    def prepare(self) -> dict[str, Any]:
-        """Problems, groups, shards, and the base's answers; what the groups are.
+    def prepare(self) -> None:
+        """Problems, groups, shards, and the base's answers; says what the groups are.
 
         Raises:
             StageFailed: which stage, why.
@@ -144,11 +143,13 @@ class SecondLook:
         rows = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()]
         fit = kept_groups(rows, self.sizes.groups)
         write_rows(kept, fit)
+        found = {"asked": facts(rows), "kept": facts(fit)}
+        write_json(out / "groups.json", found)
+        say(f"groups: {found}")
         words = ["tools/preprocess_groups.py", "--input", kept, "--output-prefix", out / "shards/train"]
         words += ["--tokenizer", self.model, "--model", self.model]
         run(self._stage("preprocess", words, out / "shards", inputs=(kept,)))
         run(self._evaluate("base", self.model, out / "base.json"))
-        return {"asked": facts(rows), "kept": facts(fit)}
 
     def run_cell(self, cell: Cell) -> None:
         """Train, export, evaluate; what is large goes when it is measured.
@@ -241,9 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     say(f"{len(left)} of {len(cells())} cells to do, about {MINUTES:g} min of one core each, {hours:.1f} h together")
     say(f"smallest detectable difference of two runs on {sizes.test} test problems: {points:.0f} points")
     try:
-        groups = look.prepare() if not options.report else read_json(look.output / "groups.json")
-        write_json(look.output / "groups.json", groups)
-        say(f"groups: {groups}")
+        if not options.report:
+            look.prepare()
         started = time.monotonic()
         for cell in [] if options.report else cells():
             look.run_cell(cell)
