@@ -1,7 +1,5 @@
 """Outputs appear whole or not at all: temporary name in the same folder, fsync, rename, fsync of the folder."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import glob
@@ -75,13 +73,8 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def working_folder(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` for what is being made: this process's alone, gone afterwards.
-
-    What killed processes left there goes first.
-
-    Raises:
-        InputError: a living process makes ``output``.
-    """
+    """A folder beside ``output`` for what is being made: this process's alone, gone afterwards. What killed processes
+    left there goes first; a living one that makes ``output`` is an InputError."""
     prefix = f".{output.name}.tmp-"
     folder = output.with_name(prefix + "work")
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,11 +101,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def check_output(path: str | os.PathLike) -> None:
-    """Refuse what a file could not be written to, before there is something to write; leaves nothing behind.
-
-    Raises:
-        InputError: it is no file, or its folder can be neither written to nor made.
-    """
+    """Raise InputError for what a file could not be written to, before there is something to write: it is no file, or
+    its folder can be neither written to nor made. Leaves nothing behind."""
     target = Path(path)
     if target.exists() and not target.is_file():
         raise InputError(f"{target}: exists and is no file -> choose another output")
@@ -126,11 +116,7 @@ def check_output(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike, kept: str = "") -> Iterator[None]:
-    """Name the file that the system would not write, and what of it a further run finds (``kept``).
-
-    Raises:
-        InputError: from any OSError.
-    """
+    """Any OSError as an InputError that names the file, and what of it a further run finds (``kept``)."""
     try:
         yield
     except OSError as error:

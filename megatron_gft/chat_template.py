@@ -1,18 +1,11 @@
-"""Chat templates: what renders a prompt, with which options, and what is wrong with a template.
-
-Nothing here needs megatron; transformers comes with the first prompt that is rendered.
-"""
-
-from __future__ import annotations
+"""Chat templates: what renders a prompt, with which options, and what is wrong with a template."""
 
 import functools
 import hashlib
 import json
 import re
 import signal
-import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,12 +49,8 @@ class TemplateOptions:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_row(cls, fields: Mapping[str, Any], kwargs: Mapping[str, Any]) -> TemplateOptions:
-        """``tools`` and ``chat_template_kwargs`` of a row (or their JSON text); ``kwargs`` are those of all rows.
-
-        Raises:
-            ChatTemplateError: they are something else.
-        """
+    def of_row(cls, fields: Mapping[str, Any], kwargs: Mapping[str, Any]) -> "TemplateOptions":
+        """``tools`` and ``chat_template_kwargs`` of a row (or their JSON text); ``kwargs`` are those of all rows."""
         tools, own = _json_value(fields.get(TOOLS)) or [], _json_value(fields.get(KWARGS)) or {}
         are_tools = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
         if not are_tools or not isinstance(own, dict):
@@ -81,11 +70,7 @@ PLAIN = TemplateOptions()
 
 
 def template_kwargs(words: Sequence[str]) -> dict[str, Any]:
-    """``['{"enable_thinking": false}']`` or ``["enable_thinking=false", ...]`` of a command line.
-
-    Raises:
-        InputError: neither.
-    """
+    """``['{"enable_thinking": false}']`` or ``["enable_thinking=false", ...]`` of a command line."""
     values: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -165,56 +150,38 @@ class ChatTemplate:
         head, said, tail = answered.rpartition(_SAID)
         missing = head.removeprefix(asked).strip()
         if said and asked == opened and head.startswith(asked) and missing:
-            yield (
-                "bad_template",
-                (
-                    f"it ignores add_generation_prompt, though answers begin with {missing!r} -> add "
-                    f"{{% if add_generation_prompt %}}{missing}...{{% endif %}}"
-                ),
-            )
+            why = f"it ignores add_generation_prompt, though answers begin with {missing!r}"
+            yield "bad_template", f"{why} -> add {{% if add_generation_prompt %}}{missing}...{{% endif %}}"
         end = specials.match(tail.lstrip()) or _MARKER.match(tail.lstrip())
         if said and end and end.group() != eos:
-            yield (
-                "turn_end",
-                (
-                    f"the chat template ends turns with {end.group()!r}, EOS is {eos!r}: every response would "
-                    f"end with a token that ends no turn -> set eos_token to {end.group()!r} in "
-                    "tokenizer_config.json (and eos_token_id in generation_config.json), or --chat-template FILE"
-                ),
-            )
+            why = f"the chat template ends turns with {end.group()!r}, EOS is {eos!r}: every response would"
+            remedy = f"set eos_token to {end.group()!r} in tokenizer_config.json (and eos_token_id in "
+            remedy += "generation_config.json), or --chat-template FILE"
+            yield "turn_end", f"{why} end with a token that ends no turn -> {remedy}"
 
 
 def _render_in_time(conversations: list[Any], chat_template: str, **options: Any) -> str:
     """transformers' rendering, with a TimeoutError after :data:`TEMPLATE_SECONDS` of CPU time.
 
-    Signal handlers run in the main thread, between two steps; other threads (of servers' prompts) look at their time at
-    every line, which takes some 15 times as long. A power, one step that may take for ever, is refused.
+    By a signal, which only the main thread can be told by, between two steps. A power, one step that may take for ever,
+    is refused.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if _has_power(chat_template):
         raise TimeoutError("computes a power (**), which may take for ever")
+    if threading.current_thread() is not threading.main_thread():
+        return render_jinja_template(conversations, chat_template=chat_template, **options)[0][0]
 
     def end(*_: Any) -> None:
         raise TimeoutError(f"takes more than {TEMPLATE_SECONDS:g} s")
 
-    def look(*_: Any) -> Any:
-        return look if time.thread_time() < limit else end()
-
-    is_main = threading.current_thread() is threading.main_thread()
-    traced, limit = sys.gettrace(), time.thread_time() + TEMPLATE_SECONDS
-    if is_main:
-        signal.signal(signal.SIGVTALRM, end)
-        signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
-    else:
-        sys.settrace(look)
+    signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
     try:
         return render_jinja_template(conversations, chat_template=chat_template, **options)[0][0]
     finally:
-        if is_main:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        else:
-            sys.settrace(traced)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 @functools.lru_cache(16)

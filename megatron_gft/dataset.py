@@ -9,8 +9,6 @@ cache holds the content of the shards, not their paths alone; empty parts of a s
 are refused before it runs.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -33,32 +31,21 @@ from megatron_gft.shards.limited import LengthLimits, LimitedCounts, LimitedGrou
 from megatron_gft.shards.verification import check_repeated_groups
 from megatron_gft.validation import split_problem
 
-__all__ = ["GroupDataset", "GroupDatasets", "GroupSplit", "LengthLimits", "build_group_datasets"]
 _ALL = "all shards"  # the one entry of a blend without weights
 _EVERYTHING = "100,0,0"  # a split
 
 
 @dataclass
 class GroupDatasetConfig(BlendedMegatronDatasetConfig):
-    """Megatron's configuration and what it reads.
+    """Megatron's configuration and what it reads."""
 
-    Attributes:
-        entries: groups by the path that Megatron passes around.
-        content: hash of what the entries hold; part of the key of Megatron's cache.
-    """
-
-    entries: dict[str, LimitedGroups] = field(default_factory=dict, repr=False)
-    content: str = ""
+    entries: dict[str, LimitedGroups] = field(default_factory=dict, repr=False)  # by the path in the blend
+    content: str = ""  # hash of what the entries hold; part of the key of Megatron's cache
 
 
 class GroupDataset(MegatronDataset):
-    """Groups of one entry in one split, as Megatron's builder makes them; see ``MegatronDataset`` for the arguments.
-
-    With ``num_samples`` the groups come in shuffled passes until there are so many; without, each once, in order.
-
-    Attributes:
-        order: int [N], groups of the entry.
-    """
+    """Groups of one entry in one split, as Megatron's builder makes them; ``order`` (int [N]) are groups of the entry:
+    with ``num_samples`` in shuffled passes until there are so many; without, each once, in order."""
 
     def __init__(
         self,
@@ -127,7 +114,6 @@ class GroupSplit(torch.utils.data.Dataset):
 
     @property
     def shards(self) -> list[GroupShard]:
-        """Where the groups come from."""
         return [shard for entry in self._entries for shard in entry.shards]
 
     def __len__(self) -> int:
@@ -240,7 +226,7 @@ def _open_entries(
 def _check(
     entries: list[list[GroupShard]], held_out: list[GroupShard], weights: Sequence[float] | None, split: str
 ) -> None:
-    """What the arguments say together: no shard or group twice, one tokenizer, a weight each, one way to validate."""
+    """No shard or group twice, one tokenizer, a weight each, one way to validate."""
     if not entries:
         raise InputError("data.train: no shards -> set at least one prefix or glob")
     by_content: dict[str, str] = {}  # neither another spelling of a path nor a copy passes
@@ -275,11 +261,7 @@ def _three_shares(split: str) -> str:
 
 
 def _limited(shards: list[GroupShard], limits: LengthLimits) -> LimitedGroups:
-    """The shards under limits that leave something.
-
-    Raises:
-        InputError: names the limits that leave nothing.
-    """
+    """The shards under limits that leave something, else InputError names those that leave nothing."""
     groups = LimitedGroups(shards, limits)
     if len(groups):
         return groups
@@ -301,11 +283,8 @@ def _build(
     cache: str | None,
     content: str,
 ) -> dict[str, GroupDataset | BlendedDataset | None]:
-    """Let Megatron build the splits: with weights it needs sizes, without it takes every group once.
-
-    Raises:
-        InputErrors: an entry has no group in a split that the shares ask for.
-    """
+    """Let Megatron build the splits: with weights it needs sizes, without it takes every group once. InputErrors when
+    an entry has no group in a split that the shares ask for."""
     config = GroupDatasetConfig(
         random_seed=seed,
         sequence_length=0,  # groups are not cut to a length

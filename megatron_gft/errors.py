@@ -1,7 +1,5 @@
 """The one exception for problems that a user can fix, and what command-line programs do with it."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import re
@@ -11,13 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-
-EXIT_INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells give it."""
-
-EXIT_REQUEUE = 75
-"""Exit code after a requested stop that wants to go on later (EX_TEMPFAIL); the Slurm script requeues on it."""
-
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells give it
+EXIT_REQUEUE = 75  # a requested stop that wants to go on later (EX_TEMPFAIL); the Slurm script requeues on it
 
 _URL_PASSWORD = re.compile(r"(?<=://)[^/\s]*@")
 TRUST_HELP = "run Python code that the folder brings along (read it before)"
@@ -26,8 +19,7 @@ TRUST_HELP = "run Python code that the folder brings along (read it before)"
 class InputError(ValueError):
     """Bad input: what is wrong, with the value and the place, then what to set instead.
 
-    Form of a message: ``place: what is wrong (value) -> what to do``, where place is ``file:line``, a config
-    key or a group id.
+    ``place: what is wrong (value) -> what to do``, where place is ``file:line``, a config key or a group id.
     """
 
 
@@ -75,9 +67,8 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
     Ctrl-C gives a line and 130; every tool may be run again then, and goes on where it keeps finished work.
 
-    Use as ``sys.exit(main())`` with ``@command`` on ``main``. Other exceptions are our bugs and keep their
-    traceback. Warnings of Megatron-Core and torch are left out: they speak to us ("Apex is not installed",
-    "ShardedTensor is deprecated"; what is used instead is our choice), not to the user of a tool.
+    Other exceptions are our bugs and keep their traceback. Warnings of Megatron-Core and torch are left out: they speak
+    to us ("Apex is not installed"), not to the user of a tool.
     """
 
     @functools.wraps(main)

@@ -1,7 +1,5 @@
 """Folders that come from elsewhere: nothing outside them is read, and nothing in them is run."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -78,11 +76,7 @@ def from_folder(
 
 
 def refuse_damage(folder: str | os.PathLike) -> None:
-    """Say which of a model folder's files is damaged; to be asked when a library could not read the folder.
-
-    Raises:
-        InputError: of the first one, or there is no such folder; none when all of them can be read.
-    """
+    """Raise InputError for the first damaged file of a model folder that a library could not read, if one is found."""
     from safetensors import SafetensorError, safe_open
     from tokenizers import Tokenizer
 
@@ -163,10 +157,7 @@ Values = TypeVar("Values", bound=Strict)
 
 def typed(kind: type[Values], values: Mapping[str, Any], problems: list[str], place: str = "") -> Values | None:
     """``values`` as ``kind``; None when some have another type or are out of range, each of them in ``problems``.
-
-    Args:
-        place: key of config.json that the values stand under, followed by a dot.
-    """
+    ``place``: key of config.json that the values stand under, followed by a dot."""
     try:
         return kind.model_validate(dict(values))
     except pydantic.ValidationError as error:

@@ -7,8 +7,7 @@ last line is cut off and a line whose checksum is wrong is left out and counted:
 that is anything else is refused untouched.
 """
 
-from __future__ import annotations
-
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -26,14 +25,10 @@ SYNC_SECONDS = 1.0
 
 
 class Journal:
-    """A file of ``key -> value`` records; opening it reads what is there and takes the lock.
-
-    Args:
-        path: created when absent.
-        header: what this journal is for; kept in ``.header`` as found in an existing file.
+    """A file of ``key -> value`` records, created when absent; opening it reads what is there and takes the lock.
 
     Attributes:
-        header: the header in the file; the caller decides whether it fits.
+        header: what the journal is for, as the file has it; the caller decides whether it fits.
         damaged: lines left out because their checksum was wrong.
         torn: bytes cut off at the end.
 
@@ -44,31 +39,24 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike, header: Mapping[str, Any]):
         self.path = Path(path)
-        with writing(self.path, "what is in there is kept"):
+        self._offsets: dict[str, int] = {}
+        self.damaged = self.torn = self._end = 0
+        with self._writing(), contextlib.ExitStack() as on_failure:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            with writing(self.path, "what is in there is kept"):
-                try:
-                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise InputError(
-                        f"{path}: in use by another run -> wait for it, or choose another output"
-                    ) from None
-                self._offsets: dict[str, int] = {}
-                self.damaged = self.torn = 0
-                self._end = 0
-                found = self._load(_line({"header": dict(header)}))
-                if found is None:
-                    found = dict(header)
-                    self._write({"header": found})
-                self.sync()
-                self.header: dict[str, Any] = found
-        except BaseException:
-            os.close(self._file)
-            raise
+            on_failure.callback(os.close, self._file)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{path}: in use by another run -> wait for it, or choose another output") from None
+            found = self._load(_line({"header": dict(header)}))
+            if found is None:
+                self._write({"header": dict(header)})
+            self.header: dict[str, Any] = dict(header) if found is None else found
+            self.sync()
+            on_failure.pop_all()
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -101,7 +89,7 @@ class Journal:
 
     def sync(self) -> None:
         """Force what was appended to the disk."""
-        with writing(self.path, "what is in there is kept"):
+        with self._writing():
             os.fsync(self._file)
         self._synced_at = time.monotonic()
 
@@ -114,9 +102,12 @@ class Journal:
                 os.close(self._file)
                 self._file = -1
 
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self.path, "what is in there is kept")
+
     def _write(self, record: Mapping[str, Any]) -> int:
         line, offset = _line(record), self._end
-        with writing(self.path, "what is in there is kept"):
+        with self._writing():
             try:
                 written = os.write(self._file, line)
                 while written < len(line):  # next time the system says why
@@ -128,11 +119,8 @@ class Journal:
         return offset
 
     def _load(self, header_line: bytes) -> dict[str, Any] | None:
-        """Index the records; cut off a torn end. The header, or ``None`` for a new file.
-
-        Args:
-            header_line: as this run would write it; what may be cut off when the first line is torn.
-        """
+        """Index the records; cut off a torn end: of the first line only what begins as ``header_line``, which this run
+        would write. The header, or ``None`` for a new file."""
         header = None
         with open(self.path, "rb") as file:
             for number, line in enumerate(file):

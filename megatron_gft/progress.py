@@ -1,7 +1,5 @@
 """How far a stage is, and how long it still takes: a bar on a terminal, in a log file a line every ten seconds."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

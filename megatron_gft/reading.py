@@ -1,7 +1,5 @@
 """Small files that others wrote: read whole, or refused with one message that names the file and the likely cause."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -106,11 +104,7 @@ YamlLoader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping of a YAML file.
-
-    Raises:
-        InputError: it cannot be read, or holds something else.
-    """
+    """The mapping of a YAML file; InputError when it cannot be read, or holds something else."""
     text = read_text(path, "pass --config FILE")
     try:
         value = yaml.load(text, Loader=YamlLoader)

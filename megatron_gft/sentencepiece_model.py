@@ -1,7 +1,5 @@
 """A SentencePiece model as prompts, responses and texts with spelled markers need it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

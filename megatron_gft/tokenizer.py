@@ -1,17 +1,10 @@
 """Tokenizers with an exact boundary between prompt and response.
 
-Two kinds of files: a Hugging Face folder (``tokenizer.json``) and a SentencePiece ``.model``. Prompt and response are
-tokenized apart, so no token ever spans the boundary, and their ids together decode to the joined text: a response is
-encoded as a continuation, without the dummy prefix ("▁") that many tokenizers put before the first word.
-
-A prompt is rendered by the chat template with its generation prompt; the rendered text spells its special tokens (BOS
-included) and is encoded with nothing added, so BOS appears once. In a response a spelled special token is ordinary
-text unless ``parse_special`` asks otherwise.
-
-Nothing here needs megatron; torch comes only with transformers.
+Prompt and response are tokenized apart, so no token ever spans the boundary, and their ids together decode to the
+joined text: a response is encoded as a continuation, without the dummy prefix ("▁") that many tokenizers put before the
+first word. A rendered prompt spells its special tokens (BOS included) and is encoded with nothing added, so BOS appears
+once. In a response a spelled special token is ordinary text unless ``parse_special`` asks otherwise.
 """
-
-from __future__ import annotations
 
 import hashlib
 import itertools
@@ -45,7 +38,6 @@ class Tokenizer(ABC):
     """What the data pipeline needs of a tokenizer.
 
     Attributes:
-        path: where it was loaded from.
         vocab_size: largest token id + 1, added tokens included; an embedding needs at least so many rows.
         eos_id: id that ends a response.
         bos_id: id of the beginning-of-sequence token, or None.
@@ -102,12 +94,8 @@ class Tokenizer(ABC):
                 )
 
     def render_prompt(self, prompt: Prompt, options: TemplateOptions = PLAIN) -> str:
-        """Text of a prompt as the model sees it, special tokens spelled.
-
-        Args:
-            prompt: one user turn, or messages ``{"role", "content"}``. With template ``none``: raw text, preceded by
-                the BOS token when the tokenizer adds one by itself.
-            options: what the template gets beside it.
+        """Text of a prompt as the model sees it, special tokens spelled: one user turn, or messages; with template
+        ``none`` raw text, preceded by the BOS token when the tokenizer adds one by itself.
 
         Raises:
             ChatTemplateError: the template raises on these messages, or there is none for messages or options.
@@ -152,12 +140,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_responses(self, texts: Sequence[str], parse_special: bool = False) -> list[list[int]]:
-        """Token ids of texts that continue a prompt, without EOS.
-
-        Args:
-            texts: responses.
-            parse_special: recognise special tokens that the text spells; otherwise they are ordinary text.
-        """
+        """Token ids of texts that continue a prompt, without EOS; ``parse_special``: recognise special tokens that the
+        text spells, which otherwise are ordinary text."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one rendered prompt."""
@@ -170,10 +154,6 @@ class Tokenizer(ABC):
     def decode_response(self, prompt: Sequence[int], response: Sequence[int]) -> str:
         """Text of a response after its prompt (alone, its leading space could be lost)."""
         return self.decode([*prompt, *response])[len(self.decode(prompt)) :]
-
-    def spells(self, ids: Sequence[int], text: str) -> bool:
-        """Whether the ids of a response are this very text."""
-        return self.written(ids) == text
 
     def written(self, ids: Sequence[int]) -> str:
         """Text of a response after a prompt, special tokens spelled but for a final EOS."""
@@ -219,13 +199,9 @@ class HuggingFaceTokenizer(Tokenizer):
         for text in _CLASS_PROBES:  # a class of transformers may build a pipeline of its own from the same vocabulary
             own, ids = self._encode_prompts([text])[0], trained.encode(text, add_special_tokens=False).ids
             if own != ids:
-                yield (
-                    "tokenizer_class",
-                    (
-                        f"{text!r} is {len(ids)} tokens by tokenizer.json and {len(own)} by the class that "
-                        "transformers chose -> in tokenizer_config.json set tokenizer_class to PreTrainedTokenizerFast"
-                    ),
-                )
+                why = f"{text!r} is {len(ids)} tokens by tokenizer.json and {len(own)} by the class that transformers"
+                remedy = "in tokenizer_config.json set tokenizer_class to PreTrainedTokenizerFast"
+                yield "tokenizer_class", f"{why} chose -> {remedy}"
                 return
 
     def _encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -313,11 +289,7 @@ def load_tokenizer(
 
 
 def tokenizer_fingerprint(path: str | Path) -> str:
-    """:attr:`Tokenizer.fingerprint` of a tokenizer on disk; no chat template is needed.
-
-    Raises:
-        InputError: not a tokenizer.
-    """
+    """:attr:`Tokenizer.fingerprint` of a tokenizer on disk. Raises as :func:`load_tokenizer`."""
     return load_tokenizer(path, NO_TEMPLATE).fingerprint
 
 

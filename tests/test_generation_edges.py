@@ -69,7 +69,7 @@ def test_prompts_that_are_refused_neither_end_a_run_nor_stay_undone_for_ever(tmp
         for _ in range(2):
             summary = run(prompts, output, source, allow_failures=True)
             assert summary.dropped == {"request failed": 24, "group without responses": 2}
-        assert len(server.requests) == 24 + 2 * 24  # the third run found its output finished
+        assert len(server.requests) == 24 + 3 * 24  # each run tries the failures once more
         summary = run(prompts, tmp_path / "more.jsonl", "kind=column column=answer", source, allow_failures=True)
         assert summary.dropped == {"request failed": 24} and summary.responses["expert"] == {"stop": 4}
         assert [len(record.responses) for record, _ in iter_group_file(tmp_path / "more.jsonl")] == [1, 1, 13, 13]

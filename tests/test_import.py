@@ -18,7 +18,7 @@ import pytest
 from tiny_tokenizers import byte_level_folder
 
 from megatron_gft.commands.import_groups import main
-from megatron_gft.groups import importing, iter_group_file
+from megatron_gft.groups import iter_group_file
 from megatron_gft.preprocess.run import PreprocessOptions, preprocess
 from megatron_gft.scoring.judging import ScoringOptions
 from megatron_gft.scoring.score import score_group_file
@@ -339,23 +339,18 @@ def solutions(count, seed=0, length=1):
 OPTIONS = "--prompt problem --answer gold --group-by problem --text text --finish-reason end --source self".split()
 
 
-def test_every_response_is_written_or_counted_whatever_the_order_and_the_partitions(tmp_path, monkeypatch):
+def test_every_response_is_written_or_counted_whatever_the_order_and_the_format(tmp_path):
     rows = list(solutions(2000))
-    _, summary, whole = imported(tmp_path, rows, *OPTIONS)
+    _, summary, records = imported(tmp_path, rows, *OPTIONS)
     assert summary["responses"] + sum(summary["dropped"]["responses"].values()) == summary["rows"] == 2000
     assert set(summary["dropped"]["responses"]) == {
         "empty_response", "duplicate_response", "unfinished", "ended_otherwise", "other_answer", "group_dropped"
     }  # fmt: skip
-    monkeypatch.setattr(importing, "_PARTITION_BYTES", 5000)
-    monkeypatch.setattr(importing, "_BUFFER_BYTES", 300)
-    _, again, parted = imported(tmp_path, rows, *OPTIONS, name="parted.jsonl")
-    assert parted == whole and again["dropped"] == summary["dropped"] and again["first"] == summary["first"]
     seen = dict.fromkeys(row["problem"] for row in rows)
-    assert [r.prompt for r in parted] == [p for p in seen if p in {r.prompt for r in parted}]  # as they first appear
+    assert [r.prompt for r in records] == [p for p in seen if p in {r.prompt for r in records}]  # as they first appear
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), packed := tmp_path / "rows.parquet")
-    monkeypatch.setattr(importing, "_PARTITION_BYTES", 700)  # another number of files of keys
     imported(tmp_path, packed, *OPTIONS, name="packed.jsonl")
-    assert (tmp_path / "packed.jsonl").read_bytes() == (tmp_path / "parted.jsonl").read_bytes()
+    assert (tmp_path / "packed.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
 def test_two_groups_of_one_id_are_kept_and_said(tmp_path, capsys):
@@ -415,7 +410,7 @@ def test_from_rows_to_shards(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("grouped", [True, False])
 def test_memory_does_not_grow_with_the_rows(grouped, tmp_path):
-    """300 000 rows, 71 MB of text, take no more memory than 30 000 beyond a partition."""
+    """300 000 rows, 71 MB of text, take no more memory than 30 000 beyond a database's pages."""
     peaks, environment = [], {**os.environ, "PYTHONPATH": str(ROOT)}
     for count in (30_000, 300_000):
         source = rows_file(tmp_path / f"{count}.jsonl", solutions(count, length=170))

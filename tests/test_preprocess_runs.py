@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -210,7 +211,7 @@ def test_renaming_many_duplicates_takes_linear_time(tmp_path, folder, monkeypatc
         ("{tmp}/dir/", "a folder -> add a name, as in '{tmp}/dir/train'"),
         ("{tmp}/x.json", "-> another prefix, such as {tmp}/x"),
         ("{tmp}/x.meta", "-> another prefix, such as {tmp}/x"),
-        ("{tmp}/in.jsonl/below/train", "{tmp}/in.jsonl is a file -> a place in a folder"),
+        ("{tmp}/in.jsonl/below/train", "cannot be written in {tmp}/in.jsonl (Not a directory)"),
         ("/proc/none/train", "cannot be written"),
     ],
 )
@@ -223,8 +224,11 @@ def test_bad_prefixes_are_refused(prefix, message, tmp_path, folder, tool, capsy
 
 
 def test_a_place_without_rights_is_refused(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(preprocessing.os, "access", lambda *_: False)  # a test run by root has every right
-    with pytest.raises(InputError, match="(?s)no right to write in .*workers=0"):
+    def refuse(dir):  # a test run by root has every right
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("megatron_gft.atomic.tempfile.TemporaryFile", refuse)
+    with pytest.raises(InputError, match="(?s)cannot be written in .*Permission denied.*workers=0"):
         preprocess(PreprocessOptions(["x"], str(folder), str(tmp_path / "train"), workers=0), progress=False)
 
 

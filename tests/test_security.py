@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,6 @@ from openai_server import FaultyServer
 from tiny_language_model import language_model_folder
 from tiny_tokenizers import byte_level_folder
 
-from megatron_gft.chat_template import ChatTemplate
 from megatron_gft.checkpoints.torch_dist import TorchDistReader
 from megatron_gft.checkpoints.verification import write_file_hashes
 from megatron_gft.commands import convert, evaluate, inspect, preprocess
@@ -496,14 +494,9 @@ def test_a_template_does_not_take_for_ever(tmp_path, monkeypatch, capsys, what, 
 
 
 @pytest.mark.parametrize("what", SLOW_TEMPLATES)
-def test_nor_does_it_in_a_thread(monkeypatch, what):
-    """Prompts of servers are rendered in threads, which no signal reaches."""
+def test_nor_does_it_before_a_request(tmp_path, monkeypatch, what):
     monkeypatch.setattr("megatron_gft.chat_template.TEMPLATE_SECONDS", 0.3)
-    with ThreadPoolExecutor(1) as thread:
-        for text in ("{{ messages[0].content }}", SLOW_TEMPLATES[what], "{{ messages[0].content }}"):
-            rendered = thread.submit(ChatTemplate(text, {}).render, "p")
-            if text == SLOW_TEMPLATES[what]:
-                assert "the chat template" in str(rendered.exception(30)) and "-> read it" in str(rendered.exception())
-            else:
-                assert rendered.result(30) == "p"
-        assert thread.submit(sys.gettrace).result() is sys.gettrace()
+    folder = language_model_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(SLOW_TEMPLATES[what])
+    with pytest.raises(InputError, match="the chat template .* -> read it"):
+        ask("http://127.0.0.1:9/v1", api="completions", tokenizer=str(folder))

@@ -1,7 +1,5 @@
 """Make a group file: expert answers from columns, teacher and self responses sampled from models."""
 
-from __future__ import annotations
-
 import argparse
 
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs

@@ -1,7 +1,5 @@
 """Make a group file out of rows that others stored: lists, ratings, pairs, or one row a response."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import get_origin

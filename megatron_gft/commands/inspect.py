@@ -1,7 +1,5 @@
 """Show what is in group files or group shards, and whether it is sound."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

@@ -1,7 +1,5 @@
 """What several command lines take: configuration files, and numbers within bounds, else exit code 2 and the option."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Turn group files into group shards: tokenized once, checked, ready for training."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os

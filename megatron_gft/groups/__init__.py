@@ -17,29 +17,3 @@ from megatron_gft.groups.files import (
 from megatron_gft.groups.records import GroupRecord, ResponseRecord, gold_answer, record_to_dict, record_to_json
 from megatron_gft.groups.rows import cell, iter_rows, parse_json_line, record_from_json
 from megatron_gft.objectives import SOURCE_CODES, SOURCES
-
-__all__ = [
-    "BYTES_PER_CHUNK",
-    "GROUP_FILE_SUFFIXES",
-    "SOURCES",
-    "SOURCE_CODES",
-    "GroupRecord",
-    "RawChunk",
-    "ResponseRecord",
-    "cell",
-    "expand_inputs",
-    "gold_answer",
-    "iter_group_file",
-    "iter_groups",
-    "iter_rows",
-    "output_problems",
-    "parse_chunk",
-    "parse_json_line",
-    "read_all",
-    "read_chunks",
-    "record_from_json",
-    "record_to_dict",
-    "record_to_json",
-    "refuse_problems",
-    "write_group_file",
-]

@@ -20,8 +20,6 @@ message) are JSON text, as an earlier version wrote them. Cells that JSON cannot
 like) or as ``{"base64": "..."}`` (bytes).
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import glob
@@ -72,7 +70,6 @@ def read_chunks(path: str | Path, rows_per_chunk: int = 256, *, part: int = 0, p
     """Yield a group file (``.jsonl``, ``.json``, either with ``.gz``, ``.parquet``) in chunks of rows.
 
     Args:
-        path: of the file.
         rows_per_chunk: at most so many rows in a chunk; fewer when they are long (``BYTES_PER_CHUNK``).
         part, parts: give only every ``parts``-th row, beginning with row ``part`` (from 0).
 
@@ -160,12 +157,8 @@ _LONGEST_TOKEN = 12  # a pair of escapes: an error so near to the end of what wa
 
 
 def _elements(text: TextIO, path: str) -> Iterator[str]:
-    """Texts of the elements of a JSON array (or of several, one behind the other).
-
-    Raises:
-        InputError: an element is no JSON, or the array does not end: what follows cannot be told apart, so no policy
-            may leave it out.
-    """
+    """Texts of the elements of a JSON array (or of several, one behind the other). Behind one that is no JSON nothing
+    can be told apart, so no policy may leave it out."""
     decode = json.JSONDecoder().raw_decode
     held, at, number, inside = "", 0, 1, False
     while True:
@@ -243,11 +236,8 @@ def iter_groups(chunks: Iterable[RawChunk]) -> Iterator[tuple[GroupRecord, str]]
 
 
 def refuse_problems(problems: ProblemLog) -> None:
-    """Forget the findings so far, if none is an error.
-
-    Raises:
-        InputErrors: some are. It names no policy: this is for tools that have none, only preprocessing has.
-    """
+    """Forget the findings so far, unless some are errors: these are raised, and no policy is named, as only
+    preprocessing has any."""
     errors = [problem for problem in problems.take() if problem.action == ERROR]
     if errors:
         raise InputErrors("bad rows -> correct or remove them", [str(problem) for problem in errors])
@@ -265,11 +255,7 @@ def output_problems(path: str | Path) -> list[str]:
 
 
 def write_group_file(path: str | Path, records: Iterable[GroupRecord]) -> int:
-    """Write groups to ``.jsonl`` or ``.jsonl.gz`` (whole or not at all); return how many.
-
-    Raises:
-        InputError: another suffix, or a place where no file can be written.
-    """
+    """Write groups to ``.jsonl`` or ``.jsonl.gz`` (whole or not at all); return how many."""
     count = 0
     for problem in output_problems(path):
         raise InputError(problem)

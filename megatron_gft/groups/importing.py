@@ -1,24 +1,20 @@
 """Group files out of rows that others stored: read by a mapping, put together by a key, checked, counted.
 
-Rows pass one by one. Where several make a group, their parts are first spread over files by a hash of the key: one
-file at a time is then held in memory, and no order of the rows is needed. Groups stand in the order of their first
-rows: the same rows give the same bytes, in whatever format.
+Rows pass one by one. Where several make a group, their parts wait in a database on the disk, and no order of the rows
+is needed. Groups stand in the order of their first rows: the same rows give the same bytes, in whatever format.
 """
 
-from __future__ import annotations
-
+import contextlib
 import functools
 import hashlib
 import json
 import os
-from array import array
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_file, working_folder, write_json, writing
@@ -32,10 +28,6 @@ from megatron_gft.progress import ProgressBar, total_bytes
 
 LEAST_RESPONSES = 2  # one alone has no advantage
 _SURE_AFTER = 1000  # rows: a column that none of them has is a wrong name
-_PARTITION_BYTES = 16 << 20  # of text; as objects several times that
-_MOST_PARTITIONS = 512
-_BUFFER_BYTES = 64 << 10
-_TEXT_PER_PACKED_BYTE = 5
 _UNITS = ("rows", "groups", "responses")
 _DROPPED = "wrong_type missing_field empty_prompt empty_response no_responses duplicate_response nonfinite_reward"
 POLICIES = dict.fromkeys(_DROPPED.split(), DROP)
@@ -98,7 +90,7 @@ def import_groups(
     summary = ImportSummary(str(output), mapping.model_dump(mode="json"), list(inputs))
     with writing(output), working_folder(output) as folder:
         parts = _parts(inputs, mapping, summary, progress)
-        together = _by_key(parts, folder, _partitions(inputs)) if mapping.group_by else ([part] for part in parts)
+        together = _by_key(parts, folder / "rows") if mapping.group_by else ([part] for part in parts)
         write_group_file(made := folder / output.name, _records(together, summary))
         summary.sha256 = sha256_file(made)
         write_json(folder / summary_file.name, vars(summary))
@@ -133,43 +125,19 @@ def _refuse_unseen(reader: RowReader, place: str, row: dict[str, Any]) -> None:
         raise InputErrors(f"{place}: the mapping does not fit (this row has: {', '.join(row)})", problems)
 
 
-def _partitions(inputs: Sequence[str]) -> int:
-    """How many files of keys: enough to hold one in memory."""
-    text = sum(os.path.getsize(name) * (1 if name.endswith(("l", "n")) else _TEXT_PER_PACKED_BYTE) for name in inputs)
-    return min(_MOST_PARTITIONS, 1 + text // _PARTITION_BYTES)
-
-
-def _by_key(parts: Iterable[Part], folder: Path, count: int) -> Iterator[list[Part]]:
+def _by_key(parts: Iterable[Part], file: Path) -> Iterator[list[Part]]:
     """The parts of each group, in the order of the rows; groups in the order of their first rows."""
-    waiting = [bytearray() for _ in range(count)]
-    for row, part in enumerate(parts):
-        key = hashlib.blake2b(part.key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-        number = int(key[:16], 16) % count
-        waiting[number] += json.dumps([row, part._replace(key=key)]).encode() + b"\n"
-        if len(waiting[number]) >= _BUFFER_BYTES:
-            _append(folder / str(number), waiting[number])
-    first_rows, starts = array("q"), array("q")  # 16 bytes a group
-    with open(folder / "groups", "w+b") as together:
-        for number, last in enumerate(waiting):
-            _append(folder / str(number), last)
-            groups: dict[str, list[Any]] = {}  # first row, parts
-            with open(folder / str(number), "rb") as lines:
-                for row, part in map(json.loads, lines):
-                    groups.setdefault(Part(*part).key, [row]).append(part)
-            (folder / str(number)).unlink()
-            for row, *own in groups.values():
-                first_rows.append(row)
-                starts.append(together.tell())
-                together.write(json.dumps(own).encode() + b"\n")
-        for group in np.argsort(first_rows):
-            together.seek(starts[group])
-            yield [Part(*part) for part in json.loads(together.readline())]
-
-
-def _append(path: Path, held: bytearray) -> None:
-    with open(path, "ab") as file:  # not kept open: there may be more partitions than a process may open files
-        file.write(held)
-    held.clear()
+    with contextlib.closing(sqlite3.connect(file)) as waiting:
+        waiting.execute("PRAGMA synchronous = OFF")  # nobody reads it after a crash
+        waiting.execute("CREATE TABLE part (row INTEGER PRIMARY KEY, key TEXT, value TEXT)")
+        for part in parts:
+            key = hashlib.blake2b(part.key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+            value = json.dumps(part._replace(key=key))
+            waiting.execute("INSERT INTO part (key, value) VALUES (?, ?)", (key, value))
+        waiting.execute("CREATE INDEX by_key ON part (key, row)")
+        for (key,) in waiting.execute("SELECT key FROM part GROUP BY key ORDER BY min(row)"):
+            values = waiting.execute("SELECT value FROM part WHERE key = ? ORDER BY row", (key,))
+            yield [Part(*json.loads(value)) for (value,) in values]
 
 
 def _records(groups: Iterable[list[Part]], summary: ImportSummary) -> Iterator[GroupRecord]:

@@ -8,8 +8,6 @@
 A name is a column; ``reward_model.ground_truth`` is a field in one. What a row lacks is counted, not guessed.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import functools
 import json
@@ -51,7 +49,7 @@ class Responses(Section):
     model: str | None = Field(None, description="column with the name of the model")
 
     @pydantic.model_validator(mode="after")
-    def _check(self) -> Responses:
+    def _check(self) -> "Responses":
         if self.each is None and self.text is None:
             raise ValueError("no responses are named: set each=COLUMN of lists, or text=COLUMN")
         return self
@@ -136,12 +134,7 @@ class RowReader:
         self.mapping, self.unseen, self._drop = mapping, mapping.columns(), drop
 
     def part(self, row: dict[str, Any], place: str) -> Part:
-        """What a row gives to its group.
-
-        Raises:
-            Dropped: nothing.
-            InputError: the mapping does not fit: a list that is none, a source that is not known.
-        """
+        """What a row gives to its group; ``Dropped``: nothing. InputError: the mapping does not fit."""
         own = self.mapping
         key = [self._cell(row, name) for name in own.group_by]
         if None in key:

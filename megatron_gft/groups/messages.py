@@ -1,7 +1,5 @@
 """Prompts as people store them: text, messages, messages as JSON text, contents in parts or null beside tool calls."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re
@@ -44,11 +42,7 @@ def message_text(message: dict[str, Any]) -> str:
 
 
 def with_text(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose content is one text, or null beside tool calls.
-
-    Raises:
-        PydanticCustomError: a part of the content is no text.
-    """
+    """A message whose content is one text, or null beside tool calls; PydanticCustomError for a part that is none."""
     content = message.get("content")
     if isinstance(content, list):
         return message | {"content": "".join(map(_part_text, content))}

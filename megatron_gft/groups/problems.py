@@ -9,15 +9,15 @@ its kind says what happens to the data:
     keep    use it as it is, only counted
 """
 
-from __future__ import annotations
-
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_gft.errors import InputErrors, nearest
 
 ERROR, DROP, FIX, KEEP = "error", "drop", "fix", "keep"
+Found = Callable[..., str]  # notes a problem of one group; see ProblemLog.of_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,43 +170,26 @@ class Problem:
 
 
 class ProblemLog:
-    """Applies the policies and keeps every finding, in order.
-
-    Args:
-        policies: kind -> policy; kinds not named keep their default.
-    """
+    """Applies the policies (kind -> policy; kinds not named keep their default) and keeps every finding, in order."""
 
     def __init__(self, policies: Mapping[str, str] | None = None):
         self.policies = {**DEFAULT_POLICIES, **(policies or {})}
         self.problems: list[Problem] = []
 
-    def found(self, kind: str, place: str, group_id: str | None, detail: str, response: int | None = None) -> str:
+    def found(self, place: str, group_id: str | None, kind: str, detail: str, response: int | None = None) -> str:
         """Note one problem and return what to do with the data: ``error``, ``drop``, ``fix`` or ``keep``."""
         action = self.policies[kind]
         self.problems.append(Problem(kind, action, place, group_id, detail, response))
         return action
 
-    def of_group(self, place: str, group_id: str) -> GroupProblems:
-        """What notes the problems of one group."""
-        return GroupProblems(self, place, group_id)
+    def of_group(self, place: str, group_id: str) -> Found:
+        """:meth:`found` for one group: ``(kind, detail, response)``."""
+        return functools.partial(self.found, place, group_id)
 
     def take(self) -> list[Problem]:
         """Hand over the findings so far and forget them."""
         taken, self.problems = self.problems, []
         return taken
-
-
-@dataclass(slots=True)
-class GroupProblems:
-    """A :class:`ProblemLog` for one group of known place and id."""
-
-    log: ProblemLog
-    place: str
-    id: str
-
-    def found(self, kind: str, detail: str, response: int | None = None) -> str:
-        """Note one problem and return what to do with the data: ``error``, ``drop``, ``fix`` or ``keep``."""
-        return self.log.found(kind, self.place, self.id, detail, response)
 
 
 def problem_table(counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
@@ -242,11 +225,7 @@ def parse_policies(settings: Sequence[str]) -> dict[str, str]:
 
 
 def raise_errors(problems: Iterable[Problem], limit: int = 20) -> None:
-    """Raise when a policy says ``error`` for one of the problems.
-
-    Raises:
-        InputErrors: the first ``limit`` such problems, with the way out.
-    """
+    """Raise InputErrors with the first ``limit`` problems whose policy says ``error``, and the way out."""
     errors = [p for p in problems if p.action == ERROR]
     if not errors:
         return

@@ -4,10 +4,7 @@ Format in :mod:`megatron_gft.groups`. A row becomes a :class:`GroupRecord` or a 
 :class:`~megatron_gft.groups.problems.ProblemLog`; nothing else comes out of here, whatever the row holds.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -16,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from reprlib import repr as short
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -34,8 +31,9 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from megatron_gft.atomic import sha256_json
+from megatron_gft.errors import nearest
 from megatron_gft.groups.messages import as_prompt, message_text
-from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, GroupProblems, ProblemLog
+from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, Found, ProblemLog
 from megatron_gft.objectives import SOURCE_CODES
 
 FINISH_REASONS = ("stop", "length")
@@ -94,11 +92,8 @@ def _own_response(value: Any) -> dict[str, Any]:
 
 
 def _own_fields(value: dict[str, Any], own: tuple[str, ...], rest: str) -> dict[str, Any]:
-    """Our fields, without null, which stands for "absent"; the others are the user's own and go into field ``rest``.
-
-    Raises:
-        PydanticCustomError: the name of another field looks like a misspelt one of ours.
-    """
+    """Our fields, without null, which stands for "absent"; the others are the user's own and go into field ``rest``,
+    unless a name looks like a misspelt one of ours."""
     known = {name: item for name, item in value.items() if item is not None and name in own}
     if len(known) == len(value):
         return known
@@ -112,10 +107,7 @@ def _own_fields(value: dict[str, Any], own: tuple[str, ...], rest: str) -> dict[
     return known
 
 
-@functools.lru_cache(maxsize=1024)
-def _near_name(name: str, known: tuple[str, ...]) -> str | None:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    return near[0] if near else None
+_near_name = functools.lru_cache(maxsize=1024)(functools.partial(nearest, cutoff=0.8))
 
 
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
@@ -129,7 +121,6 @@ def number_text(value: Any) -> Any:
     return value
 
 
-_Text = Annotated[StrictStr, BeforeValidator(number_text)]
 _Answer = Annotated[StrictStr | None, BeforeValidator(number_text)]
 _Id = Annotated[StrictStr, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 _Object = Annotated[dict[str, Any], AfterValidator(_not_deep)]
@@ -139,21 +130,6 @@ _Object = Annotated[dict[str, Any], AfterValidator(_not_deep)]
 class _Message(TypedDict):
     role: StrictStr
     content: StrictStr | None
-
-
-@with_config(extra="allow")
-class _QuestionRow(TypedDict):
-    id: NotRequired[_Id | None]
-    question: StrictStr
-    answer: _Text
-
-
-@with_config(extra="allow")
-class _ProblemRow(TypedDict):
-    id: NotRequired[_Id | None]
-    problem: StrictStr
-    solution: _Text
-    answer: NotRequired[_Answer]
 
 
 _MESSAGES = TypeAdapter(list[Annotated[_Message, AfterValidator(_has_content), AfterValidator(_not_deep)]])
@@ -192,10 +168,7 @@ GROUP_FIELDS = tuple(part.name for part in dataclasses.fields(GroupRecord))
 RESPONSE_FIELDS = tuple(
     part.name for part in dataclasses.fields(ResponseRecord) if part.name not in ("extra", "position")
 )
-_PLAIN_ROWS: dict[tuple[str, str], TypeAdapter] = {
-    ("question", "answer"): TypeAdapter(Annotated[_QuestionRow, AfterValidator(_not_deep)]),
-    ("problem", "solution"): TypeAdapter(Annotated[_ProblemRow, AfterValidator(_not_deep)]),
-}
+_PLAIN_ROWS = (("question", "answer"), ("problem", "solution"))
 PROMPT = TypeAdapter(Annotated[str | list[dict[str, Any]], PlainValidator(_prompt)])
 _GROUP = TypeAdapter(Annotated[GroupRecord, BeforeValidator(_own_group)])
 
@@ -224,41 +197,41 @@ def parse_group(value: dict[str, Any], place: str, problems: ProblemLog) -> Grou
     if "responses" not in value:
         plain = next((pair for pair in _PLAIN_ROWS if pair[0] in value and pair[1] in value), None)
     try:
-        if plain is None:
-            record = _GROUP.validate_python(value)
-        else:
-            record = _plain_group(_PLAIN_ROWS[plain].validate_python(value), *plain)
+        record = _GROUP.validate_python(_of_plain_row(value, *plain) if plain else value)
     except ValidationError as error:
         kind, detail, position = _finding(error)
+        if plain:
+            detail = detail.replace("'prompt'", repr(plain[0])).replace("'text'", repr(plain[1]))
         group_id = str(value["id"]) if type(value.get("id")) in (str, int) else None
-        problems.found(kind, place, group_id or None, detail, position)
+        problems.found(place, group_id or None, kind, detail, position)
         return None
-    log = problems.of_group(place, record.id)
+    found = problems.of_group(place, record.id)
     if not has_text(record.prompt):
-        log.found("empty_prompt", "no text in the prompt")
+        found("empty_prompt", "no text in the prompt")
         return None
     if not record.responses:
-        log.found("no_responses", "responses is an empty list")
+        found("no_responses", "responses is an empty list")
         return None
     for position, response in enumerate(record.responses):
         response.position = position
 
     def check(response: ResponseRecord) -> str:
-        action = _check_response(response, log)
+        action = _check_response(response, found)
         return ERROR if action == DROP and plain else action  # a plain row is lost with its only response
 
-    return record if keep_responses(record, check, log) else None
+    return record if keep_responses(record, check, found) else None
 
 
-def _plain_group(row: dict[str, Any], question: str, solution: str) -> GroupRecord:
+def _of_plain_row(row: dict[str, Any], question: str, solution: str) -> dict[str, Any]:
     """A plain row as a group: one expert response, no reward yet; without an id, a hash of the content is one."""
-    prompt, text = row[question], row[solution]
-    group_id = row.get("id") or hashlib.sha256(f"{prompt}\0{text}".encode()).hexdigest()[:16]
-    gold = gold_answer(text) if solution == "answer" else row.get("answer")
+    prompt, text = row[question], number_text(row[solution])
+    gold = row.get("answer") if solution != "answer" else gold_answer(text) if isinstance(text, str) else None
+    response = {"text": "" if str(text).isspace() else text, "source": "expert", "finish_reason": "stop"}
+    group_id = row.get("id")
+    if group_id in (None, ""):
+        group_id = hashlib.sha256(f"{prompt}\0{text}".encode()).hexdigest()[:16]
     meta = {name: item for name, item in row.items() if name not in (question, solution, "answer", "id")}
-    return GroupRecord(
-        group_id, prompt, [ResponseRecord(text.strip() and text, "expert", finish_reason="stop")], gold, meta
-    )
+    return {"id": group_id, "prompt": prompt, "answer": gold, "responses": [response], "meta": meta}
 
 
 def _finding(error: ValidationError) -> tuple[str, str, int | None]:
@@ -310,25 +283,25 @@ def gold_answer(text: str) -> str | None:
     return _THOUSANDS.sub(lambda match: match[0].replace(",", ""), tail).strip() if marker else None
 
 
-def _check_response(response: ResponseRecord, log: GroupProblems) -> str:
+def _check_response(response: ResponseRecord, found: Found) -> str:
     """``error``, ``drop`` or ``keep`` for one well-formed response; changes it as the policies say."""
     if not response.text and not response.token_ids:
-        return log.found("empty_response", "no text", response.position)
+        return found("empty_response", "no text", response.position)
     if response.source not in SOURCE_CODES:
-        return log.found("unknown_source", f"{short(response.source)} is no source", response.position)
+        return found("unknown_source", f"{short(response.source)} is no source", response.position)
     if response.reward is not None and abs(response.reward) <= FLOAT32_MAX:
         response.reward = float(response.reward)
     elif response.reward is not None:  # NaN, too
-        action = log.found("nonfinite_reward", f"reward {short(response.reward)}", response.position)
+        action = found("nonfinite_reward", f"reward {short(response.reward)}", response.position)
         if action != FIX:
             return action
         response.reward = None
     actions = []
     if response.finish_reason == "length":
-        actions.append(log.found("truncated", "finish_reason is length", response.position))
+        actions.append(found("truncated", "finish_reason is length", response.position))
     if response.source == "expert" and _judged_wrong(response):
         detail = f"expert with reward {response.reward}, outcome {response.outcome}"
-        actions.append(log.found("expert_wrong", detail, response.position))
+        actions.append(found("expert_wrong", detail, response.position))
         if actions[-1] == FIX:
             response.reward, response.outcome = 1.0, "correct"
     return ERROR if ERROR in actions else DROP if DROP in actions else KEEP
@@ -340,7 +313,7 @@ def _judged_wrong(response: ResponseRecord) -> bool:
     return response.reward is not None and response.reward <= 0
 
 
-def keep_responses(record: GroupRecord, check: Callable[[ResponseRecord], str], log: GroupProblems) -> bool:
+def keep_responses(record: GroupRecord, check: Callable[[ResponseRecord], str], found: Found) -> bool:
     """Drop the responses of which ``check`` says ``drop``; False when the group is lost: an ``error``, or none left."""
     actions = []
     for response in record.responses:
@@ -349,25 +322,20 @@ def keep_responses(record: GroupRecord, check: Callable[[ResponseRecord], str], 
             return False
     record.responses = [r for r, action in zip(record.responses, actions, strict=True) if action != DROP]
     if not record.responses:
-        log.found("no_responses", "every response was dropped")
+        found("no_responses", "every response was dropped")
     return bool(record.responses)
 
 
-def check_group(record: GroupRecord, log: GroupProblems) -> bool:
-    """Look at the responses side by side: duplicates, expert, rewards. Changes ``record`` as the policies say.
-
-    Call it once, when all that one response alone can be dropped for is done: what it says is of the survivors.
-
-    Returns:
-        Whether the group stays.
-    """
+def check_group(record: GroupRecord, found: Found) -> bool:
+    """Look at the responses side by side: duplicates, expert, rewards. Changes ``record`` as the policies say; False
+    when the group is lost. Call it once, when all that one response alone can be dropped for is done."""
     kept: list[ResponseRecord] = []
     seen: set[Any] = set()
     for response in record.responses:
         content = response.text or tuple(response.token_ids or ())
         if content in seen:
             detail = f"same {'text' if response.text else 'token_ids'} as an earlier one"
-            action = log.found("duplicate_response", detail, response.position)
+            action = found("duplicate_response", detail, response.position)
             if action == ERROR:
                 return False
             if action == DROP:
@@ -376,12 +344,12 @@ def check_group(record: GroupRecord, log: GroupProblems) -> bool:
         kept.append(response)
     record.responses = kept
     if all(response.source != "expert" for response in kept):
-        if log.found("no_expert", "no expert response") in (ERROR, DROP):
+        if found("no_expert", "no expert response") in (ERROR, DROP):
             return False
     rewards = {response.reward for response in kept}
     if len(kept) == 1 or len(rewards) > 1 or None in rewards:
         return True
-    return log.found("equal_rewards", f"all {len(kept)} rewards are {rewards.pop()}") == KEEP
+    return found("equal_rewards", f"all {len(kept)} rewards are {rewards.pop()}") == KEEP
 
 
 def id_digest(group_id: str) -> bytes:

@@ -1,7 +1,5 @@
 """Rows of group files as JSON values: lines of JSONL, and parquet cells as JSON would hold them."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re
@@ -81,7 +79,7 @@ def parse_json_line(line: bytes, place: str, problems: ProblemLog) -> Any:
 def _object(value: Any, place: str, problems: ProblemLog) -> dict[str, Any] | None:
     if isinstance(value, dict):
         return value
-    problems.found("invalid_json", place, None, f"a JSON {type(value).__name__}, not an object")
+    problems.found(place, None, "invalid_json", f"a JSON {type(value).__name__}, not an object")
     return None
 
 
@@ -90,7 +88,7 @@ def _parse_doubtful_line(line: bytes, place: str, problems: ProblemLog) -> Any:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        if problems.found("invalid_utf8", place, None, f"{error.reason} at byte {error.start}") != FIX:
+        if problems.found(place, None, "invalid_utf8", f"{error.reason} at byte {error.start}") != FIX:
             return None
         text = line.decode("utf-8", "replace")
     try:
@@ -99,18 +97,15 @@ def _parse_doubtful_line(line: bytes, place: str, problems: ProblemLog) -> Any:
             return value
         return _without_surrogates(json.dumps(value, ensure_ascii=False), place, problems)
     except (ValueError, RecursionError) as error:
-        problems.found("invalid_json", place, None, str(error) or type(error).__name__)
+        problems.found(place, None, "invalid_json", str(error) or type(error).__name__)
         return None
 
 
 def _without_surrogates(text: str, place: str, problems: ProblemLog) -> Any:
-    """The value of JSON ``text`` without halves of surrogate pairs, which JSON may spell and no UTF-8 text can hold.
-
-    Returns:
-        The value, mended where the policy says so; None when the problem removes the row.
-    """
+    """The value of JSON ``text`` without halves of surrogate pairs, which JSON may spell and no UTF-8 text can hold;
+    None when the problem removes the row."""
     half = _SURROGATE.search(text)
-    if half is not None and problems.found("invalid_utf8", place, None, f"lone surrogate {half.group()!a}") != FIX:
+    if half is not None and problems.found(place, None, "invalid_utf8", f"lone surrogate {half.group()!a}") != FIX:
         return None
     return json.loads(_SURROGATE.sub("\ufffd", text))
 
@@ -155,10 +150,8 @@ def _read(reader: Callable[[Any], Any] | None, value: Any) -> Any:
 
 
 def _parquet_row(row: Any, readers: Mapping[str, Any], place: str, problems: ProblemLog) -> dict[str, Any] | None:
-    """One row as the same group in JSONL; None when a problem removes it.
-
-    Cells that JSON cannot hold become text; bytes become an object, lest they pass for somebody's text.
-    """
+    """One row as the same group in JSONL, None when a problem removes it. Cells that JSON cannot hold become text,
+    bytes an object, lest they pass for somebody's text."""
     read = row if isinstance(row, dict) else _doubtful_row(row, place, problems)
     if read is None:
         return None
@@ -169,7 +162,7 @@ def _parquet_row(row: Any, readers: Mapping[str, Any], place: str, problems: Pro
             _unpack_group(read)
         return _without_surrogates(json.dumps(read, default=_json_twin, ensure_ascii=False), place, problems)
     except (ValueError, RecursionError) as error:
-        problems.found("invalid_json", place, None, f"in a column of JSON text: {error}")
+        problems.found(place, None, "invalid_json", f"in a column of JSON text: {error}")
         return None
 
 
@@ -183,11 +176,11 @@ def _doubtful_row(batch: Any, place: str, problems: ProblemLog) -> dict[str, Any
         try:
             return batch.to_pylist()[0]
         except UnicodeDecodeError as error:
-            if problems.found("invalid_utf8", place, None, str(error)) != FIX:
+            if problems.found(place, None, "invalid_utf8", str(error)) != FIX:
                 return None
             return _mended(batch.to_struct_array()[0])
     except (ValueError, OverflowError, NotImplementedError) as error:
-        problems.found("wrong_type", place, None, str(error))
+        problems.found(place, None, "wrong_type", str(error))
         return None
 
 
@@ -207,11 +200,7 @@ def _mended(cell: Any) -> Any:
 
 
 def _unpack_group(row: dict[str, Any]) -> None:
-    """Put the values of JSON text in the place of the text.
-
-    Raises:
-        ValueError: a text is not JSON.
-    """
+    """Put the values of JSON text in the place of the text."""
     if "meta" in row:
         row["meta"] = _unpacked(row["meta"])
     for message in _objects(row.get("prompt")) + _objects(row.get("messages")):

@@ -1,7 +1,5 @@
 """``config.json`` of a Hugging Face model as typed values: every wrong key is found at once, none is guessed at."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -79,11 +77,7 @@ def config_file(model: str | os.PathLike) -> Path:
 
 
 def read_config(model: str | os.PathLike) -> dict[str, Any]:
-    """The parsed ``config.json`` of a model folder, or of the file that is named itself.
-
-    Raises:
-        InputError: missing, or not a JSON object.
-    """
+    """The parsed ``config.json`` of a model folder, or of the file that is named itself."""
     path = config_file(model)
     check_folder(path.parent, (path.name,))
     if not Path(model).exists():

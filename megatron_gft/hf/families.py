@@ -7,10 +7,8 @@ and the expert number ``{e}`` appended; live models with Transformer Engine or l
 (``mapping.canonical_name``). Adding a dense family means adding one :class:`Family` here, and a tiny random
 model to ``tests/tiny_models.py``.
 
-Imports neither torch nor megatron nor transformers: configurations are validated on machines without them.
+Imports neither torch nor megatron nor transformers.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

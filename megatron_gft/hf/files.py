@@ -1,7 +1,5 @@
 """The Hugging Face folder around the weights: files carried over, checks, hashes, source record."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -198,11 +196,7 @@ def source_record(hf_dir: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
 
 
 def read_source_record(checkpoint: Path) -> dict[str, Any] | None:
-    """The :data:`SOURCE_FILE` of a checkpoint folder, None where there is none.
-
-    Raises:
-        InputError: damaged.
-    """
+    """The :data:`SOURCE_FILE` of a checkpoint folder, None where there is none; InputError when it is damaged."""
     path = checkpoint / SOURCE_FILE
     if not path.is_file():
         return None

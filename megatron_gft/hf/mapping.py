@@ -6,8 +6,6 @@ shard). Loading copies the pieces in, exporting copies the same pieces out, so t
 and whatever reads the pieces decides where the bytes come from: a safetensors file, a live parameter, a checkpoint.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Iterator
@@ -176,12 +174,8 @@ class HfMapping:
                 yield key.replace(".layers.", f".layers.{entry.index[0]}."), entry.index[1:]
 
     def shard(self, entry: Entry, tp_rank: int = 0, tp_size: int = 1, vocab_rows: int | None = None) -> Shard:
-        """Shard ``tp_rank`` of ``tp_size`` of a parameter.
-
-        Args:
-            vocab_rows: rows of a vocabulary shard, which the model's padding decides; default: no padding beyond
-                a multiple of ``tp_size``.
-        """
+        """Shard ``tp_rank`` of ``tp_size`` of a parameter. ``vocab_rows``: of a vocabulary shard, which the model's
+        padding decides; default: no padding beyond a multiple of ``tp_size``."""
         head, groups = self.shape.kv_channels, self.shape.num_query_groups
         block = (head * self.shape.num_attention_heads // groups, head, head)
         rows = vocab_rows or -(-self.shape.vocab_size // tp_size)

@@ -5,8 +5,6 @@ is opened afresh after :data:`REOPEN_BYTES`. Writing a file through the library 
 the shard plan is known from shapes alone, so the header is written first and the tensors stream after it.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -167,15 +165,8 @@ class SafetensorsFolder:
 
 
 def refuse_nonfinite(values: torch.Tensor, place: str, before: Iterable[torch.Tensor] = ()) -> None:
-    """One pass over values [...] that are in memory anyway.
-
-    Args:
-        place: file and name of the tensor.
-        before: the same values before they were cast to this dtype; looked at only to tell the cause.
-
-    Raises:
-        InputError: a NaN or an infinity among them.
-    """
+    """Raise InputError for a NaN or an infinity among values [...] of ``place``; ``before`` are the same before they
+    were cast to this dtype, looked at only to tell the cause."""
     if not values.numel():
         return
     ends = torch.stack(torch.aminmax(values.detach().float() if values.element_size() == 1 else values.detach()))
@@ -204,11 +195,8 @@ def plan_shards(
 ) -> list[dict[str, dict[str, TensorLayout]]]:
     """Distribute tensors over files, in order, no file above ``max_bytes`` unless one tensor is.
 
-    Args:
-        groups: name -> layout of each writer's tensors: no file is shared by two writers.
-
-    Returns:
-        Each writer's files, numbered over all of them (``model-00001-of-00003.safetensors``), with their tensors.
+    ``groups`` are the tensors of each writer, name -> layout: no file is shared by two. What comes back are each
+    writer's files with their tensors, numbered over all of them (``model-00001-of-00003.safetensors``).
     """
     writers: list[list[dict[str, TensorLayout]]] = []
     for group in groups:

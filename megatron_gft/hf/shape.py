@@ -3,11 +3,7 @@
 Reads both styles: transformers 4 (``rope_theta``, ``rope_scaling``) and transformers 5 (``rope_parameters``).
 An option that is not mapped is refused, never dropped: a dropped option (rope scaling, sliding window, router
 order) gives a model whose weights convert bit for bit and whose logits are wrong.
-
-Imports neither torch nor megatron nor transformers.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """One output folder written by several processes: it appears whole when all of them succeeded, or not at all."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,10 +58,7 @@ def shared_directory(path: str | Path) -> Iterator[Path]:
 
 
 def gather_results(action: Callable[[], Result], output: Path | None = None) -> list[Result]:
-    """Run ``action`` on every process and return all results in rank order. Collective.
-
-    Args:
-        output: what it writes, for the message about a failed write.
+    """Run ``action``, which writes ``output``, on every process and return all results in rank order. Collective.
 
     Raises:
         InputError: on all processes, when it failed on one.

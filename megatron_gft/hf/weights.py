@@ -5,8 +5,6 @@ parameter itself; there are no collectives. Works for any layout (tensor, pipeli
 expert-tensor parallel) and for local and Transformer Engine layer specs, whose parameter names differ.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,15 +1,13 @@
 """Group files without a tokenizer: every character is a token."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_gft.chat_template import PLAIN, Prompt, TemplateOptions
 from megatron_gft.groups import GroupRecord
 from megatron_gft.groups.messages import message_text
-from megatron_gft.groups.problems import DROP, KEEP, KINDS, GroupProblems
+from megatron_gft.groups.problems import DROP, KEEP, KINDS, Found
 from megatron_gft.preprocess.encode import ChunkEncoder
 from megatron_gft.tokenizer import Tokenizer
 
@@ -23,7 +21,6 @@ class CharacterTokenizer(Tokenizer):
     def __init__(self) -> None:
         self.path, self.vocab_size, self.eos_id, self.bos_id = "", 0x110002, 0x110001, None
         self.special_ids, self.special_pattern = frozenset(), re.compile(r"(?!)")
-        self.fingerprint = "characters"
         self._bos, self._raw_prefix, self.template, self.chat_template_fingerprint = [], "", None, ""
 
     def render_prompt(self, prompt: Prompt, options: TemplateOptions = PLAIN) -> str:
@@ -33,9 +30,6 @@ class CharacterTokenizer(Tokenizer):
         return [list(map(ord, text)) for text in texts]
 
     _encode_prompts = encode_responses
-
-    def spells(self, ids: Sequence[int], text: str) -> bool:
-        return True  # they come from it
 
     def _decode(self, ids: list[int]) -> str:
         return "".join(chr(i) for i in ids if i != self.eos_id)
@@ -50,11 +44,14 @@ class CharacterEncoder(ChunkEncoder):
     def _check_rendering(self, *_: object) -> str:
         return KEEP
 
-    def _prepare(self, record: GroupRecord, log: GroupProblems, waiting: Any) -> str | None:
+    def _problems_of_ids(self, *_: object) -> Iterator[tuple[str, str]]:
+        return iter(())  # they come from here
+
+    def _prepare(self, record: GroupRecord, found: Found, waiting: Any) -> str | None:
         for response in record.responses:
             if response.token_ids is not None:
                 # No text is a lone EOS, or a cut-off piece of a character.
                 alone = 0xFFFD if response.finish_reason == "length" else self.tokenizer.eos_id
                 response.token_ids = list(map(ord, response.text)) or [alone]
-                response.tokenizer, response.logprobs = self.tokenizer.fingerprint, None
-        return super()._prepare(record, log, waiting)
+                response.logprobs = None
+        return super()._prepare(record, found, waiting)

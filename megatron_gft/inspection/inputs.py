@@ -1,7 +1,5 @@
 """Shards or group files behind one face for ``tools/inspect_groups.py``: ``verify``, ``report`` and ``groups``."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 from collections import Counter
@@ -29,7 +27,7 @@ GROUPS_PER_SLICE = 2048
 
 def open_source(
     inputs: Sequence[str], tokenizer: str | None = None, chat_template: str | None = None, trust: bool = False
-) -> ShardSource | FileSource:
+) -> "ShardSource | FileSource":
     """Group files when all inputs are named like them, else shards, which any of their files may stand for.
 
     Raises:
@@ -59,11 +57,7 @@ def _is_group_file(name: str) -> bool:
 
 
 def _shard_prefix(name: str) -> str:
-    """Prefix of a shard, of which ``name`` may be any file: a glob that the shell expanded names them all.
-
-    Raises:
-        InputError: the file belongs to no shard.
-    """
+    """Prefix of a shard, of which ``name`` may be any file: a glob that the shell expanded names them all."""
     if not name.endswith(SHARD_FILE_SUFFIXES) or not Path(name).is_file():
         return name.removesuffix(".json")
     prefix = name
@@ -87,11 +81,7 @@ class ShardSource:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[list[GroupShard]]:
-        """While what the shards hold is used: an exception that damaged bytes caused becomes what verification says.
-
-        Raises:
-            InputErrors: names the damaged files of the first such shard.
-        """
+        """While what the shards hold is used: an exception that damaged bytes caused becomes what verification says."""
         shards = [GroupShard(prefix) for prefix in self.prefixes]
         for shard in shards:
             if (names := shard.manifest.logprob_files) and "sampled" not in names:
@@ -192,15 +182,10 @@ class FileSource:
         self.files, self.tokenizer = list(files), tokenizer
 
     def verify(self) -> list[str]:
-        """There is nothing to compare with."""
         raise InputError("--verify: group files have no manifest to compare with -> give shards")
 
     def report(self, max_tokens_per_pack: int | None = None, groups_per_step: int = 128) -> dict[str, Any]:
-        """Statistics and problems (JSON object); bad rows are counted, not raised.
-
-        Raises:
-            InputError: a file cannot be read.
-        """
+        """Statistics and problems (JSON object); bad rows are counted, not raised."""
         encoder = self._encoder()
         statistics = Statistics(encoder.tokenizer.eos_id, encoder.tokenizer.bos_id)
         problems: Counter[str] = Counter()

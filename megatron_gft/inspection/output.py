@@ -5,8 +5,6 @@ likely, grey is not trained (prompt, or advantage 0). On the page its strength i
 Neighbouring tokens alternate in underlining, so that boundaries are visible; special tokens are inverted.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files

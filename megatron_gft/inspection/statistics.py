@@ -4,8 +4,6 @@ Shards and files go through the same code: both are :class:`EncodedGroups`, a fi
 lengths are in characters).
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
@@ -24,15 +22,11 @@ PACKED_SAMPLE = 2048  # groups whose packing is planned
 
 
 class Statistics:
-    """Columns over all groups and responses, and findings by kind.
+    """Columns over all groups and responses, and findings by kind (``problems``) with the first places of each.
 
     Args:
         eos_id: token that ends a response; one without it counts as truncated.
         bos_id: token that no response may hold, if there is one.
-
-    Attributes:
-        problems: findings of each kind.
-        examples: the first places of each kind.
     """
 
     def __init__(self, eos_id: int, bos_id: int | None):
@@ -161,16 +155,12 @@ def estimate_packing(
     """Plan steps of a random sample of groups (the same every time) in both forms, for one data-parallel rank.
 
     Args:
-        prompts: int [G], tokens of each prompt.
-        counts: int [G], responses of each group.
-        lengths: int [M], tokens of each response.
-        max_tokens_per_pack: rows of a pack.
-        groups_per_step: groups that are planned together.
+        prompts, counts, lengths: tokens of each prompt and responses of each group, int [G]; tokens of each response,
+            int [M].
 
     Returns:
         fill of the packs by form, and what sharing prompts saves: ``token_ratio`` = packed rows / shared rows,
-        ``flop_ratio`` likewise (expected speed-up of compute-bound training); ``unfit_groups``, of all, do not fit a
-        pack.
+        ``flop_ratio`` likewise (expected speed-up of compute-bound training); ``unfit_groups``, of all, do not fit.
     """
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     fits = prompts.astype(np.int64) + np.maximum.reduceat(lengths, offsets[:-1]) - 1 <= max_tokens_per_pack

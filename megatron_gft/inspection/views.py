@@ -1,7 +1,5 @@
 """Single groups, decoded token by token."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ All texts of a chunk are tokenized in two calls (prompts, responses). A prompt i
 was cut off. What generation recorded of a prompt's rendering (``rendering`` of a response) is followed, or a finding.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -18,7 +16,7 @@ from typing import Any
 
 from megatron_gft.chat_template import KWARGS, TOOLS, ChatTemplateError, Prompt, TemplateOptions, lost_text
 from megatron_gft.groups import RawChunk, parse_chunk
-from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, GroupProblems, Problem, ProblemLog, raise_errors
+from megatron_gft.groups.problems import DROP, ERROR, FIX, KEEP, Found, Problem, ProblemLog, raise_errors
 from megatron_gft.groups.records import (
     GroupRecord,
     ResponseRecord,
@@ -63,8 +61,6 @@ class ChunkEncoder:
     """Encodes chunks with one tokenizer; a pure function of the chunk.
 
     Args:
-        tokenizer: of the model.
-        policies: what to do with each kind of problem.
         max_prompt_tokens: longest prompt, template included; None = any.
         max_response_tokens: longest response, EOS included; None = any.
         template_kwargs: of every prompt; without any, those that its responses were sampled with.
@@ -86,19 +82,19 @@ class ChunkEncoder:
         """Tokens of the groups of a chunk, in order; what is wrong with the others is in ``problems``."""
         problems = ProblemLog(self._policies)
         waiting: _Waiting = {False: [], True: []}
-        pending: list[tuple[GroupRecord, GroupProblems]] = []
+        pending: list[tuple[GroupRecord, str, Found]] = []
         rendered: list[str] = []
         for record, place in parse_chunk(chunk, problems):
-            log = problems.of_group(place, record.id)
-            text = self._prepare(record, log, waiting)
+            found = problems.of_group(place, record.id)
+            text = self._prepare(record, found, waiting)
             if text is not None:
-                pending.append((record, log))
+                pending.append((record, place, found))
                 rendered.append(text)
         prompts = self.tokenizer.encode_batch(rendered)
         self._tokenize(waiting)
         encoder, origins = GroupEncoder(), []
-        for (record, log), prompt in zip(pending, prompts, strict=True):
-            if not self._finish(record, prompt, log):
+        for (record, place, found), prompt in zip(pending, prompts, strict=True):
+            if not self._finish(record, prompt, found):
                 continue
             responses, verifier = record.responses, record.meta.get("verifier")
             encoder.add(
@@ -113,34 +109,34 @@ class ChunkEncoder:
                 logprobs=[response.logprobs for response in responses],
             )
             judged_by = None if verifier is None else json.dumps(verifier, sort_keys=True)
-            origins.append(GroupOrigin(record.id, log.place, Counter(map(_lineage, responses)), judged_by))
+            origins.append(GroupOrigin(record.id, place, Counter(map(_lineage, responses)), judged_by))
         return EncodedChunk(encoder.take(), origins, problems.take(), len(chunk))
 
     # --- before tokenizing ------------------------------------------------------------------------------------------
 
-    def _prepare(self, record: GroupRecord, log: GroupProblems, waiting: _Waiting) -> str | None:
+    def _prepare(self, record: GroupRecord, found: Found, waiting: _Waiting) -> str | None:
         """The rendered prompt of a group whose responses are ``waiting`` or have ids; None when the group is lost."""
         try:
             options = self._options(record)
-            prompt, given = self._checked_prompt(record, options, log)
+            prompt, given = self._checked_prompt(record, options, found)
             if prompt is None:
                 return None
             rendered = self.tokenizer.render_prompt(prompt, given)
         except ChatTemplateError as error:
-            log.found("template_failed", str(error))
+            found("template_failed", str(error))
             return None
-        if (lost := lost_text(prompt, rendered)) and log.found("lost_prompt", lost) != KEEP:
+        if (lost := lost_text(prompt, rendered)) and found("lost_prompt", lost) != KEEP:
             return None
 
         def check(response: ResponseRecord) -> str:
             actions = [
-                self._check_rendering(response, options, rendered, log),
-                self._check_thoughts(response, rendered, log),
+                self._check_rendering(response, options, rendered, found),
+                self._check_thoughts(response, rendered, found),
             ]
             dropped = next((action for action in (ERROR, DROP) if action in actions), None)
-            return dropped or self._check_response(response, log, waiting)
+            return dropped or self._check_response(response, found, waiting)
 
-        return rendered if keep_responses(record, check, log) else None
+        return rendered if keep_responses(record, check, found) else None
 
     def _options(self, record: GroupRecord) -> TemplateOptions:
         """What the template gets: of the row, and of the run or else what the responses were sampled with."""
@@ -155,9 +151,7 @@ class ChunkEncoder:
             return {}
         return {name: value for name, value in kwargs.items() if template.reads(name)}
 
-    def _check_rendering(
-        self, response: ResponseRecord, options: TemplateOptions, rendered: str, log: GroupProblems
-    ) -> str:
+    def _check_rendering(self, response: ResponseRecord, options: TemplateOptions, rendered: str, found: Found) -> str:
         """Whether the response was sampled after the prompt as it is rendered here, as far as that is recorded."""
         recorded, here = recorded_rendering(response), options.record()
         if not recorded:
@@ -173,12 +167,12 @@ class ChunkEncoder:
                 other += [f"the server's prompt was tokens {given}, here it is {ids}"] if given != ids else []
             elif not other and "chat_template" not in recorded:
                 why = "no prompt_token_ids -> sample with token_ids=true from vLLM, or api=completions"
-                return log.found("unverified_rendering", why, response.position)
-        elif foreign and (action := log.found("foreign_rendering", "; ".join(foreign), response.position)) != KEEP:
+                return found("unverified_rendering", why, response.position)
+        elif foreign and (action := found("foreign_rendering", "; ".join(foreign), response.position)) != KEEP:
             return action
-        return log.found("other_rendering", "; ".join(other), response.position) if other else KEEP
+        return found("other_rendering", "; ".join(other), response.position) if other else KEEP
 
-    def _check_thoughts(self, response: ResponseRecord, rendered: str, log: GroupProblems) -> str:
+    def _check_thoughts(self, response: ResponseRecord, rendered: str, found: Found) -> str:
         """Thoughts that the prompt opens are closed by the response, not opened again."""
         kind, tags = unfit_thoughts(rendered, response.text, response.finish_reason == "length"), opened_by(rendered)
         if kind is None or tags is None:
@@ -186,61 +180,61 @@ class ChunkEncoder:
         said = {"thoughts_twice": f"begins with {tags[0]!r}", "thoughts_open": f"has no {tags[1]!r}"}[kind]
         remedy = "--template-kwargs that open no thoughts, or --chat-template FILE of a template that opens none"
         detail = f"the prompt ends with {tags[0]!r}, the response {said} -> {remedy}"
-        action = log.found(kind, detail, response.position)
+        action = found(kind, detail, response.position)
         if action == FIX:
             response.text = without_opening(rendered, response.text)
             response.token_ids = response.logprobs = None
         return action
 
     def _checked_prompt(
-        self, record: GroupRecord, options: TemplateOptions, log: GroupProblems
+        self, record: GroupRecord, options: TemplateOptions, found: Found
     ) -> tuple[Prompt | None, TemplateOptions]:
         """Prompt and options without spelled special tokens; None when they remove the group."""
         pattern, given = self.tokenizer.special_pattern, [record.prompt, options.tools, dict(options.kwargs)]
         spelled = next((match.group() for match in map(pattern.search, _texts(given)) if match), None)
-        action = KEEP if spelled is None else log.found("special_tokens", f"the prompt spells {spelled!r}")
+        action = KEEP if spelled is None else found("special_tokens", f"the prompt spells {spelled!r}")
         if action != FIX:
             return record.prompt if action == KEEP else None, options
         fixed, tools, kwargs = _without(pattern, given)
         if not has_text(fixed):
-            log.found("empty_prompt", "no text in the prompt without its special tokens")
+            found("empty_prompt", "no text in the prompt without its special tokens")
             return None, options
         return fixed, TemplateOptions(tools, kwargs)
 
-    def _check_response(self, response: ResponseRecord, log: GroupProblems, waiting: _Waiting) -> str:
+    def _check_response(self, response: ResponseRecord, found: Found, waiting: _Waiting) -> str:
         """``keep`` when its ids are known or its text is ``waiting``, else ``drop`` or ``error``."""
         if response.token_ids is not None:
-            action = self._check_token_ids(response, response.token_ids, log)
+            action = self._check_token_ids(response, response.token_ids, found)
             if response.token_ids is not None or action != KEEP:
                 return action
         elif response.logprobs:
-            action = log.found("bad_logprobs", "log-probs without token_ids", response.position)
+            action = found("bad_logprobs", "log-probs without token_ids", response.position)
             if action != FIX:
                 return action
         response.logprobs, text, parse_special = None, response.text, False
         match = self.tokenizer.special_pattern.search(text)
         if match:
-            action = log.found("special_tokens", f"spells {match.group()!r}", response.position)
+            action = found("special_tokens", f"spells {match.group()!r}", response.position)
             if action in (ERROR, DROP):
                 return action
             parse_special = action == KEEP
             if action == FIX:
                 text = text.removesuffix(self.tokenizer.decode([self.tokenizer.eos_id]))
         if not text:
-            return log.found("empty_response", "no text", response.position)
+            return found("empty_response", "no text", response.position)
         waiting[parse_special].append((response, text))
         return KEEP
 
-    def _check_token_ids(self, response: ResponseRecord, ids: list[int], log: GroupProblems) -> str:
+    def _check_token_ids(self, response: ResponseRecord, ids: list[int], found: Found) -> str:
         """``keep`` (without ids when the text is to be tokenized instead), ``drop`` or ``error``."""
         for kind, detail in self._problems_of_ids(ids, response):
-            action = log.found(kind, detail, response.position)
+            action = found(kind, detail, response.position)
             if not (kind == "special_tokens" and action == KEEP):
                 response.token_ids = None
                 return KEEP if action == FIX else action
         if response.logprobs is not None and not _are_logprobs(response.logprobs, len(ids)):
             detail = f"{len(response.logprobs)} log-probs for {len(ids)} token ids"
-            action = log.found("bad_logprobs", detail, response.position)
+            action = found("bad_logprobs", detail, response.position)
             if action != FIX:
                 return action
             response.logprobs = None
@@ -262,8 +256,7 @@ class ChunkEncoder:
                 return
             if special := [i for i in body if i in tokenizer.special_ids]:
                 yield "special_tokens", f"token_ids hold {tokenizer.decode(special[:1])!r} ({special[0]})"
-            if not tokenizer.spells(body, response.text):
-                spelled = tokenizer.decode(body)
+            if (spelled := tokenizer.written(body)) != response.text:
                 yield "mismatched_token_ids", f"token_ids spell {spelled[-40:]!r}, the text is {response.text[-40:]!r}"
 
     # --- after tokenizing -------------------------------------------------------------------------------------------
@@ -275,27 +268,27 @@ class ChunkEncoder:
                 for (response, _), ids in zip(responses, encoded, strict=True):
                     response.token_ids = ids
 
-    def _finish(self, record: GroupRecord, prompt: list[int], log: GroupProblems) -> bool:
+    def _finish(self, record: GroupRecord, prompt: list[int], found: Found) -> bool:
         """Give the responses EOS and hold them to the limits; whether the group stays."""
         limit = self._max_prompt_tokens
         if not prompt:
-            log.found("empty_prompt", "the rendered prompt has no tokens")
+            found("empty_prompt", "the rendered prompt has no tokens")
             return False
         if limit is not None and len(prompt) > limit:
-            log.found("long_prompt", f"{len(prompt)} tokens, the limit is {limit}")
+            found("long_prompt", f"{len(prompt)} tokens, the limit is {limit}")
             return False
-        return keep_responses(record, lambda response: self._end(response, log), log) and check_group(record, log)
+        return keep_responses(record, lambda response: self._end(response, found), found) and check_group(record, found)
 
-    def _end(self, response: ResponseRecord, log: GroupProblems) -> str:
+    def _end(self, response: ResponseRecord, found: Found) -> str:
         ids, eos, limit = response.token_ids or [], self.tokenizer.eos_id, self._max_response_tokens
         if response.finish_reason != "length" and (not ids or ids[-1] != eos):
             ids.append(eos)
         if not ids:  # a cut-off response whose text the tokenizer maps to nothing
-            return log.found("empty_response", "no tokens", response.position)
+            return found("empty_response", "no tokens", response.position)
         response.token_ids = ids
         if limit is None or len(ids) <= limit:
             return KEEP
-        action = log.found("long_response", f"{len(ids)} tokens, the limit is {limit}", response.position)
+        action = found("long_response", f"{len(ids)} tokens, the limit is {limit}", response.position)
         if action == FIX:
             response.token_ids = ids[:limit]
             response.logprobs = response.logprobs and response.logprobs[:limit]
@@ -307,14 +300,10 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def tokenizer_problems(tokenizer: Tokenizer, place: str, policies: Mapping[str, str]) -> list[Problem]:
-    """Findings about the tokenizer and its template as such, which come from ``place``.
-
-    Raises:
-        InputErrors: the policy of one is ``error``.
-    """
+    """Findings about the tokenizer and its template as such, which come from ``place``; raises as the policies say."""
     log = ProblemLog(policies)
     for kind, detail in tokenizer.problems():
-        log.found(kind, place, None, detail)
+        log.found(place, None, kind, detail)
     raise_errors(log.problems)
     return log.take()
 

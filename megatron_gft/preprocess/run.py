@@ -7,8 +7,6 @@ written: tokens, log-probs and the report go to the disk at once. See :mod:`mega
 interruption leaves.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -26,7 +24,7 @@ import numpy as np
 from pydantic_core import to_json
 
 import megatron_gft
-from megatron_gft.atomic import sha256_json, writing
+from megatron_gft.atomic import check_output, sha256_json, writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_all
 from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, Problem, ProblemLog, problem_table, raise_errors
@@ -37,6 +35,7 @@ from megatron_gft.preprocess.staging import Staging, check_existing, existing_sh
 from megatron_gft.preprocess.workers import OrderedWorkers
 from megatron_gft.progress import ProgressBar, total_bytes
 from megatron_gft.shards import GroupShard, GroupShardWriter, TokenizerStamp, tokenizer_stamp
+from megatron_gft.shards.manifest import manifest_path
 from megatron_gft.shards.writer import check_prefix
 from megatron_gft.tokenizer import NO_TEMPLATE, load_tokenizer
 
@@ -49,17 +48,12 @@ class PreprocessOptions:
 
     Args:
         inputs: group files and globs.
-        tokenizer: Hugging Face folder or SentencePiece model.
-        output_prefix: of the shards.
         chat_template: file, ``"none"``, or None for the tokenizer's own.
         template_kwargs: of the chat template; without any, those that generation recorded.
         add_bos: with template ``none``; None does what the model expects.
-        trust_remote_code: run Python code of the tokenizer's folder.
         model: Hugging Face folder whose vocabulary must hold the tokenizer's ids; None skips the check.
         workers: processes that tokenize; 1 works in this process.
-        policies: what to do with each kind of problem.
         max_prompt_tokens, max_response_tokens: limits; None = any length.
-        append: add shards to those that exist.
         part: ``(i, n)``: take every n-th row, the i-th of n (from 1), into shards ``PREFIX-part...``. Which rows
             depends on nothing but a file's name and the row's number; each manifest has the hash of all inputs.
         max_groups_per_shard, max_bytes_per_shard: a shard is closed before it exceeds one of them (bytes of tokens).
@@ -175,15 +169,11 @@ def _prefix_problems(prefix: str) -> Iterator[str]:
     """What is wrong with the name of the shards."""
     if os.path.basename(prefix) in ("", ".", ".."):
         yield f"output prefix {prefix!r}: a folder -> add a name, as in {os.path.join(prefix, 'train')!r}"
-    try:
-        check_prefix(prefix)
-    except InputError as error:
-        yield str(error)
-    parent = next(parent for parent in Path(prefix).absolute().parents if os.path.exists(parent))
-    if not parent.is_dir():
-        yield f"output prefix {prefix!r}: {parent} is a file -> a place in a folder"
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        yield f"output prefix {prefix!r}: no right to write in {parent} -> another place"
+    for check in (check_prefix, lambda name: check_output(manifest_path(name))):
+        try:
+            check(prefix)
+        except InputError as error:
+            yield str(error)
 
 
 def _check_vocabulary(options: PreprocessOptions, stamp: TokenizerStamp) -> None:
@@ -210,14 +200,12 @@ def _plan(options: PreprocessOptions, files: Sequence[str], stamp: TokenizerStam
 
 
 def _rotation(name: str, parts: int) -> int:
-    """The part that takes the first row of a file: another for each file, so that many small files are spread too.
-
-    It depends on nothing but the file's name, as parts that saw other files beside it must still share its rows.
-    """
+    """The part that takes the first row of a file: another for each file, so that many small files are spread too. It
+    depends on the file's name alone: parts that saw other files beside it must still share its rows."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(Path(name).name), digest_size=8).digest(), "big") % parts
 
 
-def _write_shards(builder: _ShardBuilder, encoder: ChunkEncoder, progress: bool) -> dict[str, dict[str, int]]:
+def _write_shards(builder: "_ShardBuilder", encoder: ChunkEncoder, progress: bool) -> dict[str, dict[str, int]]:
     """Write all shards that are not done yet into the staging folder; problems of rows of which none was made."""
     options, (part, parts) = builder.options, builder.options.part
     rows = min(options.rows_per_chunk, options.max_groups_per_shard)
@@ -274,11 +262,7 @@ class _ShardBuilder:
             self._writer.abort()
 
     def add(self, chunk: EncodedChunk) -> None:
-        """Add the groups of the next chunk.
-
-        Raises:
-            InputErrors: a problem of the chunk has the policy ``error``.
-        """
+        """Add the groups of the next chunk; raises for a problem that has the policy ``error``."""
         self._leave_duplicates_out(chunk)
         raise_errors(chunk.problems)
         groups, writer = chunk.groups, self._writer
@@ -303,11 +287,8 @@ class _ShardBuilder:
         self._staging.note(problems)
 
     def finish(self) -> dict[str, dict[str, int]]:
-        """No more chunks: close the last shard. When there is none, the problems that left none.
-
-        Raises:
-            InputError: there is none, and this is the whole input; of a part that may be.
-        """
+        """No more chunks: close the last shard. When there is none, the problems that left none; an error unless this
+        is a part of the input."""
         if self._writer is not None:
             self._close(self._writer)
         if self._staging.done:
@@ -352,7 +333,7 @@ class _ShardBuilder:
         for i, origin in enumerate(chunk.origins):
             digest = id_digest(origin.id)
             if digest in self._seen:
-                if log.found("duplicate_id", origin.place, origin.id, "the id was seen before") != FIX:
+                if log.found(origin.place, origin.id, "duplicate_id", "the id was seen before") != FIX:
                     keep[i] = False
                     continue
                 chunk.groups.metas[i], digest = self._renamed(chunk.groups.metas[i], digest)

@@ -5,8 +5,6 @@ the shards to their names, each manifest last; it too continues where it was int
 when it is whole, and a set of shards only when it is complete (``ShardSet``).
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import re
@@ -29,7 +27,6 @@ class Staging:
     """The staging folder of one output prefix; holds a lock while open.
 
     Args:
-        prefix: of the shards that come.
         plan: hash of everything that decides the shards' content; another plan starts anew.
         first_index: number of the first shard, unless the folder knows one already.
 

@@ -5,8 +5,6 @@ while holds up nobody. Results are given in the order of the items, so nothing d
 function by fork: nothing large is pickled but items and results. They end with their parent, however it ends.
 """
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os
@@ -27,7 +25,7 @@ POLL_SECONDS = 2.0
 
 
 class WorkerError(RuntimeError):
-    """The function raised in a worker process: a bug; the message has its traceback."""
+    """The function raised in a worker process; the message has its traceback."""
 
 
 class WorkerDied(InputError):
@@ -35,10 +33,7 @@ class WorkerDied(InputError):
 
 
 class OrderedWorkers(Generic[Item, Result]):
-    """Context manager around ``count`` processes that run ``function``.
-
-    Start it before the parent has threads of its own (fork copies only the calling thread).
-    """
+    """Context manager around ``count`` processes that run ``function``; start it before the parent has threads."""
 
     def __init__(self, function: Callable[[Item], Result], count: int):
         self._function, self._count = function, count
@@ -47,7 +42,7 @@ class OrderedWorkers(Generic[Item, Result]):
         self._processes: list[Any] = []
         self._results: list[Connection] = []  # a pipe for each: it ends when its process does, with half a result too
 
-    def __enter__(self) -> OrderedWorkers[Item, Result]:
+    def __enter__(self) -> "OrderedWorkers[Item, Result]":
         for _ in range(self._count):
             reader, writer = self._context.Pipe(duplex=False)
             self._results.append(reader)

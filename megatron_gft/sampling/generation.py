@@ -9,29 +9,23 @@ may raise K, add prompts or add sources and samples only what is new. A response
 The seed of a response depends on the run's seed, the prompt's id, the source's name and k, on nothing else.
 """
 
-from __future__ import annotations
-
 import itertools
-import queue
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megatron_gft import __version__
-from megatron_gft.atomic import sha256_file, sha256_json, write_json, writing
+from megatron_gft.atomic import sha256_file, write_json, writing
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import output_problems, write_group_file
 from megatron_gft.groups.records import GroupRecord, ResponseRecord
 from megatron_gft.journal import Journal
 from megatron_gft.progress import ProgressBar
-from megatron_gft.reading import read_json
 from megatron_gft.sampling.prompts import PromptSet
-from megatron_gft.sampling.responses import FAILED, ColumnResponses, SampledResponses, Summary
-from megatron_gft.sampling.settings import Outcome, SampleFailure
-from megatron_gft.sampling.sources import ColumnSource, OpenAISource, SampledSource, Source
+from megatron_gft.sampling.responses import ColumnResponses, SampledResponses, Summary, sampled
+from megatron_gft.sampling.settings import SampleFailure
+from megatron_gft.sampling.sources import ColumnSource, SampledSource, Source
 
 JOURNAL_FORMAT = 1
 SHOWN_PROBLEMS = 20
@@ -42,10 +36,8 @@ class GenerationRun:
     """One output file in the making.
 
     Args:
-        prompts: what to sample from; read once here (ids must differ, columns be there) and once per source.
-        output: group file (``.jsonl``, ``.jsonl.gz``).
+        prompts: read once here (ids must differ, columns be there) and once per source.
         sources: in the order their responses stand in a group.
-        seed: of the whole run.
         template_kwargs: variables of the chat template; those of a source's extra_body or of a row go before.
         left_out: for the summary: prompts that were there and are not asked, by reason.
 
@@ -66,6 +58,7 @@ class GenerationRun:
         self._prompts, self._output, self._seed, self._left_out = prompts, Path(output), seed, left_out
         self._template_kwargs = template_kwargs
         self._responses: list[ColumnResponses | SampledResponses] = []
+        self._failed: dict[str, str] = {}  # reasons by key
         self._num_prompts = self._num_samples = self._num_duplicates = 0
         problems = output_problems(self._output)
         for check in (self._source_problems(sources), self._prompt_problems(sources)):
@@ -111,7 +104,7 @@ class GenerationRun:
             yield f"{', '.join(map(str, self._prompts.inputs))}: no prompts in there -> check the input"
 
     def execute(self, *, allow_failures: bool = False, progress: bool = True) -> Summary:
-        """Sample what the journal lacks, then write the group file; nothing, if this very plan has made it already.
+        """Sample what the journal lacks, then write the group file.
 
         Args:
             allow_failures: write the file without responses that were given up, counted in the summary.
@@ -121,11 +114,6 @@ class GenerationRun:
             InputError: the journal was made with other settings, is in use, or a backend cannot work.
         """
         identities = {responses.source.name: responses.identity for responses in self._responses}
-        shape = [[r.source.name, r.source.source, getattr(r.source, "k", 1)] for r in self._responses]
-        plan = sha256_json([self._prompts.fingerprint(), identities, shape, __version__])
-        finished = self._finished(plan, allow_failures)
-        if finished is not None:
-            return finished
         with Journal(journal_path(self._output), {"format": JOURNAL_FORMAT}) as journal:
             self._check_journal(journal)
             failures = self._sample(journal, progress)
@@ -136,21 +124,8 @@ class GenerationRun:
                     [f"{failure.key}: {failure.reason}" for failure in failures[:SHOWN_PROBLEMS]],
                 )
             with writing(self._output, "all responses are kept"):
-                summary = Summary(str(self._output), plan=plan, sources=identities, seed=self._seed)
+                summary = Summary(str(self._output), sources=identities, seed=self._seed)
                 return self._write(journal, summary, progress)
-
-    def _finished(self, plan: str, allow_failures: bool) -> Summary | None:
-        """The summary of an output that is complete and unchanged, made by this very plan; else ``None``."""
-        path = summary_path(self._output)
-        if not path.is_file() or not self._output.is_file():
-            return None
-        try:
-            summary = read_json(path, kind=Summary)
-        except InputError:
-            return None
-        if summary.plan != plan or (summary.dropped.get(FAILED) and not allow_failures):
-            return None
-        return summary if summary.sha256 == sha256_file(self._output) else None
 
     def _check_journal(self, journal: Journal) -> None:
         if journal.header.get("format") != JOURNAL_FORMAT:
@@ -177,16 +152,15 @@ class GenerationRun:
             for responses in self._sampled
         ]
         todo = [responses for responses, number in zip(self._sampled, pending, strict=True) if number]
-        remote = [r.outcomes(self._prompts, journal) for r in todo if isinstance(r.source, OpenAISource)]
-        local = (r.outcomes(self._prompts, journal) for r in todo if not isinstance(r.source, OpenAISource))
         failures: list[SampleFailure] = []
         done = self._num_samples - sum(pending)
         with ProgressBar(
             None, "sampling", total=self._num_samples, initial=done, unit="response", show=progress
         ) as bar:
-            for outcome in itertools.chain(merged(remote), *local):
+            for outcome in sampled(todo, self._prompts, journal):
                 if isinstance(outcome, SampleFailure):
                     failures.append(outcome)
+                    self._failed[outcome.key] = outcome.reason
                     bar.set_postfix(failed=len(failures))
                     continue
                 name = outcome.key.partition("/")[0]
@@ -212,7 +186,7 @@ class GenerationRun:
             for row in ProgressBar(self._prompts, "writing", total=self._num_prompts, unit="group", show=progress):
                 made: list[ResponseRecord] = list(row.responses)
                 for responses in self._responses:
-                    for record in responses.records(row, journal, summary):
+                    for record in responses.records(row, journal, summary, self._failed):
                         made.append(record)
                         summary.responses[responses.source.name][record.finish_reason or "stop"] += 1
                 if made:
@@ -224,31 +198,6 @@ class GenerationRun:
         summary.sha256 = sha256_file(self._output)
         write_json(summary_path(self._output), vars(summary))
         return summary
-
-
-def merged(streams: Sequence[Iterable[Outcome]]) -> Iterator[Outcome]:
-    """Items of several iterators, each consumed by a thread of its own; the first exception is raised here."""
-    results: queue.Queue[Any] = queue.Queue(maxsize=1024)
-
-    def consume(stream: Iterable[Outcome]) -> None:
-        try:
-            for item in stream:
-                results.put(item)
-            results.put(None)
-        except BaseException as error:
-            results.put(error)
-
-    for stream in streams:
-        threading.Thread(target=consume, args=(stream,), daemon=True).start()
-    running = len(streams)
-    while running:
-        item = results.get()
-        if isinstance(item, BaseException):
-            raise item
-        if item is None:
-            running -= 1
-        else:
-            yield item
 
 
 def journal_path(output: Path) -> Path:

@@ -1,7 +1,5 @@
 """Sampling in this process: transformers for CPUs and small runs, vLLM where it is installed."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any

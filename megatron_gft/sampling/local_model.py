@@ -5,8 +5,6 @@ every row draws from its own seed, so a sample does not depend on what else is s
 ``generate``; a test holds them together.)
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,14 +44,12 @@ class Decoded:
 
 
 class LocalModel:
-    """A model folder loaded for inference, with its tokenizer.
+    """A Hugging Face folder loaded for inference, with its tokenizer.
 
     Args:
-        path: Hugging Face folder.
         dtype: ``fp32``, ``bf16``, ``fp16``; default: fp32 on a CPU, what the folder says on a GPU.
         device: default: ``cuda`` when there is one.
         chat_template: file, ``none``, or ``None`` for the folder's own.
-        trust_remote_code: run Python code of the folder.
 
     Raises:
         InputError: no such device, or the folder holds no whole causal language model or no tokenizer.
@@ -96,13 +92,8 @@ class LocalModel:
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], params: SamplingParams) -> list[Decoded]:
-        """One response per prompt, all in one batch; equal prompts are computed once.
-
-        Args:
-            prompts: token ids, any lengths.
-            seeds: one per prompt; unused when greedy.
-            params: ``stop`` strings end a row at the token that completes one (the text is cut by the caller).
-        """
+        """One response per prompt (token ids), all in one batch; equal prompts are computed once. ``stop`` strings end
+        a row at the token that completes one (the text is cut by the caller)."""
         decoded = [Decoded() for _ in prompts]
         generators = [numpy.random.Generator(numpy.random.Philox(seed)) for seed in seeds]
         active = list(range(len(prompts)))  # request of each row of the batch
@@ -180,9 +171,6 @@ class LocalModel:
         Args:
             pairs: (prompt ids, response ids); a response's EOS is the caller's to append.
             progress: called with the number of pairs done since the last call.
-
-        Returns:
-            One list per pair, one float per response token.
         """
         result: list[list[float]] = [[] for _ in pairs]
         for batch in self._teacher_batches(pairs):

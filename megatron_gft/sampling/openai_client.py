@@ -11,15 +11,14 @@ A server without a reasoning parser leaves thoughts in the text, as the model wr
 (``reasoning_content``) are put back (:mod:`megatron_gft.sampling.written`).
 """
 
-from __future__ import annotations
-
 import asyncio
+import functools
 import json
 import math
 import os
 import random
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -87,38 +86,40 @@ class OpenAIBackend:
     def generate(
         self, requests: Iterable[SampleRequest], params: SamplingParams, is_done: Callable[[str], bool]
     ) -> Iterator[Outcome]:
-        """Outcomes as they arrive, from an event loop that runs in the caller's thread while an outcome is waited for.
+        """Outcomes as they arrive.
 
         Raises:
             InputError: the server refuses every request, or none succeeded for long.
         """
-        work = (request for request in requests if not is_done(request.key))
-        arrived: asyncio.Queue[Any] = asyncio.Queue()
+        return asked_together([functools.partial(self.ask, requests, params, is_done)])
 
-        async def ask() -> None:
+    async def ask(
+        self,
+        requests: Iterable[SampleRequest],
+        params: SamplingParams,
+        is_done: Callable[[str], bool],
+        arrived: asyncio.Queue[Any],
+    ) -> None:
+        """Put the outcomes of :meth:`generate` into ``arrived``."""
+        work = (request for request in requests if not is_done(request.key))
+        failures = 0
+
+        async def ask_one_after_another() -> None:
+            nonlocal failures
             async with self._client() as client:  # one each: looking through a pool of 512 takes 4 ms a request
                 for request in work:
-                    arrived.put_nowait(await self._sample(client, request, params))
+                    arrived.put_nowait(outcome := await self._sample(client, request, params))
+                    if isinstance(outcome, Sample):
+                        failures = 0
+                        continue
+                    failures += outcome.transient  # a refused prompt says nothing about the next one
+                    if failures >= FAILURES_IN_A_ROW:
+                        raise InputError(
+                            f"{self._place}: {failures} requests in a row failed, the last with: {outcome.reason} "
+                            "-> see to the server, then run again: finished samples are kept"
+                        )
 
-        async def ask_all() -> None:
-            await asyncio.gather(*(ask() for _ in range(self._source.concurrency)))
-
-        with asyncio.Runner() as runner:
-            everything = runner.get_loop().create_task(ask_all())
-            everything.add_done_callback(arrived.put_nowait)  # comes last, with what went wrong
-            failures = 0
-            while (outcome := runner.run(arrived.get())) is not everything:
-                yield outcome
-                if isinstance(outcome, Sample):
-                    failures = 0
-                    continue
-                failures += outcome.transient  # a refused prompt says nothing about the next one
-                if failures >= FAILURES_IN_A_ROW:
-                    raise InputError(
-                        f"{self._place}: {failures} requests in a row failed, the last with: {outcome.reason} "
-                        "-> see to the server, then run again: finished samples are kept"
-                    )
-            everything.result()
+        await asyncio.gather(*(ask_one_after_another() for _ in range(self._source.concurrency)))
 
     async def _sample(self, client: httpx2.AsyncClient, request: SampleRequest, params: SamplingParams) -> Outcome:
         """One request with its retries."""
@@ -141,11 +142,7 @@ class OpenAIBackend:
         return SampleFailure(request.key, f"{reason} ({self._source.attempts} attempts)", transient=True)
 
     async def _post(self, client: httpx2.AsyncClient, body: bytes) -> Any:
-        """The JSON value of the reply to one POST; from connecting to the last byte within ``timeout`` seconds.
-
-        Raises:
-            _Transient, _Refused, InputError: every way to fail.
-        """
+        """The JSON value of the reply to one POST; from connecting to the last byte within ``timeout`` seconds."""
         content = bytearray()
         try:
             async with (
@@ -287,6 +284,22 @@ class OpenAIBackend:
             logprobs = values if len(values) == len(ids) else None
         end = self._tokenizer.special_ids if finish == "stop" else frozenset()
         return with_own_eos(ids, logprobs, end, self._tokenizer.eos_id)
+
+
+def asked_together(servers: Sequence[Callable[[asyncio.Queue[Any]], Coroutine]]) -> Iterator[Outcome]:
+    """Outcomes of several servers (:meth:`OpenAIBackend.ask`) as they arrive, from one event loop, which runs in the
+    caller's thread while an outcome is waited for; the first exception of one is raised."""
+    arrived: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def ask_all() -> None:
+        await asyncio.gather(*(ask(arrived) for ask in servers))
+
+    with asyncio.Runner() as runner:
+        everything = runner.get_loop().create_task(ask_all())
+        everything.add_done_callback(arrived.put_nowait)  # comes last, with what went wrong
+        while (outcome := runner.run(arrived.get())) is not everything:
+            yield outcome
+        everything.result()
 
 
 def _prompt_tokens(reply: dict[str, Any]) -> str | None:

@@ -5,8 +5,6 @@ solution in some column). A row with ``responses`` is one of a group file: it ke
 enlarged, and so can be a file in which some groups have none yet.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -19,7 +17,6 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from megatron_gft.atomic import sha256_file, sha256_json
 from megatron_gft.errors import InputError
 from megatron_gft.groups import cell, iter_rows, read_chunks, refuse_problems
 from megatron_gft.groups.problems import ProblemLog
@@ -37,12 +34,10 @@ _ABSENT = object()
 class PromptColumns:
     """Where things are in a row; ``None`` finds them by the usual names. Rows of a group file allow only ``None``.
 
-    ``reward_model.ground_truth`` names a field inside of a column (see :func:`megatron_gft.groups.cell`).
-
     Args:
-        prompt: column of the prompt; default: the first present of ``prompt, question, problem, messages``.
+        prompt: column (see :func:`megatron_gft.groups.cell`); default: the first present of ``PROMPT_COLUMNS``.
         answer: column of the gold answer; default ``answer``. Of a solution with ``####`` only the answer is taken.
-        id: column of the id; default ``id``, else a hash of the prompt.
+        id: column; default ``id``, else a hash of the prompt.
         template: text with ``{prompt}`` in it, put around every text prompt.
         duplicates: what becomes of a row whose id an earlier one has (without ids: the same prompt again): ``error``
             gives it as it is, and a generation run refuses it, ``drop`` leaves it out, ``number`` appends #2, #3, ...
@@ -87,9 +82,7 @@ class PromptSet:
     """Prompts of files or dataset folders: iterating reads their rows, in order.
 
     Args:
-        inputs: files and folders.
-        columns: how a row is read.
-        split: of a folder.
+        split: of a folder among the inputs.
         limit: at most so many prompts; no row behind them is looked at.
         only: ids of the prompts that are given; default: all.
 
@@ -123,11 +116,6 @@ class PromptSet:
         """The data files, in order."""
         return [file for path in self.inputs for file in prompt_files(path, self.split)]
 
-    def fingerprint(self) -> str:
-        """Changes with any byte of the files and with how they are read."""
-        read = [[sha256_file(file) for file in self.files()], repr(self.columns), self.limit]
-        return sha256_json(read if self.only is None else [*read, sorted(self.only)])
-
 
 def _rows_of_file(file: str, columns: PromptColumns) -> Iterator[PromptRow]:
     problems = ProblemLog()
@@ -149,9 +137,6 @@ def _with_own_id(row: PromptRow, seen: Counter[str], duplicates: str) -> PromptR
         number += 1
     seen[name] += 1
     return replace(row, id=name)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def prompt_files(path: str | Path, split: str = "train") -> list[str]:
@@ -200,9 +185,6 @@ def _of_split(files: Sequence[Path], split: str) -> list[Path]:
 def _label(file: Path) -> str:
     """Name of a data file without its number: in the layouts of the hub, the split."""
     return _FILE_NUMBER.sub("", file.stem) or file.name
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def _group_row(value: dict[str, Any], place: str, columns: PromptColumns) -> PromptRow:
@@ -261,7 +243,7 @@ def scalar_text(value: Any, place: str, column: str) -> str | None:
     """Text of a cell that holds text or a number; ``None`` of an empty one (null, NaN, an infinity).
 
     Raises:
-        InputError: it holds something else, which has no one text: a list, true, ...
+        InputError: it holds something else.
     """
     value = number_text(value)
     if value is None or isinstance(value, str):

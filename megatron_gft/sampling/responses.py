@@ -1,9 +1,8 @@
 """A source in a run: what it is asked, and the records of a group file that become of the answers."""
 
-from __future__ import annotations
-
+import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from megatron_gft.groups import cell
 from megatron_gft.groups.records import ResponseRecord
 from megatron_gft.journal import Journal
 from megatron_gft.sampling.prompts import PromptRow
-from megatron_gft.sampling.settings import Outcome, Prompt, Sample, SampleFailure, SampleRequest, sample_seed
+from megatron_gft.sampling.settings import Outcome, Prompt, Sample, SampleRequest, sample_seed
 from megatron_gft.sampling.sources import ColumnSource, OpenAISource, SampledSource
 from megatron_gft.sampling.written import prompt_opens
 
@@ -30,7 +29,6 @@ class Summary:
     responses: dict[str, dict[str, int]] = field(default_factory=dict)  # source name -> counts by finish reason
     dropped: dict[str, int] = field(default_factory=Counter)  # reason -> count
     notes: dict[str, int] = field(default_factory=Counter)  # what else is not as one might expect -> count
-    plan: str = ""
     sha256: str = ""
     sources: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -43,20 +41,13 @@ class ColumnResponses:
     def __init__(self, source: ColumnSource, seed: int):
         self.source, self.identity = source, source.identity() | {"seed": seed}
 
-    def records(self, row: PromptRow, journal: Journal, summary: Summary) -> Iterator[ResponseRecord]:
+    def records(self, row: PromptRow, *_: object) -> Iterator[ResponseRecord]:
         yield ResponseRecord(str(cell(row.columns, self.source.column)), self.source.source, finish_reason="stop")
 
 
 class SampledResponses:
-    """Responses that a model is asked for: who sampled, from which checkpoint, how.
-
-    Args:
-        source: as the user describes it.
-        seed: of the run.
-        template_kwargs: variables of the chat template, of all sources.
-
-    Attributes:
-        identity: all that decides what is sampled; its hash goes into every record as ``sampling["settings"]``.
+    """Responses that a model is asked for; ``identity`` is all that decides what is sampled, and its hash goes into
+    every record as ``sampling["settings"]``.
 
     Raises:
         InputError: what the source needs is not there.
@@ -66,12 +57,11 @@ class SampledResponses:
         self.source, self.identity = source, source.identity() | {"seed": seed}
         if template_kwargs:
             self.identity["template_kwargs"] = dict(template_kwargs)
-        self.failures: dict[str, str] = {}  # reasons by key
         self._tokenizer = source.load_tokenizer()
         found = [] if self._tokenizer is None else self._tokenizer.problems()
         self.findings = {f"{source.name}: {kind}: {detail}": 1 for kind, detail in found}  # preprocessing refuses them
         self._template_kwargs = {**template_kwargs, **source.template_kwargs()}
-        self._server = source.backend() if isinstance(source, OpenAISource) else None
+        self.server: Any = source.backend() if isinstance(source, OpenAISource) else None
         self._sampling = source.params().as_dict() | {"backend": source.kind, "name": source.name}
         if "checkpoint" in self.identity:
             self._sampling["checkpoint"] = self.identity["checkpoint"]
@@ -110,15 +100,9 @@ class SampledResponses:
         digest = row.digest() + (f"-{sha256_json(own)[:12]}" if own else "")
         return f"{self.source.name}/{k}/{digest}/{row.id}"
 
-    def outcomes(self, rows: Iterable[PromptRow], journal: Journal) -> Iterator[Outcome]:
-        """Ask for what the journal lacks; a model is loaded when the first outcome is wanted."""
-        backend = self._server or self.source.backend()
-        for outcome in backend.generate(self.requests(rows), self.source.params(), journal.__contains__):
-            if isinstance(outcome, SampleFailure):
-                self.failures[outcome.key] = outcome.reason
-            yield outcome
-
-    def records(self, row: PromptRow, journal: Journal, summary: Summary) -> Iterator[ResponseRecord]:
+    def records(
+        self, row: PromptRow, journal: Journal, summary: Summary, failed: Mapping[str, str]
+    ) -> Iterator[ResponseRecord]:
         """The row's new responses; those that are missing or empty are counted, and what they lack."""
         wanted = self.wanted(row)
         if len(wanted) < self.source.k:
@@ -127,7 +111,7 @@ class SampledResponses:
         for k, seed in wanted.items():
             key = self._key(row, k)
             if key not in journal:
-                reason = self.failures.get(key, "not asked again").partition(": ")[0]
+                reason = failed.get(key, "not asked again").partition(": ")[0]
                 summary.dropped[FAILED] += 1
                 summary.notes[f"{self.source.name}: {FAILED}: {reason}"] += 1
                 continue
@@ -167,6 +151,21 @@ class SampledResponses:
             yield "without log-probs"
         elif self.identity.get("token_ids") and record.token_ids is None:
             yield "without token ids"
+
+
+def sampled(sources: Sequence[SampledResponses], rows: Iterable[PromptRow], journal: Journal) -> Iterator[Outcome]:
+    """Ask for what the journal lacks: servers side by side, then models in this process one after the other."""
+    done, servers = journal.__contains__, []
+    for of in sources:
+        if of.server is not None:
+            servers.append(functools.partial(of.server.ask, of.requests(rows), of.source.params(), done))
+    if servers:
+        from megatron_gft.sampling.openai_client import asked_together
+
+        yield from asked_together(servers)
+    for of in sources:
+        if of.server is None:  # it is loaded now
+            yield from of.source.backend().generate(of.requests(rows), of.source.params(), done)
 
 
 def _with_system(prompt: Prompt, system: str | None) -> Prompt:

@@ -1,7 +1,5 @@
 """Which prompts a round asks: without those that teach nothing any more, and as many as it wants, drawn by its seed."""
 
-from __future__ import annotations
-
 import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,11 +15,7 @@ _Settled = dict[str, str]  # id -> why
 
 
 def settled(files: Sequence[str]) -> _Settled:
-    """Prompts whose self responses were all right, or all wrong, in two of the scored ``files``.
-
-    Raises:
-        InputError: a file is none, or its self responses have no outcome.
-    """
+    """Prompts whose self responses were all right, or all wrong, in two of the scored ``files``."""
     seen = Counter(found for file in files for found in _one_sided(file))
     return {group: f"all {how} {times} times" for (group, how), times in seen.items() if times >= ROUNDS_TO_SETTLE}
 
@@ -39,9 +33,6 @@ def choose(prompts: PromptSet, draw: int | None, seed: int, scored: Sequence[str
     """``prompts`` without those that are settled in ``scored``, ``draw`` of the rest; counts of what was left out.
 
     Whether a prompt is drawn depends on the seed and the ids alone, not on the order of the rows.
-
-    Raises:
-        InputError: no prompt is left.
     """
     if draw is None and not scored:
         return prompts, Counter()

@@ -1,7 +1,5 @@
 """What a sampling backend is asked and what it gives: requests, parameters, samples, and their seeds."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,21 +8,11 @@ from typing import Any, Protocol
 
 from megatron_gft.chat_template import PLAIN, Prompt, TemplateOptions
 from megatron_gft.errors import InputError
+from megatron_gft.folders import JSON_FILES, TEXT_FILES
 
 WEIGHT_STRIDE = 16 << 20
-MODEL_FILES = (  # beside the weights, what decides the tokens that a model samples
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "config.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
+# Beside the weights, what decides the tokens that a model samples.
+MODEL_FILES = sorted({*JSON_FILES, *TEXT_FILES, "chat_template.json", "tokenizer.model"})
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class Sample:
     ``token_ids`` are the ids that were sampled (a final EOS included), or ``None`` when they are unknown or do not
     spell ``text``; ``logprobs`` are the model's at temperature 1, one per id. ``without_reasoning``: the server kept
     the model's thoughts apart from the text, and they were left out. ``note``: what else the summary should count.
-    ``prompt_tokens``: of the prompt as the server rendered it, if it says so (:func:`prompt_tokens`).
+    ``prompt_tokens``: of the prompt as the server rendered it, if it says so (``records.prompt_tokens``).
     """
 
     key: str
@@ -94,12 +82,9 @@ Outcome = Sample | SampleFailure
 
 
 class Backend(Protocol):
-    """What samples come from.
-
-    ``generate`` takes the requests of a run in their order, ``is_done(key)`` among them telling which need no sample
-    any more, and yields the outcomes of the others in any order. A backend whose samples depend on what shares their
-    batch forms its batches from all requests, so that a continued run samples what an undisturbed one would have.
-    """
+    """What samples come from: ``generate`` takes the requests of a run in their order and yields, in any order, the
+    outcomes of those that are not done. A backend whose samples depend on what shares their batch forms its batches
+    from all requests, so that a continued run samples what an undisturbed one would have."""
 
     def generate(
         self, requests: Iterable[SampleRequest], params: SamplingParams, is_done: Callable[[str], bool]
@@ -122,10 +107,8 @@ def sample_seed(seed: int, prompt_id: str, source: str, k: int) -> int:
 
 
 def model_fingerprint(path: str | Path) -> str:
-    """Identity of a model folder: sha256 over its configuration, tokenizer and a sixteenth of its weights.
-
-    Of each weight file the size, the first MiB of every 16 MiB and the last MiB are read, so a change of any large
-    matrix shows, and the cost stays well below that of loading the model.
+    """Identity of a model folder: sha256 over its configuration, tokenizer and a sixteenth of its weights: of each file
+    the size, the first MiB of every 16 MiB and the last MiB, so a change of any large matrix shows.
 
     Raises:
         InputError: no weights there.

@@ -5,11 +5,8 @@
       - {kind: openai, source: teacher, url: "http://host:8000/v1", model: Qwen/Qwen2.5-72B-Instruct, k: 3}
       - {kind: transformers, source: self, model: models/student, k: 4, max_tokens: 512, logprobs: true}
 
-The same on the command line: ``--source "kind=column source=expert column=solution"``. There, text is taken as it is;
-lists and mappings are YAML, and quotes inside a list need quotes around it: ``stop='["\\n\\n", "####"]'``.
+The same on the command line: ``--source "kind=column source=expert column=solution"``.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import itertools
@@ -92,15 +89,14 @@ class SampledSource(Source):
     system: str | None = Field(None, description="system message for this source only; not part of the group's prompt")
 
     @pydantic.model_validator(mode="after")
-    def _check(self) -> SampledSource:
+    def _check(self) -> "SampledSource":
         if self.temperature == 0 and self.k > 1:
             raise ValueError(f"temperature 0 gives the same response {self.k} times: set k=1 or a temperature")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty text")
         return self
 
-    def template_kwargs(self) -> dict[str, Any]:
-        """Variables of the chat template for this source only."""
+    def template_kwargs(self) -> dict[str, Any]:  # of this source only
         return {}
 
     def params(self) -> SamplingParams:
@@ -111,11 +107,7 @@ class SampledSource(Source):
 
     @abstractmethod
     def load_tokenizer(self) -> Tokenizer | None:
-        """The model's tokenizer with the chat template that renders prompts, if there is one on this side.
-
-        Raises:
-            InputError: it cannot be loaded.
-        """
+        """The model's tokenizer with the chat template that renders prompts, if there is one on this side."""
 
     @abstractmethod
     def backend(self) -> Backend:
@@ -162,7 +154,7 @@ class OpenAISource(SampledSource):
     extra_body: dict[str, Any] = Field(default_factory=dict, description="further fields of each request")
 
     @pydantic.model_validator(mode="after")
-    def _check_server(self) -> OpenAISource:
+    def _check_server(self) -> "OpenAISource":
         if self.tokenizer is None and (self.token_ids or self.api == "completions"):
             raise ValueError("token_ids and api=completions need the model's tokenizer: set tokenizer=DIR")
         if self.logprobs and not self.token_ids:

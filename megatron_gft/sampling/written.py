@@ -5,8 +5,6 @@ character back; their token ids do not know of that. Ids are believed when they 
 where they stood: the text that is judged is the text that is trained.
 """
 
-from __future__ import annotations
-
 from megatron_gft.chat_template import ChatTemplateError, Prompt, TemplateOptions
 from megatron_gft.errors import InputError
 from megatron_gft.sampling.settings import Sample
@@ -27,10 +25,8 @@ def written_sample(
     logprobs: list[float] | None,
     note: str | None = None,
 ) -> Sample:
-    """A sample whose ids are its text, or that has none.
-
-    A text that lacks nothing but special tokens gets them back where they are tags of thoughts.
-    """
+    """A sample whose ids are its text, or that has none. A text that lacks nothing but special tokens gets them back
+    where they are tags of thoughts."""
     if ids is None or tokenizer is None:
         return Sample(key, text, finish_reason, note=note)
     spelled = tokenizer.written(ids)
@@ -42,11 +38,7 @@ def written_sample(
 
 
 def server_tags(name: str | None, tokenizer: Tokenizer | None) -> tuple[str, str] | None:
-    """How a model writes thoughts: as the user says, else as its template or its vocabulary does; None: unknown.
-
-    Raises:
-        InputError: no such name.
-    """
+    """How a model writes thoughts: as the user says, else as its template or its vocabulary does; None: unknown."""
     if name is not None:
         return thought_tags(name)
     if tokenizer is None:
@@ -71,14 +63,12 @@ def prompt_opens(tokenizer: Tokenizer | None, prompt: Prompt, options: TemplateO
 
 
 def with_thoughts(thoughts: str, answer: str, spelled: str | None, tags: tuple[str, str] | None, opened: bool) -> str:
-    """The text as the model wrote it, of the two parts that a server's reasoning parser made of it.
+    """The text as the model wrote it, of the two parts that a server's reasoning parser made of it; InputError when it
+    cannot be known.
 
     Args:
         spelled: text of the sampled ids, where they are known; it wins when it holds both parts.
         tags: opening and closing; ``opened``: the prompt ends with the opening one.
-
-    Raises:
-        InputError: it cannot be known.
     """
     if spelled is not None and thoughts.strip() in spelled and spelled.rstrip().endswith(answer.strip()):
         return spelled

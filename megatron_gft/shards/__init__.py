@@ -4,15 +4,3 @@ from megatron_gft.shards.manifest import TokenizerStamp, check_sets, expand_shar
 from megatron_gft.shards.reader import Group, GroupShard, GroupTable
 from megatron_gft.shards.verification import verify_shards
 from megatron_gft.shards.writer import GroupShardWriter, tokenizer_stamp
-
-__all__ = [
-    "Group",
-    "GroupShard",
-    "GroupShardWriter",
-    "GroupTable",
-    "TokenizerStamp",
-    "check_sets",
-    "expand_shards",
-    "tokenizer_stamp",
-    "verify_shards",
-]

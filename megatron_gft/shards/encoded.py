@@ -1,7 +1,5 @@
 """Groups as tokens: the batch form that goes from tokenizing to a shard. Numpy only, cheap to send to a process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +40,7 @@ class EncodedGroups:
     def __len__(self) -> int:
         return len(self.group_sizes)
 
-    def select(self, keep: np.ndarray) -> EncodedGroups:
+    def select(self, keep: np.ndarray) -> "EncodedGroups":
         """The groups where ``keep`` (bool [G]) is true."""
         of_sequence = np.repeat(keep, self.group_sizes)
         is_response = self.sequence_modes != PROMPT_MODE

@@ -3,8 +3,6 @@
 Over-long prompts and responses are found from the index alone; the policy says what becomes of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -77,16 +75,12 @@ class LimitedCounts:
     dropped_responses: int = 0  # of the groups that stay
     truncated_responses: int = 0
 
-    def __add__(self, other: LimitedCounts) -> LimitedCounts:
+    def __add__(self, other: "LimitedCounts") -> "LimitedCounts":
         return LimitedCounts(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
 
 class LimitedGroups:
-    """Groups of several shards as one sequence, without what limits take away.
-
-    Attributes:
-        shards: where they come from.
-        limited: what the limits changed.
+    """Groups of several shards as one sequence, without what limits take away; ``limited`` counts it.
 
     Raises:
         InputErrors: a prompt or response exceeds the limits and the policy is ``error``.

@@ -4,8 +4,6 @@ Pieces are kept in ``PREFIX.logprobs.journal``, which no reader looks at and one
 immutable, and the manifest is replaced last: a reader sees all of it, or nothing.
 """
 
-from __future__ import annotations
-
 import base64
 import os
 from collections.abc import Mapping
@@ -21,11 +19,8 @@ from megatron_gft.shards.manifest import file_entry, manifest_path, read_manifes
 
 
 def has_logprobs(prefix: str, name: str, model: str) -> bool:
-    """Whether a shard has log-probs of this name, by the model of this hash.
-
-    Raises:
-        InputError: it has them by another model, or cannot be given any.
-    """
+    """Whether a shard has log-probs of this name, by the model of this hash; InputError when it has them by another
+    model, or cannot be given any."""
     manifest, path = read_manifest(prefix), manifest_path(prefix)
     if name not in manifest.logprob_files:
         if path.is_symlink():
@@ -41,11 +36,8 @@ def has_logprobs(prefix: str, name: str, model: str) -> bool:
 
 
 def open_pieces(prefix: str, header: Mapping[str, Any]) -> Journal:
-    """The pieces that there are of a shard's log-probs; ``header`` says which, and how they are made.
-
-    Raises:
-        InputError: another process writes, or an interrupted run had other settings.
-    """
+    """The pieces that there are of a shard's log-probs; ``header`` says which, and how they are made. InputError when
+    another process writes, or an interrupted run had other settings."""
     pieces = Journal(f"{prefix}.logprobs.journal", header)
     if pieces.header != header:
         pieces.close()
@@ -63,11 +55,7 @@ def piece(start: int, values: np.ndarray) -> dict[str, Any]:
 
 
 def publish(prefix: str, name: str, made: Mapping[str, Any], pieces: Journal, keys: list[str]) -> str:
-    """Write the file of all pieces, NaN where there is none, have the manifest name it, and remove the pieces.
-
-    Returns:
-        The file's name.
-    """
+    """Write the file of all pieces, NaN where there is none, have the manifest name it, and remove them; its name."""
     shard, manifest = Path(prefix), read_manifest(prefix)
     staged = shard.with_name(f".{shard.name}.logprobs.npy")
     with writing(staged, "what is computed is kept"):

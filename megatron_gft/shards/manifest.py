@@ -1,12 +1,9 @@
 """The manifest ``PREFIX.json`` of a group shard: what the shard holds, and the sha256 of every file of it.
 
-A shard is what its manifest says: a reader opens no file that the manifest does not list with this size, and nothing
-exists before the manifest does (it is written last). Its text is canonical and ends with its own hash, so any changed
-byte of it is found when it is read. Files of more than one block have the hash of each block, too, so that several
-processes can share the work of :mod:`megatron_gft.shards.verification`. Nothing here needs torch or megatron.
+A reader opens no file that the manifest does not list with this size, and the manifest is written last. Its text is
+canonical and ends with its own hash, so any changed byte of it is found when it is read. Files of more than one block
+have the hash of each block, too, so that several processes can share :mod:`megatron_gft.shards.verification`.
 """
-
-from __future__ import annotations
 
 import glob
 import hashlib
@@ -165,7 +162,6 @@ def manifest_text(manifest: ShardManifest) -> str:
 
 
 def write_manifest(prefix: str | Path, manifest: ShardManifest) -> None:
-    """Write ``PREFIX.json``, atomically."""
     with atomic_file(manifest_path(prefix)) as temporary:
         temporary.write_text(manifest_text(manifest), encoding="ascii")
 
@@ -174,7 +170,7 @@ def read_manifest(prefix: str | Path) -> ShardManifest:
     """Read and check ``PREFIX.json``.
 
     Raises:
-        InputError: it is missing, not a manifest, of another version, or was changed after it was written.
+        InputError: missing, not a manifest, of another version, or changed after it was written.
     """
     path = manifest_path(prefix)
     if path.exists() and not path.is_file():  # reading a pipe would wait

@@ -7,8 +7,6 @@
 Files and how they are written: :mod:`megatron_gft.shards.writer`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools
@@ -77,7 +75,7 @@ class GroupTable:
     ended: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
 
     @classmethod
-    def of_groups(cls, groups: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> GroupTable:
+    def of_groups(cls, groups: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> "GroupTable":
         """Of groups given one by one: (prompt length, response lengths, sources, rewards); all end."""
         prompts, lengths, sources, rewards = zip(*groups, strict=True)
         return cls(
@@ -90,7 +88,7 @@ class GroupTable:
         )
 
     @classmethod
-    def merge(cls, owner: np.ndarray, tables: Sequence[GroupTable]) -> GroupTable:
+    def merge(cls, owner: np.ndarray, tables: Sequence["GroupTable"]) -> "GroupTable":
         """Several tables as one: group i is the next one of table number ``owner[i]`` (int [N]), counted over those
         numbers that occur."""
         if len(tables) == 1:
@@ -107,7 +105,7 @@ class GroupTable:
         """int64 [N]: responses of each group."""
         return np.diff(self.offsets)
 
-    def select(self, keep: np.ndarray) -> GroupTable:
+    def select(self, keep: np.ndarray) -> "GroupTable":
         """The groups with those responses where ``keep`` (bool [M]) is true."""
         kept_before = np.concatenate([[0], np.cumsum(keep)])
         ended = self.ended[keep] if len(self.ended) else self.ended
@@ -122,11 +120,10 @@ def _runs(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 class GroupShard:
-    """Reads one shard. Opening maps its files, hashes all but the tokens (and log-probs of more than a block) and
-    checks that they are groups; no token is read. :mod:`megatron_gft.shards.verification` hashes the rest.
+    """Reads one shard. Opening maps its files, hashes all but what is bulk in the manifest and checks that they are
+    groups; :mod:`megatron_gft.shards.verification` hashes the rest.
 
     Args:
-        prefix: of the shard's files.
         names: of the log-probs that a group brings, sampled and reference; None: none.
 
     Raises:
@@ -155,11 +152,7 @@ class GroupShard:
             self._sidecar(name, counts.response_tokens, np.float32)  # mapped when it is used
 
     def _check_index(self) -> None:
-        """The index describes groups, those that the manifest counts, and nothing but them.
-
-        Raises:
-            InputError: names the file and what is wrong with it.
-        """
+        """The index describes groups, those that the manifest counts, and nothing but them."""
         counts, documents, modes = self.manifest.counts, self._documents, self._modes
         _check_layout(self.prefix, self._data.index, np.int32, counts.groups, 2)
         metas = _open_indexed(f"{self.prefix}.meta", multimodal=False)
@@ -175,7 +168,7 @@ class GroupShard:
         if found != told:
             raise InputError(f"{self.prefix}.idx: holds {found}, the manifest says {told} -> preprocess again")
 
-    def __reduce__(self) -> tuple[type[GroupShard], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type["GroupShard"], tuple[Any, ...]]:
         return GroupShard, (self.prefix, self.names)  # data-loader workers open the files themselves
 
     def __len__(self) -> int:
@@ -344,20 +337,16 @@ def _parse_meta(text: bytes) -> dict[str, Any]:
 
 
 def _check_layout(prefix: str, index: Any, dtype: type, groups: int, fewest: int) -> None:
-    """One sequence follows another through all of ``PREFIX.bin``, and ``groups`` documents have ``fewest`` or more.
-
-    Raises:
-        InputError: they do not.
-    """
+    """One sequence follows another through all of ``PREFIX.bin``, and ``groups`` documents have ``fewest`` or more."""
     lengths, pointers, documents = index.sequence_lengths, index.sequence_pointers, index.document_indices
     ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(dtype).itemsize
     size = Path(f"{prefix}.bin").stat().st_size
     rules = {
         f"its dtype is not {dtype.__name__}": index.dtype == dtype,
         "sequences without length": (lengths > 0).all(),
-        "pointers that are not those of one sequence after another": np.array_equal(pointers[1:], ends[:-1])
-        and pointers[0] == 0
-        and ends[-1] == size,
+        "pointers that are not those of one sequence after another": np.array_equal(
+            np.append(pointers, size), np.append(0, ends)
+        ),
         f"documents that are not {groups} groups": len(documents) == groups + 1
         and documents[0] == 0
         and documents[-1] == len(lengths)

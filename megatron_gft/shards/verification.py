@@ -4,8 +4,6 @@ Opening a shard reads its index and sidecars. Tokens are many: the processes of 
 what was verified once is not read again while the file stays as it is.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

@@ -11,8 +11,6 @@ Files of a shard ``PREFIX``, all immutable:
     PREFIX.json                       manifest, written last
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
@@ -46,11 +44,7 @@ _NANS_AT_ONCE = 1 << 20
 
 
 def check_prefix(prefix: str | Path) -> None:
-    """Refuse prefixes whose files would be taken for those of another shard.
-
-    Raises:
-        InputError: the prefix ends with ``.meta`` or ``.json``.
-    """
+    """Raise InputError for a prefix (``.meta``, ``.json``) whose files would be taken for those of another shard."""
     if str(prefix).endswith((".meta", ".json")):
         other = str(prefix)[: -len(".meta")]
         raise InputError(f"{prefix}: the shard {other} has files of such names -> another prefix, such as {other}")
@@ -71,7 +65,6 @@ class GroupShardWriter:
     """Writes one shard; a context manager that publishes it on success and removes every trace on failure.
 
     Args:
-        prefix: of the shard's files; must not exist.
         tokenizer: which tokenizer made the tokens, see :func:`tokenizer_stamp`.
         provenance: JSON object kept in the manifest: where the responses come from.
         verifier: JSON object: what judged them.
@@ -105,7 +98,7 @@ class GroupShardWriter:
         self._logprobs: IO[bytes] | None = None  # no file while none is known
         self.groups, self.bytes, self._response_tokens, self._truncated, self._max_token = 0, 0, 0, 0, 0
 
-    def __enter__(self) -> GroupShardWriter:
+    def __enter__(self) -> "GroupShardWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
