@@ -1,7 +1,5 @@
 """One job in one run folder: a file there names the process that trains, and its age says whether that lives."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -44,7 +42,7 @@ class Holder:
     token: str = field(default_factory=lambda: os.urandom(8).hex())
 
     @classmethod
-    def this_process(cls) -> Holder:
+    def this_process(cls) -> "Holder":
         machine = ""
         with contextlib.suppress(OSError):
             machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
