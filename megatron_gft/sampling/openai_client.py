@@ -167,7 +167,7 @@ class OpenAIBackend:
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise _Transient(f"reply is not JSON ({len(content)} bytes)") from error
+            raise _Transient(f"reply is not JSON: {content[:200].decode('utf-8', 'replace')}") from error
 
     def _shown(self, text: str) -> str:
         return shown(" ".join(text.split()), self._secrets)[:SHOWN_CHARACTERS]
@@ -253,7 +253,7 @@ class OpenAIBackend:
             text, thoughts = message["content"], message.get("reasoning_content") or message.get("reasoning") or ""
             calls = message.get("tool_calls") or message.get("function_call")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _Transient(f"reply without {error}") from error
+            raise _Transient(f"reply without the text of a choice: {str(reply)[:200]}") from error
         said = next((f": {str(part['error'])[:200]}" for part in (choice, reply) if part.get("error")), "")
         if finish in REFUSED_FINISH:
             raise _Refused(f"reply with finish_reason {finish!r}{said}")

@@ -259,12 +259,6 @@ def constant(text: str) -> Any:
     return _number_at(expression(text), _imaginary())
 
 
-def _rational(number: Fraction) -> Any:
-    import sympy
-
-    return sympy.Rational(number.numerator, number.denominator)
-
-
 def _imaginary() -> dict[Any, Any]:
     import sympy
 
@@ -309,9 +303,10 @@ def expression(text: str) -> Any:
     Raises:
         UnreadableError: it is none.
     """
-    number = parse_number(text)
-    if number is not None:
-        return _rational(number)
+    if (number := parse_number(text)) is not None:
+        import sympy
+
+        return sympy.Rational(number.numerator, number.denominator)
     if re.search(r"(?<![\^_\d])\d+\s+\d", text) or not text:  # to the parser "1 2" is 3
         raise UnreadableError(text)
     for _ in range(3):  # what one match holds is not looked through

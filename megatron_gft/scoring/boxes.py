@@ -53,16 +53,9 @@ def boxes_from_last(text: str) -> Iterator[tuple[int, int, int | None]]:
 
 def _closing_brace(text: str, start: int) -> int | None:
     """Index of the brace that closes the one before ``start``; escaped braces do not count."""
-    depth, position = 1, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return position
-        position += 1
+    depth = 1
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return brace.start()
     return None

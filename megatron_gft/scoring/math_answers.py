@@ -144,7 +144,8 @@ def _name_and_value(chain: Form, strictly: bool, policies: Policies) -> tuple[se
         return ({""}, inner[0]) if inner else (set(), None)
     if chain.kind != "=":
         return set(), chain
-    *sides, value = _name_first(chain.parts)
+    turned = is_name(chain.parts[-1].text) > is_name(chain.parts[0].text)  # 5 = x
+    *sides, value = chain.parts[:: (1, -1)[turned]]
     unknown = [side for side in sides if has_letters(side.text) or is_name(side.text)]
     if (strictly or value.text == "0") and not all(is_name(side.text) for side in unknown):
         return set(), None
@@ -152,10 +153,6 @@ def _name_and_value(chain: Form, strictly: bool, policies: Policies) -> tuple[se
         if not all(_comes_to(side, value) for side in sides if side not in unknown):
             return set(), None
     return {spelling_key(side.text) for side in unknown[:1]}, value
-
-
-def _name_first(sides: tuple[Form, ...]) -> tuple[Form, ...]:
-    return sides[::-1] if is_name(sides[-1].text) and not is_name(sides[0].text) else sides
 
 
 def _comes_to(calculation: Form, value: Form) -> bool:

@@ -90,15 +90,12 @@ def plain_latex(text: str) -> str:
         "[\u2070\u00b9\u00b2\u00b3\u2074-\u207b\u207f]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text
     )
     text = re.sub("[\u2080-\u2089]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    text = _FRACTIONS.sub(_vulgar_fraction, text)
+    text = _FRACTIONS.sub(
+        lambda m: re.sub("(.+)\u2044(.+)", r"\\frac{\1}{\2}", unicodedata.normalize("NFKC", m[0])), text
+    )
     text = re.sub(r"\^(\\frac\{\d+\}\{\d+\})", r"^{\1}", text)
     text = _ROOT.sub(lambda m: f"{_ROOTS[m[1]]}{{{m[2] or m[3] or m[4]}}}", text)
     return _SIGN.sub(lambda m: _SIGNS[m[1]].rstrip() + (m[0][1:] if m[1] in _ASCII else " "), text)
-
-
-def _vulgar_fraction(match: re.Match[str]) -> str:
-    top, bottom = unicodedata.normalize("NFKC", match[0]).split("\u2044")
-    return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def with_sign_after(value: str, text: str, end: int) -> tuple[str, int]:
@@ -125,7 +122,8 @@ def one_spelling(answer: str, decimal: DecimalPolicy = "point") -> str:
         text = text.replace("\\\\", "\\")
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", re.sub(r",\\!\s*|\{,\}", ",", text))
     text = _SPACING.sub(" ", _LAYOUT.sub("", text))
-    text = _DEGREES.sub(r"\1(\\frac{\3\\pi}{180})", _BOLD.sub(_bold, text))
+    text = _BOLD.sub(lambda m: m[0] if re.fullmatch(r"[A-Za-z\s]*", m[1]) else m[1], text)
+    text = _DEGREES.sub(r"\1(\\frac{\3\\pi}{180})", text)
     text = (
         _TEXT_WRAPPER.sub(_text, text).replace(r"\varnothing", r"\emptyset").replace(r"\mathbb{R}", r"(-\infty,\infty)")
     )
@@ -137,10 +135,6 @@ def one_spelling(answer: str, decimal: DecimalPolicy = "point") -> str:
     if re.search(r"[\d=\\]", text):
         text = re.sub(r",(?:\s*,)+", ",", re.sub(rf"\s*(?:{LIST_WORD})\s*", ", ", text))
     return _decimal_point(text.strip().rstrip(".,;").strip(), decimal)
-
-
-def _bold(match: re.Match[str]) -> str:
-    return match[0] if re.fullmatch(r"[A-Za-z\s]*", match[1]) else match[1]
 
 
 def _text(match: re.Match[str]) -> str:
