@@ -70,9 +70,11 @@ def main(argv: list[str] | None = None) -> int:
     # Megatron-Core decorates with torch.compile, which loads Inductor: 1.2 of 5.5 seconds of CPU before the first row.
     # Nothing is compiled here, and nothing trains in this process.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    gc.disable()  # of what an import makes nothing is garbage: looking for it costs half a second of CPU
+    gc.disable()  # of what an import makes nothing is garbage: looking for it costs a second of CPU
     from megatron_gft.preprocess.run import PreprocessOptions, preprocess  # imports megatron: seconds
 
+    if os.path.isdir(arguments.tokenizer):
+        import transformers.models.auto.tokenization_auto  # noqa: F401  # what reading it will import
     gc.enable()
     summary = preprocess(
         PreprocessOptions(
