@@ -98,12 +98,14 @@ def test_a_healthy_server_is_asked_once_per_response_with_all_parameters():
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_is_survived(fault):
+def test_every_fault_is_survived(fault, caplog):
     with FaultyServer(fault_share=0.3, seed=3, faults=(fault,), stall=0.5) as server:
         timeout = 0.25 if fault == "stall" else 5.0
         outcomes = collect(client(server.url, timeout=timeout, attempts=12), 25)
         assert server.seen[fault] >= 3
     assert all(isinstance(outcome, Sample) for outcome in outcomes.values()) and len(outcomes) == 25
+    (said,) = caplog.messages
+    assert said.startswith(server.url) and said.endswith("; each request is tried up to 12 times")
 
 
 def test_a_request_that_always_fails_is_given_up_and_a_dead_server_ends_the_run():

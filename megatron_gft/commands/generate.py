@@ -16,7 +16,7 @@ EPILOG = """examples:
 Killed or failed: run the same command again, finished responses are kept in OUTPUT.journal.
 Values of --source: text is taken as it is (quote what has spaces: system='Answer after ####'); lists and
 mappings are YAML, and quotes inside a list need quotes around it: stop='["\\n\\n", "####"]'
-Kinds of source and their keys: megatron_gft/sampling/sources.py.
+Kinds of source and their keys: docs/configuration.md, at its end.
 """
 SETTLED_HELP = "scored group files: leave out prompts whose self responses are all right, or all wrong, in two of them"
 

@@ -3,6 +3,7 @@
 ``python -m megatron_gft.reports.configuration > docs/configuration.md`` makes the page anew.
 """
 
+import itertools
 import textwrap
 import types
 from collections.abc import Iterator
@@ -28,22 +29,25 @@ data: {train: [data/train], groups_per_step: 64}
 optimizer: {lr: 1e-6}
 ```
 
-This page is made from `megatron_gft/config.py`; a test keeps it in step.
+The last four sections are the kinds of source of `tools/generate_groups.py`, whose keys stand behind `--source` or in
+the file of `--config`. This page is made from the code; a test keeps it in step.
 """
+KeyFacts = tuple[str, str, str, str]  # name, values, default as YAML or "required", meaning
 
 
-def sections() -> Iterator[tuple[str, str, list[tuple[str, str, str, str]]]]:
-    """Each section's name, meaning, and keys: (name, values, default as YAML or "required", meaning), in order."""
+def sections() -> Iterator[tuple[str, str, list[KeyFacts]]]:
+    """Each section's name, meaning and keys, in order."""
     for section, of in Config.model_fields.items():
         assert isinstance(of.annotation, type) and issubclass(of.annotation, Section)
-        yield (
-            section,
-            (of.annotation.__doc__ or "").splitlines()[0],
-            [
-                (f"{section}.{name}", kind_text(field.annotation), _default_text(field), field.description or "")
-                for name, field in of.annotation.model_fields.items()
-            ],
-        )
+        yield section, *_meaning_and_keys(of.annotation, f"{section}.")
+
+
+def _meaning_and_keys(section: type[Section], prefix: str = "") -> tuple[str, list[KeyFacts]]:
+    return (section.__doc__ or "").splitlines()[0], [
+        (f"{prefix}{name}", kind_text(field.annotation), _default_text(field), field.description or "")
+        for name, field in section.model_fields.items()
+        if name != "kind"
+    ]
 
 
 def kind_text(annotation: Any) -> str:
@@ -54,6 +58,8 @@ def kind_text(annotation: Any) -> str:
         return f"{', '.join(names[:-1])} or {names[-1]}"
     if origin is Literal:
         return ", ".join(map(str, arguments))
+    if origin is dict and arguments[1] is Any:
+        return "mapping"
     if origin is dict:
         return f"{'one' if get_origin(arguments[1]) is Literal else kind_text(arguments[1])} by source"
     if origin is list:
@@ -85,8 +91,11 @@ def help_text() -> str:
 
 def page() -> str:
     """All keys as Markdown."""
+    from megatron_gft.sampling.sources import KINDS  # not for --help, which is to be quick
+
     parts = [HEAD]
-    for section, meaning, keys in sections():
+    of_sources = ((f"kind={kind}", *_meaning_and_keys(section)) for kind, section in KINDS.items())
+    for section, meaning, keys in itertools.chain(sections(), of_sources):
         parts.append(f"## {section}\n\n{meaning}\n\n| key | values | default | meaning |\n|---|---|---|---|")
         parts += [f"| `{name}` | {values} | {default} | {description} |" for name, values, default, description in keys]
         parts.append("")

@@ -14,6 +14,7 @@ A server without a reasoning parser leaves thoughts in the text, as the model wr
 import asyncio
 import functools
 import json
+import logging
 import math
 import os
 import random
@@ -42,6 +43,8 @@ SHORTEST_SECRET = 6  # a shorter word would take ordinary text with it
 SHOWN_CHARACTERS = 300  # of what a server says
 REFUSED_FINISH = ("content_filter", "tool_calls", "function_call")  # the same seed gives the same again
 FAILURES_IN_A_ROW = 16  # requests given up after all their tries, without a success between them
+
+logger = logging.getLogger(__name__)
 
 
 class _Transient(Exception):
@@ -74,6 +77,7 @@ class OpenAIBackend:
         self._place = self._url.copy_with(query=None)  # for messages: a key may stand in the query
         self._secrets = _secrets(source.url, self._headers)
         self._certificates = httpx2.create_ssl_context()
+        self._has_warned = False
         try:
             self._client()
         except (httpx2.InvalidURL, ValueError, ImportError) as error:
@@ -137,6 +141,11 @@ class OpenAIBackend:
                 return SampleFailure(request.key, self._shown(str(refused)))
             except _Transient as transient:
                 reason = self._shown(str(transient))
+                if not self._has_warned:  # all tries of a server that is not there take minutes
+                    self._has_warned = True
+                    logger.warning(
+                        "%s: %s; each request is tried up to %d times", self._place, reason, self._source.attempts
+                    )
                 longest = min(MAX_PAUSE_SECONDS, self._source.backoff * 2**attempt)
                 pause = max(random.uniform(0, longest), min(transient.retry_after, MAX_RETRY_AFTER_SECONDS))
         return SampleFailure(request.key, f"{reason} ({self._source.attempts} attempts)", transient=True)

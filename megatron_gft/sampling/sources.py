@@ -31,6 +31,7 @@ from megatron_gft.sampling.settings import Backend, SamplingParams, model_finger
 from megatron_gft.tokenizer import Tokenizer, load_tokenizer
 
 Role = Literal["expert", "teacher", "self"]
+ROLE_HELP = "whose responses they count as"
 
 
 class Source(Section):
@@ -38,7 +39,7 @@ class Source(Section):
 
     kind: str
     name: str = Field("", exclude=True, description="default: the source, numbered when there are several")
-    source: Role
+    source: Role = Field(description=ROLE_HELP)
 
     def identity(self) -> dict[str, Any]:
         """All that decides what the responses are; files by their contents.
@@ -57,7 +58,7 @@ class ColumnSource(Source):
     """Answers that the rows bring along."""
 
     kind: Literal["column"]
-    source: Role = "expert"
+    source: Role = Field("expert", description=ROLE_HELP)
     column: str = Field(description="column with the whole answer")
 
     def problems(self, row: PromptRow) -> Iterator[str]:
@@ -76,12 +77,12 @@ class ColumnSource(Source):
 class SampledSource(Source):
     """Answers to be sampled."""
 
-    model: str
+    model: str = Field(description="its name on the server")
     chat_template: str | None = Field(None, exclude=True, description="template file or none; default: the folder's")
     trust_remote_code: bool = Field(False, exclude=True, description="run Python code of the model's folder")
     k: PositiveInt = Field(1, exclude=True, description="responses per prompt")
     temperature: NonNegativeFloat = Field(1.0, description="0: greedy")
-    top_p: Float = Field(1.0, gt=0, le=1)
+    top_p: Float = Field(1.0, gt=0, le=1, description="sample among the likeliest tokens of this mass; 1: off")
     top_k: NonNegativeInt = Field(0, description="0: off")
     max_tokens: PositiveInt = Field(1024, description="longest response; a longer one is marked finish_reason length")
     stop: list[str] = Field(default_factory=list, description="texts that end a response; not part of it")
@@ -140,7 +141,7 @@ class OpenAISource(SampledSource):
     """
 
     kind: Literal["openai"]
-    source: Role = "teacher"
+    source: Role = Field("teacher", description=ROLE_HELP)
     url: str = Field(exclude=True, description="base with the version, such as http://host:8000/v1")
     api: Literal["chat", "completions"] = Field("chat", description="who renders the chat template: server or we")
     tokenizer: str | None = Field(None, exclude=True, description="tokenizer folder, for completions and token_ids")
@@ -182,7 +183,7 @@ class OpenAISource(SampledSource):
 class LocalSource(SampledSource):
     """A model folder sampled in this process."""
 
-    source: Role = "self"
+    source: Role = Field("self", description=ROLE_HELP)
     model: str = Field(description="Hugging Face folder")
 
     def load_tokenizer(self) -> Tokenizer:
@@ -233,7 +234,7 @@ class VllmSource(LocalSource):
 
 
 _QUOTING = """quote a list twice: stop='["\\n\\n", "####"]'"""
-_KINDS: dict[str, type[Source]] = {
+KINDS: dict[str, type[Source]] = {
     "column": ColumnSource,
     "openai": OpenAISource,
     "transformers": TransformersSource,
@@ -282,7 +283,7 @@ def _read_argument(argument: str) -> dict[str, Any]:
         if key in texts:
             raise InputError(f"--source {argument!r}: {key} is given twice -> give it once")
         texts[key] = text
-    kind = _KINDS.get(texts.get("kind", ""), Source)
+    kind = KINDS.get(texts.get("kind", ""), Source)
     collections = {key for key, field in kind.model_fields.items() if get_origin(field.annotation) in (list, dict)}
     return {key: _read_collection(key, text) if key in collections else text for key, text in texts.items()}
 
@@ -314,11 +315,14 @@ def _explain(problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         kind, key = str(problem["loc"][2]), str(problem["loc"][-1])
-        near = nearest(key, _KINDS[kind].model_fields)
-        hint = f"did you mean {near}?" if near else f"known: {', '.join(_KINDS[kind].model_fields)}"
+        near = nearest(key, KINDS[kind].model_fields)
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(KINDS[kind].model_fields)}"
         return f"{place}: unknown key -> {hint}"
     if problem["type"] == "missing":
         return f"{place}: missing -> set it"
+    if problem["type"].startswith("union_tag"):
+        given = problem["input"].get("kind") if isinstance(problem["input"], dict) else problem["input"]
+        return f"{place}.kind is {given!r} -> one of {', '.join(KINDS)}"
     if problem["type"] == "list_type":
         return f"{place}: not a list (got {problem['input']!r}) -> {_QUOTING}"
     return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {str(problem['input'])[:80]})"
