@@ -34,7 +34,7 @@ SAMPLES, SELVES, MAX_TOKENS = 8, 4, 64  # of the base for each prompt; of these 
 RIGHT = (0.2, 0.9)  # share of the base's samples: prompts below or above teach little
 TEMPLATE = "{prompt} Answer briefly with the calculation."
 CHANGED = 0.3  # share of problems whose outcome a training changes: 29 of 100 in the quickstart of 2026-11-23
-MINUTES = 5.0  # of CPU, of a cell: measured at the sizes of Sizes()
+MINUTES = 6.0  # of CPU, of a cell: measured at the sizes of Sizes()
 Group = dict[str, Any]
 
 
