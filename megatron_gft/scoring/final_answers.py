@@ -69,12 +69,9 @@ _NUMBERING = re.compile(
     r"^(?:[ \t]*[#*_]+[ \t]*)?(?:step|part|case)[ \t]+\d{1,3}\b|^#+[ \t]*\**\d{1,3}[.):](?=[ \t]+\S)",
     re.IGNORECASE | re.MULTILINE,
 )
-_FORMULA = r"(?:\$|\\[(\[]|-?\d[\d.,/]*+(?=[;!)]|\s*$))"
+_FORMULA = r"(?:\$|\\[(\[]|-?\d[\d.,/]*+(?=[;!?)]|\s*$))"
 _SAID_OF = rf"(?![\s,(*_]{{1,4}}{_FORMULA})(?:[^.;\n:=$\\\d]|\$[^$\n]{{1,40}}\$|\\\([^\n]{{1,40}}?\\\)){{0,60}}?"
-_ADMITTED = (
-    r"(?:(?:well|why|of course|clearly|simply|just)[\s,]{1,2})?"
-    r"(?:it(?:'s|\s(?:is|equals|(?:must|has to|should|will) be))\s{1,4})?"
-)
+_ADMITTED = r"(?:(?:well|why|of course|clearly|simply|just)[\s,]{1,2})?(?:it(?:'s|\s(?:is|equals|must be))\s{1,4})?"
 _VERB = (
     r"(?:is|are|was|were|does|do|can(?:not)?|could|would|might|may|must|will|has|had|(?:seem|fail|work|look|give|yield|"
     r"lead|come|exceed|follow|hold|tell|show|mean|make)s?)\b"
@@ -83,20 +80,20 @@ _ANCHOR = re.compile(
     rf"(?P<anchor>^{_HEADING}|(?<![A-Za-z])(?:answers?|final\sresult)(?![A-Za-z])(?:"
     r"[ \t*_`]{0,6}(?:[:=|>]|-{1,2}>?(?=\s)|\u2014|\\to(?![A-Za-z]))"
     rf"|[ \t*_]{{0,6}}(?P<asked>\?)[\s*_]{{1,4}}{_ADMITTED}(?={_FORMULA})(?!(?:{_SPAN}|-?\d\S*)\s?{_VERB})"
-    rf"|{_SAID_OF}\b(?:is|are|be|equals|becomes|[a-z]{{3,}}s(?:\sout|\sdown)?\sto)\b"
+    rf"|{_SAID_OF}\b(?:(?:is|are)(?:n't)?|be|equals|becomes|[a-z]{{3,}}s(?:\sout|\sdown)?\sto)\b"
     rf"|(?:\sof|\sbeing)?[\s,(*_]{{1,4}}(?={_FORMULA})))(?:(?![.!?]\s+(?-i:[A-Z])|, but\b)[^\n])*",
     re.IGNORECASE | re.MULTILINE,
 )
-_YES_OR_NO = re.compile(
-    r"(?:\A|[.?!:,\n])\W*(?:do|does|did|can|could|would|should|have|has|is|are|will)\s[^.?!:,\n]*\Z", re.IGNORECASE
-)
+_YES_OR_NO = re.compile(r"(?:\A|[.?!:,\n])\W*(?:do|does|did|can|could|would|is|are|has|have)\s[^.?!:,\n]*\Z", re.I)
 _DENIED = re.compile(r"\s*(?:not|never|neither)\b(?![^\n]*\bbut\b)", re.I)
 _QUESTION = re.compile(
-    r"(?:[^?.!\n]|\.\d){1,80}(?:\?\W{0,5}(?:(?P<yes>yes|yep|indeed|right|correct|exactly|sure|of course|it is)\b"
-    r"|(?P<no>no(?:t|pe)?|hardly|never|wrong|impossible)\b)?|[.!]{1,3}\s+(?P<corrected>wait,? no|no,? wait|oops)\b)",
+    r"(?:[^?.!\n]|\.\d){1,80}(?:\?|[.!]{1,3}(?=\s+(?:wait,? no|no,? wait|oops)\b))\W{0,5}"
+    r"(?:(?P<yes>yes|yep|indeed|right|correct|exactly|sure|of course|it is)\b"
+    r"|(?P<no>no(?:t|pe)?|wait|oops|hardly|never|wrong|impossible)\b)?",
     re.IGNORECASE,
 )
-_NEGATED = re.compile(r"(?:\bnever|not|n't)\s(?:[a-z]{1,12}\s)?[a-z]{2,8}\Z", re.I)
+_AT_ONCE = re.compile(r"\W*(?:(?:not|never|neither)\s)?(?:[a-z]+\s)?\W*")
+_NEGATED = re.compile(r"(?:n't|(?:\bnever|not|n't)\s(?:[a-z]{1,12}\s)?[a-z]{2,8})\Z", re.I)
 _STATED = re.compile(
     r"\b(?:(?:will|must|should)\s(?:[a-z]+\s)?)?(?:is|are|be|as|for)\s{1,4}(?:(?!not\b)[a-z]+\s{1,4})?"
     r"(?:the|our|my)\s{1,4}(?:(?!not\b|wrong\b)[a-z]+\s{1,4}){0,3}(?P<anchor>answers?)(?![A-Za-z])",
@@ -162,7 +159,6 @@ _INFINITE = re.compile(
     r"\s((?:(?:positive|negative|plus|minus)\s)?infinity)\W*\Z",
     re.IGNORECASE,
 )
-_SPAN_END = re.compile(r"(?!\s*=)")  # what follows a formula is a remark
 
 
 class _Run(NamedTuple):
@@ -190,8 +186,9 @@ def extract_answer(text: str, boxes: BoxPolicy = "listed") -> str | None:
     for anchor in sorted(anchors, key=lambda match: match.start("anchor"), reverse=True)[:_MAX_ANCHORS]:
         before = text[max(0, anchor.start() - _MAX_TAIL) : anchor.start()]
         answer = _stated_answer(before) if anchor.re is _STATED else _introduced_answer(anchor, before)
-        if answer is not None:
+        if answer:
             return answer
+        text = text if answer is None else text[: anchor.start()]  # all that stands there is denied
     return _last_value(text)
 
 
@@ -222,15 +219,11 @@ def _marked_answer(text: str) -> str | None:
             if _ONLY_WORDS.fullmatch(before + after):
                 if not later or (_UNIT_WORDS.fullmatch(after) and not re.search(r"\w", before)):
                     return runs[0].text
-        if not later or _is_formula(line):
+        bare = re.sub(r"\\[A-Za-z]+", " ", line)
+        if not later or (re.search(r"\d", line) and not re.search(r"[A-Za-z]{2}|\d[.)]$", bare)):
             return line
         later += line
     return None
-
-
-def _is_formula(line: str) -> bool:
-    """No words, but a number."""
-    return bool(re.search(r"\d", line)) and not re.search(r"[A-Za-z]{2}|\d[.)]$", re.sub(r"\\[A-Za-z]+", " ", line))
 
 
 def _stated_answer(before: str) -> str | None:
@@ -246,14 +239,21 @@ def _introduced_answer(anchor: re.Match[str], before: str) -> str | None:
     if anchor["asked"] and _YES_OR_NO.search(before):
         return None
     question = _QUESTION.match(text)
-    denied = question and not question["yes"] and (question["no"] or question["corrected"] or _YES_OR_NO.search(before))
-    if denied or _NEGATED.search(anchor["anchor"]) or _DENIED.match(text):
-        first, last = next(_runs(text), None), _last_value(text)
-        return last if first and last != _result(first.text) else None
+    asked = question and not question["yes"] and _YES_OR_NO.search(before)
+    denied = _NEGATED.search(anchor["anchor"]) or _DENIED.match(text) or (question and question["no"])
+    if denied or asked:
+        return _other_answer(text, bool(denied))
     tail, _, after = text.partition("\n")
     if opening := _ON_NEXT_LINE.fullmatch(tail + " "):
         tail = (opening[1] or "") + after.lstrip("*_: \t\n").partition("\n\n")[0]
-    return _anchored_answer(tail[:_MAX_TAIL])
+    return _anchored_answer(tail[:_MAX_TAIL]) or None
+
+
+def _other_answer(text: str, denied: bool) -> str | None:
+    """The last value of ``text``, but not that which stands first; "" where that alone is there, and denied."""
+    if (first := next(_runs(text), None)) and (last := _last_value(text)) != _result(first.text):
+        return last
+    return "" if denied and first and _AT_ONCE.fullmatch(text, 0, first.start) else None
 
 
 def _anchored_answer(tail: str) -> str | None:
@@ -280,7 +280,7 @@ def _anchored_answer(tail: str) -> str | None:
 def _computed(tail: str, runs: list[_Run]) -> _Run:
     """The first run, or what its sentence makes of it: "$2 an hour x 3 = $6"."""
     begin = runs[0].end
-    clause_end = (_SPAN_END if tail[begin - 1] in "$)]" else _CLAUSE_END).search(tail, begin)
+    clause_end = (re.compile(r"(?!\s*=)") if tail[begin - 1] in "$)]" else _CLAUSE_END).search(tail, begin)
     equals = tail.rfind("=", begin, clause_end.start() if clause_end else len(tail))
     return next((run for run in runs if run.end > equals >= 0), runs[0])
 
