@@ -160,11 +160,9 @@ def _records(groups: Iterable[list[Part]], summary: ImportSummary) -> Iterator[G
         if (digest := id_digest(record.id)) in ids:
             summary.drop("notes", "duplicate_id", place)  # preprocessing has a policy for them
         ids.add(digest)
-        summary.groups, summary.responses, summary.rewarded = (
-            summary.groups + 1,
-            summary.responses + left,
-            summary.rewarded + rewarded,
-        )
+        summary.groups += 1
+        summary.responses += left
+        summary.rewarded += rewarded
         summary.sources.update(response.source for response in record.responses)
         yield record
     if not summary.groups:
