@@ -488,8 +488,10 @@ def test_metrics_that_cannot_be_written_end_the_run_with_a_checkpoint(model, who
 def test_half_a_file_of_a_checkpoint_is_named(model, tmp_path):
     output = tmp_path / "run"
     train(model, output, "train.max_steps=1")
-    for name in ("files.json", "state.json", ".metadata", "common.pt", "config.yaml"):
-        file = output / "checkpoints" / "step-00000001" / name
+    step = output / "checkpoints" / "step-00000001"
+    common = [file.name for file in step.glob("common.pt")]  # Megatron-Core 0.19 writes none
+    for name in ("files.json", "state.json", ".metadata", *common, "config.yaml"):
+        file = step / name
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
         with pytest.raises(RuntimeError, match=rf"(?s)InputErrors?: .*step-00000001.*{name}"):
