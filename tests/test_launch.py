@@ -178,7 +178,7 @@ def test_slurm_script_answers_signals_and_exit_codes(tmp_path, asked, moment, sr
     commands = {
         "srun": ("trap : USR1\n" if moment == "before its tasks" else f"trap 'exit {srun}' USR1 TERM\n")
         + f"{now}\n"
-        + (f"sleep 20 & wait; trap 'exit {srun}' USR1; wait" if asked else f"exit {srun}"),
+        + (f"sleep 20 >/dev/null 2>&1 & wait; trap 'exit {srun}' USR1; wait" if asked else f"exit {srun}"),
         "scontrol": f'[ "$1" = requeue ] && touch {tmp_path}/requeued-$2 && exit\n'
         + (f"{now}; " if moment == "before srun" else "")
         + "echo 127.0.0.1",

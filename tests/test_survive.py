@@ -85,7 +85,8 @@ def soak(*values):
 @pytest.mark.parametrize(
     ("layout", "kills", "epochs"),
     [
-        (["parallel.tp=2"], 3, 6),
+        (["parallel.tp=2"], 1, 3),
+        pytest.param(["parallel.tp=2"], 3, 6, marks=pytest.mark.slow),  # four starts of four processes
         soak(["parallel.tp=2"], 50, 60),
         soak(["parallel.pp=2"], 50, 60),
         soak(["parallel.tp=2", "parallel.pp=2"], 50, 60),
