@@ -275,13 +275,13 @@ def peak_memory(direction, source, output):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow  # half a gigabyte through processes of their own; chunks are asserted elsewhere
+@pytest.mark.slow  # 0.7 GB through processes of their own; chunks are asserted elsewhere
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """Largest tensor 25 MB, model 0.45 GB: in both directions the peak is far below the model's size."""
+    """Largest tensor 25 MB, model 0.7 GB: in both directions the peak is far below the model's size."""
     folder = write_large_model(tmp_path / "hf")
     largest = max(info.num_bytes for info in safetensors_io.SafetensorsFolder(folder).tensors.values())
-    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) > 4e8 and largest < 3e7
-    bound = 3 * largest + 256 * 2**20  # the goal allows 1 GiB
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) > 6e8 and largest < 3e7
+    bound = 3 * largest + 320 * 2**20  # the goal allows 1 GiB; seen: 255 to 363 MB, whatever the size
     assert peak_memory("hf_to_megatron", folder, tmp_path / "ckpt") < bound
     assert peak_memory("megatron_to_hf", tmp_path / "ckpt", tmp_path / "back") < bound
 

@@ -132,8 +132,8 @@ def write_tiny_model(
 
 
 def write_large_model(folder: Path) -> Path:
-    """A random Llama in bfloat16 of half a gigabyte, whose largest tensors have 25 MB; returns the folder."""
-    large = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 5, "num_attention_heads": 16}
+    """A random Llama in bfloat16 of 0.7 GB, whose largest tensors have 25 MB; returns the folder."""
+    large = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 8, "num_attention_heads": 16}
     config = {**_COMMON, **large, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4000}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

@@ -4,13 +4,15 @@
 what Megatron writes through, gets a planner whose data are made one chunk at a time, just before they are written;
 a thread makes the next chunk meanwhile. ``dist_checkpointing.load`` takes the result at any layout.
 
-One process needs no process group. :func:`replace_results_queue` is about Megatron's own writer, which runs use.
+Needs torch only: Megatron would cost a conversion seconds and 100 MB. One process needs no process group. Only
+:func:`replace_results_queue` is about Megatron's own writer, which runs use.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import pickle
 import queue
@@ -24,8 +26,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -51,6 +51,14 @@ from megatron_gft.hf.safetensors_io import row_chunks
 
 CHUNK_BYTES = 16 * 2**20
 """Of one stored chunk. The writer keeps the last chunk of every key until its file is closed."""
+
+# megatron/core/dist_checkpointing/core.py CheckpointingConfig, strategies/common.py (0.16.1; 0.19.2 reads it too)
+_MEGATRON_CONFIG = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 Value = TypeVar("Value")
 
@@ -167,7 +175,7 @@ def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable
         stream.close()
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save({}, folder / "common.pt")
-        save_config(CheckpointingConfig("torch_dist"), str(folder))
+        (folder / "metadata.json").write_text(json.dumps(_MEGATRON_CONFIG))
 
 
 class ResultFile:
@@ -197,6 +205,8 @@ def replace_results_queue() -> None:
     Its own queue lives in a server process, which a signal to the process group kills (a preemption, Ctrl-C) and the
     next save with it; starting that process also imports torch and Megatron once more, 3 to 13 s.
     """
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+
     for name in ("_get_write_results_queue", "get_write_results_queue"):  # 0.16 / >= 0.17
         if hasattr(filesystem_async, name):
             setattr(filesystem_async, name, lambda *_, **__: ResultFile())
