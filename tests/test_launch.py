@@ -121,6 +121,7 @@ def test_scripts_differ_only_in_what_they_run():
     subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sbatch"], check=True)
 
 
+@pytest.mark.slow  # waits for steps of torchrun's ranks; test_stop.py has the signals, the Slurm script's are below
 def test_bash_passes_signals_on_and_reports_the_stop(recipe, tmp_path):
     run = tmp_path / "run"
     process = start_script("bash", "gft_local.sh", recipe, run, "train.max_steps=null", "train.epochs=1000")
