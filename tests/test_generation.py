@@ -234,6 +234,11 @@ def test_a_finished_run_is_recognised_and_may_be_enlarged(tmp_path):
         run(prompts, output, source + " k=2")
         assert [record.responses for record, _ in iter_group_file(output)] == before
         assert json.loads(summary_path(output).read_text())["groups"] == 5
+        asked, made = len(server.requests), output.read_bytes()
+        journal_path(output).unlink()
+        with pytest.raises(InputError, match=r"g\.jsonl: is there, but g\.jsonl\.journal is not"):
+            run(prompts, output, source + " k=2")
+        assert (len(server.requests), output.read_bytes()) == (asked, made)
 
 
 def test_a_model_in_this_process_from_prompts_to_groups_in_two_goes(tmp_path):

@@ -111,9 +111,15 @@ class GenerationRun:
 
         Raises:
             InputErrors: requests were given up; run again to try them once more.
-            InputError: the journal was made with other settings, is in use, or a backend cannot work.
+            InputError: the journal was made with other settings, is in use or not beside an output that is there, or a
+                backend cannot work.
         """
         identities = {responses.source.name: responses.identity for responses in self._responses}
+        if self._sampled and self._output.exists() and not journal_path(self._output).exists():
+            raise InputError(
+                f"{self._output}: is there, but {journal_path(self._output).name} is not, so all would be sampled "
+                "anew -> move it away, or choose another output"
+            )
         with Journal(journal_path(self._output), {"format": JOURNAL_FORMAT}) as journal:
             self._check_journal(journal)
             failures = self._sample(journal, progress)
