@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import statistics
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,8 +99,9 @@ def test_rows_of_a_file_are_split_without_overlap(tmp_path, name):
 
 def test_rows_without_a_checkable_answer_are_named(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?", "answer": "four"}\n')
-    with pytest.raises(InputError, match=r"rows\.jsonl:2.*#### 42"):
+    rows = ['{"question": "1+1?", "answer": "#### 2"}', '{"question": "2+2?", "answer": "four"}', '{"prompt": "3+3?"}']
+    path.write_text("\n".join(rows))
+    with pytest.raises(InputError, match=r"rows\.jsonl:2.*#### 42'\n.*rows\.jsonl:3.*'question'"):
         word_problems.read_rows(path)
 
 
@@ -305,12 +308,14 @@ def test_the_whole_pipeline_on_a_tiny_model(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("data", [False, True])
-def test_the_settings_load_and_every_command_is_there(tmp_path, monkeypatch, capsys, data):
+def test_the_settings_load_and_every_command_is_there(tmp_path, monkeypatch, capsys, tiny, data):
     """``make quickstart``, and with DATA, as far as they can be followed without running a stage."""
     monkeypatch.chdir(ROOT)
     rows = write_rows(tmp_path / "rows.jsonl", 3)
     chosen = [*(["--data", str(rows)] if data else []), "--samples", "2"]
-    run.Quickstart(run.read_settings([*chosen, "objective=sft"])).show()  # nothing beside it
+    alone = run.Quickstart(run.read_settings([*chosen, "objective=sft"]))
+    assert not alone.beside
+    alone.show()
     printed = capsys.readouterr().out
     names = "model problems 00-evaluate 01-generate 01-score 01-preprocess 01-train 01-export 01-evaluate".split()
     assert re.findall(r"\[\d/9\] (\S+)", printed) == names
@@ -319,7 +324,11 @@ def test_the_settings_load_and_every_command_is_there(tmp_path, monkeypatch, cap
     assert "objective=sft" in printed and "--nproc-per-node 2" in printed and "k=2" in printed
     for script in re.findall(r"(?:examples|tools)/\S+\.py", printed):
         assert (ROOT / script).is_file()
-    stages = run.Quickstart(run.read_settings(chosen)).stages()
+    compared = run.Quickstart(run.read_settings([*chosen, f"--output={tmp_path}", f"--model={tiny('llama3')}"]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"\(2 exports, 3 checkpoints\)"):  # SFT's are counted
+        compared.check_disk()
+    stages = compared.stages()
     for ours, sft, more in zip(stages[-6:-3], stages[-3:], (["objective=sft"], [], []), strict=True):
         moved = re.sub("round-01/(?!shards/)", "sft/", "\n".join(ours.command)).split("\n")
         assert (list(sft.command), sft.name) == (moved + more, ours.name.replace("01-", "sft_"))

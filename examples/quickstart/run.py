@@ -85,10 +85,15 @@ def read_settings(argv: list[str] | None) -> RoundsConfig:
 class Quickstart(Rounds):
     """One round; beside it, in ``OUTPUT/sft``, SFT on its experts: the same shards, settings, steps and problems."""
 
+    @property
+    def beside(self) -> int:
+        """SFT, where it is not what is trained."""
+        return int(self.training.objective.name != "sft")
+
     def stages(self) -> list[Stage]:
         """Those of the round, and its training, export and evaluation again."""
         stages = super().stages()
-        return stages + [self._sft(stage) for stage in stages[-3:] if self.training.objective.name != "sft"]
+        return stages + [self._sft(stage) for stage in stages[-3:] if self.beside]
 
     def _sft(self, stage: Stage) -> Stage:
         own = re.compile(f"{re.escape(str(self.folder(1)))}/(?!shards/)")

@@ -22,8 +22,11 @@ from pathlib import Path
 
 from megatron_gft.atomic import atomic_directory
 from megatron_gft.errors import InputError, InputErrors, command
+from megatron_gft.groups.files import read_chunks, refuse_problems
+from megatron_gft.groups.problems import ProblemLog
 from megatron_gft.groups.records import gold_answer
-from megatron_gft.sampling.prompts import PromptColumns, PromptSet
+from megatron_gft.groups.rows import iter_rows
+from megatron_gft.sampling.prompts import prompt_files
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas", "Lena", "Max")
 THINGS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps", "stickers", "stones")
@@ -188,14 +191,17 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Rows with a text question and a worked answer, each question once; InputErrors by ``file:line`` without them."""
     rows: dict[str, dict[str, str]] = {}
     wrong = []
-    for row in PromptSet([path], PromptColumns(prompt="question")):
-        answer = row.columns.get("answer")
+    problems = ProblemLog()
+    chunks = (chunk for file in prompt_files(path) for chunk in read_chunks(file))
+    for row, place in (read for chunk in chunks for read in iter_rows(chunk, problems)):
+        question, answer = row.get("question"), row.get("answer")
         gold = gold_answer(answer) if isinstance(answer, str) else None
-        if not isinstance(row.prompt, str) or not isinstance(answer, str) or not gold:
-            wrong.append(f"{row.place}: needs the texts 'question' and 'answer', the answer ending in '#### 42'")
+        if not isinstance(question, str) or not question.strip() or not isinstance(answer, str) or not gold:
+            wrong.append(f"{place}: needs the texts 'question' and 'answer', the answer ending in '#### 42'")
             continue
         work = CALCULATOR_MARK.sub("", answer.rpartition("####")[0]).strip()
-        rows.setdefault(row.prompt, problem_row(row.prompt, work, gold))
+        rows.setdefault(question, problem_row(question, work, gold))
+    refuse_problems(problems)
     if wrong:
         raise InputErrors(f"{path}", wrong[:PROBLEMS_SHOWN])
     return list(rows.values())

@@ -47,6 +47,8 @@ MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json
 class Rounds:
     """The stages of a run. Making one raises InputErrors with what of the settings can be known to be wrong."""
 
+    beside = 0  # further models that are trained and kept, to compare with
+
     def __init__(self, settings: RoundsConfig):
         self.settings, self.output = settings, Path(settings.output)
         settings.check(self.names(1))
@@ -248,8 +250,9 @@ class Rounds:
         """Raise InputError where exports and checkpoints of the rounds would not find room."""
         s, p = self.settings, parameter_count(read_model_shape(self.settings.model))
         weights, state = (2, 14) if self.training.model.precision == "bf16" else (4, 12)
-        exports = min(s.rounds, (s.keep_exports or s.rounds) + 1)
-        checkpoints = min(s.rounds, (s.keep_checkpoints or s.rounds) + 1) * self.training.checkpoint.keep_last + 1
+        exports = min(s.rounds, (s.keep_exports or s.rounds) + 1) + self.beside
+        runs = min(s.rounds, (s.keep_checkpoints or s.rounds) + 1) + self.beside
+        checkpoints = runs * self.training.checkpoint.keep_last + 1
         needed = p * (weights * exports + state * checkpoints)
         there = sum(path.stat().st_size for path in self.output.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.output).free
