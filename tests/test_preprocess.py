@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -419,13 +420,17 @@ def tool(monkeypatch):
 
 
 def test_the_tool(tmp_path, folder, tool, capsys):
-    write_group_file(tmp_path / "in.jsonl", random_records(5))
+    records = random_records(5)
+    for group in records[1:3]:
+        group.responses[0].reward = None
+    write_group_file(tmp_path / "in.jsonl", records)
     command = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", str(folder), "--policy", "truncated=drop"]
     command += ["--output-prefix", str(tmp_path / "out" / "train"), "--workers", "2"]
     assert tool(command) == 0
     shown = capsys.readouterr()
     assert shown.out.strip() == str(tmp_path / "out" / "train")
     assert "5 groups" in shown.err and "truncated: 2 drop" in shown.err
+    assert re.search(r"\n2 of \d+ responses have no reward -> tools/score_groups\.py", shown.err)
     assert tool(command) == 2
     assert "exists already" in capsys.readouterr().err
 

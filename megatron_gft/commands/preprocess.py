@@ -104,6 +104,12 @@ def main(argv: list[str] | None = None) -> int:
         f"shard(s) in {summary.seconds:.1f} s; report: {summary.report}",
         file=sys.stderr,
     )
+    if summary.unrewarded:
+        print(
+            f"{summary.unrewarded} of {summary.responses} responses have no reward -> tools/score_groups.py "
+            "first, unless the objective reads none (sft, dft)",
+            file=sys.stderr,
+        )
     if not summary.prefixes:
         print(f"part {arguments.part} of the input has no group: nothing to write", file=sys.stderr)
     for prefix in summary.prefixes:

@@ -89,6 +89,7 @@ class PreprocessSummary:
     groups: int
     responses: int
     tokens: int
+    unrewarded: int  # responses without a reward
     problems: dict[str, dict[str, int]]  # kind -> action -> count
     seconds: float
 
@@ -138,6 +139,7 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
         groups=sum(manifest.counts.groups for manifest in counts),
         responses=sum(manifest.counts.responses for manifest in counts),
         tokens=sum(manifest.counts.prompt_tokens + manifest.counts.response_tokens for manifest in counts),
+        unrewarded=sum(manifest.judgement.stats.missing for manifest in counts),
         problems=problem_table(problems),
         seconds=time.monotonic() - started,
     )
