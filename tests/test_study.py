@@ -154,7 +154,9 @@ def test_the_second_look_at_smollm2(tmp_path, monkeypatch, capsys):
     ]
     assert "| gft | 100.0 (1) | not run | not run | 2e-05 | 25.0 [" in printed.out
     before, stop_at = len(ran), ""
-    assert smollm2.main(command) == 0
+    assert smollm2.main([*command, "--part", "0/2"]) == 2
+    assert smollm2.main([*command, "--part", "2/2"]) == 0 and len(ran) == 4 + 3 * (2 + 22)
+    assert smollm2.main([*command, "--part", "1/2"]) == 0
     assert len(set(ran)) == len(ran) == 4 + 3 * 45 and ran[before] == "rft-lr2e-05-seed1-evaluate"
     assert smollm2.main([*command, "--report"]) == 0 and len(ran) == 4 + 3 * 45
     chosen = json.loads((tmp_path / "summary.json").read_text())["arms"]["dft_correct"]

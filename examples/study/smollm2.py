@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from examples.quickstart.word_problems import generate, problem_sets, write_rows
 from examples.study.report import bootstrap
 from examples.study.settings import objective
 from megatron_gft.atomic import write_json
-from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, command
+from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError, command
 from megatron_gft.rounds.stages import Pipeline, Stage, StageFailed, prune, say
 
 ARMS = ("gft", "dft_correct", "gft_scaled_0.25", "rft", "gft_scaled_0.5")
@@ -93,6 +94,13 @@ def kept_groups(groups: Sequence[Group], count: int) -> list[Group]:
     return [group | {"responses": a + b} for group, a, b in zip(fit, rest, own, strict=True)]
 
 
+def one_part(text: str) -> tuple[int, int]:
+    """I and N of ``I/N``."""
+    if not (found := re.fullmatch(r"(\d+)/(\d+)", text)) or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"--part {text!r} -> I/N with 1 <= I <= N")
+    return int(found[1]), int(found[2])
+
+
 def detectable(problems: int, changed: float = CHANGED) -> float:
     """Smallest difference of two models on the same problems that is found 4 times in 5 at 95 % (McNemar, normal)."""
     return (1.96 + 0.84) * math.sqrt(changed / problems)
@@ -104,11 +112,14 @@ class SecondLook:
     Args:
         output: folder of the run.
         model: Hugging Face folder of the base.
+        part: I and N; this process does the I-th of N parts of the runs.
     """
 
-    def __init__(self, output: Path, model: Path, sizes: Sizes):
+    def __init__(self, output: Path, model: Path, sizes: Sizes, part: tuple[int, int] = (1, 1)):
         self.output, self.model, self.sizes = output, model, sizes
-        self.pipeline = Pipeline(output / "logs", 4 + 3 * len(cells()), output / "timings.json")
+        self.cells = cells()[part[0] - 1 :: part[1]]
+        timings = output / f"timings-{part[0]}-of-{part[1]}.json"
+        self.pipeline = Pipeline(output / "logs", 4 + 3 * len(self.cells), timings)
 
     def _stage(self, name: str, words: Sequence[object], output: Path, **more: Any) -> Stage:
         return Stage(name, (sys.executable, *map(str, words)), (output,), self.output / "stages", **more)
@@ -234,18 +245,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=Path(".models/SmolLM2-135M-Instruct"))
     parser.add_argument("--output", type=Path, default=Path("runs/study/smollm2"))
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="do every N-th run, from the I-th")
     options = parser.parse_args(argv)
-    sizes, look = Sizes(), SecondLook(options.output, options.model, Sizes())
-    left = [cell for cell in cells() if cell not in look.answers()]
+    sizes = Sizes()
+    look = SecondLook(options.output, options.model, sizes, one_part(options.part))
+    left = [cell for cell in look.cells if cell not in look.answers()]
     points = 100 * detectable(sizes.test)
     hours = MINUTES * len(left) / 60
-    say(f"{len(left)} of {len(cells())} cells to do, about {MINUTES:g} min of one core each, {hours:.1f} h together")
+    say(f"{len(left)} of {len(look.cells)} cells to do, about {MINUTES:g} min of one core each, {hours:.1f} h together")
     say(f"smallest detectable difference of two runs on {sizes.test} test problems: {points:.0f} points")
     try:
         if not options.report:
             look.prepare()
         started = time.monotonic()
-        for cell in [] if options.report else cells():
+        for cell in [] if options.report else look.cells:
             look.run_cell(cell)
             if cell in left:
                 done = 1 + left.index(cell)

@@ -99,17 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     for kind, actions in summary.problems.items():
         print(f"{kind}: " + ", ".join(f"{count} {action}" for action, count in actions.items()), file=sys.stderr)
+    unscored = f" ({summary.unrewarded} without a reward: score them, but for sft)" if summary.unrewarded else ""
     print(
-        f"{summary.groups} groups, {summary.responses} responses, {summary.tokens} tokens in {len(summary.prefixes)} "
-        f"shard(s) in {summary.seconds:.1f} s; report: {summary.report}",
+        f"{summary.groups} groups, {summary.responses} responses{unscored}, {summary.tokens} tokens in "
+        f"{len(summary.prefixes)} shard(s) in {summary.seconds:.1f} s; report: {summary.report}",
         file=sys.stderr,
     )
-    if summary.unrewarded:
-        print(
-            f"{summary.unrewarded} of {summary.responses} responses have no reward -> tools/score_groups.py "
-            "first, unless the objective reads none (sft, dft)",
-            file=sys.stderr,
-        )
     if not summary.prefixes:
         print(f"part {arguments.part} of the input has no group: nothing to write", file=sys.stderr)
     for prefix in summary.prefixes:

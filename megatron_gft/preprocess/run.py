@@ -129,20 +129,17 @@ def preprocess(options: PreprocessOptions, *, progress: bool = True) -> Preproce
             unwritten = _write_shards(builder, encoder, progress)
         report = str(staging.report_path)
         prefixes = staging.publish() if staging.publishing else []
-    counts = [GroupShard(name).manifest for name in prefixes]
+    manifests = [GroupShard(name).manifest for name in prefixes]
+    totals = Counter(groups=0, responses=0, tokens=0, unrewarded=0)
+    for manifest in manifests:
+        n = manifest.counts
+        totals.update(groups=n.groups, responses=n.responses, tokens=n.prompt_tokens + n.response_tokens)
+        totals.update(unrewarded=manifest.judgement.stats.missing)
     problems: Counter[tuple[str, str]] = Counter()
-    for table in [*(manifest.provenance["problems"] for manifest in counts), unwritten]:
+    for table in [*(manifest.provenance["problems"] for manifest in manifests), unwritten]:
         problems.update({(kind, action): n for kind in table for action, n in table[kind].items()})
-    return PreprocessSummary(
-        prefixes,
-        report,
-        groups=sum(manifest.counts.groups for manifest in counts),
-        responses=sum(manifest.counts.responses for manifest in counts),
-        tokens=sum(manifest.counts.prompt_tokens + manifest.counts.response_tokens for manifest in counts),
-        unrewarded=sum(manifest.judgement.stats.missing for manifest in counts),
-        problems=problem_table(problems),
-        seconds=time.monotonic() - started,
-    )
+    seconds = time.monotonic() - started
+    return PreprocessSummary(prefixes, report, problems=problem_table(problems), seconds=seconds, **totals)
 
 
 def output_prefix(options: PreprocessOptions) -> Path:

@@ -250,8 +250,7 @@ class Rounds:
         """Raise InputError where exports and checkpoints of the rounds would not find room."""
         s, p = self.settings, parameter_count(read_model_shape(self.settings.model))
         weights, state = (2, 14) if self.training.model.precision == "bf16" else (4, 12)
-        exports = min(s.rounds, (s.keep_exports or s.rounds) + 1) + self.beside
-        runs = min(s.rounds, (s.keep_checkpoints or s.rounds) + 1) + self.beside
+        exports, runs = (min(s.rounds, (n or s.rounds) + 1) + self.beside for n in (s.keep_exports, s.keep_checkpoints))
         checkpoints = runs * self.training.checkpoint.keep_last + 1
         needed = p * (weights * exports + state * checkpoints)
         there = sum(path.stat().st_size for path in self.output.rglob("*") if path.is_file())
