@@ -1,9 +1,9 @@
 """Megatron-Core on a machine without CUDA: its CUDA calls are redirected to the CPU.
 
-``install()`` does nothing when CUDA is there, so no other module asks which device it runs on. The call
+``install()`` redirects nothing when CUDA is there, so no other module asks which device it runs on. The call
 sites it covers (megatron-core 0.16.1 to 0.19.2) are few and of five kinds: ``device="cuda"`` arguments,
 ``Tensor.cuda()``, ``Tensor.type()`` comparisons with ``torch.cuda.*``, ``torch.cuda`` functions (current
-device, synchronize, RNG state, streams), and a CUDA-only Adam.
+device, synchronize, RNG state, streams), and a CUDA-only Adam, which a GPU without Transformer Engine lacks, too.
 """
 
 import os
@@ -19,7 +19,8 @@ class FusedAdam(torch.optim.Optimizer):
     """Adam(W) with the state layout of Transformer Engine's and Apex's FusedAdam; the arithmetic is torch's own.
 
     State per parameter: ``exp_avg``, ``exp_avg_sq``; the step counter lives in the parameter group. So Megatron's
-    distributed optimizer takes the same path and writes the same checkpoint layout as on a GPU.
+    distributed optimizer takes the same path and writes the same checkpoint layout everywhere. Of torch's own AdamW,
+    which counts in each parameter's state, it cannot load one: it wants a count before there is any.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ):
         if not bias_correction:
-            raise ValueError("FusedAdam on the CPU has no variant without bias correction")
+            raise ValueError("FusedAdam has no variant without bias correction here")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
@@ -47,6 +48,7 @@ class FusedAdam(torch.optim.Optimizer):
             if not params:
                 continue
             group["step"] = group.get("step", 0) + 1
+            steps = torch.full((len(params),), float(group["step"] - 1), device=params[0].device)  # each is counted up
             for p in params:
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -56,8 +58,9 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(group["step"] - 1)) for _ in params],
+                list(steps.unbind()),
                 foreach=False,
+                fused=steps.is_cuda,
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -126,17 +129,20 @@ _installed: list[CudaToDevice] = []
 
 
 def install(device: str = "cpu") -> None:
-    """Redirect Megatron-Core's CUDA calls to ``device``, for the life of the process; a no-op with CUDA.
+    """Redirect Megatron-Core's CUDA calls to ``device``, for the life of the process; with CUDA only torch's Adam.
 
     Call it before building anything of Megatron's. ``device="meta"`` is for planning without memory.
     """
-    if _installed or (torch.cuda.is_available() and device == "cpu"):
-        return
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron.core.jit wraps functions in torch.compile
-    _redirect_torch_cuda(torch.device(device))
+    redirects = not _installed and (device != "cpu" or not torch.cuda.is_available())
+    if redirects:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron.core.jit wraps functions in torch.compile
+        _redirect_torch_cuda(torch.device(device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Transformer Engine and Apex are not installed"
-        _redirect_megatron()
+        _replace_torch_adam()
+    if not redirects:
+        return
+    _redirect_megatron()
     mode = CudaToDevice(device)
     mode.__enter__()
     _installed.append(mode)
@@ -156,17 +162,21 @@ def _redirect_torch_cuda(device: torch.device) -> None:
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
 
 
-def _redirect_megatron() -> None:
+def _replace_torch_adam() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
-    import megatron.core.tensor_parallel.random as random
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
         distrib_optimizer.Adam = FusedAdam
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+
+
+def _redirect_megatron() -> None:
+    import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     # all_to_all_single wants plain integers as split sizes; the GPU path makes them by a copy to the host
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor

@@ -138,8 +138,6 @@ def complete_state(optimizer: MegatronOptimizer) -> None:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not getattr(part, "is_stub_optimizer", False) and not part.optimizer.state:
             part.init_state_fn(part.optimizer, part.config)
-            for moments in part.optimizer.state.values() if isinstance(part.optimizer, torch.optim.Adam) else ():
-                moments["step"] = torch.zeros(())  # torch's own is on the CPU, too
 
 
 def build_scheduler(
