@@ -22,133 +22,108 @@ Found = Callable[..., str]  # notes a problem of one group; see ProblemLog.of_gr
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of bad input."""
+    """One kind of bad input; its ways are the policies that it may have, the default first."""
 
     meaning: str
-    default: str
-    choices: tuple[str, ...]
+    ways: str
     drops: str = "group"  # what `drop` leaves out: "group" or "response"
     fix: str = ""  # what `fix` does
 
+    @property
+    def choices(self) -> list[str]:
+        return sorted(self.ways.split(), key=(ERROR, DROP, FIX, KEEP).index)
+
 
 KINDS: dict[str, Kind] = {
-    "invalid_json": Kind("the line is not a JSON object", ERROR, (ERROR, DROP)),
-    "invalid_utf8": Kind(
-        "bytes or escapes that are not Unicode text", ERROR, (ERROR, DROP, FIX), fix="replace them by U+FFFD"
-    ),
-    "wrong_type": Kind("a field has another type or value than the format says", ERROR, (ERROR, DROP)),
-    "missing_field": Kind("a required field is absent", ERROR, (ERROR, DROP)),
-    "empty_prompt": Kind("the prompt has no text", ERROR, (ERROR, DROP)),
-    "empty_response": Kind("a response has no text", ERROR, (ERROR, DROP), "response"),
-    "no_responses": Kind("the group has no response", ERROR, (ERROR, DROP)),
+    "invalid_json": Kind("the line is not a JSON object", "error drop"),
+    "invalid_utf8": Kind("bytes or escapes that are not Unicode text", "error drop fix", fix="replace them by U+FFFD"),
+    "wrong_type": Kind("a field has another type or value than the format says", "error drop"),
+    "missing_field": Kind("a required field is absent", "error drop"),
+    "empty_prompt": Kind("the prompt has no text", "error drop"),
+    "empty_response": Kind("a response has no text", "error drop", "response"),
+    "no_responses": Kind("the group has no response", "error drop"),
     "nonfinite_reward": Kind(
-        "reward is NaN, infinite or beyond float32", ERROR, (ERROR, DROP, FIX), "response", "set it to null"
+        "reward is NaN, infinite or beyond float32", "error drop fix", "response", "set it to null"
     ),
-    "unknown_source": Kind("source is none of expert, teacher, self", ERROR, (ERROR, DROP), "response"),
-    "duplicate_id": Kind("the id was seen before", ERROR, (ERROR, DROP, FIX), fix="append #2, #3, ... to the id"),
-    "duplicate_response": Kind(
-        "the same text, or token_ids without text, twice", KEEP, (ERROR, DROP, KEEP), "response"
-    ),
-    "truncated": Kind("finish_reason is length: the response has no EOS", KEEP, (ERROR, DROP, KEEP), "response"),
-    "no_expert": Kind("no response of the group is an expert's", KEEP, (ERROR, DROP, KEEP)),
-    "equal_rewards": Kind("all rewards are equal: the group has no advantage", KEEP, (ERROR, DROP, KEEP)),
+    "unknown_source": Kind("source is none of expert, teacher, self", "error drop", "response"),
+    "duplicate_id": Kind("the id was seen before", "error drop fix", fix="append #2, #3, ... to the id"),
+    "duplicate_response": Kind("the same text, or token_ids without text, twice", "keep error drop", "response"),
+    "truncated": Kind("finish_reason is length: the response has no EOS", "keep error drop", "response"),
+    "no_expert": Kind("no response of the group is an expert's", "keep error drop"),
+    "equal_rewards": Kind("all rewards are equal: the group has no advantage", "keep error drop"),
     "expert_wrong": Kind(
-        "the verifier judged an expert response wrong",
-        KEEP,
-        (ERROR, DROP, FIX, KEEP),
-        "response",
-        "set its reward to 1",
+        "the verifier judged an expert response wrong", "keep error drop fix", "response", "set its reward to 1"
     ),
-    "long_prompt": Kind("the prompt has more tokens than max_prompt_tokens", ERROR, (ERROR, DROP)),
+    "long_prompt": Kind("the prompt has more tokens than max_prompt_tokens", "error drop"),
     "long_response": Kind(
-        "a response has more tokens than max_response_tokens",
-        ERROR,
-        (ERROR, DROP, FIX),
-        "response",
-        "cut it, without EOS",
+        "a response has more tokens than max_response_tokens", "error drop fix", "response", "cut it, without EOS"
     ),
     "special_tokens": Kind(
         "a text spells a special token (EOS, a second BOS, a role marker, ...), or token_ids hold one; "
         "drop of a prompt drops its group",
-        ERROR,
-        (ERROR, DROP, FIX, KEEP),
+        "error drop fix keep",
         "response",
         "a prompt loses it, a response loses a final EOS and the rest becomes ordinary text, in place of such "
         "token_ids too; keep: encode as special tokens",
     ),
-    "template_failed": Kind(
-        "the chat template cannot render this prompt, its tools or its kwargs", ERROR, (ERROR, DROP)
-    ),
-    "lost_prompt": Kind("the chat template leaves out text of the prompt", ERROR, (ERROR, DROP, KEEP)),
+    "template_failed": Kind("the chat template cannot render this prompt, its tools or its kwargs", "error drop"),
+    "lost_prompt": Kind("the chat template leaves out text of the prompt", "error drop keep"),
     "bad_template": Kind(
-        "the chat template ignores add_generation_prompt, or has a byte-order mark", ERROR, (ERROR, KEEP), "nothing"
+        "the chat template ignores add_generation_prompt, or has a byte-order mark", "error keep", "nothing"
     ),
     "turn_end": Kind(
-        "the chat template ends turns with another token than the tokenizer's EOS", ERROR, (ERROR, KEEP), "nothing"
+        "the chat template ends turns with another token than the tokenizer's EOS", "error keep", "nothing"
     ),
     "tokenizer_class": Kind(
-        "the class that transformers chose gives other tokens than tokenizer.json", ERROR, (ERROR, KEEP), "nothing"
+        "the class that transformers chose gives other tokens than tokenizer.json", "error keep", "nothing"
     ),
     "thoughts_twice": Kind(
         "the rendered prompt opens thoughts and the response opens them again",
-        ERROR,
-        (ERROR, DROP, FIX, KEEP),
+        "error drop fix keep",
         "response",
         "the response loses its opening tag",
     ),
     "thoughts_open": Kind(
-        "the rendered prompt opens thoughts, which a finished response never closes",
-        ERROR,
-        (ERROR, DROP, KEEP),
-        "response",
+        "the rendered prompt opens thoughts, which a finished response never closes", "error drop keep", "response"
     ),
     "other_rendering": Kind(
         "the response was sampled after a prompt with other tools or template kwargs, or, of source self, with "
         "another template or tokenizer",
-        ERROR,
-        (ERROR, DROP, KEEP),
+        "error drop keep",
         "response",
     ),
     "bad_token_ids": Kind(
         "token_ids outside of the vocabulary, or with BOS or EOS inside",
-        ERROR,
-        (ERROR, DROP, FIX),
+        "error drop fix",
         "response",
         "tokenize the text instead, without log-probs",
     ),
     "bad_logprobs": Kind(
         "logprobs do not match token_ids one to one, have none, or are not finite and <= 0",
-        ERROR,
-        (ERROR, DROP, FIX),
+        "error drop fix",
         "response",
         "leave them out",
     ),
     "foreign_rendering": Kind(
-        "an expert's or teacher's prompt was rendered by another template or tokenizer",
-        KEEP,
-        (ERROR, DROP, KEEP),
-        "response",
+        "an expert's or teacher's prompt was rendered by another template or tokenizer", "keep error drop", "response"
     ),
     "unverified_rendering": Kind(
         "of source self, from a chat server whose template is not known and which gave no prompt_token_ids",
-        KEEP,
-        (ERROR, DROP, KEEP),
+        "keep error drop",
         "response",
     ),
     "mismatched_token_ids": Kind(
         "token_ids spell something else than the text: the text is tokenized, log-probs are left out",
-        KEEP,
-        (ERROR, DROP, KEEP),
+        "keep error drop",
         "response",
     ),
     "foreign_token_ids": Kind(
         "token_ids of another or an unknown tokenizer: the text is tokenized, log-probs are left out",
-        KEEP,
-        (ERROR, DROP, KEEP),
+        "keep error drop",
         "response",
     ),
 }
-DEFAULT_POLICIES: dict[str, str] = {name: kind.default for name, kind in KINDS.items()}
+DEFAULT_POLICIES: dict[str, str] = {name: kind.ways.partition(" ")[0] for name, kind in KINDS.items()}
 _ALIASES = {"truncate": FIX}  # `long_response=truncate` reads better than `fix`
 
 
@@ -249,7 +224,7 @@ def describe_kinds() -> str:
     """Table of kinds, choices (default first) and meanings for ``--help``."""
     rows = []
     for name, kind in KINDS.items():
-        choices = "|".join([kind.default, *(c for c in kind.choices if c != kind.default)])
+        choices = kind.ways.replace(" ", "|")
         fix = f"; fix: {kind.fix}" if kind.fix else ""
         rows.append(f"  {name:20} {choices:22} {kind.meaning} (drops the {kind.drops}{fix})")
     return "\n".join(rows)
