@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_gft.batch import Groups, StepLoader, StepPrefetcher, open_groups
+from megatron_gft.batch import Groups, StepLoader, open_groups
 from megatron_gft.checkpoints.checkpointer import Checkpointer, RunState, load_weights
 from megatron_gft.checkpoints.history import find_checkpoint, list_checkpoints, newest_checkpoint
 from megatron_gft.checkpoints.starts import DATA_KEYS, Changes, check_same_function, keep_config
@@ -87,7 +87,7 @@ def build_trainer(
         scheduler=build_scheduler(optimizer, config.optimizer, total_steps, state.step),
         runner=StepRunner(chunks, parallel),
         loader=loader,
-        prefetcher=StepPrefetcher(loader, total_steps),
+        steps=loader.ahead(range(state.step, total_steps)),
         validation=StepLoader(valid_groups, config, shape, parallel, validation=True) if valid_groups else None,
         checkpointer=checkpointer,
         reporter=reporters[0] if reporters else None,

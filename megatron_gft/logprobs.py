@@ -5,6 +5,7 @@ pack the places of tokens in the file travel where log-probs do in training, so 
 parallelism treat both alike.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gft import __version__
-from megatron_gft.batch import StepLoader, StepPrefetcher, length_limits, open_groups
+from megatron_gft.batch import StepLoader, length_limits, open_groups
 from megatron_gft.checkpoints.verification import model_hash
 from megatron_gft.config import Config
 from megatron_gft.errors import InputError
@@ -129,25 +130,24 @@ def _write_shard(
         for pieces in opened:
             pieces.append(key, piece(start, values))
 
-    prefetcher = StepPrefetcher(loader, len(keys))
     try:
         missing = gather_results(begin)[0]
-        for key in ProgressBar(missing, prefix, unit="step", show=is_first and config.logging.progress_bar):
-            batch, packs = prefetcher.take(int(key))
-            first, last = (groups.locate(int(i))[1] for i in batch.groups[[0, -1]])
-            places = range(int(shard.response_starts[first]), int(shard.response_starts[last + 1]))
-            values, computed = runner.logprobs(packs, places)
-            if (bad := computed & ~np.isfinite(values)).any():
-                i = int(np.searchsorted(shard.response_starts, places[int(bad.argmax())], side="right")) - 1
-                raise InputError(
-                    f"{prefix} group {i} (id {shard.meta(i)['id']!r}): its log-probs are NaN or infinite, by "
-                    f"{made['source']} in {made['dtype']} -> model.precision=fp32, or other weights"
-                )
-            gather_results(partial(keep, key, places.start, values))
-            tokens += int(computed.sum())
+        with contextlib.closing(loader.ahead(map(int, missing))) as steps:
+            for key in ProgressBar(missing, prefix, unit="step", show=is_first and config.logging.progress_bar):
+                batch, packs = next(steps)
+                first, last = (groups.locate(int(i))[1] for i in batch.groups[[0, -1]])
+                places = range(int(shard.response_starts[first]), int(shard.response_starts[last + 1]))
+                values, computed = runner.logprobs(packs, places)
+                if (bad := computed & ~np.isfinite(values)).any():
+                    i = int(np.searchsorted(shard.response_starts, places[int(bad.argmax())], side="right")) - 1
+                    raise InputError(
+                        f"{prefix} group {i} (id {shard.meta(i)['id']!r}): its log-probs are NaN or infinite, by "
+                        f"{made['source']} in {made['dtype']} -> model.precision=fp32, or other weights"
+                    )
+                gather_results(partial(keep, key, places.start, values))
+                tokens += int(computed.sum())
         file = gather_results(lambda: [publish(prefix, name, made, pieces, keys) for pieces in opened])[0][0]
     finally:
-        prefetcher.close()
         for pieces in opened:
             pieces.close()
     seconds = time.perf_counter() - started

@@ -5,6 +5,7 @@ Nothing here imports torch before it is called: :class:`StopRequest` is made in 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import faulthandler
@@ -15,9 +16,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REQUEUE, InputError, shown
 from megatron_gft.launchers import find_launcher
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 REQUEUE_FILE = "GFT_REQUEUE_FILE"
+Value = TypeVar("Value")
 
 
 def meet(timeout_minutes: int, stop: StopRequest | None = None) -> dist.Store:
@@ -224,6 +226,18 @@ def process_exit_code(code: int) -> int:
         Path(os.environ[REQUEUE_FILE]).touch()
         return 0
     return code
+
+
+def prefetch(values: Iterable[Value], *begin: Any) -> Generator[Value, None, None]:
+    """Yield ``values``, making the next one in a thread while the caller works on the last; never two ahead. ``begin``
+    is what the thread calls first, and its arguments."""
+    iterator: Iterator[Any] = iter(values)
+    end: Any = object()
+    with concurrent.futures.ThreadPoolExecutor(1, "ahead", begin[0] if begin else None, begin[1:]) as thread:
+        following = thread.submit(next, iterator, end)
+        while (value := following.result()) is not end:
+            following = thread.submit(next, iterator, end)
+            yield value
 
 
 class Watchdog:

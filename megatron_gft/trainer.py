@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import Signals
@@ -14,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_gft.batch import StepBatch, StepLoader, StepPrefetcher
+from megatron_gft.batch import StepBatch, StepLoader
 from megatron_gft.checkpoints.checkpointer import Checkpointer, RunState
 from megatron_gft.config import Config
 from megatron_gft.conversion.convert import megatron_to_hf
@@ -47,7 +48,7 @@ class Trainer:
     scheduler: OptimizerParamScheduler
     runner: StepRunner
     loader: StepLoader
-    prefetcher: StepPrefetcher
+    steps: Generator[tuple[StepBatch, list[Pack]], None, None]
     validation: StepLoader | None
     checkpointer: Checkpointer
     reporter: Reporter | None
@@ -69,7 +70,7 @@ class Trainer:
         while self.state.step < self.total_steps:
             self.watchdog.doing(f"training step {self.state.step + 1}")
             started = time.perf_counter()
-            batch, packs = self.prefetcher.take(self.state.step)
+            batch, packs = next(self.steps)
             with traced(self.config.profile, self.state.step + 1, self.parallel.rank, self.output / "traces"):
                 outcome = self.step(batch, packs, time.perf_counter() - started)
             self.state = self._next_state(batch, outcome)
@@ -242,7 +243,7 @@ class Trainer:
 
     def close(self) -> None:
         """End background work; safe to call after a failure. Raises InputError as :meth:`Reporter.close` does."""
-        self.prefetcher.close()
+        self.steps.close()
         self.watchdog.stop()
         if self.reporter is not None:
             self.reporter.close()

@@ -18,7 +18,6 @@ from te_shaped import SPECS, build_rank
 from tiny_models import MODELS, MOE_MODELS, assert_same_tensors, build_gpt, hf_tensors, world_size, write_large_model
 
 from megatron_gft.checkpoints.compat import loadable_sharded_state_dict
-from megatron_gft.checkpoints.torch_dist import prefetch
 from megatron_gft.conversion import verify as hf_verify
 from megatron_gft.conversion.convert import hf_to_megatron, megatron_to_hf
 from megatron_gft.conversion.verify import verify_logits
@@ -26,6 +25,7 @@ from megatron_gft.errors import InputError
 from megatron_gft.hf import safetensors_io
 from megatron_gft.hf.files import read_source_record
 from megatron_gft.hf.weights import load_hf_weights
+from megatron_gft.runtime import prefetch
 from megatron_gft.tokenizer import tokenizer_fingerprint
 from tools import convert_checkpoint
 

@@ -24,8 +24,8 @@ def waits_of_a_step(model: str, output: str, *overrides: str) -> tuple[int, dict
     parallel = initialize_parallel(tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp)
     trainer = build_trainer(config, shape, parallel, device_run.RandomGroups(16, shape.vocab_size), None)
     counter = HostSyncs()
-    for step in range(2):
-        batch, packs = trainer.prefetcher.take(step)
+    for _ in range(2):
+        batch, packs = next(trainer.steps)
         counter.found.clear()
         with counter:
             trainer.step(batch, packs, 0.0)

@@ -8,7 +8,6 @@ Needs torch only: Megatron would cost a conversion seconds and 100 MB. One proce
 :func:`replace_results_queue` is about Megatron's own writer, which runs use.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import io
@@ -17,11 +16,11 @@ import os
 import pickle
 import queue
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +47,7 @@ from megatron_gft.checkpoints.pickles import read_metadata
 from megatron_gft.errors import InputError
 from megatron_gft.folders import check_folder
 from megatron_gft.hf.safetensors_io import row_chunks
+from megatron_gft.runtime import prefetch
 
 CHUNK_BYTES = 16 * 2**20
 """Of one stored chunk. The writer keeps the last chunk of every key until its file is closed."""
@@ -59,8 +59,6 @@ _MEGATRON_CONFIG = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -84,17 +82,6 @@ class StoredTensor:
     def sizes(self) -> tuple[int, ...]:
         axis = len(self.index)
         return (*([1] * axis), self.rows[1] - self.rows[0], *self.shape[axis + 1 :])
-
-
-def prefetch(values: Iterable[Value]) -> Generator[Value, None, None]:
-    """Yield ``values``, making the next one in a thread while the caller works on the last; never two ahead."""
-    iterator: Iterator[Any] = iter(values)
-    end: Any = object()
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, iterator, end)
-        while (value := following.result()) is not end:
-            following = thread.submit(next, iterator, end)
-            yield value
 
 
 class _StreamPlanner(DefaultSavePlanner):

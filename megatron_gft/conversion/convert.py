@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from megatron_gft.atomic import write_json
-from megatron_gft.checkpoints.torch_dist import CHUNK_BYTES, StoredTensor, TorchDistReader, prefetch, write_torch_dist
+from megatron_gft.checkpoints.torch_dist import CHUNK_BYTES, StoredTensor, TorchDistReader, write_torch_dist
 from megatron_gft.checkpoints.verification import verify_checkpoint, write_file_hashes
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.hf.files import (
@@ -53,6 +53,7 @@ from megatron_gft.hf.safetensors_io import (
 from megatron_gft.hf.shape import read_model_shape, shape_differences
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count, shared_directory
 from megatron_gft.progress import ProgressBar
+from megatron_gft.runtime import prefetch
 
 logger = logging.getLogger(__name__)
 
