@@ -20,7 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from ranks import run_ranks
 
 from megatron_gft.errors import InputError, InputErrors
-from megatron_gft.groups import SOURCES
+from megatron_gft.groups import SOURCES, GroupRecord, ResponseRecord
 from megatron_gft.shards import (
     GroupShard,
     GroupShardWriter,
@@ -30,7 +30,7 @@ from megatron_gft.shards import (
     verify_shards,
 )
 from megatron_gft.shards import manifest as manifests
-from megatron_gft.shards.encoded import EncodedGroups, GroupEncoder
+from megatron_gft.shards.encoded import EncodedGroups
 from megatron_gft.shards.manifest import ShardSet, file_entry, read_manifest, write_manifest
 from megatron_gft.shards.verification import verify_at_start
 
@@ -368,11 +368,12 @@ def test_a_group_outlives_its_shard(tmp_path):
 
 
 def test_select_keeps_whole_groups():
-    encoder = GroupEncoder()
+    encoded = []
     for i in range(3):
-        logprobs = [None, [-1.0 * i, -2]]
-        encoder.add([9, i], [[i, 2], [i, i, 2]], ["expert", "self"], [None, i], group_id=f"g{i}", logprobs=logprobs)
-    groups = encoder.take()
+        expert = ResponseRecord("", "expert", token_ids=[i, 2])
+        own = ResponseRecord("", "self", i, token_ids=[i, i, 2], logprobs=[-1.0 * i, -2])
+        encoded.append(([9, i], GroupRecord(f"g{i}", "", [expert, own])))
+    groups = EncodedGroups.of_groups(encoded)
     chosen = groups.select(np.array([True, False, True]))
     assert chosen.tokens.tolist() == [9, 0, 0, 2, 0, 0, 2, 9, 2, 2, 2, 2, 2, 2]
     assert chosen.group_sizes.tolist() == [3, 3] and nan_equal(chosen.rewards, [np.nan, 0, np.nan, 2])

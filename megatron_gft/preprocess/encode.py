@@ -27,7 +27,7 @@ from megatron_gft.groups.records import (
     recorded_rendering,
 )
 from megatron_gft.scoring.thoughts import opened_by, unfit_thoughts, without_opening
-from megatron_gft.shards.encoded import EncodedGroups, GroupEncoder
+from megatron_gft.shards.encoded import EncodedGroups
 from megatron_gft.tokenizer import Tokenizer
 
 LOGPROB_SLACK = 1e-3  # servers round: a log-prob may come out slightly above 0
@@ -92,25 +92,14 @@ class ChunkEncoder:
                 rendered.append(text)
         prompts = self.tokenizer.encode_batch(rendered)
         self._tokenize(waiting)
-        encoder, origins = GroupEncoder(), []
+        groups, origins = list[tuple[list[int], GroupRecord]](), list[GroupOrigin]()
         for (record, place, found), prompt in zip(pending, prompts, strict=True):
-            if not self._finish(record, prompt, found):
-                continue
-            responses, verifier = record.responses, record.meta.get("verifier")
-            encoder.add(
-                prompt,
-                [response.token_ids or [] for response in responses],
-                [response.source for response in responses],
-                [response.reward for response in responses],
-                group_id=record.id,
-                answer=record.answer,
-                outcomes=[response.outcome for response in responses],
-                models=[response.model for response in responses],
-                logprobs=[response.logprobs for response in responses],
-            )
-            judged_by = None if verifier is None else json.dumps(verifier, sort_keys=True)
-            origins.append(GroupOrigin(record.id, place, Counter(map(_lineage, responses)), judged_by))
-        return EncodedChunk(encoder.take(), origins, problems.take(), len(chunk))
+            if self._finish(record, prompt, found):
+                groups.append((prompt, record))
+                verifier = record.meta.get("verifier")
+                judged_by = None if verifier is None else json.dumps(verifier, sort_keys=True)
+                origins.append(GroupOrigin(record.id, place, Counter(map(_lineage, record.responses)), judged_by))
+        return EncodedChunk(EncodedGroups.of_groups(groups), origins, problems.take(), len(chunk))
 
     # --- before tokenizing ------------------------------------------------------------------------------------------
 

@@ -1,12 +1,14 @@
 """Groups as tokens: the batch form that goes from tokenizing to a shard. Numpy only, cheap to send to a process."""
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic_core import to_json
 
+from megatron_gft.groups import GroupRecord, ResponseRecord
 from megatron_gft.objectives import SOURCE_CODES, SOURCES
 
 PROMPT_MODE = -1  # mode of the prompt's sequence; a response has its source's code
@@ -40,6 +42,26 @@ class EncodedGroups:
     def __len__(self) -> int:
         return len(self.group_sizes)
 
+    @classmethod
+    def of_groups(cls, groups: Sequence[tuple[Sequence[int], GroupRecord]]) -> "EncodedGroups":
+        """Of prompts as tokens, and groups whose responses have their ``token_ids``; where these have fewer log-probs
+        (EOS has none) or none, they are unknown."""
+        responses = [response for _, record in groups for response in record.responses]
+        sequences, modes = list[Sequence[int]](), list[int]()
+        for prompt, record in groups:
+            sequences += [prompt, *(response.token_ids or () for response in record.responses)]
+            modes += [PROMPT_MODE, *(SOURCE_CODES[response.source] for response in record.responses)]
+        return cls(
+            np.array([*itertools.chain.from_iterable(sequences)], dtype=np.int32),
+            np.array([*map(len, sequences)], dtype=np.int32),
+            np.array(modes, dtype=np.int8),
+            np.array([1 + len(record.responses) for _, record in groups], dtype=np.int32),
+            np.array([np.nan if response.reward is None else response.reward for response in responses], np.float32),
+            [response.outcome for response in responses],
+            _known_logprobs(responses),
+            [_meta(record) for _, record in groups],
+        )
+
     def select(self, keep: np.ndarray) -> "EncodedGroups":
         """The groups where ``keep`` (bool [G]) is true."""
         of_sequence = np.repeat(keep, self.group_sizes)
@@ -58,74 +80,22 @@ class EncodedGroups:
         )
 
 
-@dataclass
-class GroupEncoder:
-    """Collects groups, then hands them over as :class:`EncodedGroups`."""
+def _known_logprobs(responses: Sequence[ResponseRecord]) -> np.ndarray | None:
+    """float32 [response tokens], NaN where unknown; None when none is known."""
+    if all(response.logprobs is None for response in responses):
+        return None
+    ends = np.cumsum([len(response.token_ids or ()) for response in responses]).tolist()
+    values = np.full(ends[-1], np.nan, dtype=np.float32)
+    for start, response in zip([0, *ends], responses, strict=False):
+        known = response.logprobs or []
+        values[start : start + len(known)] = known
+    return values
 
-    _tokens: list[int] = field(default_factory=list)
-    _lengths: list[int] = field(default_factory=list)
-    _modes: list[int] = field(default_factory=list)
-    _sizes: list[int] = field(default_factory=list)
-    _rewards: list[float] = field(default_factory=list)
-    _outcomes: list[str | None] = field(default_factory=list)
-    _logprobs: list[Sequence[float] | None] = field(default_factory=list)  # of each response
-    _metas: list[bytes] = field(default_factory=list)
 
-    def add(
-        self,
-        prompt: Sequence[int],
-        responses: Sequence[Sequence[int]],
-        sources: Sequence[str],
-        rewards: Sequence[float | None],
-        *,
-        group_id: str,
-        answer: str | None = None,
-        outcomes: Sequence[str | None] | None = None,
-        models: Sequence[str | None] | None = None,
-        logprobs: Sequence[Sequence[float] | None] | None = None,
-    ) -> None:
-        """Add one group of K responses; ``logprobs[k]`` has at most one float per token, the rest is unknown (EOS)."""
-        self._tokens.extend(prompt)
-        self._lengths.append(len(prompt))
-        self._modes.append(PROMPT_MODE)
-        for response in responses:
-            self._tokens.extend(response)
-            self._lengths.append(len(response))
-        self._logprobs.extend(logprobs or [None] * len(responses))
-        self._modes.extend(SOURCE_CODES[source] for source in sources)
-        self._sizes.append(1 + len(responses))
-        self._rewards.extend(np.nan if reward is None else reward for reward in rewards)
-        self._outcomes.extend(outcomes or [None] * len(responses))
-        meta: dict[str, Any] = {"id": group_id, "answer": answer}
-        if models is not None and any(model is not None for model in models):
-            meta["models"] = list(models)
-        self._metas.append(to_json(meta))
-
-    def take(self) -> EncodedGroups:
-        """All groups that were added."""
-        return EncodedGroups(
-            np.array(self._tokens, dtype=np.int32),
-            np.array(self._lengths, dtype=np.int32),
-            np.array(self._modes, dtype=np.int8),
-            np.array(self._sizes, dtype=np.int32),
-            np.array(self._rewards, dtype=np.float32),
-            self._outcomes,
-            self._known_logprobs(),
-            self._metas,
-        )
-
-    def _known_logprobs(self) -> np.ndarray | None:
-        """float32 [response tokens], NaN where unknown; None when none is known."""
-        if all(known is None for known in self._logprobs):
-            return None
-        lengths = [n for n, mode in zip(self._lengths, self._modes, strict=True) if mode != PROMPT_MODE]
-        values = np.full(sum(lengths), np.nan, dtype=np.float32)
-        start = 0
-        for length, known in zip(lengths, self._logprobs, strict=True):
-            if known is not None:
-                values[start : start + len(known)] = known
-            start += length
-        return values
+def _meta(record: GroupRecord) -> bytes:
+    models = [response.model for response in record.responses]
+    meta: dict[str, Any] = {"id": record.id, "answer": record.answer}
+    return to_json(meta if all(model is None for model in models) else meta | {"models": models})
 
 
 def sequence_counts(lengths: np.ndarray, modes: np.ndarray, starts: np.ndarray) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from megatron_gft.groups import SOURCES
 from megatron_gft.shards.encoded import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups, sequence_counts
 from megatron_gft.shards.manifest import ShardManifest, check_files, read_manifest
 
-_ID = re.compile(rb'{"id":("(?:[^"\\]|\\.)*"),"answer":')  # in a group's JSON as GroupEncoder writes it
+_ID = re.compile(rb'{"id":("(?:[^"\\]|\\.)*"),"answer":')  # in a group's JSON as EncodedGroups has it
 
 
 @dataclass(frozen=True, slots=True, eq=False)

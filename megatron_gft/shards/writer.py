@@ -14,6 +14,7 @@ Files of a shard ``PREFIX``, all immutable:
 import contextlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,8 +24,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 import megatron_gft
 from megatron_gft.atomic import fsync_path, temporary_name
 from megatron_gft.errors import InputError
+from megatron_gft.groups import GroupRecord, ResponseRecord
 from megatron_gft.objectives import SOURCES
-from megatron_gft.shards.encoded import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups, GroupEncoder, sequence_counts
+from megatron_gft.shards.encoded import PROMPT_MODE, UNKNOWN_OUTCOME, EncodedGroups, sequence_counts
 from megatron_gft.shards.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -110,11 +112,27 @@ class GroupShardWriter:
     def _path(self, suffix: str) -> str:
         return str(self._folder / f"{self.prefix.name}{suffix}")
 
-    def add_group(self, *group: Any, **optional: Any) -> None:
-        """Add one group, given as to :meth:`GroupEncoder.add`."""
-        encoder = GroupEncoder()
-        encoder.add(*group, **optional)
-        self.add(encoder.take())
+    def add_group(
+        self,
+        prompt: Sequence[int],
+        responses: Sequence[list[int]],
+        sources: Sequence[str],
+        rewards: Sequence[float | None],
+        *,
+        group_id: str,
+        answer: str | None = None,
+        outcomes: Sequence[str | None] | None = None,
+        models: Sequence[str | None] | None = None,
+        logprobs: Sequence[list[float] | None] | None = None,
+    ) -> None:
+        """Add one group of K responses; ``logprobs[k]`` has at most one float per token, the rest is unknown (EOS)."""
+        none = [None] * len(responses)
+        columns = zip(sources, rewards, outcomes or none, models or none, responses, logprobs or none, strict=True)
+        records = [
+            ResponseRecord("", source, reward, outcome, model=model, token_ids=ids, logprobs=known)
+            for source, reward, outcome, model, ids, known in columns
+        ]
+        self.add(EncodedGroups.of_groups([(prompt, GroupRecord(group_id, "", records, answer))]))
 
     def add(self, groups: EncodedGroups) -> None:
         """Add many groups. Tokens go to the disk at once; Megatron's builder keeps only the index."""
