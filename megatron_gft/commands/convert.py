@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_gft.commands.numbers import number
+from megatron_gft.commands.numbers import number, tool_parser
 from megatron_gft.errors import command
 from megatron_gft.hf.shape import DTYPES
 
@@ -22,9 +22,7 @@ The output appears whole or not at all. Every tensor of it is read back and comp
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     to_megatron = commands.add_parser("hf-to-megatron", help="Hugging Face folder to Megatron checkpoint")
     to_megatron.add_argument("--hf", required=True, help="folder with config.json and safetensors")

@@ -1,13 +1,10 @@
 """Evaluate a Hugging Face folder on problems with known answers: accuracy, pass@k, log-prob of reference answers."""
 
-from __future__ import annotations
-
 import argparse
-import os
 
 from megatron_gft.atomic import check_output
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
-from megatron_gft.commands.numbers import count
+from megatron_gft.commands.numbers import add_verifier, count, taken, tool_parser
 from megatron_gft.errors import TRUST_HELP, command
 
 EPILOG = """example:
@@ -17,9 +14,7 @@ EPILOG = """example:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--problems", nargs="+", required=True, help="JSONL, parquet, group file, dataset folder")
     parser.add_argument("--output", help="write the result as JSON")
@@ -29,8 +24,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--answer-column", help="gold answer (default: answer)")
     parser.add_argument("--reference-column", help="worked solution (default: solution, or answer with ####)")
     parser.add_argument("--prompt-template", help="text with {prompt} in it, put around every prompt")
-    parser.add_argument("--no-greedy", action="store_true", help="no greedy accuracy")
-    parser.add_argument("--no-reference", action="store_true", help="no log-probs of reference answers")
+    parser.add_argument("--no-greedy", dest="greedy", action="store_false", help="no greedy accuracy")
+    reference_help = "no log-probs of reference answers"
+    parser.add_argument("--no-reference", dest="reference_logprobs", action="store_false", help=reference_help)
     parser.add_argument("--samples", type=count(0, 10**6), default=0, help="of a problem, for pass@k (default none)")
     parser.add_argument("--pass-at", type=count(), nargs="+", default=[1], help="the k of pass@k (default 1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples (default %(default)s)")
@@ -44,10 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat-template", help="template file, or none for raw text; default: the folder's own")
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     parser.add_argument("--template-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=TEMPLATE_KWARGS_HELP)
-    parser.add_argument("--verifier", default="math", help="name or module:function (default %(default)s)")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the verifier")
-    parser.add_argument("--workers", type=count(high=1024), default=os.cpu_count() or 1, help="of the verifier")
-    parser.add_argument("--time-limit", type=float, default=10.0, help="of the verifier, seconds per response")
+    add_verifier(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
@@ -65,26 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_gft.sampling.prompts import PromptColumns, PromptSet
     from megatron_gft.scoring.judging import ScoringOptions, key_values
 
-    scoring = ScoringOptions(
-        verifier=options.verifier,
-        verifier_options=key_values(options.option, "--option"),
-        workers=options.workers,
-        time_limit=options.time_limit,
-    )
-    measured = EvaluationOptions(
-        greedy=not options.no_greedy,
-        samples=options.samples,
+    measured = taken(
+        EvaluationOptions,
+        options,
         pass_at=tuple(options.pass_at),
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_tokens=options.max_tokens,
         stop=tuple(options.stop),
-        seed=options.seed,
-        batch_size=options.batch_size,
-        reference_logprobs=not options.no_reference,
-        reference_column=options.reference_column,
         template_kwargs=template_kwargs(options.template_kwargs),
-        scoring=scoring,
+        scoring=taken(ScoringOptions, options, verifier_options=key_values(options.option, "--option")),
     )
     columns = PromptColumns(options.prompt_column, options.answer_column, template=options.prompt_template)
     result = evaluate(

@@ -1,9 +1,7 @@
 """Make a group file: expert answers from columns, teacher and self responses sampled from models."""
 
-import argparse
-
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
-from megatron_gft.commands.numbers import count
+from megatron_gft.commands.numbers import count, tool_parser
 from megatron_gft.errors import command, shown
 
 EPILOG = """examples:
@@ -23,9 +21,7 @@ SETTLED_HELP = "scored group files: leave out prompts whose self responses are a
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("--input", nargs="+", required=True, help="JSONL, parquet, or Hugging Face dataset folder")
     parser.add_argument("--output", required=True, help="group file: .jsonl or .jsonl.gz")
     parser.add_argument("--source", action="append", default=[], help='"kind=... key=value ...", once per source')

@@ -1,9 +1,9 @@
 """Make a group file out of rows that others stored: lists, ratings, pairs, or one row a response."""
 
-import argparse
 from pathlib import Path
 from typing import get_origin
 
+from megatron_gft.commands.numbers import tool_parser
 from megatron_gft.errors import InputError, command
 
 EPILOG = """examples:
@@ -26,9 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_gft.groups.importing import import_groups
     from megatron_gft.groups.mapping import Mapping, Responses, load_mapping
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL, JSON or parquet, or globs")
     parser.add_argument("--output", required=True, help="group file: .jsonl or .jsonl.gz; must not exist")
     parser.add_argument("--mapping", metavar="NAME|FILE", help="where things are in a row")

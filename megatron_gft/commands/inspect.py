@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 
 from megatron_gft.atomic import atomic_file, check_output, writing
-from megatron_gft.commands.numbers import count
+from megatron_gft.commands.numbers import count, tool_parser
 from megatron_gft.errors import TRUST_HELP, InputError, command
 
 WHOLE_GROUPS = 3  # that a page opens with
@@ -22,9 +22,7 @@ EXAMPLES = """examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("inputs", nargs="+", metavar="PREFIX|FILE", help="shard prefixes, or group files; globs too")
     parser.add_argument("--tokenizer", help="to show groups, and to measure group files in tokens")
     parser.add_argument("--chat-template", metavar="FILE|none", help="for group files; default: the tokenizer's own")

@@ -1,17 +1,42 @@
 """What several command lines take: configuration files, and numbers within bounds, else exit code 2 and the option."""
 
 import argparse
+import dataclasses
 import math
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 MANY = 10**9
 """More than anything that a user counts; beyond are typing errors, which would run for years or out of memory."""
 
 
+Kind = TypeVar("Kind")
+
+
+def tool_parser(**options: Any) -> argparse.ArgumentParser:
+    """Shows its texts as they are written; ``options`` are argparse's."""
+    return argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+def taken(kind: type[Kind], options: argparse.Namespace, **others: Any) -> Kind:
+    """The dataclass ``kind`` of those options that are called as its fields, and of ``others``."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in vars(options).items() if name in names} | others)
+
+
+def add_verifier(parser: argparse.ArgumentParser) -> None:
+    """What judges responses, and its limits."""
+    parser.add_argument("--verifier", default="math", help="name or module:function (default %(default)s)")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the verifier")
+    workers, cores = "processes of the verifier (default %(default)s)", os.cpu_count() or 1
+    parser.add_argument("--workers", type=count(high=1024), default=cores, help=workers)
+    parser.add_argument("--time-limit", type=float, default=10.0, help="seconds per response (default %(default)s)")
+
+
 def config_parser(**options: Any) -> argparse.ArgumentParser:
     """Reads ``--config FILE ... [section.key=value ...]``; ``options`` are argparse's."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    parser = tool_parser(**options)
     help_of_files = "YAML file; later files win, key by key"
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help=help_of_files)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override single keys")

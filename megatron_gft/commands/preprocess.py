@@ -6,7 +6,7 @@ import os
 import sys
 
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
-from megatron_gft.commands.numbers import count
+from megatron_gft.commands.numbers import count, taken, tool_parser
 from megatron_gft.errors import TRUST_HELP, InputError, command
 from megatron_gft.groups.problems import describe_kinds, parse_policies
 
@@ -31,20 +31,16 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES + describe_kinds(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="group files (.jsonl, .jsonl.gz, .parquet) or globs"
-    )
+    parser = tool_parser(description=__doc__, epilog=EXAMPLES + describe_kinds())
+    files_help = "group files (.jsonl, .jsonl.gz, .parquet) or globs"
+    parser.add_argument("--input", dest="inputs", nargs="+", required=True, metavar="FILE", help=files_help)
     parser.add_argument("--tokenizer", required=True, help="Hugging Face folder or SentencePiece .model")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="shards become P, P-00001, ...")
     parser.add_argument("--chat-template", metavar="FILE|none", help="default: the tokenizer's own; none = raw text")
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     parser.add_argument("--template-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=TEMPLATE_KWARGS_HELP)
-    parser.add_argument("--no-bos", action="store_true", help="with --chat-template none: no BOS before a prompt")
+    no_bos_help = "with --chat-template none: no BOS before a prompt"
+    parser.add_argument("--no-bos", dest="add_bos", action="store_const", const=False, help=no_bos_help)
     parser.add_argument("--model", help="Hugging Face folder of the model: its vocabulary must hold the tokenizer")
     parser.add_argument(
         "--workers", type=count(high=1024), default=1, metavar="N", help="processes (default %(default)s)"
@@ -77,22 +73,12 @@ def main(argv: list[str] | None = None) -> int:
         import transformers.models.auto.tokenization_auto  # noqa: F401  # what reading it will import
     gc.enable()
     summary = preprocess(
-        PreprocessOptions(
-            inputs=arguments.input,
-            tokenizer=arguments.tokenizer,
-            output_prefix=arguments.output_prefix,
-            chat_template=arguments.chat_template,
+        taken(
+            PreprocessOptions,
+            arguments,
             template_kwargs=template_kwargs(arguments.template_kwargs),
-            add_bos=False if arguments.no_bos else None,
-            trust_remote_code=arguments.trust_remote_code,
-            model=arguments.model,
-            workers=arguments.workers,
             policies=policies,
-            max_prompt_tokens=arguments.max_prompt_tokens,
-            max_response_tokens=arguments.max_response_tokens,
-            append=arguments.append,
             part=part,
-            max_groups_per_shard=arguments.max_groups_per_shard,
             max_bytes_per_shard=arguments.max_mib_per_shard << 20,
         ),
         progress=not arguments.quiet,

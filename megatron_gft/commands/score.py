@@ -1,11 +1,6 @@
 """Judge the responses of group files: writes a new group file with a reward and an outcome for each response."""
 
-from __future__ import annotations
-
-import argparse
-import os
-
-from megatron_gft.commands.numbers import count
+from megatron_gft.commands.numbers import add_verifier, taken, tool_parser
 from megatron_gft.errors import InputError, command
 
 EPILOG = """examples:
@@ -34,19 +29,12 @@ def reward_values(settings: list[str]) -> dict[str, float | None]:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("--input", nargs="+", required=True, help="group files")
     parser.add_argument("--output", required=True, help="group file to write")
-    parser.add_argument("--verifier", default="math", help="name or module:function (default %(default)s)")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the verifier")
+    add_verifier(parser)
     parser.add_argument("--reward", action="append", default=[], metavar="OUTCOME=VALUE", help="e.g. wrong=-1")
     parser.add_argument("--missing-answer", choices=("error", "null"), default="error", help=MISSING_HELP)
-    parser.add_argument(
-        "--workers", type=count(high=1024), default=os.cpu_count() or 1, help="processes (default %(default)s)"
-    )
-    parser.add_argument("--time-limit", type=float, default=10.0, help="seconds per response (default %(default)s)")
     parser.add_argument("--memory-limit", type=float, default=8.0, help="GiB per worker (default %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
@@ -55,14 +43,12 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_gft.scoring.judging import ScoringOptions, key_values
     from megatron_gft.scoring.score import score_group_file
 
-    scoring = ScoringOptions(
-        verifier=options.verifier,
+    scoring = taken(
+        ScoringOptions,
+        options,
         verifier_options=key_values(options.option, "--option"),
-        workers=options.workers,
-        time_limit=options.time_limit,
         memory_limit_gib=options.memory_limit,
         rewards=reward_values(options.reward),
-        missing_answer=options.missing_answer,
     )
     summary = score_group_file(expand_inputs(options.input), options.output, scoring, progress=not options.quiet)
     print(f"{options.output}: {summary.groups} groups, {summary.responses} responses\n{summary.table()}")
