@@ -16,7 +16,7 @@ import torch
 
 from megatron_gft.config import Config, ObjectiveConfig
 from megatron_gft.dataset import GroupSplit, LengthLimits, build_group_datasets
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, refuse
 from megatron_gft.gft import group_advantages, response_weights
 from megatron_gft.group_order import step_groups, steps_per_epoch
 from megatron_gft.hf.shape import ModelShape
@@ -131,16 +131,14 @@ def _check_logprob_files(config: Config, shards: Sequence[GroupShard]) -> None:
         if name not in shard.manifest.logprob_files
         and (read := [source for source in sources if shard.manifest.counts.by_source.get(source)])
     ]
-    if lacking:
-        raise InputErrors(f"shards without log-probs that the objective reads -> {MAKE_LOGPROBS}", lacking)
+    refuse(f"shards without log-probs that the objective reads -> {MAKE_LOGPROBS}", lacking)
     tempered = [
         f"{shard.prefix}: {row['source']} responses, temperature {row['sampling']['temperature']}"
         for shard in shards
         for row in (shard.manifest.provenance.get("responses", []) if shard.names[0] == "sampled" else [])
         if row["source"] in config.q_sources and (row["sampling"] or {}).get("temperature", 1) != 1
     ]
-    if tempered:
-        raise InputErrors(f"q of samples is known at temperature 1 only -> sample at 1, or {MAKE_LOGPROBS}", tempered)
+    refuse(f"q of samples is known at temperature 1 only -> sample at 1, or {MAKE_LOGPROBS}", tempered)
 
 
 class StepLoader:

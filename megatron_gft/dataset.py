@@ -25,7 +25,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatr
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, refuse
 from megatron_gft.shards import Group, GroupShard, GroupTable, check_sets, expand_shards
 from megatron_gft.shards.limited import LengthLimits, LimitedCounts, LimitedGroups
 from megatron_gft.shards.verification import check_repeated_groups
@@ -218,8 +218,7 @@ def _open_entries(
             problems.append(
                 f"{shard.prefix}: has token id {shard.manifest.counts.max_token_id}, the model has {vocab_size} ids"
             )
-    if problems:
-        raise InputErrors("shards do not fit the model -> preprocess again with the model's tokenizer", problems)
+    refuse("shards do not fit the model -> preprocess again with the model's tokenizer", problems)
     return entries
 
 
@@ -303,8 +302,7 @@ def _build(
                 dropped = groups.limited.dropped_groups
                 after = f" ({dropped} more were dropped as over-long)" if dropped else ""
                 problems.append(f"{name}: no group of {len(groups)}{after} for {kind.name}")
-    if problems:
-        raise InputErrors(f"data.split: {split!r} leaves splits empty -> give them a larger share, or 0", problems)
+    refuse(f"data.split: {split!r} leaves splits empty -> give them a larger share, or 0", problems)
     wanted = sizes if weights is not None else [None] * len(sizes)
     built = BlendedMegatronDatasetBuilder(GroupDataset, wanted, lambda: True, config).build()
     return dict(zip(GroupDatasets._fields, built[:2], strict=True))

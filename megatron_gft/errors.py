@@ -37,6 +37,12 @@ class InputErrors(InputError):
         return type(self), (self.heading, self.problems, self.shown)
 
 
+def refuse(heading: str, problems: Iterable[str], shown: int | None = None) -> None:
+    """Raise :class:`InputErrors` of the problems, if there are any."""
+    if problems := list(problems):
+        raise InputErrors(heading, problems, shown)
+
+
 def shown(text: str, secrets: Iterable[str] = ()) -> str:
     """Text of others for a terminal: control characters are spelled, ``secrets`` and passwords in urls starred out."""
     for secret in sorted(secrets, key=len, reverse=True):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 from pydantic import Field
 
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, refuse
 from megatron_gft.reading import absence, lfs_hint, read_json, read_text, wrong_values
 
 MODEL_FILES = tuple("*.json *.jinja *.model *.tiktoken *.txt *.safetensors *.bin *.py *chat_templates".split())
@@ -42,8 +42,7 @@ def check_folder(folder: Path, patterns: Iterable[str]) -> None:
     """Raise InputErrors for links out of the folder, FIFOs, devices and sockets among what matches, and below it."""
     found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     special = (path for match in found for path in _files(match) if path.is_symlink() or not path.is_file())
-    if problems := list(filter(None, (file_problem(path, folder) for path in special))):
-        raise InputErrors(f"{folder}: holds what is not read", problems)
+    refuse(f"{folder}: holds what is not read", filter(None, (file_problem(path, folder) for path in special)))
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from megatron_gft.balancing import Balancer, Item, cost, tokens
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, refuse
 from megatron_gft.hf.shape import ModelShape
 
 Packing = Literal["packed", "shared_prefix", "auto"]
@@ -195,8 +195,7 @@ class _Segments:
             for item in items
             if item.tokens > capacity
         )
-        if problems:
-            raise InputErrors("step plan", problems)
+        refuse("step plan", problems)
         return items
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_gft.config import Config, ParallelConfig
-from megatron_gft.errors import InputErrors
+from megatron_gft.errors import refuse
 from megatron_gft.hf.shape import ModelShape, shape_problems
 from megatron_gft.objectives import SOURCES, by_source
 from megatron_gft.reading import absence
@@ -36,8 +36,7 @@ def check(config: Config, shape: ModelShape, world_size: int, *, training: bool 
         *_model(config, training),
         *_run(config, world_size, training),
     ]
-    if problems:
-        raise InputErrors("configuration", problems)
+    refuse("configuration", problems)
 
 
 def _world_size(config: Config, shape: ModelShape, world_size: int) -> Iterator[str]:

@@ -38,7 +38,7 @@ from megatron_gft.checkpoints.starts import CONFIG_FILE
 from megatron_gft.checkpoints.torch_dist import replace_results_queue
 from megatron_gft.checkpoints.verification import describe_files, verify_checkpoint
 from megatron_gft.config import Config
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, refuse
 from megatron_gft.hf.files import MODEL_FILES_FOLDER, ModelFiles
 from megatron_gft.hf.safetensors_io import refuse_nonfinite
 from megatron_gft.hf.shared_folder import gather_results
@@ -280,8 +280,8 @@ def _load(path: Path, state: dict[str, Any], chunks: list[torch.nn.Module], para
     """What ``state`` asks for; the weights in it are put into the chunks."""
     state = loadable_sharded_state_dict(state, path)
     asked = set().union(*gather_results(lambda: asked_for(state)))
-    if problems := set(misfits(asked, path, unwrap(chunks[0]).shape.vocab_size)):
-        raise InputErrors(f"{path}: its tensors are not those of this model", sorted(problems), shown=12)
+    problems = set(misfits(asked, path, unwrap(chunks[0]).shape.vocab_size))
+    refuse(f"{path}: its tensors are not those of this model", sorted(problems), shown=12)
     try:
         reading = get_default_load_sharded_strategy(str(path))
         strategy = FullyParallelLoadStrategyWrapper(reading, parallel.dp_cp_group)

@@ -1,5 +1,6 @@
 """Whether a checkpoint's files are what was written: the one check on every way in (resume, init_from, conversion)."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 
 from megatron_gft.atomic import fsync_path, sha256_file, sha256_json, write_json
 from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, FileFacts, Files, find_damage, newest_checkpoint
-from megatron_gft.errors import InputErrors
+from megatron_gft.errors import refuse
 from megatron_gft.hf.files import HASHED_SINCE, read_source_record
 from megatron_gft.hf.safetensors_io import SafetensorsFolder
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count
@@ -66,8 +67,7 @@ def verify_checkpoint(path: Path, remedy: str = "restore these files, or take an
     """
     rank, count = process_rank_and_count()
     found = gather_results(lambda: _damages(path, rank, count))
-    if problems := list(dict.fromkeys(problem for share in found for problem in share)):
-        raise InputErrors(f"{path}: damaged -> {remedy}", problems)
+    refuse(f"{path}: damaged -> {remedy}", dict.fromkeys(itertools.chain(*found)))
     read_json(path / "metadata.json", "use another checkpoint", CheckpointingConfig)
 
 

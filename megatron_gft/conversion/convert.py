@@ -25,7 +25,7 @@ import torch
 from megatron_gft.atomic import write_json
 from megatron_gft.checkpoints.torch_dist import CHUNK_BYTES, StoredTensor, TorchDistReader, write_torch_dist
 from megatron_gft.checkpoints.verification import verify_checkpoint, write_file_hashes
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, refuse
 from megatron_gft.hf.files import (
     MODEL_FILES_FOLDER,
     SOURCE_FILE,
@@ -183,8 +183,7 @@ def _check_one_dtype_per_key(hf_dir: Path, entries: Sequence[Entry], layouts: La
         for key, kinds in found.items()
         if len(kinds) > 1
     ]
-    if problems:
-        raise InputErrors(f"{hf_dir}: a Megatron tensor holds one dtype", problems)
+    refuse(f"{hf_dir}: a Megatron tensor holds one dtype", problems)
 
 
 def stored_shape(mapping: HfMapping, entry: Entry) -> tuple[int, ...]:
@@ -313,8 +312,10 @@ def _model_files(checkpoint: Path, hf_dir: str | Path | None) -> Path:
         raise InputError(f"{folder}: no config.json -> name the Hugging Face folder of this model with --hf")
     if folder != (own := checkpoint / MODEL_FILES_FOLDER) and (own / "config.json").is_file():
         differences = shape_differences(read_model_shape(folder), read_model_shape(own))
-        if problems := [f"{key}: {given!r}, {stored!r} by {own}" for key, (given, stored) in differences.items()]:
-            raise InputErrors(f"--hf {folder}: not the config.json of this model -> leave --hf out", problems)
+        refuse(
+            f"--hf {folder}: not the config.json of this model -> leave --hf out",
+            [f"{key}: {given!r}, {stored!r} by {own}" for key, (given, stored) in differences.items()],
+        )
     return folder
 
 
@@ -373,6 +374,5 @@ def locate_entries(reader: TorchDistReader, mapping: HfMapping) -> dict[str, tup
         for key in reader.tensors
         if key.startswith(_MODEL_KEYS) and key not in used and not key.endswith("_extra_state")
     ]
-    if problems:
-        raise InputErrors(f"{reader.folder}: does not fit config.json", sorted(set(problems)), shown=12)
+    refuse(f"{reader.folder}: does not fit config.json", sorted(set(problems)), shown=12)
     return places

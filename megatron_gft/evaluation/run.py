@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_gft import __version__
 from megatron_gft.chat_template import TemplateOptions
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, refuse
 from megatron_gft.evaluation.intervals import mean_interval, pass_at_k_summary, ratio_interval, wilson_interval
 from megatron_gft.groups import cell
 from megatron_gft.progress import ProgressBar
@@ -96,8 +96,7 @@ class EvaluationOptions:
             needs: self.samples and not (self.pass_at and all(1 <= k <= self.samples for k in self.pass_at)),
             "nothing to measure -> greedy, samples or reference_logprobs": not (self.judges or self.reference_logprobs),
         }
-        if found := [problem for problem, is_so in problems.items() if is_so]:
-            raise InputErrors("evaluation", found)
+        refuse("evaluation", [problem for problem, is_so in problems.items() if is_so])
 
     @property
     def judges(self) -> bool:
@@ -164,8 +163,7 @@ def _prepare(
             pool = stack.enter_context(VerifierPool(options.scoring))
         except InputError as error:
             found.append(str(error))
-    if found:
-        raise InputErrors("cannot begin", found)
+    refuse("cannot begin", found)
     return rows, pool
 
 
@@ -225,8 +223,7 @@ class _Responses:
             for row in self.rows
             if (problem := encode_prompt(tokenizer, row.prompt, longest, self.options.of_row(row))[1]) is not None
         )
-        if shown := list(itertools.islice(problems, SHOWN_PROBLEMS)):
-            raise InputErrors("problems that the model cannot be asked", shown)
+        refuse("problems that the model cannot be asked", itertools.islice(problems, SHOWN_PROBLEMS))
 
     def judged(self, name: str, params: SamplingParams, count: int) -> tuple[list[Verdict], list[Sample]]:
         """``count`` responses for each problem and their verdicts, in the problems' order."""

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO, cast
 
 from megatron_gft.atomic import atomic_file, check_output
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, refuse
 from megatron_gft.groups.problems import ERROR, ProblemLog
 from megatron_gft.groups.records import GroupRecord, parse_group, record_to_json
 from megatron_gft.groups.rows import RawChunk, iter_rows
@@ -239,8 +239,7 @@ def refuse_problems(problems: ProblemLog) -> None:
     """Forget the findings so far, unless some are errors: these are raised, and no policy is named, as only
     preprocessing has any."""
     errors = [problem for problem in problems.take() if problem.action == ERROR]
-    if errors:
-        raise InputErrors("bad rows -> correct or remove them", [str(problem) for problem in errors])
+    refuse("bad rows -> correct or remove them", [str(problem) for problem in errors])
 
 
 def output_problems(path: str | Path) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_file, working_folder, write_json, writing
-from megatron_gft.errors import InputErrors
+from megatron_gft.errors import InputErrors, refuse
 from megatron_gft.groups.files import output_problems, read_all, refuse_problems, write_group_file
 from megatron_gft.groups.mapping import Dropped, Mapping, Part, RowReader
 from megatron_gft.groups.problems import DROP, KEEP, KINDS, ProblemLog
@@ -85,8 +85,7 @@ def import_groups(
     summary_file = output.with_name(output.name + ".summary.json")
     there = [path for path in (output, summary_file) if path.exists()]
     problems = output_problems(output) + [f"{path}: exists -> remove it, or choose another output" for path in there]
-    if problems:
-        raise InputErrors("cannot begin", problems)
+    refuse("cannot begin", problems)
     summary = ImportSummary(str(output), mapping.model_dump(mode="json"), list(inputs))
     with writing(output), working_folder(output) as folder:
         parts = _parts(inputs, mapping, summary, progress)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_gft.errors import InputErrors, nearest
+from megatron_gft.errors import InputErrors, nearest, refuse
 
 ERROR, DROP, FIX, KEEP = "error", "drop", "fix", "keep"
 Found = Callable[..., str]  # notes a problem of one group; see ProblemLog.of_group
@@ -194,8 +194,7 @@ def parse_policies(settings: Sequence[str]) -> dict[str, str]:
             wrong.append(f"{name}={policy!r} -> set one of {', '.join(KINDS[name].choices)}")
         else:
             policies[name] = policy
-    if wrong:
-        raise InputErrors("bad policies", wrong)
+    refuse("bad policies", wrong)
     return policies
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, refuse
 from megatron_gft.folders import ConfigKeys, Strict, check_folder, typed
 from megatron_gft.hf.families import FAMILIES
 from megatron_gft.reading import absence, read_json
@@ -95,6 +95,6 @@ def check_config(model: str | os.PathLike) -> dict[str, Any]:
     """
     values, problems = read_config(model), list[str]()
     typed(ConfigJson if values.get("model_type") in FAMILIES else ConfigKeys, values, problems)
-    if problems := [one for one in problems if not one.endswith("is missing -> add it")]:  # it has a default
-        raise InputErrors(str(config_file(model)), problems)
+    # What is missing has a default.
+    refuse(str(config_file(model)), [one for one in problems if not one.endswith("is missing -> add it")])
     return values

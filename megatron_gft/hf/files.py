@@ -13,7 +13,7 @@ import torch
 
 from megatron_gft import __version__
 from megatron_gft.atomic import sha256_json
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, refuse
 from megatron_gft.folders import check_folder, refuse_damage
 from megatron_gft.hf.config_json import read_config
 from megatron_gft.hf.mapping import HfMapping, Shard
@@ -172,8 +172,7 @@ def compare_hashes(place: Path | str, expected: Mapping[str, str], found: Mappin
         for name in expected.keys() & found.keys()
         if expected[name] != found[name]
     ]
-    if problems:
-        raise InputErrors(f"{place}: verification failed -> check the disk and convert again", sorted(problems))
+    refuse(f"{place}: verification failed -> check the disk and convert again", sorted(problems))
 
 
 def source_record(hf_dir: Path, hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, refuse
 from megatron_gft.folders import check_folder, is_inner_name
 from megatron_gft.reading import absence, lfs_hint, read_json
 
@@ -69,8 +69,7 @@ class SafetensorsFolder:
         index = self._read_index() if files is None else None
         if files is None:
             files = [SINGLE_NAME] if index is None else sorted(set(index.values()))
-        if problems := [problem for file in files for problem in self._add_file(file, index)]:
-            raise InputErrors(str(self.folder), problems, shown=12)
+        refuse(str(self.folder), [problem for file in files for problem in self._add_file(file, index)], shown=12)
 
     def _read_index(self) -> dict[str, str] | None:
         path = self.folder / INDEX_NAME

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, refuse
 from megatron_gft.folders import typed
 from megatron_gft.hf.config_json import ConfigJson, Rope, config_file, read_config
 from megatron_gft.hf.families import FAMILIES, Family
@@ -126,8 +126,7 @@ def model_shape_from_config(values: Mapping[str, Any], place: str) -> ModelShape
     theta, scaling_factor, interpolation_factor = _rope(config, family, problems)
     experts, topk = _experts(config, family, problems)
     window = _window(config, family, problems)
-    if problems:
-        raise InputErrors(place, problems)
+    refuse(place, problems)
     renormalizes = family.norm_topk_prob if config.norm_topk_prob is None else config.norm_topk_prob
     return ModelShape(
         architecture=family.architecture,

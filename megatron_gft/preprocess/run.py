@@ -25,7 +25,7 @@ from pydantic_core import to_json
 
 import megatron_gft
 from megatron_gft.atomic import check_output, sha256_json, writing
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, refuse
 from megatron_gft.groups import BYTES_PER_CHUNK, RawChunk, expand_inputs, read_all
 from megatron_gft.groups.problems import DEFAULT_POLICIES, FIX, Problem, ProblemLog, problem_table, raise_errors
 from megatron_gft.groups.records import id_digest
@@ -160,8 +160,7 @@ def _check_options(options: PreprocessOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             problems.append(f"{name}={value} -> at least 1")
-    if problems:
-        raise InputErrors("bad options", problems)
+    refuse("bad options", problems)
 
 
 def _prefix_problems(prefix: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_gft.config import Section, load_config
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, refuse
 from megatron_gft.reading import absence
 from megatron_gft.sampling.sources import load_sources
 
@@ -98,8 +98,7 @@ class RoundsConfig(Section):
 
     def check(self, names: Mapping[str, str]) -> None:
         """Raise InputErrors with all that can be known before the first stage; ``names`` are the first round's."""
-        if problems := [*self._problems(names), *self._training(names), *self._files(names)]:
-            raise InputErrors("rounds", problems)
+        refuse("rounds", [*self._problems(names), *self._training(names), *self._files(names)])
 
     def _problems(self, names: Mapping[str, str]) -> Iterator[str]:
         if self.evaluate and not self.problems.held_out:

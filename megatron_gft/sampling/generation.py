@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_gft.atomic import sha256_file, write_json, writing
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, refuse
 from megatron_gft.groups import output_problems, write_group_file
 from megatron_gft.groups.records import GroupRecord, ResponseRecord
 from megatron_gft.journal import Journal
@@ -66,8 +66,7 @@ class GenerationRun:
                 problems.extend(itertools.islice(check, SHOWN_PROBLEMS))
             except InputError as error:
                 problems += error.problems if isinstance(error, InputErrors) else [str(error)]
-        if problems:
-            raise InputErrors("cannot begin", problems)
+        refuse("cannot begin", problems)
 
     @property
     def _sampled(self) -> list[SampledResponses]:
@@ -143,12 +142,11 @@ class GenerationRun:
                 changed = sorted(k for k in before.keys() | identity.keys() if before.get(k) != identity.get(k))
                 was = ", ".join(f"{k}={before.get(k)!r} (now {identity.get(k)!r})" for k in changed)
                 problems.append(f"source {responses.source.name}: {was}")
-        if problems:
-            raise InputErrors(
-                f"{journal.path} was begun with other settings -> go back to them, give the source another name, "
-                "or choose another output",
-                problems,
-            )
+        refuse(
+            f"{journal.path} was begun with other settings -> go back to them, give the source another name, "
+            "or choose another output",
+            problems,
+        )
 
     def _sample(self, journal: Journal, progress: bool) -> list[SampleFailure]:
         """Fill the journal; servers are asked side by side, models in this process one after the other."""

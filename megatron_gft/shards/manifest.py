@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 import pydantic
 
 from megatron_gft.atomic import atomic_file, sha256_file, sha256_json
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, refuse
 from megatron_gft.folders import file_problem as link_problem
 from megatron_gft.folders import is_inner_name
 from megatron_gft.reading import read_json
@@ -332,8 +332,7 @@ def _check_parts(pattern: str, prefixes: Sequence[str]) -> None:
         if missing := [i for i in absent if not empty_part_path(f"{prefix}-part{i:05d}-of-{count:05d}").exists()]:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             problems.append(f"{prefix}: {len(parts)} of {count} parts, missing {shown}")
-    if problems:
-        raise InputErrors(f"{pattern}: parts of shards are missing -> make them, or name each part to use", problems)
+    refuse(f"{pattern}: parts of shards are missing -> make them, or name each part to use", problems)
 
 
 def check_sets(shards: Iterable[tuple[str, ShardManifest]]) -> None:
@@ -343,8 +342,7 @@ def check_sets(shards: Iterable[tuple[str, ShardManifest]]) -> None:
         InputErrors: names each incomplete set; or parts (``--part I/N``) that are not of the same input.
     """
     shards = list(shards)
-    if problems := incomplete_sets(shards):
-        raise InputErrors("incomplete sets of shards -> name them all, e.g. PREFIX*", problems)
+    refuse("incomplete sets of shards -> name them all, e.g. PREFIX*", incomplete_sets(shards))
     # Parts share the rows of one input: of two inputs, some rows would be in no part. What was appended is apart.
     seen: dict[str, dict[str, str]] = {}
     for prefix, manifest in shards:
@@ -352,8 +350,10 @@ def check_sets(shards: Iterable[tuple[str, ShardManifest]]) -> None:
         if part and "input_set" in manifest.provenance:
             of_all = prefix[: part.start()] + part[0].partition("-of-")[2]
             seen.setdefault(of_all, {}).setdefault(manifest.provenance["input_set"], prefix)
-    if mixed := [" and ".join(prefixes.values()) for prefixes in seen.values() if len(prefixes) > 1]:
-        raise InputErrors("parts of different inputs: rows may be missing -> make all parts with the same input", mixed)
+    refuse(
+        "parts of different inputs: rows may be missing -> make all parts with the same input",
+        [" and ".join(prefixes.values()) for prefixes in seen.values() if len(prefixes) > 1],
+    )
 
 
 def incomplete_sets(shards: Iterable[tuple[str, ShardManifest]]) -> list[str]:

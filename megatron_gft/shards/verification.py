@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_gft.atomic import write_json
-from megatron_gft.errors import InputError, InputErrors
+from megatron_gft.errors import InputError, InputErrors, refuse
 from megatron_gft.hf.shared_folder import gather_results, process_rank_and_count
 from megatron_gft.progress import ProgressBar, total_bytes
 from megatron_gft.reading import read_json
@@ -99,8 +99,7 @@ def verify_shards(prefixes: Iterable[str | Path]) -> None:
                 if file_problem(Path(prefix).with_name(name), manifest.files[name], contents=False) is None:
                     problems += _problems(_blocks(prefix, manifest, name), bar)
     problems += incomplete_sets(shards)
-    if problems:
-        raise InputErrors(f"damaged or incomplete shards -> {_REMEDY}", problems)
+    refuse(f"damaged or incomplete shards -> {_REMEDY}", problems)
 
 
 def _problems(blocks: Iterable[_Block], bar: ProgressBar) -> list[str]:
@@ -137,8 +136,7 @@ def verify_at_start(shards: Sequence[GroupShard], stamps: Path) -> None:
     size = sum(block.bytes for block in mine)
     with ProgressBar(None, "verifying shards", total=size, unit="B", show=rank == 0) as bar:
         found = gather_results(lambda: _problems(mine, bar))
-    if problems := sorted(set(itertools.chain(*found))):
-        raise InputErrors(f"damaged shards -> {_REMEDY}", problems)
+    refuse(f"damaged shards -> {_REMEDY}", sorted(set(itertools.chain(*found))))
     if rank == 0 and (new := set(itertools.chain(*marks))) - known:
         with contextlib.suppress(OSError):  # the next start reads them again
             write_json(stamps, sorted(new))
