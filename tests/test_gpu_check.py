@@ -1,13 +1,20 @@
 """``tools/gpu_check.py`` without a GPU: every part runs, a failing one hides nothing, and time ends it with a table."""
 
+import argparse
 import json
 import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
+
+import gpu_numbers
+import torch
 
 from tools import gpu_check
+from tools.bench import one_gpu
 
 TOOL = Path(gpu_check.__file__)
 
@@ -89,3 +96,35 @@ def test_what_is_missing_comes_from_wheels_or_is_named(tmp_path, monkeypatch, ca
     monkeypatch.setattr(gpu_check, "_check", lambda options: __import__("lost_two"))
     assert gpu_check.main([]) == 2
     assert "No module named 'lost_two' -> WHEELS=DIR" in capsys.readouterr().err
+
+
+def test_torchs_notice_of_its_debug_mode_is_no_wait(monkeypatch):
+    notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    monkeypatch.setattr(one_gpu, "ON_GPU", True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: warnings.warn(notice, stacklevel=1))
+    places = one_gpu.waiting_places(lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1))
+    assert places.total() == 1 and "test_gpu_check.py" in next(iter(places))
+
+
+def test_a_span_over_kernels_does_not_fill_the_gaps_between_them():
+    def event(start, end, annotation=False, kind=torch.autograd.DeviceType.CPU):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(time_range=span, device_type=kind, is_user_annotation=annotation)
+
+    kernels = [event(0, 10), event(5, 20), event(60, 100)]
+    others = [event(0, 100, annotation=True), event(0, 100, kind=torch.autograd.DeviceType.CUDA)]
+    assert one_gpu.idle_share(others + kernels) == 0.4
+
+
+def test_a_part_that_takes_the_timer_does_not_disarm_the_check(tmp_path, monkeypatch):
+    """A trainer's watchdog is the same timer of C, and is stopped at its end."""
+    armed = []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(gpu_check.threading, "Timer", lambda *_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(gpu_check.faulthandler, "dump_traceback_later", lambda s, exit: armed.append((s, exit)))
+    monkeypatch.setattr(gpu_numbers, "PARTS", {"resume": dict, "save": dict})
+    monkeypatch.setattr(one_gpu, "PARTS", {})
+    options = argparse.Namespace(output=tmp_path / "check.json", seconds=1e6, only=None, dry_run=True)
+    assert gpu_check._check(options) == 0
+    assert len(armed) == 2 and all(20 < seconds <= 1e6 + 20 and leaves for seconds, leaves in armed)

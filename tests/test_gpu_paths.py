@@ -1,11 +1,17 @@
 """What only a GPU runs, as far as a CPU can show it."""
 
+import contextlib
+import weakref
+
 import megatron.core.optimizer as optimizers
 import pytest
 import torch
 from megatron.core.optimizer import distrib_optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_gft import cpu
+from tools.bench import head
 
 
 def test_a_gpu_without_transformer_engine_takes_the_same_adam(monkeypatch):
@@ -37,3 +43,45 @@ def test_adam_is_torchs_own_step_by_step(monkeypatch, fused):
         runs.append(weights)
     for ours, theirs in zip(*runs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0 if not fused else 1e-6, atol=0 if not fused else 1e-7)
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes that tensors hold and held at most, as the allocator of a GPU counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.held = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
+            if storage._cdata not in self.held:
+                self.held[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.release, storage._cdata)
+        return out
+
+    def release(self, storage):
+        self.now -= self.held.pop(storage)
+
+    def reset(self):
+        self.most = self.now
+        return self.now
+
+
+@pytest.mark.parametrize("variant", ["fused", "fused_main_grad"])
+def test_peak_of_the_head_in_bf16_is_one_chunk_of_logits(monkeypatch, variant):
+    """Not the gradient that autograd makes of the weight's later: here twice a chunk, and as it is in Megatron."""
+    allocated = Allocated()
+    monkeypatch.setattr(head.HeadShape, "dtype", torch.bfloat16)
+    monkeypatch.setattr(head, "reset_peak", allocated.reset)
+    monkeypatch.setattr(head, "peak", lambda: allocated.most)
+    monkeypatch.setattr(head, "single_rank", contextlib.nullcontext)
+    shape = head.HeadShape(tokens=64, vocab=65536, hidden=64, chunk_tokens=32)
+    with allocated:
+        found = head.measure_memory(shape, variant)
+    # on a CPU blocks of the eager passes, and of the product in half precision, come on top
+    assert 1 <= found["extra_bytes"] / shape.chunk_bytes <= 1.75
+    assert found["peak_bytes"] - found["gradient_bytes"] >= 2 * shape.chunk_bytes

@@ -127,7 +127,6 @@ def _check(options: argparse.Namespace) -> int:
     watchdog = threading.Timer(options.seconds - (time.monotonic() - STARTED), give_up)
     watchdog.daemon = True
     watchdog.start()
-    faulthandler.dump_traceback_later(options.seconds + 20, exit=True)  # C code may hold the lock that a thread needs
     from megatron_gft import cpu
 
     cpu.install()
@@ -141,6 +140,8 @@ def _check(options: argparse.Namespace) -> int:
     report.goals = gpu_numbers.GOALS | (one_gpu.GOALS if torch.cuda.is_available() else {})
     parts = gpu_numbers.PARTS | one_gpu.PARTS
     for name in options.only or parts:
+        # C code may hold the lock that the watchdog needs. Again each time: a trainer's watchdog takes this timer.
+        faulthandler.dump_traceback_later(max(options.seconds - (time.monotonic() - STARTED), 0) + 20, exit=True)
         report.run(name, parts[name])
         gc.collect()
         torch.cuda.empty_cache()

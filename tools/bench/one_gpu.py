@@ -6,7 +6,7 @@ On a CPU each runs with tiny sizes and proves only itself. Results are JSON-able
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,28 +56,38 @@ def waits() -> dict[str, Any]:
             bench.step(prepared.pop(), batch.denominator)
 
         run()
-        warn = torch.cuda.set_sync_debug_mode if ON_GPU else str
-        with warnings.catch_warnings(record=True, action="always") as caught:
-            warn("warn")
-            run()
-            warn("default")
-        found = [w for w in caught if "synchroniz" in str(w.message)]
-        places = Counter(f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in found)
+        places = waiting_places(run)
         kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * ON_GPU]
         with torch.profiler.profile(activities=kinds) as profiler:
             run()
             torch.cuda.synchronize()
     events = profiler.events() or []
     calls = Counter(e.name for e in events if e.name.startswith("cuda") and ("Sync" in e.name or "Memcpy" in e.name))
-    on_device = torch.autograd.DeviceType.CUDA if ON_GPU else torch.autograd.DeviceType.CPU
-    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == on_device)
+    counts = {"waits of a step": places.total(), "microbatches": microbatches, "idle share": idle_share(events)}
+    return counts | {"places": dict(places), "calls": dict(calls)}
+
+
+def waiting_places(run: Callable[[], None]) -> Counter[str]:
+    """Where the host waits for the device in ``run``, by torch's warnings; one more says that they miss some."""
+    warn = torch.cuda.set_sync_debug_mode if ON_GPU else str
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        warn("warn")
+        run()
+        warn("default")
+    found = [w for w in caught if "called a synchronizing" in str(w.message)]
+    return Counter(f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in found)
+
+
+def idle_share(events: Iterable[Any]) -> float:
+    """Share of the time between the first and the last kernel in which the device ran none."""
+    kind = torch.autograd.DeviceType.CUDA if ON_GPU else torch.autograd.DeviceType.CPU
+    ran = [e.time_range for e in events if e.device_type == kind and not e.is_user_annotation]  # those span kernels
+    spans = sorted((span.start, span.end) for span in ran)
     busy, end = 0.0, spans[0][0]
     for start, stop in spans:
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    idle = 1 - busy / max(end - spans[0][0], 1e-9)
-    counts = {"waits of a step": places.total(), "microbatches": microbatches, "idle share": idle}
-    return counts | {"places": dict(places), "calls": dict(calls)}
+    return 1 - busy / max(end - spans[0][0], 1e-9)
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
