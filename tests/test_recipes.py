@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from test_planning import lognormal_groups
 from test_train_cli import train_command, write_shard
 from tiny_models import write_tiny_tokenizer
 
 from megatron_gft.config import load_config
 from megatron_gft.hf.mapping import parameter_count
 from megatron_gft.hf.shape import read_model_shape
+from megatron_gft.planning import FlopModel, plan_step
 from megatron_gft.validation import check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +79,36 @@ def test_recipe_loads_and_is_sound(recipe):
         assert config.model.config == str(Path(recipe).parent)
         check(config, read_model_shape(config.model.config), world_size(recipe), training=False)
     assert config.model.fp8 == "tensorwise"
+
+
+# Transformer Engine's utils.py, assert_dim_for_fp8_exec (2.9: line 438, 2.14.1: 479), called with what a rank holds before
+# the gather of sequence parallelism (module/layernorm_linear.py 2.9: 150, 2.14.1: 159); is_quantizable of the quantizer
+# (2.9: tensor/mxfp8_tensor.py 78, tensor/float8_blockwise_tensor.py 203); cuBLAS takes what is gathered by 16.
+HELD = {"tensorwise": 8, "delayed": 8, "mxfp8": 32, "blockwise": 128}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_transformer_engine_takes_every_pack_in_fp8(recipe):
+    for kind, held in HELD.items():
+        config = load_config([recipe, FP8], [f"model.fp8={kind}"])
+        p, (alignment, multiple) = config.parallel, config.row_multiples
+        shape = read_model_shape(config.model.config)
+        dp = min(world_size(recipe) // (p.tp * p.pp * p.cp), 4)
+        lengths = lognormal_groups((150, 0.5, 20, 600), (700, 0.6, 20, 1500), 8 * dp)
+        plan = plan_step(
+            lengths,
+            dp,
+            config.data.max_tokens_per_pack,
+            packing=config.data.packing,
+            flop_model=FlopModel.from_shape(shape),
+            packs_multiple_of=p.pp if p.vpp else 1,
+            pad_multiple=multiple,
+            alignment=alignment,
+        )
+        rows = {pack.tokens for rank in plan.packs for pack in rank}
+        shares = p.tp if p.sequence_parallel else 1
+        assert len(rows) > 1 and not any(count % (p.cp * shares * held) or count % (p.cp * 16) for count in rows), kind
+        assert shape.hidden_size % held == 0
 
 
 @pytest.mark.slow  # plans of every recipe; test_plan.py plans some
