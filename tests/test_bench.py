@@ -92,6 +92,16 @@ def test_timing_runs_every_implementation_of_the_head():
     assert all(value > 0 for value in result["ratios"].values())
 
 
+def test_another_implementation_that_fails_hides_nothing(monkeypatch):
+    def broken(self):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(head.Workload, "megatron_fused", broken)
+    result = alone(head.head_time, head.HeadShape(tokens=32, vocab=128, hidden=16, chunk_tokens=8), repeats=2)
+    assert result["failed"] == {"megatron_fused": "RuntimeError: no compiler"}
+    assert "megatron_fused" not in result["runs"] and result["ratios"]["fused / megatron_unfused"] > 0
+
+
 # --- plans and data -------------------------------------------------------------------------------------------------
 
 

@@ -81,9 +81,9 @@ def test_recipe_loads_and_is_sound(recipe):
     assert config.model.fp8 == "tensorwise"
 
 
-# Transformer Engine's utils.py, assert_dim_for_fp8_exec (2.9: line 438, 2.14.1: 479), called with what a rank holds before
-# the gather of sequence parallelism (module/layernorm_linear.py 2.9: 150, 2.14.1: 159); is_quantizable of the quantizer
-# (2.9: tensor/mxfp8_tensor.py 78, tensor/float8_blockwise_tensor.py 203); cuBLAS takes what is gathered by 16.
+# Transformer Engine's utils.py, assert_dim_for_fp8_exec (2.9: line 438, 2.14.1: 479), called with what a rank holds
+# before the gather of sequence parallelism (module/layernorm_linear.py 2.9: 150, 2.14.1: 159); is_quantizable of the
+# quantizer (2.9: tensor/mxfp8_tensor.py 78, float8_blockwise_tensor.py 203); cuBLAS takes what is gathered by 16.
 HELD = {"tensorwise": 8, "delayed": 8, "mxfp8": 32, "blockwise": 128}
 
 

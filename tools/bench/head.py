@@ -199,7 +199,14 @@ def head_time(shape: HeadShape | None = None, *, repeats: int = 7) -> dict[str, 
     if torch.cuda.is_available():  # without a GPU the eager passes are those of "fused"
         runs["fused_eager"] = work.fused_eager
         runs |= {"liger": work.liger} if importlib.util.find_spec("liger_kernel") else {}
+    failed = {}
     with single_rank():
+        for name in ("torch_cross_entropy", "megatron_unfused", "megatron_fused", "liger"):
+            try:
+                runs.get(name, work.clear)()
+            except Exception as error:  # of others' kernels and compilers anything; ours is still worth measuring
+                failed[name] = f"{type(error).__name__}: {error}"
+                del runs[name]
         durations = interleaved_seconds(runs, repeats=repeats)
     result = summary(durations, "three_gemms")
     ratios = {"fused / three_gemms": result["fused"]["ratio_median"]}
@@ -212,6 +219,7 @@ def head_time(shape: HeadShape | None = None, *, repeats: int = 7) -> dict[str, 
         "dtype": str(shape.dtype),
         "repeats": repeats,
         "ratios": ratios,
+        "failed": failed,
         "runs": result,
     }
 
