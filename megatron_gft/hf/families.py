@@ -32,8 +32,9 @@ class Rule:
     sources: tuple[tuple[str, str], ...]
 
 
-def _rule(operation: Operation, *sources: tuple[str, str]) -> Rule:
-    return Rule(operation, sources)
+def _rule(operation: Operation, place: str, kind: str = "weight", /, **sources: str) -> Rule:
+    """Of the tensors ``place.NAME.kind``, given their names and shapes."""
+    return Rule(operation, tuple((f"{place}{name}.{kind}", shape) for name, shape in sources.items()))
 
 
 _ATTENTION, _MLP = "decoder.layers.{l}.self_attention.", "decoder.layers.{l}.mlp."
@@ -41,52 +42,33 @@ _HF_LAYER = "model.layers.{l}."
 _HF_ATTENTION, _HF_MLP = _HF_LAYER + "self_attn.", _HF_LAYER + "mlp."
 
 _TRUNK = {
-    "embedding.word_embeddings.weight": _rule("vocab", ("model.embed_tokens.weight", "v h")),
-    "output_layer.weight": _rule("vocab", ("lm_head.weight", "v h")),
-    "decoder.final_layernorm.weight": _rule("copy", ("model.norm.weight", "h")),
-    _ATTENTION + "linear_qkv.layer_norm_weight": _rule("copy", (_HF_LAYER + "input_layernorm.weight", "h")),
-    _ATTENTION + "linear_qkv.weight": _rule(
-        "qkv",
-        (_HF_ATTENTION + "q_proj.weight", "q h"),
-        (_HF_ATTENTION + "k_proj.weight", "k h"),
-        (_HF_ATTENTION + "v_proj.weight", "k h"),
-    ),
-    _ATTENTION + "linear_proj.weight": _rule("row", (_HF_ATTENTION + "o_proj.weight", "h q")),
+    "embedding.word_embeddings.weight": _rule("vocab", "model.", embed_tokens="v h"),
+    "output_layer.weight": _rule("vocab", "", lm_head="v h"),
+    "decoder.final_layernorm.weight": _rule("copy", "model.", norm="h"),
+    _ATTENTION + "linear_qkv.layer_norm_weight": _rule("copy", _HF_LAYER, input_layernorm="h"),
+    _ATTENTION + "linear_qkv.weight": _rule("qkv", _HF_ATTENTION, q_proj="q h", k_proj="k h", v_proj="k h"),
+    _ATTENTION + "linear_proj.weight": _rule("row", _HF_ATTENTION, o_proj="h q"),
 }
-_QKV_BIAS = {
-    _ATTENTION + "linear_qkv.bias": _rule(
-        "qkv",
-        (_HF_ATTENTION + "q_proj.bias", "q"),
-        (_HF_ATTENTION + "k_proj.bias", "k"),
-        (_HF_ATTENTION + "v_proj.bias", "k"),
-    )
-}
+_QKV_BIAS = {_ATTENTION + "linear_qkv.bias": _rule("qkv", _HF_ATTENTION, "bias", q_proj="q", k_proj="k", v_proj="k")}
 _QK_NORM = {
-    _ATTENTION + "q_layernorm.weight": _rule("copy", (_HF_ATTENTION + "q_norm.weight", "d")),
-    _ATTENTION + "k_layernorm.weight": _rule("copy", (_HF_ATTENTION + "k_norm.weight", "d")),
+    _ATTENTION + "q_layernorm.weight": _rule("copy", _HF_ATTENTION, q_norm="d"),
+    _ATTENTION + "k_layernorm.weight": _rule("copy", _HF_ATTENTION, k_norm="d"),
 }
 _DENSE_MLP = {
-    _MLP + "linear_fc1.layer_norm_weight": _rule("copy", (_HF_LAYER + "post_attention_layernorm.weight", "h")),
-    _MLP + "linear_fc1.weight": _rule(
-        "gated", (_HF_MLP + "gate_proj.weight", "f h"), (_HF_MLP + "up_proj.weight", "f h")
-    ),
-    _MLP + "linear_fc2.weight": _rule("row", (_HF_MLP + "down_proj.weight", "h f")),
+    _MLP + "linear_fc1.layer_norm_weight": _rule("copy", _HF_LAYER, post_attention_layernorm="h"),
+    _MLP + "linear_fc1.weight": _rule("gated", _HF_MLP, gate_proj="f h", up_proj="f h"),
+    _MLP + "linear_fc2.weight": _rule("row", _HF_MLP, down_proj="h f"),
 }
 
 
 def _moe_mlp(block: str, gate: str, up: str, down: str) -> dict[str, Rule]:
     """Router and experts under ``model.layers.{l}.<block>``, given the names of the three expert projections."""
-    prefix = f"{_HF_LAYER}{block}."
-    expert = prefix + "experts.{e}."
+    router, expert = f"{_HF_LAYER}{block}.", f"{_HF_LAYER}{block}.experts.{{e}}."
     return {
-        "decoder.layers.{l}.pre_mlp_layernorm.weight": _rule(
-            "copy", (_HF_LAYER + "post_attention_layernorm.weight", "h")
-        ),
-        _MLP + "router.weight": _rule("copy", (prefix + "gate.weight", "e h")),
-        _MLP + "experts.linear_fc1.weight{e}": _rule(
-            "gated", (f"{expert}{gate}.weight", "x h"), (f"{expert}{up}.weight", "x h")
-        ),
-        _MLP + "experts.linear_fc2.weight{e}": _rule("row", (f"{expert}{down}.weight", "h x")),
+        "decoder.layers.{l}.pre_mlp_layernorm.weight": _rule("copy", _HF_LAYER, post_attention_layernorm="h"),
+        _MLP + "router.weight": _rule("copy", router, gate="e h"),
+        _MLP + "experts.linear_fc1.weight{e}": _rule("gated", expert, **{gate: "x h", up: "x h"}),
+        _MLP + "experts.linear_fc2.weight{e}": _rule("row", expert, **{down: "h x"}),
     }
 
 
