@@ -90,8 +90,10 @@ def read_chunks(path: str | Path, rows_per_chunk: int = 256, *, part: int = 0, p
         for rows, fraction in batches:
             start = (part - (first_row - 1)) % parts
             if start < len(rows):
-                mine = rows if parts == 1 else _every(rows, start, parts)
-                yield RawChunk(path, first_row + start, mine, parts, fraction)
+                if parts > 1:
+                    chosen = range(start, len(rows), parts)
+                    mine = [rows[i] for i in chosen] if isinstance(rows, list) else rows.take(list(chosen))
+                yield RawChunk(path, first_row + start, mine if parts > 1 else rows, parts, fraction)
             first_row += len(rows)
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}) -> check the file") from error
@@ -113,10 +115,6 @@ def read_all(
             bar.n = before + int(size * chunk.read_fraction)
         before += size
         bar.n = before
-
-
-def _every(rows: Any, start: int, step: int) -> Any:
-    return rows[start::step] if isinstance(rows, list) else rows.take(list(range(start, len(rows), step)))
 
 
 def _line_batches(path: str, max_rows: int, max_bytes: int) -> Iterator[tuple[list[bytes], float]]:

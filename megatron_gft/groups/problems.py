@@ -203,14 +203,11 @@ def raise_errors(problems: Iterable[Problem], limit: int = 20) -> None:
     errors = [p for p in problems if p.action == ERROR]
     if not errors:
         return
-    lines = [f"{p} -> correct it, or set {p.kind}={_ways_out(p.kind)}" for p in errors[:limit]]
+    ways_out = {name: "|".join(choice for choice in kind.choices if choice != ERROR) for name, kind in KINDS.items()}
+    lines = [f"{p} -> correct it, or set {p.kind}={ways_out[p.kind]}" for p in errors[:limit]]
     if len(errors) > limit:
         lines.append(f"... and {len(errors) - limit} more")
     raise InputErrors("bad group data", lines)
-
-
-def _ways_out(kind: str) -> str:
-    return "|".join(choice for choice in KINDS[kind].choices if choice != ERROR)
 
 
 def report_lines(problems: Iterable[Problem]) -> str:

@@ -91,7 +91,10 @@ class ChunkEncoder:
                 pending.append((record, place, found))
                 rendered.append(text)
         prompts = self.tokenizer.encode_batch(rendered)
-        self._tokenize(waiting)
+        for parse_special, responses in waiting.items():
+            encoded = self.tokenizer.encode_responses([text for _, text in responses], parse_special)
+            for (response, _), ids in zip(responses, encoded, strict=True):
+                response.token_ids = ids
         groups, origins = list[tuple[list[int], GroupRecord]](), list[GroupOrigin]()
         for (record, place, found), prompt in zip(pending, prompts, strict=True):
             if self._finish(record, prompt, found):
@@ -249,13 +252,6 @@ class ChunkEncoder:
                 yield "mismatched_token_ids", f"token_ids spell {spelled[-40:]!r}, the text is {response.text[-40:]!r}"
 
     # --- after tokenizing -------------------------------------------------------------------------------------------
-
-    def _tokenize(self, waiting: _Waiting) -> None:
-        for parse_special, responses in waiting.items():
-            if responses:
-                encoded = self.tokenizer.encode_responses([text for _, text in responses], parse_special)
-                for (response, _), ids in zip(responses, encoded, strict=True):
-                    response.token_ids = ids
 
     def _finish(self, record: GroupRecord, prompt: list[int], found: Found) -> bool:
         """Give the responses EOS and hold them to the limits; whether the group stays."""

@@ -65,7 +65,8 @@ class Staging:
             self.done.append(self.next_prefix.name)
             self.next_chunk = state["next_chunk"]
         if not self.publishing:
-            self._clear(keep=self._files_of_done() | {"run.json"})
+            names = {"run.json", *(f"{name}.{kind}" for name in self.done for kind in ("json", "state", "report"))}
+            self._clear(names.union(*(read_manifest(self.folder / name).files for name in self.done)))
 
     @staticmethod
     def waits_to_publish(prefix: Path) -> bool:
@@ -98,12 +99,6 @@ class Staging:
         for path in self.folder.iterdir():
             if path.name not in keep and path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _files_of_done(self) -> set[str]:
-        names = set()
-        for name in self.done:
-            names |= {*read_manifest(self.folder / name).files, f"{name}.json", f"{name}.state", f"{name}.report"}
-        return names
 
     @property
     def next_prefix(self) -> Path:

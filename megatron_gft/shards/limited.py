@@ -38,11 +38,6 @@ class LengthLimits:
         room = np.full(len(prompt_lengths), longest, dtype=np.int64)
         return room if self.max_sequence_tokens is None else np.minimum(room, self.max_sequence_tokens - prompt_lengths)
 
-    def exceeded_in(self, shard: GroupShard) -> bool:
-        """Whether anything in the shard is over-long, by its manifest."""
-        counts = shard.manifest.counts
-        return any(getattr(counts, name) > limit for name, limit in self.given().items())
-
     def of_table(self, table: GroupTable) -> GroupTable:
         """The table of the same groups as they are after dropping or truncating responses."""
         room = np.repeat(self.room(table.prompt_lengths), table.response_counts)
@@ -88,7 +83,8 @@ class LimitedGroups:
 
     def __init__(self, shards: Sequence[GroupShard], limits: LengthLimits):
         self.shards, self.limited = [*shards], LimitedCounts()
-        exceeding = [limits.exceeded_in(shard) for shard in shards]
+        most = [vars(shard.manifest.counts) for shard in shards]
+        exceeding = [any(of[name] > limit for name, limit in limits.given().items()) for of in most]
         self._limits = limits if any(exceeding) else None  # None: nothing is over-long
         self._kept = [self._survey(s, limits) if bad else None for s, bad in zip(shards, exceeding, strict=True)]
         sizes = [len(s) if kept is None else len(kept) for s, kept in zip(shards, self._kept, strict=True)]
