@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import Signals
@@ -142,17 +142,12 @@ class Trainer:
                 return f"the gradient norm {grad_norm:.4g} is over {factor:g} times its running median {median:.4g}"
         return None
 
-    def _bad_packs(self, report: LossReport, packs: int) -> list[int]:
-        """This rank's microbatches to keep: those whose loss is not finite, or all when only the gradient is not.
-        One tensor rank of the last stage speaks for its replica."""
-        if not self.parallel.is_last_stage or self.parallel.tp_rank:
-            return []
-        return list(range(packs)) if math.isfinite(report.loss) else self.runner.nonfinite_packs()
-
     def _skip_or_stop(self, problem: str, report: LossReport, batch: StepBatch, packs: list[Pack]) -> None:
         """Keep the evidence of a step that was not finite, then stop or skip."""
         step = self.state.step + 1
-        culprits = self._bad_packs(report, len(packs))
+        culprits: Sequence[int] = []
+        if self.parallel.is_last_stage and self.parallel.tp_rank == 0:  # one rank speaks for its replica
+            culprits = range(len(packs)) if math.isfinite(report.loss) else self.runner.nonfinite_packs()
         folder = self.output / "nonfinite"
         for index in culprits:
             folder.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,9 @@ class LocalModel:
         chosen = getattr(torch, DTYPES[dtype]) if dtype else torch.float32 if self.device.type == "cpu" else "auto"
         self.model = _load_model(path, chosen, trust_remote_code).eval()
         self.model.to(self.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-        self.eos_ids = frozenset(_eos_ids(self.model)) | {self.tokenizer.eos_id}
+        configured = (self.model.generation_config or self.model.config).eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        self.eos_ids = frozenset(end for end in ends if end is not None) | {self.tokenizer.eos_id}
         config = self.model.config.get_text_config()
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 31)
         self.vocab_size: int = config.vocab_size
@@ -275,8 +277,3 @@ def _usable_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used ({reason}) -> set cpu, or cuda where there is one") from error
     return device
-
-
-def _eos_ids(model: PreTrainedModel) -> list[int]:
-    configured = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
-    return [] if configured is None else configured if isinstance(configured, list) else [configured]

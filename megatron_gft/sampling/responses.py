@@ -126,7 +126,8 @@ class SampledResponses:
             yield record
 
     def _record(self, sample: Sample, seed: int, rendering: dict[str, Any]) -> ResponseRecord:
-        text = _whole_characters(sample.text)
+        # A server's JSON may spell half of a surrogate pair, which no file can hold: U+FFFD in its place.
+        text = sample.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = sample.token_ids if text == sample.text else None  # else they spell something else now
         return ResponseRecord(
             text,
@@ -174,8 +175,3 @@ def _with_system(prompt: Prompt, system: str | None) -> Prompt:
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [{"role": "system", "content": system}, *messages]
-
-
-def _whole_characters(text: str) -> str:
-    """The text with U+FFFD for every half of a surrogate pair, which a server's JSON may spell and no file can hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -254,20 +254,18 @@ def load_sources(arguments: Sequence[str] = (), file: str | Path | None = None) 
     Raises:
         InputErrors: every unknown key (with the nearest), missing field and bad value.
     """
-    described = _read_file(file) if file is not None else []
+    described: list[Any] = []
+    if file is not None:
+        value = read_yaml(Path(file))
+        if set(value) != {"sources"} or not isinstance(value["sources"], list):
+            raise InputError(f"{file}: expected one key 'sources' with a list -> see --help")
+        described = value["sources"]
     described += [_read_argument(argument) for argument in arguments]
     try:
         sources = _Sources.model_validate({"sources": described}).sources
     except pydantic.ValidationError as error:
         raise InputErrors("sources", [_explain(problem) for problem in error.errors()]) from None
     return _with_names(sources)
-
-
-def _read_file(file: str | Path) -> list[Any]:
-    value = read_yaml(Path(file))
-    if set(value) != {"sources"} or not isinstance(value["sources"], list):
-        raise InputError(f"{file}: expected one key 'sources' with a list -> see --help")
-    return value["sources"]
 
 
 def _read_argument(argument: str) -> dict[str, Any]:
