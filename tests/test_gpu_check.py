@@ -14,7 +14,7 @@ import gpu_numbers
 import torch
 
 from tools import gpu_check
-from tools.bench import one_gpu
+from tools.bench import one_gpu, run
 
 TOOL = Path(gpu_check.__file__)
 
@@ -114,6 +114,11 @@ def test_a_span_over_kernels_does_not_fill_the_gaps_between_them():
     kernels = [event(0, 10), event(5, 20), event(60, 100)]
     others = [event(0, 100, annotation=True), event(0, 100, kind=torch.autograd.DeviceType.CUDA)]
     assert one_gpu.idle_share(others + kernels) == 0.4
+
+
+def test_a_machine_without_git_is_measured_all_the_same(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert run.commit() == "unknown"
 
 
 def test_a_part_that_takes_the_timer_does_not_disarm_the_check(tmp_path, monkeypatch):

@@ -7,10 +7,12 @@ import megatron.core.optimizer as optimizers
 import pytest
 import torch
 from megatron.core.optimizer import distrib_optimizer
+from test_batch import loader_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_gft import cpu
+from megatron_gft.pack_layout import CPU
 from tools.bench import head
 
 
@@ -85,3 +87,15 @@ def test_peak_of_the_head_in_bf16_is_one_chunk_of_logits(monkeypatch, variant):
     # on a CPU blocks of the eager passes, and of the product in half precision, come on top
     assert 1 <= found["extra_bytes"] / shape.chunk_bytes <= 1.75
     assert found["peak_bytes"] - found["gradient_bytes"] >= 2 * shape.chunk_bytes
+
+
+def test_packs_are_in_page_locked_memory_when_the_thread_hands_them_over(monkeypatch):
+    """All that a step sends, lengths and order of keys too: a copy of other memory would make the host wait."""
+    locked = set()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (locked.add(self.data_ptr()), self)[1])
+    loader = loader_of(["data.packing=shared_prefix"])
+    for pack in loader.packs(loader.batch(0)):
+        host = pack.layout.varlen(0, CPU)
+        tensors = [value for value in (*vars(pack).values(), *vars(host).values()) if isinstance(value, torch.Tensor)]
+        assert len(tensors) >= 10 and all(tensor.data_ptr() in locked for tensor in tensors)

@@ -47,11 +47,12 @@ def run_benchmarks(names: Sequence[str]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """What ``git describe`` calls this."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
+    """What ``git describe`` calls this; "unknown" in a copy without history, and where there is no git."""
+    command, options = ["git", "describe", "--always", "--dirty"], {"capture_output": True, "text": True}
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, **options).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
 
 
 @command
