@@ -1,7 +1,5 @@
 """The order of groups over steps and epochs. It does not depend on the layout at all."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

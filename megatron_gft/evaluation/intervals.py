@@ -1,7 +1,5 @@
 """Intervals of shares, means and ratios, and pass@k."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

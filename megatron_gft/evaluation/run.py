@@ -10,8 +10,6 @@ accuracy, the normal approximation over problems for pass@k and for log-probabil
 token that of a ratio (problems are the independent units, tokens are not).
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math
@@ -134,7 +132,7 @@ def evaluate(
             "options": asdict(options) | {"scoring": options.scoring.description() if options.judges else None},
         }
         if pool is not None:
-            result |= _judge(_Responses(model, rows, pool, options, progress))
+            result |= _Responses(model, rows, pool, options, progress).measured()
     if options.reference_logprobs:
         result["reference"] = _reference(model, rows, options, progress)
     return result
@@ -181,31 +179,6 @@ def _row_problems(row: PromptRow, options: EvaluationOptions) -> Iterator[str]:
             yield str(error)
 
 
-def _judge(responses: _Responses) -> dict[str, Any]:
-    """What is measured of judged responses: ``greedy``, ``sampled`` and ``pass_at_k``, as asked for."""
-    options, result = responses.options, dict[str, Any]()
-    responses.check_lengths()
-    params = SamplingParams(0.0, max_tokens=options.max_tokens, stop=options.stop)
-    if options.greedy:
-        verdicts, samples = responses.judged("greedy", params, 1)
-        correct = sum(verdict.outcome == "correct" for verdict in verdicts)
-        result["greedy"] = {
-            "accuracy": correct / len(verdicts),
-            "interval": wilson_interval(correct, len(verdicts)),
-            "correct": correct,
-            "by_problem": [verdict.outcome for verdict in verdicts],
-            **_outcomes(verdicts, samples),
-        }
-    if options.samples:
-        params = replace(params, temperature=options.temperature, top_p=options.top_p)
-        verdicts, samples = responses.judged("sampling", params, options.samples)
-        right = [verdict.outcome == "correct" for verdict in verdicts]
-        by_problem = [sum(right[i : i + options.samples]) for i in range(0, len(right), options.samples)]
-        result["sampled"] = _outcomes(verdicts, samples)
-        result["pass_at_k"] = {str(k): pass_at_k_summary(options.samples, by_problem, k) for k in options.pass_at}
-    return result
-
-
 @dataclass(frozen=True)
 class _Responses:
     """What makes judged responses of a model to problems."""
@@ -215,6 +188,30 @@ class _Responses:
     pool: VerifierPool
     options: EvaluationOptions
     progress: bool
+
+    def measured(self) -> dict[str, Any]:
+        """What is measured of judged responses: ``greedy``, ``sampled`` and ``pass_at_k``, as asked for."""
+        options, result = self.options, dict[str, Any]()
+        self.check_lengths()
+        params = SamplingParams(0.0, max_tokens=options.max_tokens, stop=options.stop)
+        if options.greedy:
+            verdicts, samples = self.judged("greedy", params, 1)
+            correct = sum(verdict.outcome == "correct" for verdict in verdicts)
+            result["greedy"] = {
+                "accuracy": correct / len(verdicts),
+                "interval": wilson_interval(correct, len(verdicts)),
+                "correct": correct,
+                "by_problem": [verdict.outcome for verdict in verdicts],
+                **_outcomes(verdicts, samples),
+            }
+        if options.samples:
+            params = replace(params, temperature=options.temperature, top_p=options.top_p)
+            verdicts, samples = self.judged("sampling", params, options.samples)
+            right = [verdict.outcome == "correct" for verdict in verdicts]
+            by_problem = [sum(right[i : i + options.samples]) for i in range(0, len(right), options.samples)]
+            result["sampled"] = _outcomes(verdicts, samples)
+            result["pass_at_k"] = {str(k): pass_at_k_summary(options.samples, by_problem, k) for k in options.pass_at}
+        return result
 
     def check_lengths(self) -> None:
         longest, tokenizer = self.model.max_positions - self.options.max_tokens, self.model.tokenizer

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_gft.errors import InputErrors, nearest, refuse
+from megatron_gft.errors import nearest, refuse
 
 ERROR, DROP, FIX, KEEP = "error", "drop", "fix", "keep"
 Found = Callable[..., str]  # notes a problem of one group; see ProblemLog.of_group
@@ -198,16 +198,13 @@ def parse_policies(settings: Sequence[str]) -> dict[str, str]:
     return policies
 
 
-def raise_errors(problems: Iterable[Problem], limit: int = 20) -> None:
-    """Raise InputErrors with the first ``limit`` problems whose policy says ``error``, and the way out."""
-    errors = [p for p in problems if p.action == ERROR]
-    if not errors:
-        return
-    ways_out = {name: "|".join(choice for choice in kind.choices if choice != ERROR) for name, kind in KINDS.items()}
-    lines = [f"{p} -> correct it, or set {p.kind}={ways_out[p.kind]}" for p in errors[:limit]]
-    if len(errors) > limit:
-        lines.append(f"... and {len(errors) - limit} more")
-    raise InputErrors("bad group data", lines)
+def raise_errors(problems: Iterable[Problem]) -> None:
+    """Raise InputErrors with the first problems whose policy says ``error``, and the way out of each."""
+    lines = []
+    for found in (problem for problem in problems if problem.action == ERROR):
+        ways_out = "|".join(choice for choice in KINDS[found.kind].choices if choice != ERROR)
+        lines.append(f"{found} -> correct it, or set {found.kind}={ways_out}")
+    refuse("bad group data", lines, shown=20)
 
 
 def report_lines(problems: Iterable[Problem]) -> str:
