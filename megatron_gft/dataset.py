@@ -177,9 +177,7 @@ def build_group_datasets(
     limits = limits or LengthLimits()
     entries = _open_entries(train, tokenizer_fingerprint, vocab_size, logprobs)
     held_out = [*itertools.chain(*_open_entries(valid, tokenizer_fingerprint, vocab_size, logprobs))]
-    if problem := split_problem(split):
-        raise InputError(problem)
-    split += "" if split.count(",") == 2 else ",0"  # as Megatron and earlier versions, so fingerprints, spell it
+    split = _three_shares(split)
     _check(entries, held_out, weights, split)
     if weights is None or len(entries) == 1:
         weights, entries = None, [[*itertools.chain(*entries)]]
@@ -252,6 +250,13 @@ def _check(
         )
     if held_out and float(split.split(",")[1]):
         raise InputError(f"data.split: {split!r} beside data.valid -> set 100,0, or leave data.valid empty")
+
+
+def _three_shares(split: str) -> str:
+    """As Megatron's builder, earlier versions, and therefore fingerprints of data spell it."""
+    if problem := split_problem(split):
+        raise InputError(problem)
+    return split if split.count(",") == 2 else f"{split},0"
 
 
 def _limited(shards: list[GroupShard], limits: LengthLimits) -> LimitedGroups:

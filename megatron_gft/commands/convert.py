@@ -1,6 +1,5 @@
 """Convert between a Hugging Face model folder and a Megatron distributed checkpoint, exactly, in both directions."""
 
-import argparse
 import logging
 import os
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ The output appears whole or not at all. Every tensor of it is read back and comp
 """
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = tool_parser(description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True)
     to_megatron = commands.add_parser("hf-to-megatron", help="Hugging Face folder to Megatron checkpoint")
@@ -40,12 +40,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             help="hash: read back, compare every sha256 (default); logits: also run both models; off: neither",
         )
         sub.add_argument("--text", help="text for --verify logits (default: 256 fixed token ids)")
-    return parser.parse_args(argv)
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     import torch  # seconds, which --help and a wrong option do not wait for
     import torch.distributed as dist
 

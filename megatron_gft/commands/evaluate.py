@@ -1,7 +1,5 @@
 """Evaluate a Hugging Face folder on problems with known answers: accuracy, pass@k, log-prob of reference answers."""
 
-import argparse
-
 from megatron_gft.atomic import check_output
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
 from megatron_gft.commands.numbers import add_verifier, count, taken, tool_parser
@@ -13,7 +11,8 @@ EPILOG = """example:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+@command
+def main(argv: list[str] | None = None) -> None:
     parser = tool_parser(description=__doc__, epilog=EPILOG)
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--problems", nargs="+", required=True, help="JSONL, parquet, group file, dataset folder")
@@ -42,13 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--template-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help=TEMPLATE_KWARGS_HELP)
     add_verifier(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    return parser
-
-
-@command
-def main(argv: list[str] | None = None) -> None:
-    options = build_parser().parse_args(argv)
-
+    options = parser.parse_args(argv)
     if options.output:
         check_output(options.output)
 

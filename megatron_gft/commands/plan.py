@@ -3,7 +3,6 @@
 Exit code 0: it fits; 1: it does not (the report names the nearest layout that does); 2: the configuration is wrong.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -15,18 +14,19 @@ from megatron_gft.errors import InputError, command
 EXIT_DOES_NOT_FIT = 1
 
 
-def _parser() -> argparse.ArgumentParser:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     parser = config_parser(
         description=__doc__,
         epilog="example: python tools/plan.py --config examples/llama3.1-70b/gpus-64.yaml --world-size 64",
     )
     parser.add_argument("--world-size", type=count(high=10**6), required=True, metavar="N", help="processes of the job")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    device = parser.add_argument_group("device")
-    device.add_argument("--gpu-memory-gib", type=number(), default=79.1, help="usable (default: H100 80 GB, 79.1)")
-    device.add_argument("--reserve-gib", type=number(-1), default=5.0, help="CUDA, NCCL, fragmentation (default 5)")
-    device.add_argument("--peak-tflops", type=number(), default=989.0, help="dense bf16 peak (default: H100, 989)")
-    device.add_argument(
+    gpu = parser.add_argument_group("device")
+    gpu.add_argument("--gpu-memory-gib", type=number(), default=79.1, help="usable (default: H100 80 GB, 79.1)")
+    gpu.add_argument("--reserve-gib", type=number(-1), default=5.0, help="CUDA, NCCL, fragmentation (default 5)")
+    gpu.add_argument("--peak-tflops", type=number(), default=989.0, help="dense bf16 peak (default: H100, 989)")
+    gpu.add_argument(
         "--efficiency", type=number(high=1), help="share of it reached while computing (default: published runs)"
     )
     assumed = parser.add_argument_group("assumed groups, used where data.train is empty")
@@ -34,12 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     assumed.add_argument("--responses", type=count(high=10**5), default=8, help="of a group; the first is the expert's")
     assumed.add_argument("--prompt-tokens", type=count(high=10**7), default=150, help="mean")
     assumed.add_argument("--response-tokens", type=count(high=10**7), default=700, help="mean")
-    return parser
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    o = _parser().parse_args(argv)
+    o = parser.parse_args(argv)
     if not 0 <= o.reserve_gib < o.gpu_memory_gib:
         raise InputError(f"--reserve-gib {o.reserve_gib:g}: not from 0 to --gpu-memory-gib {o.gpu_memory_gib:g}")
     from megatron_gft.config import load_config

@@ -264,11 +264,7 @@ def megatron_to_hf(
     reader = TorchDistReader(checkpoint)
     places = locate_entries(reader, mapping)
     entries = list(mapping.entries.values())
-    layouts = {
-        name: (size, dtype or reader.tensors[places[entry.name][0]].properties.dtype)
-        for entry in entries
-        for name, size in zip(entry.sources, entry.source_shapes, strict=True)
-    }
+    layouts = _exported_layouts(reader, entries, places, dtype)
     rank, count = process_rank_and_count()
     runs = split_entries(entries, layouts, count)
     plans = plan_shards(
@@ -321,6 +317,20 @@ def _model_files(checkpoint: Path, hf_dir: str | Path | None) -> Path:
             [f"{key}: {given!r}, {stored!r} by {own}" for key, (given, stored) in differences.items()],
         )
     return folder
+
+
+def _exported_layouts(
+    reader: TorchDistReader,
+    entries: Sequence[Entry],
+    places: Mapping[str, tuple[str, tuple[int, ...]]],
+    dtype: torch.dtype | None,
+) -> Layouts:
+    """Shape and dtype of each Hugging Face tensor that is written; the checkpoint's dtype where none is asked for."""
+    return {
+        name: (size, dtype or reader.tensors[places[entry.name][0]].properties.dtype)
+        for entry in entries
+        for name, size in zip(entry.sources, entry.source_shapes, strict=True)
+    }
 
 
 def _read_entry(

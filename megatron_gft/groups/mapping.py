@@ -143,7 +143,7 @@ class RowReader:
         for where in own.responses:
             for value, said in self._found(row, where, place):
                 try:
-                    if isinstance(said, list) and said and all(isinstance(message, dict) for message in said):
+                    if _is_conversation(said):
                         prompt, said = _apart(said, prompt, place)
                         self.unseen.pop(own.prompt or "", None)  # the conversation has it
                     responses.append(self._response(where, value, said, place))
@@ -216,6 +216,10 @@ def _text(value: Any, name: str | None, place: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     raise InputError(f"{place}: column {name!r} is {short(value)}, neither text nor a number -> name another column")
+
+
+def _is_conversation(said: Any) -> bool:
+    return isinstance(said, list) and said != [] and all(isinstance(message, dict) for message in said)
 
 
 def _apart(messages: list[dict[str, Any]], prompt: Any, place: str) -> tuple[Any, Any]:

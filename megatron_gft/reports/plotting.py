@@ -179,15 +179,20 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[Run]) -> None:
                 axes.fill_between(steps, low, high, color=f"C{number}", alpha=0.2)
     if panel.log and all((run.series(key)[1] > 0).all() for run in runs for key in panel.keys):
         axes.set_yscale("log")
-    if len(panel.keys) > 1:  # the line styles, in no run's colour
-        styles = {label: line.get_linestyle() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        axes.legend([_line(color="0.3", linestyle=style) for style in styles.values()], styles, fontsize=8)
+    if len(panel.keys) > 1:
+        _name_sources(axes)
 
 
 def _line(**look: Any) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], **look)
+
+
+def _name_sources(axes: Any) -> None:
+    """The line styles, in no run's colour."""
+    styles = {label: line.get_linestyle() for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    axes.legend([_line(color="0.3", linestyle=style) for style in styles.values()], styles, fontsize=8)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -156,11 +156,7 @@ def prompt_files(path: str | Path, split: str = "train") -> list[str]:
     own_folder = (path / split).is_dir()
     folders = [path / split] if own_folder else [path, path / "data"]
     files = [file for suffix in _SUFFIXES for folder in folders for file in sorted(folder.glob("*" + suffix))]
-    found = files
-    if not own_folder:  # files whose names are the split, else those whose names say it
-        word = re.compile(rf"(^|[-._]){re.escape(split)}($|[-._])")
-        found = [file for file in files if _label(file) == split]
-        found = found or [file for file in files if word.search(_label(file))]
+    found = files if own_folder else _of_split(files, split)
     if not found:
         raise _no_files(path, split, files)
     labels = sorted({_label(file) for file in found})
@@ -178,6 +174,12 @@ def _no_files(path: Path, split: str, files: Sequence[Path]) -> InputError:
         f"{path}: no parquet or jsonl files of the split {split!r} in this folder (files: {there}; folders: {inside}) "
         "-> set --split, or name files or another folder (a saved dataset: write it with to_parquet)"
     )
+
+
+def _of_split(files: Sequence[Path], split: str) -> list[Path]:
+    """Files whose names are the split, else those whose names say it."""
+    word = re.compile(rf"(^|[-._]){re.escape(split)}($|[-._])")
+    return [file for file in files if _label(file) == split] or [file for file in files if word.search(_label(file))]
 
 
 def _label(file: Path) -> str:

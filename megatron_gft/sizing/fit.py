@@ -159,7 +159,7 @@ def make_plan(
     if steps:
         speed = {"efficiency": efficiency or stated_efficiency(config, shape), "peak_tflops": device.peak_tflops}
         time = estimate_step_time(config, shape, steps, fullest, world_size, **speed)
-    notes = tuple(_notes(config, shape, steps, fullest, with_steps))
+    notes = (*_notes(config, shape, steps, with_steps), _save_note(fullest))
     plan = Plan(world_size, config, shape, device, stages, steps, time, None, notes)
     if plan.fits:
         return plan
@@ -192,10 +192,15 @@ def _steps(config: Config, shape: ModelShape, world_size: int, workload: Workloa
         return describe_steps(AssumedGroups(workload, longest=longest), config, shape, parallel, assumed=True)
 
 
-def _notes(
-    config: Config, shape: ModelShape, steps: StepStatistics | None, fullest: StaticMemory, with_steps: bool
-) -> Iterator[str]:
-    """What is legal and probably not meant, and what a save takes."""
+def _save_note(fullest: StaticMemory) -> str:
+    """What a save takes of a host, as measured on one rank: 36 bytes a parameter, of which 12 stay for the next one."""
+    peak, kept = (count * fullest.parameters / GIB for count in (36, 12))
+    device = f"{fullest.save / GIB:.1f} GiB of the device's" if fullest.save else "none of the device's"
+    return f"a save takes up to {peak:.1f} GiB of host memory a rank, keeps {kept:.1f} GiB of it, and takes {device}"
+
+
+def _notes(config: Config, shape: ModelShape, steps: StepStatistics | None, with_steps: bool) -> Iterator[str]:
+    """What is legal and probably not meant."""
     p, pack = config.parallel, config.data.max_tokens_per_pack
     if p.tp > GPUS_PER_NODE:
         yield f"parallel.tp={p.tp} reaches beyond a machine of {GPUS_PER_NODE} GPUs: slow links in every layer"
@@ -219,7 +224,3 @@ def _notes(
             f"the output layer works as long as {head_in_layers(shape, steps):.1f} layers, on the last stage -> "
             f"parallel.layers_per_stage={layers} makes a step {gain:.1%} faster"
         )
-    # As measured on one rank: 36 bytes a parameter, of which 12 stay for the next save.
-    peak, kept = (count * fullest.parameters / GIB for count in (36, 12))
-    device = f"{fullest.save / GIB:.1f} GiB of the device's" if fullest.save else "none of the device's"
-    yield f"a save takes up to {peak:.1f} GiB of host memory a rank, keeps {kept:.1f} GiB of it, and takes {device}"
