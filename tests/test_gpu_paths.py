@@ -6,6 +6,7 @@ import weakref
 import megatron.core.optimizer as optimizers
 import pytest
 import torch
+from host_syncs import HostSyncs
 from megatron.core.optimizer import distrib_optimizer
 from test_batch import loader_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,15 +35,17 @@ def test_adam_is_torchs_own_step_by_step(monkeypatch, fused):
     monkeypatch.setattr(cpu, "adam", lambda *a, adam=cpu.adam, **k: adam(*a, **k | {"fused": fused}))  # True on a GPU
     start = [torch.randn(4, 3), torch.randn(7)]
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    runs = []
+    runs, counter = [], HostSyncs()
     for make in (cpu.FusedAdam, torch.optim.AdamW):
         weights = [torch.nn.Parameter(value.clone()) for value in start]
         adam = make(weights, **settings)
         for step in range(3):
             for weight in weights:
                 weight.grad = torch.cos(weight.detach() * (step + 1))
-            adam.step()
+            with counter if make is cpu.FusedAdam else contextlib.nullcontext():
+                adam.step()
         runs.append(weights)
+    assert not fused or not counter.found, "the host would wait"
     for ours, theirs in zip(*runs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0 if not fused else 1e-6, atol=0 if not fused else 1e-7)
 

@@ -37,7 +37,7 @@ def waits_of_a_step(model: str, output: str, *overrides: str) -> tuple[int, dict
 
 # Ours, once a step: whether loss and gradient are finite, whether a rank is to stop.
 OURS = {"cpu megatron_gft/step.py forward_backward": 1, "_local_scalar_dense megatron_gft/runtime.py agreed": 1}
-# Tensors of the host, which only look like those of the device here. cpu.py is not there on a GPU.
+# Tensors of the host, which only look like those of the device here; cpu.py's too (test_gpu_paths.py).
 ON_HOST = {
     "_local_scalar_dense megatron_gft/step.py loss",  # after that read
     "tensor megatron_gft/timing.py gather_times",
