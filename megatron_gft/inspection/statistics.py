@@ -5,7 +5,7 @@ lengths are in characters).
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -34,7 +34,7 @@ class Statistics:
         self.problems: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self._outcomes: Counter[tuple[str, str]] = Counter()
-        self._columns: dict[str, list[np.ndarray]] = defaultdict(list)
+        self._columns: list[tuple[np.ndarray, ...]] = []
         self._seen: set[bytes] = set()
 
     def add(self, groups: EncodedGroups, place: str) -> None:
@@ -74,20 +74,12 @@ class Statistics:
                 shown += [f"{place} id {ids[g]!r}" for g in owners[: EXAMPLES_PER_KIND - len(shown)].tolist()]
         named = zip(sources.tolist(), groups.outcomes, strict=True)
         self._outcomes.update((SOURCES[source], outcome) for source, outcome in named if outcome is not None)
-        for name, values in (
-            ("prompts", groups.sequence_lengths[~is_response]),
-            ("counts", counts),
-            ("lengths", groups.sequence_lengths[is_response]),
-            ("sources", sources),
-            ("rewards", rewards),
-            ("truncated", truncated),
-        ):
-            self._columns[name].append(values)
+        prompts, lengths = groups.sequence_lengths[~is_response], groups.sequence_lengths[is_response]
+        self._columns.append((prompts, counts, lengths, sources, rewards, truncated))
 
     def report(self, unit: str, max_tokens_per_pack: int | None, groups_per_step: int) -> dict[str, Any]:
         """The numbers as a JSON object; with a size of packs also how the groups fill them."""
-        names = ("prompts", "counts", "lengths", "sources", "rewards", "truncated")
-        columns = (np.concatenate(self._columns[name]) if self._columns[name] else np.empty(0) for name in names)
+        columns = map(np.concatenate, zip(*self._columns, strict=True)) if self._columns else [np.empty(0)] * 6
         prompts, counts, lengths, sources, rewards, truncated = columns
         by_source = {}
         for code, name in enumerate(SOURCES):

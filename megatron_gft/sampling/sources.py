@@ -205,13 +205,8 @@ class TransformersSource(LocalSource):
         from megatron_gft.sampling.local_backends import TransformersBackend
         from megatron_gft.sampling.local_model import LocalModel
 
-        model = LocalModel(
-            self.model,
-            dtype=self.dtype,
-            device=self.device,
-            chat_template=self.chat_template,
-            trust_remote_code=self.trust_remote_code,
-        )
+        names = ("dtype", "device", "chat_template", "trust_remote_code")
+        model = LocalModel(self.model, **{name: getattr(self, name) for name in names})
         return TransformersBackend(model, self.batch_size)
 
 
