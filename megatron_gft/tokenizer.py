@@ -282,7 +282,13 @@ def load_tokenizer(
             and response changes what it decodes to. What the tokenizer does to any text (lower case, NFKC) is its own.
     """
     if Path(path).is_dir():
-        return HuggingFaceTokenizer(path, _load_hugging_face(path, trust_remote_code), chat_template, add_bos)
+        from transformers import AutoTokenizer
+
+        problem, remedy = "no tokenizer can be loaded", "give a folder with tokenizer.json and a right config.json"
+        loaded = from_folder(AutoTokenizer, path, problem, remedy, trust_remote_code)
+        if not loaded.is_fast:
+            raise InputError(f"{path}: the tokenizer has no fast form -> save it with tokenizer.json")
+        return HuggingFaceTokenizer(path, loaded, chat_template, add_bos)
     if not Path(path).is_file():
         raise InputError(f"{path}: no such tokenizer (folder or SentencePiece .model): {absence(path)}")
     return SentencePieceTokenizer(path, chat_template, add_bos)
@@ -305,16 +311,6 @@ def vocabulary_fingerprint(vocab: dict[str, int], eos_id: int, bos_id: int | Non
     pairs = sorted((id_, token) for token, id_ in vocab.items())
     content = json.dumps([pairs, eos_id, bos_id], ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _load_hugging_face(path: str | Path, trust: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    problem, remedy = "no tokenizer can be loaded", "give a folder with tokenizer.json and a right config.json"
-    tokenizer = from_folder(AutoTokenizer, path, problem, remedy, trust)
-    if not tokenizer.is_fast:
-        raise InputError(f"{path}: the tokenizer has no fast form -> save it with tokenizer.json")
-    return tokenizer
 
 
 def _backend(pipeline: str) -> Any:

@@ -16,7 +16,7 @@ from megatron_gft.inspection.output import page_environment
 from megatron_gft.metrics import ENVIRONMENT_FILE
 from megatron_gft.objectives import SOURCES
 from megatron_gft.reading import read_json
-from megatron_gft.shards.manifest import ShardManifest, expand_shards, read_manifest
+from megatron_gft.shards.manifest import expand_shards, read_manifest
 
 PHASES = ("data", "forward_backward", "optimizer", "save")
 SHOWN_SHARDS = 50
@@ -66,18 +66,16 @@ def _data_rows(data: DataConfig) -> Iterator[list[str]]:
     yield ["shard", "groups", "no signal", "prompt tokens", "response tokens", "cut off", *SOURCES]
     prefixes = expand_shards([*data.train, *data.valid])
     for prefix in prefixes[:SHOWN_SHARDS]:
-        yield [prefix, *_shard_cells(read_manifest(prefix))]
+        manifest = read_manifest(prefix)
+        counts, rewards = manifest.counts, manifest.judgement.stats
+        numbers = (counts.groups, rewards.zero_variance_groups, counts.prompt_tokens, counts.response_tokens)
+        row = [prefix, *(f"{number:,}" for number in (*numbers, counts.truncated))]
+        for source in SOURCES:
+            mean = rewards.mean.get(source)
+            row.append(f"{counts.by_source.get(source, 0):,}" + ("" if mean is None else f", reward {mean:.3f}"))
+        yield row
     if len(prefixes) > SHOWN_SHARDS:
         yield [f"and {len(prefixes) - SHOWN_SHARDS} more"]
-
-
-def _shard_cells(manifest: ShardManifest) -> Iterator[str]:
-    counts, rewards = manifest.counts, manifest.judgement.stats
-    numbers = (counts.groups, rewards.zero_variance_groups, counts.prompt_tokens, counts.response_tokens)
-    yield from (f"{number:,}" for number in (*numbers, counts.truncated))
-    for source in SOURCES:
-        mean = rewards.mean.get(source)
-        yield f"{counts.by_source.get(source, 0):,}" + ("" if mean is None else f", reward {mean:.3f}")
 
 
 def page(**values: Any) -> str:

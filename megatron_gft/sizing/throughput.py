@@ -206,15 +206,6 @@ def stated_efficiency(config: Config, shape: ModelShape) -> float:
     return factor * ANCHORS["dense fp8" if config.model.fp8 else "dense bf16"]
 
 
-def _gradient_bandwidth(tp: int, world_size: int) -> float:
-    """Bytes per second of a rank's reduce-scatter over its data-parallel group.
-
-    Between machines every member of the group in a machine brings its own port.
-    """
-    members = max(1, GPUS_PER_NODE // tp)
-    return NVLINK_BANDWIDTH if world_size <= GPUS_PER_NODE else min(NVLINK_BANDWIDTH, members * NETWORK_BANDWIDTH)
-
-
 def _tensor_parallel_seconds(config: Config, shape: ModelShape, tokens: float, layers: int) -> float:
     """Collectives of ``layers`` layers for ``tokens`` rows of one tensor-parallel group.
 
@@ -250,8 +241,10 @@ def estimate_step_time(
     bubble = pipeline_bubble(p.pp, p.vpp, steps.packs_per_rank)
     sync = 0.0
     if world_size > p.tp * p.pp:
-        # reduce-scatter of the gradients, all-gather of the weights
-        sync = (static.gradients + static.weights) / _gradient_bandwidth(p.tp, world_size)
+        # Reduce-scatter of the gradients, all-gather of the weights. Between machines every member of the
+        # data-parallel group in a machine brings its own port.
+        ports = NVLINK_BANDWIDTH if world_size <= GPUS_PER_NODE else max(1, GPUS_PER_NODE // p.tp) * NETWORK_BANDWIDTH
+        sync = (static.gradients + static.weights) / min(NVLINK_BANDWIDTH, ports)
         if config.optimizer.overlap_grad_reduce:  # behind the last pack's backward and the first one's forward
             sync = max(0.0, sync - compute / steps.packs_per_rank)
     save = SAVED_BYTES * static.parameters / SAVE_BANDWIDTH / (config.checkpoint.save_every or math.inf)
