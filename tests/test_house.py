@@ -31,7 +31,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 80
 MOST_BRANCHES = 15
-MOST_LINES = 25_020  # of the package; what a change adds it takes away elsewhere
+MOST_LINES = 24_810  # of the package; what a change adds it takes away elsewhere
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
