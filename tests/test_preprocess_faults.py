@@ -42,11 +42,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 
-def _in_child(function, delay: float | None) -> int:
-    """Run ``function`` in a forked process, SIGKILL it after ``delay`` seconds; its exit code."""
+def _in_child(function, delay: float | None, begun=lambda: True) -> int:
+    """Run ``function`` in a forked process, SIGKILL it ``delay`` seconds after it has ``begun``; its exit code."""
     process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
     if delay is not None:
+        while process.is_alive() and not begun():
+            time.sleep(0.002)
         process.join(delay)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -86,8 +88,9 @@ def test_killed_at_random_points_it_completes_to_the_same_bytes(interrupted_case
     rng = random.Random(workers)
     codes = []
     for attempt in range(40):
-        delay = duration * (0.3 + 0.2 * attempt if attempt < 3 else rng.uniform(0.3, 1.0) * attempt)
-        codes.append(_in_child(lambda: preprocess(options, progress=False), delay))
+        delay = duration * (0.2 * attempt if attempt < 3 else rng.uniform(0.3, 1.0) * attempt)
+        begun = (tmp_path / "out" / ".train.staging" / "run.json").exists  # then the first kill comes in time
+        codes.append(_in_child(lambda: preprocess(options, progress=False), delay, begun))
         _check_nothing_partial(tmp_path / "out", complete)
         if _has_all(tmp_path / "out", complete):  # a kill may also come after the last rename
             break
