@@ -10,6 +10,7 @@ from ranks import run_ranks
 
 pytest.importorskip("triton")
 from megatron_gft import head_rows, row_kernels, vocab_parallel
+from megatron_gft.gft import RowFacts
 
 LAST_PLACE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 DTYPES = list(LAST_PLACE)
@@ -110,9 +111,12 @@ def head(passes, dtype, objective, weights, tp_group=None):
     hidden, matrix = hidden.double(), matrix.double().chunk(size)[rank].clone()  # the twin has the same values
     dtype = torch.float64 if passes is head_rows.EAGER else dtype
     hidden, matrix = hidden.to(dtype).requires_grad_(), matrix.to(dtype).requires_grad_()
+    sampled = -6.0 + torch.rand(ROWS, generator=generator)
+    sampled[::4] = torch.nan
+    facts = RowFacts(torch.tensor(weights).sign(), torch.arange(ROWS) % 3, sampled)
     settings = {"vocab_size": VOCABULARY, "entropy": True, "chunk_tokens": 4, "objective": objective}
     outputs = vocab_parallel.linear_gft_loss(
-        hidden, matrix, labels, torch.tensor(weights), tp_group=tp_group, **settings
+        hidden, matrix, labels, torch.tensor(weights), facts=facts, tp_group=tp_group, **settings
     )
     outputs[0].backward()
     return [tensor.detach().double() for tensor in (*outputs, hidden.grad, matrix.grad)]
@@ -124,7 +128,7 @@ def both_heads(dtype, objective, weights, size=1):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=["mixed", "masked"])
-@pytest.mark.parametrize("objective", ["gft", "sft", "dft"])
+@pytest.mark.parametrize("objective", ["gft", "sft", "dft", "grpo", "cispo", "luffy", "chord_phi"])  # every coefficient
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_the_head_is_that_of_float64(monkeypatch, dtype, error, objective, weights):
     monkeypatch.setattr(vocab_parallel, "choose_passes", None)  # put back what the cases set
