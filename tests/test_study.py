@@ -161,6 +161,7 @@ def test_the_second_look_at_smollm2(tmp_path, monkeypatch, capsys):
     assert smollm2.main([*command, "--report"]) == 0 and len(ran) == 4 + 3 * 45
     chosen = json.loads((tmp_path / "summary.json").read_text())["arms"]["dft_correct"]
     assert chosen["rate"] == 2e-5 and chosen["rates"]["2e-05"]["seeds"] == 3 and chosen["change"][0] == 0.5
+    assert chosen["to_gft"][0] == 0.25
 
 
 @pytest.mark.slow

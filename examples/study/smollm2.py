@@ -200,12 +200,12 @@ def facts(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def summarise(answers: dict[Cell | None, np.ndarray], valid: int) -> dict[str, Any]:
-    """For each arm its rates on validation problems, and the best of them on test problems, against the base.
+    """For each arm its rates on validation problems, and the best of them on test problems, against base and GFT.
 
     Args:
         valid: so many of the problems choose the rate.
     """
-    base, arms = answers[None], dict[str, Any]()
+    base, arms, chosen = answers[None], dict[str, Any](), dict[str, np.ndarray]()
     for arm in ARMS:
         ran: dict[float, list[np.ndarray]] = {}
         for cell in (cell for cell in cells() if cell.arm == arm and cell in answers):
@@ -215,25 +215,27 @@ def summarise(answers: dict[Cell | None, np.ndarray], valid: int) -> dict[str, A
         arms[arm] = {"rates": rates}
         if rates:
             best = max(valids, key=valids.__getitem__)
-            tests = np.array(ran[best])[:, valid:].astype(float)
+            chosen[arm] = tests = np.array(ran[best])[:, valid:].astype(float)
             arms[arm] |= {"rate": best, "test": bootstrap(tests), "change": bootstrap(tests - base[valid:])}
+            if len(tests) == len(chosen["gft"]) and arm != "gft":  # its cells run first; the same seeds
+                arms[arm]["to_gft"] = bootstrap(tests - chosen["gft"])
     return {"base": {"valid": float(base[:valid].mean()), "test": float(base[valid:].mean())}, "arms": arms}
 
 
 def table(summary: dict[str, Any]) -> str:
     """As Markdown, in percent."""
     base = summary["base"]
-    heads = ["arm", *(f"valid, {rate:g} (seeds)" for rate in RATES), "rate", "test", "change"]
+    heads = ["arm", *(f"valid, {rate:g} (seeds)" for rate in RATES), "rate", "test", "change", "to gft"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    lines.append(f"| base | {100 * base['valid']:.1f} | | | - | {100 * base['test']:.1f} | - |")
+    lines.append(f"| base | {100 * base['valid']:.1f} | | | - | {100 * base['test']:.1f} | - | - |")
     for arm, one in summary["arms"].items():
         rates = [one["rates"].get(rate) for rate in RATES]
         valids = [f"{100 * found['valid']:.1f} ({found['seeds']})" if found else "not run" for found in rates]
-        shown = ["", "", ""]
+        shown = ["", "", "", ""]
         if "rate" in one:
-            test, change = ([100 * value for value in one[name]] for name in ("test", "change"))
+            test, *others = ([100 * value for value in one.get(name, ())] for name in ("test", "change", "to_gft"))
             shown = [f"{one['rate']:g}", "{:.1f} [{:.1f}, {:.1f}]".format(*test)]
-            shown.append("{:+.1f} [{:+.1f}, {:+.1f}]".format(*change))
+            shown += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*other) if other else "-" for other in others]
         lines.append("| " + " | ".join([arm, *valids, *shown]) + " |")
     return "\n".join(lines)
 
