@@ -52,13 +52,15 @@ from megatron_gft.runtime import prefetch
 CHUNK_BYTES = 16 * 2**20
 """Of one stored chunk. The writer keeps the last chunk of every key until its file is closed."""
 
-# megatron/core/dist_checkpointing/core.py CheckpointingConfig, strategies/common.py (0.16.1; 0.19.2 reads it too)
-_MEGATRON_CONFIG = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+
+@dataclass(frozen=True)
+class Backends:
+    """metadata.json, as CheckpointingConfig of megatron/core/dist_checkpointing/core.py (0.16.1 to 0.19.2)."""
+
+    sharded_backend: str
+    sharded_backend_version: int = 1
+    common_backend: str = "torch"
+    common_backend_version: int = 1
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def write_torch_dist(folder: Path, parts: Sequence[StoredTensor], data: Iterable
         stream.close()
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save({}, folder / "common.pt")
-        (folder / "metadata.json").write_text(json.dumps(_MEGATRON_CONFIG))
+        (folder / "metadata.json").write_text(json.dumps(dataclasses.asdict(Backends("torch_dist"))))
 
 
 class ResultFile:

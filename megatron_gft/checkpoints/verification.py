@@ -5,10 +5,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron.core.dist_checkpointing.core import CheckpointingConfig
-
 from megatron_gft.atomic import fsync_path, sha256_file, sha256_json, write_json
 from megatron_gft.checkpoints.history import FILES_FILE, STATE_FILE, FileFacts, Files, find_damage, newest_checkpoint
+from megatron_gft.checkpoints.torch_dist import Backends
 from megatron_gft.errors import refuse
 from megatron_gft.hf.files import HASHED_SINCE, read_source_record
 from megatron_gft.hf.safetensors_io import SafetensorsFolder
@@ -68,7 +67,7 @@ def verify_checkpoint(path: Path, remedy: str = "restore these files, or take an
     rank, count = process_rank_and_count()
     found = gather_results(lambda: _damages(path, rank, count))
     refuse(f"{path}: damaged -> {remedy}", dict.fromkeys(itertools.chain(*found)))
-    read_json(path / "metadata.json", "use another checkpoint", CheckpointingConfig)
+    read_json(path / "metadata.json", "use another checkpoint", Backends)
 
 
 def _damages(path: Path, rank: int, count: int) -> list[str]:
