@@ -187,11 +187,10 @@ def test_signal_to_one_rank_saves_and_leaves(model, whole, tmp_path, number, cod
     """One rank gets the signal, all finish the step, save and leave with its code; the run goes on afterwards."""
     output = tmp_path / "run"
     options = ["model.precision=fp32", "objective.coefficient=none", "train.epochs=50"]
-    group = RankGroup(tmp_path, 2, device_run.run, model, str(output), options)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (output / "metrics.jsonl").exists():
+    group = RankGroup(tmp_path, 2, device_run.run, model, str(output), options, timeout=240)
+    metrics = output / "metrics.jsonl"
+    while time.monotonic() < group.deadline and not (metrics.exists() and metrics.stat().st_size):  # both ranks train
         time.sleep(0.02)
-    time.sleep(0.5)
     group.send(number, rank=1)
     results = group.wait()
     assert [result["code"] for result in results] == [code, code]
