@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,8 @@ from examples.quickstart.word_problems import generate, problem_sets, write_rows
 from examples.study.report import bootstrap
 from examples.study.settings import objective
 from megatron_gft.atomic import write_json
-from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, InputError, command
+from megatron_gft.commands.options import part
+from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, command
 from megatron_gft.rounds.stages import Pipeline, Stage, StageFailed, prune, say
 
 ARMS = ("gft", "dft_correct", "gft_scaled_0.25", "rft", "gft_scaled_0.5")
@@ -92,13 +92,6 @@ def kept_groups(groups: Sequence[Group], count: int) -> list[Group]:
     rest = [[r for r in group["responses"] if r["source"] != "self"] for group in fit]
     own = [[r for r in group["responses"] if r["source"] == "self"][:SELVES] for group in fit]
     return [group | {"responses": a + b} for group, a, b in zip(fit, rest, own, strict=True)]
-
-
-def one_part(text: str) -> tuple[int, int]:
-    """I and N of ``I/N``."""
-    if not (found := re.fullmatch(r"(\d+)/(\d+)", text)) or not 1 <= int(found[1]) <= int(found[2]):
-        raise InputError(f"--part {text!r} -> I/N with 1 <= I <= N")
-    return int(found[1]), int(found[2])
 
 
 def detectable(problems: int, changed: float = CHANGED) -> float:
@@ -250,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", default="1/1", metavar="I/N", help="do every N-th run, from the I-th")
     options = parser.parse_args(argv)
     sizes = Sizes()
-    look = SecondLook(options.output, options.model, sizes, one_part(options.part))
+    look = SecondLook(options.output, options.model, sizes, part(options.part))
     left = [cell for cell in look.cells if cell not in look.answers()]
     points = 100 * detectable(sizes.test)
     hours = MINUTES * len(left) / 60

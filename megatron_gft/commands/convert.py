@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_gft.commands.numbers import number, tool_parser
+from megatron_gft.commands.options import number, tool_parser
 from megatron_gft.errors import command
 from megatron_gft.hf.shape import DTYPES
 

@@ -2,7 +2,7 @@
 
 from megatron_gft.atomic import check_output
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
-from megatron_gft.commands.numbers import add_verifier, count, taken, tool_parser
+from megatron_gft.commands.options import add_verifier, count, taken, tool_parser
 from megatron_gft.errors import TRUST_HELP, command
 
 EPILOG = """example:

@@ -1,7 +1,7 @@
 """Make a group file: expert answers from columns, teacher and self responses sampled from models."""
 
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
-from megatron_gft.commands.numbers import count, tool_parser
+from megatron_gft.commands.options import count, tool_parser
 from megatron_gft.errors import command, shown
 
 EPILOG = """examples:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import get_origin
 
-from megatron_gft.commands.numbers import tool_parser
+from megatron_gft.commands.options import tool_parser
 from megatron_gft.errors import InputError, command
 
 EPILOG = """examples:

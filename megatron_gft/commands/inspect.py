@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 
 from megatron_gft.atomic import atomic_file, check_output, writing
-from megatron_gft.commands.numbers import count, tool_parser
+from megatron_gft.commands.options import count, tool_parser
 from megatron_gft.errors import TRUST_HELP, InputError, command
 
 WHOLE_GROUPS = 3  # that a page opens with

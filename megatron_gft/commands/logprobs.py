@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 
-from megatron_gft.commands.numbers import config_parser
+from megatron_gft.commands.options import config_parser
 from megatron_gft.commands.train import check_config, one_message
 from megatron_gft.config import load_config
 from megatron_gft.errors import InputError, command

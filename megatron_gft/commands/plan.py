@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 
-from megatron_gft.commands.numbers import config_parser, count, number
+from megatron_gft.commands.options import config_parser, count, number
 from megatron_gft.errors import InputError, command
 
 EXIT_DOES_NOT_FIT = 1

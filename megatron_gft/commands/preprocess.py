@@ -5,8 +5,8 @@ import os
 import sys
 
 from megatron_gft.chat_template import TEMPLATE_KWARGS_HELP, template_kwargs
-from megatron_gft.commands.numbers import count, taken, tool_parser
-from megatron_gft.errors import TRUST_HELP, InputError, command
+from megatron_gft.commands.options import count, part, taken, tool_parser
+from megatron_gft.errors import TRUST_HELP, command
 from megatron_gft.groups.problems import describe_kinds, parse_policies
 
 EXAMPLES = """examples:
@@ -20,13 +20,6 @@ Parts need the same --input; a part of which no group is left writes PREFIX.empt
 
 problems and their policies (the default first); what is dropped or fixed is listed in PREFIX.report.ndjson:
 """
-
-
-def _part(text: str) -> tuple[int, int]:
-    part, slash, parts = text.partition("/")
-    if not (slash and part.isdecimal() and parts.isdecimal()):
-        raise InputError(f"--part {text!r} -> I/N, e.g. 1/4 to 4/4")
-    return int(part), int(parts)
 
 
 @command
@@ -57,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     arguments = parser.parse_args(argv)
-    policies, part = parse_policies(arguments.policy), _part(arguments.part)
+    policies, own_part = parse_policies(arguments.policy), part(arguments.part)
     # Megatron-Core decorates with torch.compile, which loads Inductor: 1.2 of 5.5 seconds of CPU before the first row.
     # Nothing is compiled here, and nothing trains in this process.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -73,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments,
             template_kwargs=template_kwargs(arguments.template_kwargs),
             policies=policies,
-            part=part,
+            part=own_part,
             max_bytes_per_shard=arguments.max_mib_per_shard << 20,
         ),
         progress=not arguments.quiet,

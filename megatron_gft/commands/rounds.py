@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_gft.commands.numbers import config_parser
+from megatron_gft.commands.options import config_parser
 from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, command
 
 if TYPE_CHECKING:

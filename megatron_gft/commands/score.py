@@ -1,6 +1,6 @@
 """Judge the responses of group files: writes a new group file with a reward and an outcome for each response."""
 
-from megatron_gft.commands.numbers import add_verifier, taken, tool_parser
+from megatron_gft.commands.options import add_verifier, taken, tool_parser
 from megatron_gft.errors import InputError, command
 
 EPILOG = """examples:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_gft.commands.numbers import config_parser
+from megatron_gft.commands.options import config_parser
 from megatron_gft.config import Config, load_config
 from megatron_gft.errors import EXIT_FAILED, KEY_OF, InputError, command
 from megatron_gft.launchers import name_rank

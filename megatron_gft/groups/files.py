@@ -90,10 +90,11 @@ def read_chunks(path: str | Path, rows_per_chunk: int = 256, *, part: int = 0, p
         for rows, fraction in batches:
             start = (part - (first_row - 1)) % parts
             if start < len(rows):
+                mine = rows
                 if parts > 1:
-                    chosen = range(start, len(rows), parts)
-                    mine = [rows[i] for i in chosen] if isinstance(rows, list) else rows.take(list(chosen))
-                yield RawChunk(path, first_row + start, mine if parts > 1 else rows, parts, fraction)
+                    every = range(start, len(rows), parts)
+                    mine = [rows[i] for i in every] if isinstance(rows, list) else rows.take([*every])
+                yield RawChunk(path, first_row + start, mine, parts, fraction)
             first_row += len(rows)
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}) -> check the file") from error

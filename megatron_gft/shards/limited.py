@@ -83,8 +83,8 @@ class LimitedGroups:
 
     def __init__(self, shards: Sequence[GroupShard], limits: LengthLimits):
         self.shards, self.limited = [*shards], LimitedCounts()
-        most = [vars(shard.manifest.counts) for shard in shards]
-        exceeding = [any(of[name] > limit for name, limit in limits.given().items()) for of in most]
+        given, counts = limits.given().items(), [shard.manifest.counts for shard in shards]
+        exceeding = [any(getattr(of, name) > limit for name, limit in given) for of in counts]
         self._limits = limits if any(exceeding) else None  # None: nothing is over-long
         self._kept = [self._survey(s, limits) if bad else None for s, bad in zip(shards, exceeding, strict=True)]
         sizes = [len(s) if kept is None else len(kept) for s, kept in zip(shards, self._kept, strict=True)]

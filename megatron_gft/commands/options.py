@@ -1,4 +1,4 @@
-"""What several command lines take: configuration files, and numbers within bounds, else exit code 2 and the option."""
+"""What several command lines take: configuration files, a verifier, numbers within bounds; else exit code 2."""
 
 import argparse
 import dataclasses
@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from megatron_gft.errors import InputError
+
 MANY = 10**9
 """More than anything that a user counts; beyond are typing errors, which would run for years or out of memory."""
-
 
 Kind = TypeVar("Kind")
 
@@ -68,3 +69,11 @@ def number(low: float = 0.0, high: float = math.inf) -> Callable[[str], float]:
         return value
 
     return read
+
+
+def part(text: str) -> tuple[int, int]:
+    """Reads ``I/N``: the I-th of N parts, from 1."""
+    mine, slash, of = text.partition("/")
+    if not (slash and mine.isdecimal() and of.isdecimal() and 1 <= int(mine) <= int(of)):
+        raise InputError(f"--part {text!r} -> I/N with 1 <= I <= N, e.g. 1/4 to 4/4")
+    return int(mine), int(of)
