@@ -162,6 +162,10 @@ def test_the_second_look_at_smollm2(tmp_path, monkeypatch, capsys):
     chosen = json.loads((tmp_path / "summary.json").read_text())["arms"]["dft_correct"]
     assert chosen["rate"] == 2e-5 and chosen["rates"]["2e-05"]["seeds"] == 3 and chosen["change"][0] == 0.5
     assert chosen["to_gft"][0] == 0.25
+    damaged = tmp_path / "cells" / "rft-lr6e-05-seed3" / "evaluation.json"
+    damaged.write_text(damaged.read_text()[:-9])
+    capsys.readouterr()
+    assert smollm2.main(command) == 2 and f"{damaged}: not valid JSON" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from examples.study.settings import objective
 from megatron_gft.atomic import write_json
 from megatron_gft.commands.options import part
 from megatron_gft.errors import EXIT_FAILED, EXIT_INTERRUPTED, command
+from megatron_gft.reading import read_json
 from megatron_gft.rounds.stages import Pipeline, Stage, StageFailed, prune, say
 
 ARMS = ("gft", "dft_correct", "gft_scaled_0.25", "rft", "gft_scaled_0.5")
@@ -182,7 +183,8 @@ class SecondLook:
         """Which problems a cell got right, validation problems first; of the base under None."""
         files = {None: self.output / "base.json"}
         files |= {cell: self.output / "cells" / cell.name / "evaluation.json" for cell in cells()}
-        found = {cell: json.loads(file.read_text()) for cell, file in files.items() if file.exists()}
+        cure = "remove it (of a cell: its folder), and run this again"
+        found = {cell: read_json(file, cure) for cell, file in files.items() if file.exists()}
         return {cell: np.array([o == "correct" for o in one["greedy"]["by_problem"]]) for cell, one in found.items()}
 
 
