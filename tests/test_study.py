@@ -106,6 +106,11 @@ def test_a_result_of_other_settings_is_refused(tmp_path):
     other = replace(settings.TINY, world=replace(settings.TINY.world, rare=0.5))
     with pytest.raises(InputError, match="other settings"):
         study.Runner(other, tmp_path, None).result("a/b")
+    file = runner.result_file("a/b")
+    file.write_text(file.read_text()[:-3])
+    for read in (lambda: runner.result("a/b"), lambda: report.read(runner.folder)):
+        with pytest.raises(InputError, match=f"{file}.*remove it"):
+            read()
 
 
 def test_the_second_look_at_smollm2(tmp_path, monkeypatch, capsys):

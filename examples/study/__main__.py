@@ -63,11 +63,11 @@ class Runner:
         """A finished result, None where there is none.
 
         Raises:
-            InputError: it was made with other settings.
+            InputError: it was made with other settings, or is damaged.
         """
         if not (file := self.result_file(name)).is_file():
             return None
-        found = json.loads(file.read_text())
+        found = report.read_result(file)
         if found["key"] != self.study.key:
             raise InputError(f"{file}: was made with other settings -> another --output, or remove the folder")
         return found

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_gft.atomic import atomic_file, write_json
 from megatron_gft.evaluation.intervals import pass_at_k
+from megatron_gft.reading import read_json
 
 DRAWS = 2000
 PAIRS = (
@@ -27,7 +28,12 @@ Result = dict[str, Any]
 def read(folder: Path) -> dict[str, Result]:
     """All results of a study's folder by name."""
     files = sorted((folder / "results").rglob("*.json"))
-    return {(result := json.loads(file.read_text()))["name"]: result for file in files}
+    return {(result := read_result(file))["name"]: result for file in files}
+
+
+def read_result(file: Path) -> Result:
+    """One result; InputError names the file where it is damaged."""
+    return read_json(file, "remove it, and run this again")
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
