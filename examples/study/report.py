@@ -202,7 +202,12 @@ def write(folder: Path) -> Path | None:
         file.write_text("\n\n".join(parts) + "\n")
     write_json(output / "summary.json", {"sizes": findings.sizes, "arms": rows, "after_rounds": after})
     _parquet(results, output / "results.parquet")
-    _plots(findings, arms, starts, rows, after, output)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    _plot_rates(findings, arms, output / "learning-rates.png")
+    _plot_entropy(rows, output / "entropy-and-pass-at-k.png")
+    _plot_after_rounds(findings, rows, after, output / "after-grpo.png")
     return output
 
 
@@ -218,41 +223,53 @@ def _parquet(results: dict[str, Result], path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, compression="zstd")
 
 
-def _plots(findings: Findings, arms: list[str], starts: list[str], rows: list, after: list, output: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
+def _style(number: int) -> tuple[Any, str]:
+    """Color and marker of an arm."""
     from matplotlib import pyplot
 
     styles = [(color, marker) for marker in "os" for color in pyplot.get_cmap("Dark2").colors]
-    colors = lambda number: styles[number % len(styles)][0]  # noqa: E731
+    return styles[number % len(styles)]
+
+
+def _plot_rates(findings: Findings, arms: list[str], path: Path) -> None:
+    from matplotlib import pyplot
+
     figure, axis = pyplot.subplots(figsize=(9, 5.5))
     for number, arm in enumerate(arms):
-        lrs = sorted(findings.cells[arm])
+        (color, marker), lrs = _style(number), sorted(findings.cells[arm])
         for seed in findings.bases:
             points = [
                 (lr, findings.validation(found[seed])) for lr in lrs if seed in (found := findings.cells[arm][lr])
             ]
-            axis.plot(*zip(*points, strict=True), color=colors(number), alpha=0.2, lw=0.8) if points else None
+            axis.plot(*zip(*points, strict=True), color=color, alpha=0.2, lw=0.8) if points else None
         means = [np.mean([findings.validation(result) for result in findings.cells[arm][lr].values()]) for lr in lrs]
-        axis.plot(lrs, means, styles[number][1] + "-", color=colors(number), label=arm)
+        axis.plot(lrs, means, marker + "-", color=color, label=arm)
     base = np.mean([findings.validation(result) for result in findings.bases.values()])
     axis.axhline(base, color="black", ls="--", label="base")
     axis.set(xscale="log", xlabel="peak learning rate", ylabel="share of samples right, validation problems")
     axis.legend(fontsize=7, ncols=2)
-    _save(figure, output / "learning-rates.png")
+    _save(figure, path)
+
+
+def _plot_entropy(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
     for number, row in enumerate(rows):
-        color = colors(number - 1) if number else "black"
-        x, y, marker = row["entropy"][0], row["sampled"], styles[number - 1][1]
+        color, marker = _style(number - 1)
+        color = color if number else "black"  # the base
+        x, y = row["entropy"][0], row["sampled"]
         left.errorbar(x, y[0], yerr=_bars(y), fmt=marker, color=color, label=row["arm"])
         ks = [k for k in (1, 2, 4, 8, 16) if f"pass@{k}" in row]
         right.plot(ks, [row[f"pass@{k}"][0] for k in ks], marker + "-", color=color, label=row["arm"])
     left.set(xlabel="entropy of a token, nats", ylabel="share of samples right, test problems")
     right.set(xscale="log", xlabel="k", ylabel="pass@k, test problems")
     right.legend(fontsize=7)
-    _save(figure, output / "entropy-and-pass-at-k.png")
+    _save(figure, path)
+
+
+def _plot_after_rounds(findings: Findings, rows: list[dict[str, Any]], after: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
     before = {row["arm"]: row for row in rows}
@@ -265,17 +282,17 @@ def _plots(findings: Findings, arms: list[str], starts: list[str], rows: list, a
             yerr=np.array([_bars(one["sampled"]) for one in both])[..., 0].T,
             fmt="o-",
             capsize=3,
-            color=colors(number),
+            color=_style(number)[0],
             label=start,
         )
         curves = [result["curve"] for result in findings.cells[row["arm"]].get(row["lr"], {}).values()]
         shortest = min(map(len, curves), default=0)
-        right.plot(np.mean([curve[:shortest] for curve in curves], 0), color=colors(number), label=start)
+        right.plot(np.mean([curve[:shortest] for curve in curves], 0), color=_style(number)[0], label=start)
     left.set(ylabel="share of samples right, test problems", xticks=[0, 1], xticklabels=["before", "after GRPO"])
     right.set(xlabel="round", ylabel="share of its samples right")
     if after:
         left.legend(fontsize=7)
-    _save(figure, output / "after-grpo.png")
+    _save(figure, path)
 
 
 def _bars(value: tuple[float, float, float]) -> list[list[float]]:

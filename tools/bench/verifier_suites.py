@@ -67,14 +67,18 @@ def _value(node: ast.expr) -> Any:
         return None
 
 
+def _tables(function: ast.FunctionDef) -> Iterator[tuple[str, list[Any]]]:
+    """Names and rows of each ``pytest.mark.parametrize``."""
+    for decorator in function.decorator_list:
+        if isinstance(decorator, ast.Call) and len(decorator.args) > 1:
+            names, rows = (_value(argument) for argument in decorator.args[:2])
+            if isinstance(names, str) and isinstance(rows, list):
+                yield names, rows
+
+
 def _parametrized(function: ast.FunctionDef) -> Iterator[SuiteCase]:
     """``pytest.mark.parametrize("gold, pred, expected", ...)``, and pairs that equal both ways."""
-    for decorator in function.decorator_list:
-        if not (isinstance(decorator, ast.Call) and len(decorator.args) > 1):
-            continue
-        names, rows = (_value(argument) for argument in decorator.args[:2])
-        if not isinstance(names, str) or not isinstance(rows, list):
-            continue
+    for names, rows in _tables(function):
         for row in rows:
             values = dict(zip([name.strip() for name in names.split(",")], row, strict=False))
             expected = values.get("expected", values.get("result"))
