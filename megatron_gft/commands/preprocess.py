@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for kind, actions in summary.problems.items():
         print(f"{kind}: " + ", ".join(f"{count} {action}" for action, count in actions.items()), file=sys.stderr)
-    unscored = f" ({summary.unrewarded} without a reward: score them, but for sft)" if summary.unrewarded else ""
+    unscored = f" ({summary.unrewarded} without a reward: enough for sft and dft only)" if summary.unrewarded else ""
     print(
         f"{summary.groups} groups, {summary.responses} responses{unscored}, {summary.tokens} tokens in "
         f"{len(summary.prefixes)} shard(s) in {summary.seconds:.1f} s; report: {summary.report}",
