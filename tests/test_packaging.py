@@ -33,7 +33,7 @@ def run(installed: Path, *command: str, cwd: Path) -> str:
 def test_every_command_starts_from_the_wheel(installed, tmp_path):
     scripts = sorted(path.name for path in (installed / "bin").iterdir())
     tools = {path.stem.partition("_")[0] for path in (ROOT / "megatron_gft" / "commands").glob("*.py")}
-    others = {"gft-", "gft-launch", "gft-numbers"}  # __init__, the launch scripts' own, types of options
+    others = {"gft-", "gft-launch", "gft-options"}  # __init__, the launch scripts' own, types of options
     assert {f"gft-{tool}" for tool in tools} - others == set(scripts)
     for script in scripts:
         assert "usage: " in run(installed, str(installed / "bin" / script), "--help", cwd=tmp_path)
