@@ -210,12 +210,12 @@ class StopRequest:
         for number in self.CODES:
             signal.signal(number, signal.SIG_IGN)
 
-    def agreed(self, device: torch.device) -> int:
+    def agreed(self) -> int:
         """The signal that some rank received, 0 for none; collective."""
         import torch
         import torch.distributed as dist
 
-        value = torch.full((1,), self.received, dtype=torch.int32, device=device)
+        value = torch.full((1,), self.received, dtype=torch.int32, device="cuda")
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 

@@ -23,7 +23,7 @@ from megatron_gft.objectives import READ_Q, SOURCES, HeadSettings, by_source
 from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
 from megatron_gft.pipeline import schedule_arguments
-from megatron_gft.timing import ForwardTimer, RankTimes
+from megatron_gft.timing import DeviceTimer, RankTimes
 
 SIGNS = ("positive", "negative")
 STATISTICS = ("tokens", "loss", "nll", "probability", "rectified", "abs_advantage", "entropy")
@@ -32,14 +32,20 @@ MORE_STATISTICS = ("published_loss", "unknown_q", "known_q", "sampling_gap", "cl
 
 @dataclass(frozen=True)
 class LossReport:
-    """Sums over all loss rows of a step, equal on every rank.
+    """Sums over all loss rows of a step, equal on every rank; ``sums`` may be on its way from the device until
+    ``arrived``. ``denominator`` is D."""
 
-    ``token_sums`` is float64 ``[source, sign of advantage, statistic]`` in the order of ``SOURCES``, ``SIGNS``, and
-    ``STATISTICS`` then ``MORE_STATISTICS``; every statistic is a sum over tokens. ``denominator`` is D.
-    """
-
-    token_sums: torch.Tensor
+    sums: torch.Tensor
     denominator: int
+    arrived: torch.cuda.Event | None = None
+
+    @property
+    def token_sums(self) -> torch.Tensor:
+        """float64 ``[source, sign of advantage, statistic]`` in the order of ``SOURCES``, ``SIGNS``, and ``STATISTICS``
+        then ``MORE_STATISTICS``, on the host; every statistic is a sum over tokens."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.sums
 
     def __add__(self, other: "LossReport") -> "LossReport":
         """Both steps as one."""
@@ -115,7 +121,7 @@ class StepRunner:
         self.chunks = list(chunks)
         self.parallel = parallel
         self.loss_sums: list[torch.Tensor] = []
-        self.timer = ForwardTimer()
+        self.timer = DeviceTimer()
 
     def measure_entropy(self, due: bool) -> None:
         """Measure it in the next passes where it is ``due``, and always where the head's kernels have it for free."""
@@ -155,7 +161,8 @@ class StepRunner:
             for report in reports:
                 total += report["token_sums"]
         self._reduce(total)
-        return LossReport(total.cpu(), denominator)  # the host waits here: it has to know whether all is finite
+        # Into page-locked memory, and the host goes on: after the gradient's norm it is there without another wait.
+        return LossReport(total.to("cpu", non_blocking=True), denominator, torch.cuda.current_stream().record_event())
 
     def nonfinite_packs(self) -> list[int]:
         """Indices of this rank's microbatches of the last step whose loss is not finite (last stage only)."""

@@ -30,14 +30,14 @@ def _now() -> torch.cuda.Event | float:
 
 
 @dataclass
-class ForwardTimer:
-    """Sums the time of this rank's forward passes of a step, waits for other stages left out."""
+class DeviceTimer:
+    """Sums the time that the device spends on parts of a step; of a forward pass, waits for other stages left out."""
 
     spans: list[tuple[Any, Any]] = field(default_factory=list)
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
-        """Add one forward pass."""
+        """Add the time of the block."""
         begin = _now()
         yield
         self.spans.append((begin, _now()))

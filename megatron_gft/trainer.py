@@ -26,7 +26,7 @@ from megatron_gft.packing import Pack
 from megatron_gft.parallel import Parallel
 from megatron_gft.runtime import StopRequest, Watchdog
 from megatron_gft.step import LossReport, StepOutcome, StepRunner
-from megatron_gft.timing import gather_times, traced
+from megatron_gft.timing import DeviceTimer, gather_times, traced
 
 # Steps of gradient norms that a spike is measured against, and how many there must be.
 SPIKE_WINDOW, SPIKE_MIN_STEPS = 50, 10
@@ -85,7 +85,7 @@ class Trainer:
                 self.validate()
             if self.reporter is not None and self.reporter.problem:
                 self.stop.received = Signals.SIGTERM  # on all ranks, as a request to stop is
-            signal = self.stop.agreed(self.device)
+            signal = self.stop.agreed()
             self._save(last=self.state.step == self.total_steps or bool(signal))
             if signal:
                 failed = self.reporter.problem if self.reporter is not None else ""
@@ -100,11 +100,6 @@ class Trainer:
         """The run folder."""
         return Path(self.config.train.output)
 
-    @property
-    def device(self) -> torch.device:
-        """Where this rank computes."""
-        return torch.device(torch.cuda.current_device())
-
     def step(self, batch: StepBatch, packs: list[Pack], data_seconds: float) -> StepOutcome:
         """Forward, backward and update of one planned step; TrainingStopped where loss or gradient are of no use."""
         for chunk in self.chunks:
@@ -112,9 +107,9 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.config.objective.entropy:
             self.runner.measure_entropy(self.state.step % self.config.logging.entropy_every == 0)
-        started = time.perf_counter()
-        report = self.runner.forward_backward(packs, batch.denominator)
-        middle = time.perf_counter()
+        started, timer = time.perf_counter(), DeviceTimer()
+        with timer.measure():
+            report = self.runner.forward_backward(packs, batch.denominator)
         grad_norm = reduce_gradients(self.optimizer)
         problem = self._why_not_update(report, grad_norm)
         updated = problem is None and batch.denominator > 0
@@ -123,8 +118,8 @@ class Trainer:
         elif updated:
             apply_gradients(self.optimizer, grad_norm, self.config.optimizer.clip_grad)
             self.recent_norms.append(grad_norm)
-        seconds = {"data": data_seconds, "forward_backward": middle - started}
-        seconds["optimizer"] = time.perf_counter() - middle
+        seconds = {"data": data_seconds, "forward_backward": timer.take()}
+        seconds["optimizer"] = time.perf_counter() - started - seconds["forward_backward"]
         forward, times = self.runner.timer.take(), None
         if (self.state.step + 1) % self.config.logging.every == 0:
             times = gather_times(forward, seconds["forward_backward"], self.parallel)
@@ -195,12 +190,10 @@ class Trainer:
             chunk.eval()
         if self.config.objective.entropy:
             self.runner.measure_entropy(True)
-        reports = []
         groups = min(self.config.train.validate_groups, len(self.validation.groups))
-        for step in range(-(-groups // self.config.data.groups_per_step)):
-            batch = self.validation.batch(step)
-            packs = self.validation.packs(batch)
-            reports.append(self.runner.forward_backward(packs, batch.denominator, forward_only=True))
+        batches = map(self.validation.batch, range(-(-groups // self.config.data.groups_per_step)))
+        run = self.runner.forward_backward
+        reports = [run(self.validation.packs(batch), batch.denominator, forward_only=True) for batch in batches]
         for chunk in self.chunks:
             chunk.train()
         if self.reporter is not None and reports:

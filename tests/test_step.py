@@ -317,6 +317,16 @@ def test_token_sums_are_sums_by_source_and_sign():
     assert dataclasses.replace(report, denominator=0).loss == 0.0
 
 
+def test_a_report_waits_for_sums_that_are_still_on_their_way():
+    sums = torch.full((3, 2, 14), torch.nan)  # page-locked memory before the copy
+
+    class Arrival:
+        def synchronize(self):
+            sums.fill_(0.5)
+
+    assert LossReport(sums, 3, Arrival()).loss == 1.0  # 6 places of 0.5 each, by 3
+
+
 def _poisoned(folder: Path, overrides: tuple[str, ...]):
     step = Step(folder, overrides)
     step.packs[1].token_weights[0] = torch.nan
