@@ -272,29 +272,6 @@ def test_one_group_for_the_terminal(case, tool, capsys, source):
     assert re.sub(r"\033\[[\d;]+m", "", coloured) == re.sub(r"(?<!<)\|(?!im_|>)", "", plain).replace("||", "|")
 
 
-def test_a_group_says_what_was_left_out_of_it(case, tool, capsys, tmp_path):
-    _, folder, _ = case
-    records = random_records(2)
-    records[1].responses.append(ResponseRecord("", "self", 0.0))
-    name, prefix = str(tmp_path / "in.jsonl"), str(tmp_path / "train")
-    write_group_file(name, records)
-    options = PreprocessOptions([name], str(folder), prefix, policies=parse_policies(["empty_response=drop"]))
-    preprocess(options, progress=False)
-    for source in (name, prefix):
-        views = open_source([source], str(folder)).groups([0, 1])
-        assert [view.title.partition("id ")[2][:37] for view in views] == [
-            "q0",
-            "q1; drop: response 4 empty_response: ",
-        ]
-        assert [len(view.responses) for view in views] == [4, 4]
-    report = tmp_path / "train.report.ndjson"
-    report.write_text('{"id": "q1"}\n')
-    assert tool([prefix, "--tokenizer", str(folder), "--group", "1"]) == 2
-    assert "train.report.ndjson: cannot be read" in capsys.readouterr().err
-    report.unlink()  # what is not known is not said
-    assert tool([prefix, "--tokenizer", str(folder), "--group", "1"]) == 0
-
-
 class _Page(HTMLParser):
     """Collects tags and text; any script, or reference to another place, is remembered."""
 

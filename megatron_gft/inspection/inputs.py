@@ -2,9 +2,8 @@
 
 import contextlib
 import glob
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import GROUP_FILE_SUFFIXES, expand_inputs, read_all, read_chunks
-from megatron_gft.groups.problems import KEEP, Problem
 from megatron_gft.inspection.characters import LENIENT, CharacterEncoder
 from megatron_gft.inspection.statistics import EXAMPLES_PER_KIND, Statistics
 from megatron_gft.inspection.views import GroupView, view_group
@@ -162,28 +160,10 @@ class ShardSource:
             number -= len(shard)
         if shard.manifest.tokenizer.fingerprint != tokenizer.fingerprint:
             raise InputError(f"{shard.prefix}: made with another tokenizer than {tokenizer.path} -> give that one")
-        id_ = shard.meta(number)["id"]
-        title = f"{shard.prefix} group {number}, id {id_}{_changes(_reported(shard.prefix, id_))}"
+        title = f"{shard.prefix} group {number}, id {shard.meta(number)['id']}"
         groups, known = shard.encoded(number, number + 1), shard[number].logprobs
         groups.logprobs = None if known is None else np.concatenate(known)
         return view_group(groups, tokenizer, title, str(shard.names[0]))
-
-
-def _reported(prefix: str, group_id: str) -> list[Problem]:
-    """What preprocessing found of a group; nothing where its report was not copied with the shard."""
-    report = Path(f"{prefix}{PREPROCESSING_REPORT}")
-    try:
-        with open(report, "rb") as lines:
-            return [found for found in (Problem(**json.loads(line)) for line in lines) if found.id == group_id]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{report}: cannot be read ({error}) -> remove it, or preprocess again") from error
-
-
-def _changes(problems: Iterable[Problem]) -> str:
-    changed = [problem for problem in problems if problem.action != KEEP]
-    return "".join(f"; {problem.action}: {str(problem).partition(f'{problem.id!r} ')[2]}" for problem in changed)
 
 
 def _incomplete_sets(shards: Sequence[GroupShard]) -> list[str]:
@@ -256,8 +236,7 @@ class FileSource:
                 if total <= number < total + len(encoded.groups):
                     origin = encoded.origins[number - total]
                     group = encoded.groups.select(np.arange(len(encoded.groups)) == number - total)
-                    own = (problem for problem in encoded.problems if problem.place == origin.place)
-                    title = f"{origin.place} group {number}, id {origin.id}{_changes(own)}"
+                    title = f"{origin.place} group {number}, id {origin.id}"
                     views[number] = view_group(group, encoder.tokenizer, title)
             total += len(encoded.groups)
             if len(views) == len(set(numbers)):
