@@ -22,6 +22,7 @@ from tiny_tokenizers import byte_level_folder
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
 from megatron_gft.groups.problems import parse_policies
+from megatron_gft.inspection import statistics
 from megatron_gft.inspection.inputs import open_source
 from megatron_gft.inspection.output import html_page, report_text
 from megatron_gft.inspection.statistics import _summary, estimate_packing
@@ -34,7 +35,7 @@ from megatron_gft.tokenizer import load_tokenizer
 
 
 def report_of(*inputs, tokenizer=None, packing=()):
-    """Report on shards or group files; ``packing`` = (max_tokens_per_pack, groups_per_step)."""
+    """Report on shards or group files; ``packing`` = (max_tokens_per_pack,)."""
     return open_source(list(map(str, inputs)), tokenizer and str(tokenizer)).report(*packing)
 
 
@@ -161,10 +162,11 @@ def test_a_file_without_any_group(tmp_path):
 
 
 @pytest.mark.parametrize("groups_per_step, steps", [(32, 1), (8, 3)])
-def test_packing_of_groups_that_fill_one_pack_a_step(case, groups_per_step, steps):
+def test_packing_of_groups_that_fill_one_pack_a_step(case, monkeypatch, groups_per_step, steps):
     base, _, _ = case
+    monkeypatch.setattr(statistics, "GROUPS_PER_STEP", groups_per_step)
     limit = 100_000
-    packing = report_of(base / "train", packing=(limit, groups_per_step))["packing"]
+    packing = report_of(base / "train", packing=(limit,))["packing"]
     shard = GroupShard(base / "train")
     groups = [shard[i] for i in range(len(shard))]
     lengths = [(len(group.prompt), [len(r) for r in group.responses]) for group in groups]

@@ -98,7 +98,7 @@ class ShardSource:
         verify_shards(self.prefixes)
         return self.prefixes
 
-    def report(self, max_tokens_per_pack: int | None = None, groups_per_step: int = 128) -> dict[str, Any]:
+    def report(self, max_tokens_per_pack: int | None = None) -> dict[str, Any]:
         """Statistics and problems (JSON object).
 
         Raises:
@@ -116,7 +116,7 @@ class ShardSource:
                     for first in range(0, len(shard), GROUPS_PER_SLICE):
                         statistics.add(groups := shard.encoded(first, first + GROUPS_PER_SLICE), shard.prefix)
                         bar.update(len(groups))
-            return statistics.report("tokens", max_tokens_per_pack, groups_per_step) | {
+            return statistics.report("tokens", max_tokens_per_pack) | {
                 "problems": dict(sorted(statistics.problems.items())),
                 "examples": statistics.examples,
                 "inputs": [shard.prefix for shard in shards],
@@ -184,7 +184,7 @@ class FileSource:
     def verify(self) -> list[str]:
         raise InputError("--verify: group files have no manifest to compare with -> give shards")
 
-    def report(self, max_tokens_per_pack: int | None = None, groups_per_step: int = 128) -> dict[str, Any]:
+    def report(self, max_tokens_per_pack: int | None = None) -> dict[str, Any]:
         """Statistics and problems (JSON object); bad rows are counted, not raised."""
         encoder = self._encoder()
         statistics = Statistics(encoder.tokenizer.eos_id, encoder.tokenizer.bos_id)
@@ -205,7 +205,7 @@ class FileSource:
             problems["duplicate_id"] = statistics.problems["duplicate_id"]
             examples["duplicate_id"] = statistics.examples["duplicate_id"]
         unit = "characters" if self.tokenizer is None else "tokens"
-        return statistics.report(unit, max_tokens_per_pack, groups_per_step) | {
+        return statistics.report(unit, max_tokens_per_pack) | {
             "problems": dict(sorted(problems.items())),
             "examples": examples,
             "inputs": self.files,
