@@ -84,9 +84,6 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         needs = f"pass@{list(self.pass_at)} with {self.samples} samples -> each k in 1..samples"
         problems = {
-            f"max_tokens={self.max_tokens} -> at least 1": self.max_tokens < 1,
-            f"batch_size={self.batch_size} -> at least 1": self.batch_size < 1,
-            f"samples={self.samples} -> 0 for none, or more": self.samples < 0,
             f"temperature={self.temperature} -> a number, 0 or more": not 0 <= self.temperature < math.inf,  # nor NaN
             f"top_p={self.top_p} -> more than 0, at most 1": not 0 < self.top_p <= 1,
             "an empty stop text would end every response -> leave it out": not all(self.stop),
