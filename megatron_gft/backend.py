@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_gft.attention import CoreAttention, RMSNorm, TECoreAttention
 from megatron_gft.config import ModelConfig, ParallelConfig
 from megatron_gft.errors import InputError
+from megatron_gft.head_rows import kernels
 from megatron_gft.hf.shape import DTYPES, ModelShape, transformer_config_kwargs
 
 # Megatron's names: TransformerConfig.fp8_recipe (0.16.1 to 0.19), all with the hybrid e4m3/e5m2 format.
@@ -51,8 +52,7 @@ def build_transformer_config(
     shape: ModelShape, model: ModelConfig, parallel: ParallelConfig, *, backend: str, **extra: Any
 ) -> TransformerConfig:
     """Megatron's configuration of one model; ``extra`` overrides single fields (planning on meta tensors)."""
-    dtype = getattr(torch, DTYPES[model.precision])
-    kwargs = transformer_config_kwargs(shape)
+    dtype, kwargs = getattr(torch, DTYPES[model.precision]), transformer_config_kwargs(shape)
     kwargs["activation_func"] = {"silu": torch.nn.functional.silu}[kwargs["activation_func"]]
     on_gpu = torch.cuda.is_available()
     fused = on_gpu and backend == "transformer_engine"
@@ -87,7 +87,7 @@ def build_transformer_config(
         "apply_rope_fusion": fused,
         "moe_permute_fusion": fused,  # the eager path asks the device for counts, twice a layer
         "moe_router_dtype": "fp32",
-        "bias_activation_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu and kernels() is not None,  # by torch.compile, which builds as Triton does
         "bias_dropout_fusion": False,
         "moe_grouped_gemm": backend == "transformer_engine" and bool(shape.num_moe_experts),
     }

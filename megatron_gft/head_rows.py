@@ -6,6 +6,7 @@ Shapes: T rows, V vocabulary rows of all ranks (padding included), v = V/tp colu
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -63,8 +64,7 @@ def exponentiate_rows_(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     columns, owned = shard.targets(labels)
     statistics = torch.empty((4 if entropy else 3, len(logits)), dtype=dtype, device=logits.device)
-    target = logits.gather(1, columns[:, None])[:, 0].to(dtype)
-    statistics[2] = torch.where(owned, target, -torch.inf)
+    statistics[2] = torch.where(owned, logits.gather(1, columns[:, None])[:, 0].to(dtype), -torch.inf)
     if shard.valid == 0:  # this shard is all padding: it adds nothing to any sum
         statistics[0] = torch.finfo(dtype).min
         statistics[1] = 0
@@ -164,23 +164,23 @@ EAGER = RowPasses(
 
 @functools.cache
 def kernels() -> RowPasses | None:
-    """The passes as Triton kernels; None where Triton is not installed."""
+    """The passes as Triton kernels; None where Triton is not installed, or cannot build what starts them."""
     try:
         from megatron_gft.row_kernels import row_gradient_, row_statistics
+
+        if torch.cuda.is_available():  # Triton wants a C compiler, Python's headers and libcuda
+            row_statistics(torch.zeros(1, 8, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda"), 0, 8)
     except ImportError:
+        return None
+    except Exception as error:  # of compilers and drivers anything
+        logging.getLogger(__name__).warning(f"no kernels of Triton, slower: {error!r} -> install gcc, Python's headers")
         return None
 
     def gradient_(logits, labels, shard, statistics, rows, weights):
         factor, of_label = rows.scale * weights, weights * torch.expm1(rows.logprobs)  # see softmax_gradient
-        columns = (shard.start, shard.valid)
-        return row_gradient_(logits, labels, *columns, statistics[0], factor.float(), of_label.float())
+        return row_gradient_(logits, labels, shard.start, shard.valid, statistics[0], factor.float(), of_label.float())
 
-    return RowPasses(
-        lambda logits, labels, shard, entropy: row_statistics(
-            logits, labels, shard.start, shard.valid, entropy=entropy
-        ),
-        gradient_,
-    )
+    return RowPasses(lambda x, y, at, entropy: row_statistics(x, y, at.start, at.valid, entropy=entropy), gradient_)
 
 
 def choose_passes(logits: torch.Tensor) -> RowPasses:

@@ -141,7 +141,7 @@ class StepRunner:
         shape = (len(SOURCES), len(SIGNS), len(STATISTICS) + len(MORE_STATISTICS))
         total = torch.zeros(shape, dtype=torch.float64, device=device)
         packs = [pack.to(device) for pack in packs]
-        self.loss_sums = []
+        self.loss_sums, self.timer = [], DeviceTimer()  # of these packs: those of a validation are no part of a step
         if packs:
             rows = [pack.tokens.numel() for pack in packs]
             config = unwrap(self.chunks[0]).config

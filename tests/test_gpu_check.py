@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gpu_numbers
+import pytest
 import torch
 
+from megatron_gft.errors import InputError
 from tools import gpu_check
 from tools.bench import one_gpu, run
 
@@ -32,15 +34,14 @@ def check(*arguments, output, **options):
 def test_the_dry_run_runs_every_part(tmp_path):
     done, facts = check(output=tmp_path / "check.json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    parts = (
-        "attention kernels compare resume save machine head_memory head_time_8B step waits shared_prefix head_time_1.5B"
-    )
-    assert [*facts["parts"]] == parts.split() and facts["ended"] == "all parts ran"
+    assert [*facts["parts"]] == [*gpu_numbers.PARTS, *one_gpu.PARTS] and len(facts["parts"]) == 18
+    assert facts["ended"] == "all parts ran"
     numbers = {name: dict(gpu_check.leaves(part["found"])) for name, part in facts["parts"].items()}
     assert all(found and all(map(math.isfinite, found.values())) for found in numbers.values())
     # the committed numbers of a CPU are those of this code
-    assert max(value for place, value in numbers["compare"].items() if place.startswith("fp32")) < 1e-4
-    assert "| compare | fp32 shared: gradients |" in done.stdout and "met: <= 0.0001 |" in done.stdout
+    compared = [numbers[f"compare fp32 {form}"] for form in ("packed", "shared", "unfused")]
+    assert max(value for found in compared for value in found.values()) < 1e-4
+    assert "| compare fp32 shared | gradients |" in done.stdout and "met: <= 0.0001 |" in done.stdout
     assert numbers["step"]["gft / plain"] > 0 and numbers["save"]["bytes written a parameter"] > 12
 
 
@@ -98,6 +99,18 @@ def test_what_is_missing_comes_from_wheels_or_is_named(tmp_path, monkeypatch, ca
     assert "No module named 'lost_two' -> WHEELS=DIR" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("there", [None, "notes.txt", "torn-1.0-py3-none-any.whl"])
+def test_a_wrong_folder_of_wheels_is_named(tmp_path, capfd, there):
+    folder = tmp_path / "wheels"
+    if there:
+        folder.mkdir()
+        (folder / there).write_text("no wheel")
+    assert gpu_check.main(["--wheels", str(folder)]) == 2
+    told = capfd.readouterr().err
+    assert f"error: WHEELS={folder}: " in told and "Traceback" not in told
+    assert ("pip refuses them" if there and "torn" in there else "no *.whl there") in told
+
+
 def test_torchs_notice_of_its_debug_mode_is_no_wait(monkeypatch):
     notice = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
     monkeypatch.setattr(one_gpu, "ON_GPU", True)
@@ -114,6 +127,7 @@ def test_a_span_over_kernels_does_not_fill_the_gaps_between_them():
     kernels = [event(0, 10), event(5, 20), event(60, 100)]
     others = [event(0, 100, annotation=True), event(0, 100, kind=torch.autograd.DeviceType.CUDA)]
     assert one_gpu.idle_share(others + kernels) == 0.4
+    assert math.isnan(one_gpu.idle_share(others[:1]))  # where the driver shows no kernel, the waits are still told
 
 
 def test_a_machine_without_git_is_measured_all_the_same(monkeypatch):
@@ -121,8 +135,9 @@ def test_a_machine_without_git_is_measured_all_the_same(monkeypatch):
     assert run.commit() == "unknown"
 
 
-def test_a_part_that_takes_the_timer_does_not_disarm_the_check(tmp_path, monkeypatch):
-    """A trainer's watchdog is the same timer of C, and is stopped at its end."""
+@pytest.fixture
+def armed(monkeypatch):
+    """``_check`` of two parts in this process; the list takes what its timer is told."""
     armed = []
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -130,6 +145,32 @@ def test_a_part_that_takes_the_timer_does_not_disarm_the_check(tmp_path, monkeyp
     monkeypatch.setattr(gpu_check.faulthandler, "dump_traceback_later", lambda s, exit: armed.append((s, exit)))
     monkeypatch.setattr(gpu_numbers, "PARTS", {"resume": dict, "save": dict})
     monkeypatch.setattr(one_gpu, "PARTS", {})
-    options = argparse.Namespace(output=tmp_path / "check.json", seconds=1e6, only=None, dry_run=True)
-    assert gpu_check._check(options) == 0
+    return armed
+
+
+def options(tmp_path, only=None):
+    return argparse.Namespace(output=tmp_path / "check.json", seconds=1e6, only=only, dry_run=True)
+
+
+def test_a_part_that_takes_the_timer_does_not_disarm_the_check(tmp_path, armed):
+    """A trainer's watchdog is the same timer of C, and is stopped at its end."""
+    assert gpu_check._check(options(tmp_path)) == 0
     assert len(armed) == 2 and all(20 < seconds <= 1e6 + 20 and leaves for seconds, leaves in armed)
+
+
+def test_a_device_that_an_earlier_part_broke_is_reported(tmp_path, armed, monkeypatch):
+    """After an illegal access CUDA fails every call, freeing memory too."""
+
+    def broken():
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    assert gpu_check._check(options(tmp_path)) == 1
+    parts = json.loads((tmp_path / "check.json").read_text())["parts"]
+    assert [part["failed"] for part in parts.values()] == ["RuntimeError: an illegal memory access"] * 2
+
+
+def test_an_unknown_part_is_named(tmp_path, armed):
+    with pytest.raises(InputError, match="--only sav: no such part -> of resume, save"):
+        gpu_check._check(options(tmp_path, ["resume", "sav"]))
+    assert not armed

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import device_run
 import pytest
@@ -25,6 +26,8 @@ from megatron_gft.model import build_model, unwrap
 from megatron_gft.optimizer import build_optimizer, wrap_data_parallel
 from megatron_gft.parallel import initialize_parallel, seed_everything
 from megatron_gft.planning import FlopModel
+from megatron_gft.sizing import report
+from megatron_gft.sizing.fit import Device
 from megatron_gft.sizing.memory import StaticMemory, estimate_activations, microbatches_in_flight, static_memory
 from megatron_gft.sizing.throughput import (
     AssumedGroups,
@@ -301,6 +304,15 @@ def test_step_time_adds_up():
     saved = step_time("checkpoint.save_every=20")
     assert math.isclose(saved.save_seconds, 12e9 / 2e9 / 20)
     assert math.isclose(saved.seconds, step_time().seconds + saved.save_seconds)
+
+
+def test_a_small_models_step_is_not_told_as_no_time():
+    time = dataclasses.replace(step_time(), seconds=3.14e-5, compute_seconds=3e-5, epoch_hours=1.2e-7)
+    steps = dataclasses.replace(STEPS, flops=2.5e9)
+    config = load_config([], ["model.config=unused"])
+    text = "\n".join(report._steps(SimpleNamespace(steps=steps, time=time, config=config, device=Device())))
+    assert "3.14e-05 s per step = 3e-05 s" in text and "2.5e-06 PFLOP" in text and "1.2e-07 h per epoch" in text
+    assert "too small to fill the devices takes longer" in text
 
 
 def test_the_output_layer_counts_where_it_is():

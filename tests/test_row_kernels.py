@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 
 pytest.importorskip("triton")
-from megatron_gft import head_rows, row_kernels, vocab_parallel
+from megatron_gft import cpu, head_rows, row_kernels, vocab_parallel
 from megatron_gft.gft import RowFacts
 
 LAST_PLACE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -92,6 +92,20 @@ def test_gradient_equals_the_formula(columns, padding, dtype):
     found = row_kernels.row_gradient_(logits, labels, start, columns, *arguments)
     assert found is logits and not found[:, columns:].any() and not found[4].any()
     torch.testing.assert_close(found[:, :columns].double(), expected, rtol=LAST_PLACE[dtype], atol=1e-6)
+
+
+def test_where_triton_cannot_build_them_the_eager_passes_run_and_a_line_says_why(monkeypatch, caplog):
+    """Images without a C compiler, or without Python's headers, have Triton all the same."""
+    cpu.install()  # "cuda" is the CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert isinstance(head_rows.kernels.__wrapped__(), head_rows.RowPasses)
+
+    def no_compiler(*_, **__):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(row_kernels, "row_statistics", no_compiler)
+    assert head_rows.kernels.__wrapped__() is None
+    assert "Failed to find C compiler" in caplog.text and "-> install gcc" in caplog.text
 
 
 # --- within the head --------------------------------------------------------------------------------------------------

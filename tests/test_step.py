@@ -327,6 +327,18 @@ def test_a_report_waits_for_sums_that_are_still_on_their_way():
     assert LossReport(sums, 3, Arrival()).loss == 1.0  # 6 places of 0.5 each, by 3
 
 
+def _timed(folder: Path, overrides: tuple[str, ...]):
+    step = Step(folder, overrides)
+    step.run(forward_only=True)  # a validation
+    step.run()
+    return len(step.runner.timer.spans), len(step.packs)
+
+
+def test_a_steps_forward_time_has_no_validation_in_it(root):
+    [(spans, packs)] = run_ranks(1, _timed, model_folder(root, "tied"), (SMALL,))
+    assert spans == packs > 1
+
+
 def _poisoned(folder: Path, overrides: tuple[str, ...]):
     step = Step(folder, overrides)
     step.packs[1].token_weights[0] = torch.nan

@@ -6,14 +6,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_gft import backend
 from megatron_gft.backend import build_transformer_config
 from megatron_gft.config import ModelConfig, ParallelConfig, load_config
 from megatron_gft.errors import InputErrors
+from megatron_gft.head_rows import EAGER
 from megatron_gft.hf.shape import model_shape_from_config
 from megatron_gft.validation import check
 
@@ -172,6 +176,20 @@ def test_what_the_model_builds_has_no_silent_trap(layout, model, recompute):
         assert config.moe_router_load_balancing_type == "none"
         names = ("moe_expert_capacity_factor", "moe_z_loss_coeff", "moe_input_jitter_eps")
         assert [getattr(config, name) for name in names] == [None] * 3
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_gpu_takes_the_fusions_that_can_be_built_there(monkeypatch, built):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
+    monkeypatch.setattr(backend, "kernels", lambda: EAGER if built else None)
+    monkeypatch.setattr(backend, "TransformerConfig", SimpleNamespace)  # Megatron's asks for Transformer Engine
+    for kind in ("local", "transformer_engine"):
+        config = build_transformer_config(shape_of(EXPERTS), ModelConfig(config="none"), ParallelConfig(), backend=kind)
+        assert config.bias_activation_fusion == built  # Megatron compiles it when it first runs
+        fused = {config.gradient_accumulation_fusion, config.apply_rope_fusion, config.moe_permute_fusion}
+        assert fused == {kind == "transformer_engine"}
+        assert layers._grad_accum_fusion_available == (kind == "transformer_engine")
 
 
 def test_megatron_does_not_know_these_traps():

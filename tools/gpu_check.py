@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,12 @@ STARTED = time.monotonic()
 
 def install(wheels: Path, folder: str) -> None:
     """Put a folder of wheels into ``folder``, where Python looks last: what is installed already stays in use."""
+    if not (files := sorted(map(str, wheels.glob("*.whl")))):
+        raise InputError(f"WHEELS={wheels}: no *.whl there -> the folder that holds them, or none")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([*pip, "--target", folder, *map(str, wheels.glob("*.whl"))], check=True)
+    if subprocess.run([*pip, "--target", folder, *files]).returncode:
+        python = f"{sys.executable} ({sys.version.split()[0]})"
+        raise InputError(f"WHEELS={wheels}: pip refuses them, see above -> wheels for {python}, which needs pip")
     sys.path.append(folder)
     importlib.invalidate_caches()
 
@@ -107,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             install(options.wheels, folder)
         try:
             return _check(options)
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             need = f"{error} -> WHEELS=DIR with wheels of what is missing, or set PYTHON to one that has it"
             raise InputError(f"{sys.executable} ({sys.version.split()[0]}): {need}") from None
 
@@ -139,13 +144,22 @@ def _check(options: argparse.Namespace) -> int:
     report.facts |= {"commit": run.commit(), "environment": environment()}
     report.goals = gpu_numbers.GOALS | (one_gpu.GOALS if torch.cuda.is_available() else {})
     parts = gpu_numbers.PARTS | one_gpu.PARTS
+    if unknown := set(options.only or ()) - set(parts):
+        raise InputError(f"--only {min(unknown)}: no such part -> of {', '.join(parts)}")
     for name in options.only or parts:
         # C code may hold the lock that the watchdog needs. Again each time: a trainer's watchdog takes this timer.
         faulthandler.dump_traceback_later(max(options.seconds - (time.monotonic() - STARTED), 0) + 20, exit=True)
-        report.run(name, parts[name])
-        gc.collect()
-        torch.cuda.empty_cache()
+        report.run(name, partial(_alone, parts[name]))
     return report.end()
+
+
+def _alone(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The part, without what those before it left on the device. After an illegal access CUDA refuses that too."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    return part()
 
 
 if __name__ == "__main__":

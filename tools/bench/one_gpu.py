@@ -4,6 +4,7 @@ On a CPU each runs with tiny sizes and proves only itself. Results are JSON-able
 """
 
 import dataclasses
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -79,10 +80,13 @@ def waiting_places(run: Callable[[], None]) -> Counter[str]:
 
 
 def idle_share(events: Iterable[Any]) -> float:
-    """Share of the time between the first and the last kernel in which the device ran none."""
+    """Share of the time between the first and the last kernel in which the device ran none; NaN where a driver that
+    keeps its counters to itself shows no kernel."""
     kind = torch.autograd.DeviceType.CUDA if ON_GPU else torch.autograd.DeviceType.CPU
     ran = [e.time_range for e in events if e.device_type == kind and not e.is_user_annotation]  # those span kernels
     spans = sorted((span.start, span.end) for span in ran)
+    if not spans:
+        return math.nan
     busy, end = 0.0, spans[0][0]
     for start, stop in spans:
         busy += max(0.0, stop - max(start, end))
