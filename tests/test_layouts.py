@@ -5,6 +5,7 @@ at the end break the code on purpose and must be noticed.
 """
 
 import dataclasses
+import faulthandler
 
 import numpy as np
 import pytest
@@ -261,6 +262,7 @@ def count_on_every_context_rank(trainer):
 
 def batch_pipeline_transfers(trainer):
     """Megatron's default for the interleaved schedule; two transfers between one pair of ranks are swapped."""
+    faulthandler.disable()  # a rank that dies of it is expected: its stack would look like a crash of the suite
     config = unwrap(trainer.chunks[0]).config
     config.overlap_p2p_comm, config.batch_p2p_comm = False, True
 
