@@ -108,7 +108,7 @@ def test_the_whole_on_a_tiny_model(model, problems):
     pairs = [
         (model.prompt_ids(row.prompt), [*model.tokenizer.encode_response(text), model.tokenizer.eos_id])
         for row in rows
-        for text in reference_texts(row, None)
+        for text in reference_texts(row)
     ]
     sums = [math.fsum(model.response_logprobs([pair])[0]) for pair in pairs]
     assert reference["logprob_per_answer"] == pytest.approx(statistics.mean(sums), rel=1e-5)
@@ -170,12 +170,11 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 def test_all_that_is_wrong_is_said_together_before_the_model_is_loaded(tmp_path):
     path = tmp_path / "blank.jsonl"
     path.write_text('{"prompt": "why?", "answer": " "}\n{"prompt": "who?", "answer": "you"}\n')
-    options = EvaluationOptions(scoring=ScoringOptions("math", {"percnt": "off"}), reference_column="typo")
+    options = EvaluationOptions(scoring=ScoringOptions("math", {"percnt": "off"}))
     with pytest.raises(InputErrors) as caught:
         evaluate(no_model, problem_set(path), options, progress=False)
-    places = ["blank.jsonl:1", "blank.jsonl:1", "blank.jsonl:2", ""]
-    wrong = ["no gold answer", "no column 'typo'", "no column 'typo'", "no option 'percnt'"]
-    assert len(caught.value.problems) == 4
+    places, wrong = ["blank.jsonl:1", ""], ["no gold answer", "no option 'percnt'"]
+    assert len(caught.value.problems) == 2
     for problem, place, message in zip(caught.value.problems, places, wrong, strict=True):
         assert place in problem and message in problem
 
