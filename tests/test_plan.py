@@ -410,9 +410,12 @@ def test_shards_are_planned_as_they_will_be_trained(tmp_path):
             }
         )
     )
-    result = run_python("tools/plan.py", "--config", str(config), "--world-size", "2", "--json")
+    command = ("tools/plan.py", "--config", str(config), "--world-size", "2", "--gpu-memory-gib", "139", "--json")
+    result = run_python(*command)
     assert result.returncode == 0, result.stderr
-    steps = json.loads(result.stdout)["steps"]["exact"]
+    plan = json.loads(result.stdout)
+    assert plan["device"]["name"] == "GPU of 139 GiB" and "(its ranks: 2)" in plan["notes"][-1]
+    steps = plan["steps"]["exact"]
     assert not steps["assumed"] and steps["groups"] == 30 and steps["steps_per_epoch"] == 1
     assert steps["loss_tokens"] == sum(len(tokens) for group in content for tokens in group["responses"])
     assert steps["tokens"] * (1 - steps["padding_share"]) <= sum(

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_gft.sizing.report import format_plan
     from megatron_gft.sizing.throughput import Workload
 
-    device = Device(memory_gib=o.gpu_memory_gib, reserve_gib=o.reserve_gib, peak_tflops=o.peak_tflops)
+    device = Device(f"GPU of {o.gpu_memory_gib:g} GiB", o.gpu_memory_gib, o.reserve_gib, o.peak_tflops)
     workload = Workload(o.groups, o.responses, o.prompt_tokens, o.response_tokens)
     plan = make_plan(config, shape, o.world_size, device=device, workload=workload, efficiency=o.efficiency)
     print(json.dumps(plan.to_json(), indent=1) if o.json else format_plan(plan))

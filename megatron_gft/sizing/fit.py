@@ -23,6 +23,7 @@ from megatron_gft.sizing.memory import (
     stage_layers,
 )
 from megatron_gft.sizing.throughput import (
+    GPUS_PER_NODE,
     AssumedGroups,
     StepStatistics,
     StepTime,
@@ -158,7 +159,7 @@ def make_plan(
     if steps:
         speed = {"efficiency": efficiency or stated_efficiency(config, shape), "peak_tflops": device.peak_tflops}
         time = estimate_step_time(config, shape, steps, fullest, world_size, **speed)
-    notes = (*_notes(config, shape, steps, with_steps), _save_note(fullest))
+    notes = (*_notes(config, shape, steps, with_steps), _save_note(fullest, min(world_size, GPUS_PER_NODE)))
     plan = Plan(world_size, config, shape, device, stages, steps, time, None, notes)
     if plan.fits:
         return plan
@@ -186,16 +187,15 @@ def _steps(config: Config, shape: ModelShape, world_size: int, workload: Workloa
         if config.data.train:
             groups, _ = open_groups(config, shape)
             return describe_steps(groups, config, shape, parallel, assumed=False)
-        longest = config.data.max_tokens_per_pack // 2
-        longest = min(longest, config.data.max_response_tokens or longest)
+        longest = min(half := config.data.max_tokens_per_pack // 2, config.data.max_response_tokens or half)
         return describe_steps(AssumedGroups(workload, longest=longest), config, shape, parallel, assumed=True)
 
 
-def _save_note(fullest: StaticMemory) -> str:
+def _save_note(fullest: StaticMemory, ranks: int) -> str:
     """What a save takes of a host, as measured on one rank: 36 bytes a parameter, of which 12 stay for the next one."""
-    peak, kept = (count * fullest.parameters / GIB for count in (36, 12))
-    device = f"{fullest.save / GIB:.1f} GiB of the device's" if fullest.save else "none of the device's"
-    return f"a save takes up to {peak:.1f} GiB of host memory a rank, keeps {kept:.1f} GiB of it, and takes {device}"
+    peak, kept = (count * fullest.parameters * ranks / GIB for count in (36, 12))
+    device = f"{fullest.save / GIB:.1f} GiB of a device's" if fullest.save else "none of a device's"
+    return f"a save takes up to {peak:,.4g} GiB of a host (its ranks: {ranks}), keeps {kept:,.4g}, and takes {device}"
 
 
 def _notes(config: Config, shape: ModelShape, steps: StepStatistics | None, with_steps: bool) -> Iterator[str]:
