@@ -140,6 +140,7 @@ def armed(monkeypatch):
     """``_check`` of two parts in this process; the list takes what its timer is told."""
     armed = []
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(gpu_check.threading, "Timer", lambda *_: SimpleNamespace(start=lambda: None))
     monkeypatch.setattr(gpu_check.faulthandler, "dump_traceback_later", lambda s, exit: armed.append((s, exit)))
@@ -155,6 +156,7 @@ def options(tmp_path, only=None):
 def test_a_part_that_takes_the_timer_does_not_disarm_the_check(tmp_path, armed):
     """A trainer's watchdog is the same timer of C, and is stopped at its end."""
     assert gpu_check._check(options(tmp_path)) == 0
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "a dry run on a machine with a GPU"
     assert len(armed) == 2 and all(20 < seconds <= 1e6 + 20 and leaves for seconds, leaves in armed)
 
 
@@ -168,6 +170,16 @@ def test_a_device_that_an_earlier_part_broke_is_reported(tmp_path, armed, monkey
     assert gpu_check._check(options(tmp_path)) == 1
     parts = json.loads((tmp_path / "check.json").read_text())["parts"]
     assert [part["failed"] for part in parts.values()] == ["RuntimeError: an illegal memory access"] * 2
+
+
+def test_ctrl_c_ends_it_with_what_is_known(tmp_path, armed, monkeypatch):
+    def pressed():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_numbers, "PARTS", {"attention": dict, "resume": pressed, "save": pressed})
+    assert gpu_check._check(options(tmp_path)) == 1
+    facts = json.loads((tmp_path / "check.json").read_text())
+    assert [*facts["parts"]] == ["attention", "resume"] and facts["ended"] == "interrupted in resume"
 
 
 def test_an_unknown_part_is_named(tmp_path, armed):

@@ -69,6 +69,8 @@ class Report:
             del entry["failed"]
         except BaseException as error:  # Megatron's CheckpointException is one; the others are still worth having
             entry |= {"failed": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()[-3000:]}
+            if isinstance(error, KeyboardInterrupt):
+                raise
         entry["seconds"] = time.monotonic() - started
         print(f"{name}: {entry.get('failed', 'done')} ({entry['seconds']:.1f} s)", file=sys.stderr, flush=True)
 
@@ -118,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first asks for a device
     import torch
 
     if not torch.cuda.is_available():
@@ -149,7 +153,10 @@ def _check(options: argparse.Namespace) -> int:
     for name in options.only or parts:
         # C code may hold the lock that the watchdog needs. Again each time: a trainer's watchdog takes this timer.
         faulthandler.dump_traceback_later(max(options.seconds - (time.monotonic() - STARTED), 0) + 20, exit=True)
-        report.run(name, partial(_alone, parts[name]))
+        try:
+            report.run(name, partial(_alone, parts[name]))
+        except KeyboardInterrupt:
+            return report.end(f"interrupted in {name}")
     return report.end()
 
 
