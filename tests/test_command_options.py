@@ -32,7 +32,7 @@ CASES = {
         megatron_gft.evaluation.run,
         "evaluate",
         f"--model m --problems p --no-greedy --no-reference --samples 4 --pass-at 2 --temperature 0.5 --top-p 0.5 "
-        f"--max-tokens 7 --stop X --seed 3 --batch-size 2 --template-kwargs a=1 {VERIFIER} m:f",
+        f"--max-tokens 7 --stop X --seed 3 --batch-size 2 --reference-column c --template-kwargs a=1 {VERIFIER} m:f",
         {"memory_limit_gib", "rewards", "missing_answer"},
     ),
 }

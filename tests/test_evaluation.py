@@ -108,7 +108,7 @@ def test_the_whole_on_a_tiny_model(model, problems):
     pairs = [
         (model.prompt_ids(row.prompt), [*model.tokenizer.encode_response(text), model.tokenizer.eos_id])
         for row in rows
-        for text in reference_texts(row)
+        for text in reference_texts(row, None)
     ]
     sums = [math.fsum(model.response_logprobs([pair])[0]) for pair in pairs]
     assert reference["logprob_per_answer"] == pytest.approx(statistics.mean(sums), rel=1e-5)
@@ -154,12 +154,15 @@ def test_what_cannot_be_measured_is_said_before_the_model_works(tmp_path):
         ({"samples": 2, "pass_at": ()}, r"pass@\[\] with 2 samples"),
         ({"samples": 2, "temperature": 0.0}, "samples at temperature 0"),
         ({"greedy": False, "reference_logprobs": False}, "nothing to measure"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"samples": -1}, "samples=-1"),
         ({"samples": 2, "temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"temperature": math.inf}, "temperature=inf"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"stop": ("",)}, "empty stop text"),
-        ({"temperature": -1.0, "top_p": 2.0}, r"(?s)\(2\).*temperature=-1.0.*top_p=2.0"),
+        ({"batch_size": 0, "top_p": 2.0}, r"(?s)\(2\).*batch_size=0.*top_p=2.0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
@@ -170,11 +173,12 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 def test_all_that_is_wrong_is_said_together_before_the_model_is_loaded(tmp_path):
     path = tmp_path / "blank.jsonl"
     path.write_text('{"prompt": "why?", "answer": " "}\n{"prompt": "who?", "answer": "you"}\n')
-    options = EvaluationOptions(scoring=ScoringOptions("math", {"percnt": "off"}))
+    options = EvaluationOptions(scoring=ScoringOptions("math", {"percnt": "off"}), reference_column="typo")
     with pytest.raises(InputErrors) as caught:
         evaluate(no_model, problem_set(path), options, progress=False)
-    places, wrong = ["blank.jsonl:1", ""], ["no gold answer", "no option 'percnt'"]
-    assert len(caught.value.problems) == 2
+    places = ["blank.jsonl:1", "blank.jsonl:1", "blank.jsonl:2", ""]
+    wrong = ["no gold answer", "no column 'typo'", "no column 'typo'", "no option 'percnt'"]
+    assert len(caught.value.problems) == 4
     for problem, place, message in zip(caught.value.problems, places, wrong, strict=True):
         assert place in problem and message in problem
 

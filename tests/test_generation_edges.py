@@ -131,6 +131,8 @@ def test_a_limit_takes_the_first_prompts_and_looks_at_no_more(tmp_path):
     with prompts.open("a") as file:
         file.write("not json\n")
     assert [row.place for row in PromptSet([prompts], limit=2)] == [f"{prompts}:1", f"{prompts}:2"]
+    with pytest.raises(InputError, match="--limit -3"):
+        PromptSet([prompts], limit=-3)
 
 
 @pytest.mark.parametrize(

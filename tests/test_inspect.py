@@ -22,7 +22,6 @@ from tiny_tokenizers import byte_level_folder
 from megatron_gft.errors import InputError
 from megatron_gft.groups import GroupRecord, ResponseRecord, iter_group_file, write_group_file
 from megatron_gft.groups.problems import parse_policies
-from megatron_gft.inspection import statistics
 from megatron_gft.inspection.inputs import open_source
 from megatron_gft.inspection.output import html_page, report_text
 from megatron_gft.inspection.statistics import _summary, estimate_packing
@@ -35,7 +34,7 @@ from megatron_gft.tokenizer import load_tokenizer
 
 
 def report_of(*inputs, tokenizer=None, packing=()):
-    """Report on shards or group files; ``packing`` = (max_tokens_per_pack,)."""
+    """Report on shards or group files; ``packing`` = (max_tokens_per_pack, groups_per_step)."""
     return open_source(list(map(str, inputs)), tokenizer and str(tokenizer)).report(*packing)
 
 
@@ -162,11 +161,10 @@ def test_a_file_without_any_group(tmp_path):
 
 
 @pytest.mark.parametrize("groups_per_step, steps", [(32, 1), (8, 3)])
-def test_packing_of_groups_that_fill_one_pack_a_step(case, monkeypatch, groups_per_step, steps):
+def test_packing_of_groups_that_fill_one_pack_a_step(case, groups_per_step, steps):
     base, _, _ = case
-    monkeypatch.setattr(statistics, "GROUPS_PER_STEP", groups_per_step)
     limit = 100_000
-    packing = report_of(base / "train", packing=(limit,))["packing"]
+    packing = report_of(base / "train", packing=(limit, groups_per_step))["packing"]
     shard = GroupShard(base / "train")
     groups = [shard[i] for i in range(len(shard))]
     lengths = [(len(group.prompt), [len(r) for r in group.responses]) for group in groups]
@@ -272,6 +270,29 @@ def test_one_group_for_the_terminal(case, tool, capsys, source):
     for block, response in zip(blocks, records[0].responses, strict=True):
         assert {c for c in (green, red, grey) if c in block} == {green if response.reward else red}
     assert re.sub(r"\033\[[\d;]+m", "", coloured) == re.sub(r"(?<!<)\|(?!im_|>)", "", plain).replace("||", "|")
+
+
+def test_a_group_says_what_was_left_out_of_it(case, tool, capsys, tmp_path):
+    _, folder, _ = case
+    records = random_records(2)
+    records[1].responses.append(ResponseRecord("", "self", 0.0))
+    name, prefix = str(tmp_path / "in.jsonl"), str(tmp_path / "train")
+    write_group_file(name, records)
+    options = PreprocessOptions([name], str(folder), prefix, policies=parse_policies(["empty_response=drop"]))
+    preprocess(options, progress=False)
+    for source in (name, prefix):
+        views = open_source([source], str(folder)).groups([0, 1])
+        assert [view.title.partition("id ")[2][:37] for view in views] == [
+            "q0",
+            "q1; drop: response 4 empty_response: ",
+        ]
+        assert [len(view.responses) for view in views] == [4, 4]
+    report = tmp_path / "train.report.ndjson"
+    report.write_text('{"id": "q1"}\n')
+    assert tool([prefix, "--tokenizer", str(folder), "--group", "1"]) == 2
+    assert "train.report.ndjson: cannot be read" in capsys.readouterr().err
+    report.unlink()  # what is not known is not said
+    assert tool([prefix, "--tokenizer", str(folder), "--group", "1"]) == 0
 
 
 class _Page(HTMLParser):

@@ -340,6 +340,8 @@ def test_parts_cover_the_input_once(suffix, tmp_path, folder):
     ids = [shard.meta(i)["id"] for shard in map(GroupShard, prefixes) for i in range(len(shard))]
     assert sorted(ids) == sorted(f"{n}-q{i}" for n, count in enumerate((25, 4, 30)) for i in range(count))
     assert [len(GroupShard(p)) for p in prefixes] == [20, 20, 19] or max(len(GroupShard(p)) for p in prefixes) <= 21
+    with pytest.raises(InputError, match="1 <= I <= N"):
+        preprocess(PreprocessOptions(sources, str(folder), prefix, part=(0, 3)), progress=False)
 
 
 def test_append_adds_shards_and_knows_earlier_ids(tmp_path, folder):
@@ -401,9 +403,8 @@ def test_model_vocabulary_must_hold_the_tokenizer(tmp_path, folder, tokenizer):
 
 
 def test_bad_options_are_named_together(tmp_path, folder):
-    options = PreprocessOptions(["x"], str(folder), f"{tmp_path}/out/", add_bos=False)
-    with pytest.raises(InputError, match="a folder -> add a name.*\n.*BOS False"):
-        preprocess(options, progress=False)
+    with pytest.raises(InputError, match="workers=0.*\n.*max_groups_per_shard=0"):
+        run(tmp_path, folder, random_records(1), workers=0, max_groups_per_shard=0)
 
 
 # --- the tool -------------------------------------------------------------------------------------------------------

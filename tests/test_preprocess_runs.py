@@ -228,8 +228,8 @@ def test_a_place_without_rights_is_refused(tmp_path, folder, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("megatron_gft.atomic.tempfile.TemporaryFile", refuse)
-    with pytest.raises(InputError, match="(?s)cannot be written in .*Permission denied"):
-        preprocess(PreprocessOptions(["x"], str(folder), str(tmp_path / "train")), progress=False)
+    with pytest.raises(InputError, match="(?s)cannot be written in .*Permission denied.*workers=0"):
+        preprocess(PreprocessOptions(["x"], str(folder), str(tmp_path / "train"), workers=0), progress=False)
 
 
 def test_bos_is_chosen_only_without_a_template(tmp_path, folder):

@@ -184,16 +184,21 @@ def test_a_column_may_be_a_field_inside_of_another(tmp_path, suffix):
     assert not list(source.problems(first))
     (response,) = ColumnResponses(source, 0).records(first, None, None)
     assert response.text == "so"
+    assert list(reference_texts(first, "extra_info.said")) == ["so"]
     (again,) = [row for row in read(path, **named, prompt="prompt.0.content")][:1]
     assert again.prompt == "2+2?"
     for wrong in ("reward_model.gold", "reward_model.style.x", "prompt.1.content", "prompt.x"):
         with pytest.raises(InputError, match=f"verl{suffix}:1: no column {wrong} -> set --answer-column"):
             read(path, answer=wrong)
+        with pytest.raises(InputError, match=f"verl{suffix}:1: no column '{wrong}'"):
+            list(reference_texts(first, wrong))
 
 
 def test_an_empty_cell_is_no_worked_answer(tmp_path):
-    (row,) = read_rows(tmp_path, {"prompt": "a", "solution": math.nan})
-    assert row.meta == {} and not list(reference_texts(row))
+    (row,) = read_rows(tmp_path, {"prompt": "a", "said": math.nan})
+    assert row.meta == {}
+    with pytest.raises(InputError, match="no column 'said'"):
+        list(reference_texts(row, "said"))
 
 
 def test_a_template_without_the_prompt_is_refused():

@@ -212,6 +212,7 @@ def test_what_cannot_work_is_said_at_once_and_leaves_no_journal(tmp_path, change
         ({"time_limit": float("nan")}, "time limit of nan"),
         ({"time_limit": 0}, "time limit of 0"),
         ({"memory_limit_gib": float("inf")}, "memory limit of inf"),
+        ({"workers": 0}, "workers=0"),
         ({"rewards": {"rong": 1.0}}, "unknown outcome 'rong'"),
         ({"missing_answer": "nil"}, "missing_answer='nil'"),
     ],

@@ -100,7 +100,7 @@ class Checkpointer:
         self,
         folder: Path,
         chunks: list[torch.nn.Module],
-        optimizer: MegatronOptimizer,
+        optimizer: MegatronOptimizer | None,
         parallel: Parallel,
         *,
         config: Config,
@@ -238,7 +238,7 @@ class Checkpointer:
 
     def _sharded_state(self, *, loading: bool = False, with_optimizer: bool = True) -> dict[str, Any]:
         state = model_state(self.chunks)
-        if with_optimizer:
+        if self.optimizer is not None and with_optimizer:
             if not loading:
                 complete_state(self.optimizer)
             on_hosts = {"distrib_optim_fully_reshardable_mem_efficient": saves_on_hosts(self.optimizer)}
@@ -257,11 +257,12 @@ class Checkpointer:
         verify_checkpoint(path, "set checkpoint.resume=previous, or restore these files")
         state = self._sharded_state(loading=True, with_optimizer=with_optimizer)
         loaded = _load(path, state, self.chunks, self.parallel)
-        if with_optimizer:
-            gather_results(lambda: check_optimizer_state(self.optimizer, loaded["optimizer"], path))
-            load_optimizer_state(self.optimizer, loaded["optimizer"])
-        else:
-            self.optimizer.reload_model_params()
+        if (optimizer := self.optimizer) is not None:
+            if with_optimizer:
+                gather_results(lambda: check_optimizer_state(optimizer, loaded["optimizer"], path))
+                load_optimizer_state(optimizer, loaded["optimizer"])
+            else:
+                optimizer.reload_model_params()
         return read_json(path / STATE_FILE, "set checkpoint.resume=previous", RunState)
 
 

@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", default="test", help="split of a dataset folder (default %(default)s)")
     parser.add_argument("--prompt-column", help="default: prompt, question, problem or messages")
     parser.add_argument("--answer-column", help="gold answer (default: answer)")
+    parser.add_argument("--reference-column", help="worked solution (default: solution, or answer with ####)")
     parser.add_argument("--prompt-template", help="text with {prompt} in it, put around every prompt")
     parser.add_argument("--no-greedy", dest="greedy", action="store_false", help="no greedy accuracy")
     reference_help = "no log-probs of reference answers"

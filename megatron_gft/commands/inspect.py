@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     parser.add_argument("--group", type=count(0), action="append", default=[], metavar="N", help="show it (from 0)")
     parser.add_argument("--max-tokens-per-pack", type=count(), metavar="N", help="estimate packing for such packs")
+    parser.add_argument("--groups-per-step", type=count(), default=128, metavar="N", help="default %(default)s")
     parser.add_argument(
         "--html",
         metavar="FILE",
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.group and not to_files:
         print("\n".join(group_text(view, colour) for view in views), end="")
         return 0
-    report = source.report(arguments.max_tokens_per_pack)
+    report = source.report(arguments.max_tokens_per_pack, arguments.groups_per_step)
     if not to_files:
         print(report_text(report, colour, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     if arguments.html:

@@ -5,7 +5,7 @@
     print(result_table(result))
 
 Problems are read as ``tools/generate_groups.py`` reads prompts; a reference answer is an expert response of a group, or
-a worked solution. Every share comes with its number of problems and a 95 % interval: Wilson's for greedy
+the column of worked solutions. Every share comes with its number of problems and a 95 % interval: Wilson's for greedy
 accuracy, the normal approximation over problems for pass@k and for log-probabilities per answer, and for the mean per
 token that of a ratio (problems are the independent units, tokens are not).
 """
@@ -22,12 +22,14 @@ from megatron_gft import __version__
 from megatron_gft.chat_template import TemplateOptions
 from megatron_gft.errors import InputError, refuse
 from megatron_gft.evaluation.intervals import mean_interval, pass_at_k_summary, ratio_interval, wilson_interval
+from megatron_gft.groups import cell
 from megatron_gft.progress import ProgressBar
 from megatron_gft.sampling.local_backends import TransformersBackend, encode_prompt
 from megatron_gft.sampling.local_model import LocalModel
-from megatron_gft.sampling.prompts import PromptRow, PromptSet
+from megatron_gft.sampling.prompts import PromptRow, PromptSet, scalar_text
 from megatron_gft.sampling.settings import (
     Sample,
+    SampleFailure,
     SampleRequest,
     SamplingParams,
     model_fingerprint,
@@ -53,6 +55,7 @@ class EvaluationOptions:
         samples: responses per problem at ``temperature`` for pass@k; 0 for none.
         pass_at: the k of pass@k, each at most ``samples``.
         reference_logprobs: teacher-force the reference answers.
+        reference_column: of the worked solution; default ``solution``, else an ``answer`` that holds ``####``.
         template_kwargs: variables of the chat template; those of a row go before.
         scoring: verifier, workers and limits.
 
@@ -70,6 +73,7 @@ class EvaluationOptions:
     seed: int = 0
     batch_size: int = 16
     reference_logprobs: bool = True
+    reference_column: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     scoring: ScoringOptions = field(default_factory=ScoringOptions)
 
@@ -80,6 +84,9 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         needs = f"pass@{list(self.pass_at)} with {self.samples} samples -> each k in 1..samples"
         problems = {
+            f"max_tokens={self.max_tokens} -> at least 1": self.max_tokens < 1,
+            f"batch_size={self.batch_size} -> at least 1": self.batch_size < 1,
+            f"samples={self.samples} -> 0 for none, or more": self.samples < 0,
             f"temperature={self.temperature} -> a number, 0 or more": not 0 <= self.temperature < math.inf,  # nor NaN
             f"top_p={self.top_p} -> more than 0, at most 1": not 0 < self.top_p <= 1,
             "an empty stop text would end every response -> leave it out": not all(self.stop),
@@ -110,7 +117,7 @@ def evaluate(
 
     Raises:
         InputErrors: no problems, problems without gold answer for a verifier that needs one, a verifier that cannot
-            be built, prompts that do not fit the model.
+            be built, no such reference column, prompts that do not fit the model.
     """
     with contextlib.ExitStack() as stack:
         rows, pool = _prepare(problems, options, stack)
@@ -165,6 +172,11 @@ def _row_problems(row: PromptRow, options: EvaluationOptions) -> Iterator[str]:
         yield f"{row.place}: {error}"
     if options.judges and not options.scoring.can_judge(row.answer):
         yield f"{row.place}: id {row.id!r} has no gold answer -> set --answer-column, or measure log-probs only"
+    if options.reference_logprobs:
+        try:
+            list(reference_texts(row, options.reference_column))
+        except InputError as error:
+            yield str(error)
 
 
 @dataclass(frozen=True)
@@ -221,7 +233,9 @@ class _Responses:
         backend, tokenizer = TransformersBackend(self.model, self.options.batch_size), self.model.tokenizer
         with ProgressBar(None, name, total=len(requests), unit="response", show=self.progress) as bar:
             for outcome in backend.generate(requests, params, lambda key: False):
-                assert isinstance(outcome, Sample), outcome  # prompts that cannot be asked are refused before
+                if isinstance(outcome, SampleFailure):
+                    row, _ = owners[int(outcome.key)]
+                    raise InputError(f"{row.place}: {outcome.reason} -> leave the problem out")
                 found[outcome.key] = outcome
                 bar.update()
         samples = [found[request.key] for request in requests]
@@ -255,7 +269,7 @@ def _reference(
     for row in rows:
         rendered = model.tokenizer.render_prompt(row.prompt, options.of_row(row))
         prompt = model.tokenizer.encode(rendered)
-        for text in reference_texts(row):
+        for text in reference_texts(row, options.reference_column):
             unfit.update(filter(None, [unfit_thoughts(rendered, text)]))
             response = [*model.tokenizer.encode_response(text), model.tokenizer.eos_id]
             if len(prompt) + len(response) > model.max_positions:
@@ -282,10 +296,19 @@ def _reference(
     }
 
 
-def reference_texts(row: PromptRow) -> Iterator[str]:
-    """Worked answers of a problem: expert responses of a group, or a ``solution``, or an ``answer`` with ``####``."""
+def reference_texts(row: PromptRow, column: str | None) -> Iterator[str]:
+    """Worked answers of a problem: expert responses of a group, or the text of a column.
+
+    Raises:
+        InputError: the column was named and is not there.
+    """
     if row.responses:
         yield from (response.text for response in row.responses if response.source == "expert")
+        return
+    if column is not None:
+        if not (text := scalar_text(cell(row.columns, column), row.place, column)):
+            raise InputError(f"{row.place}: no column {column!r} -> set --reference-column")
+        yield text
         return
     for name in REFERENCE_COLUMNS:
         text = row.columns.get(name)

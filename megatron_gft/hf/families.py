@@ -4,7 +4,7 @@ A family says which options its transformers class has (bias, query/key norm, sl
 and how each Megatron-Core parameter is made of Hugging Face tensors. Parameters carry their canonical name, which
 is the key that Megatron-Core 0.16-0.19 writes to a distributed checkpoint, with the layer number ``{l}`` put back
 and the expert number ``{e}`` appended; live models with Transformer Engine or local layer specs are renamed to it
-(``mapping.HfMapping.entry``). Adding a dense family means adding one :class:`Family` here, and a tiny random
+(``mapping.canonical_name``). Adding a dense family means adding one :class:`Family` here, and a tiny random
 model to ``tests/tiny_models.py``.
 
 Imports neither torch nor megatron nor transformers.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from megatron_gft.errors import InputError
 from megatron_gft.hf.families import FAMILIES, Operation, Rule
 from megatron_gft.hf.shape import ModelShape
 
@@ -148,12 +149,22 @@ class HfMapping:
         )
 
     def entry(self, name: str) -> Entry:
-        """Entry of a live parameter whose layer and expert numbers are already global, in any layer spec."""
+        """Entry of a live parameter whose layer and expert numbers are already global, in any layer spec.
+
+        Raises:
+            InputError: no rule for it (the model was built with an option that this family does not have).
+        """
         for pattern, canonical in _LIVE_TO_CANONICAL:
             name = pattern.sub(canonical, name)
         if name == "output_layer.weight" and self.shape.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"
-        return self.entries[name if name in self.entries else other_norm_name(name)]
+        name = name if name in self.entries else other_norm_name(name)
+        if name not in self.entries:
+            raise InputError(
+                f"Megatron parameter {name} has no rule for {self.shape.architecture} -> build the model from "
+                f"hf.config.transformer_config_kwargs, or add the rule to megatron_gft/hf/families.py"
+            )
+        return self.entries[name]
 
     def checkpoint_places(self, entry: Entry) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Keys that may hold an entry in a distributed checkpoint, with the index along the stacked axes there."""

@@ -31,7 +31,7 @@ def live_parameters(
     entry, and what of the entry lies in it.
 
     Raises:
-        InputError: a parameter of another shape than the model's.
+        InputError: a parameter that the family has no rule for, or of another shape than the model's.
     """
     first_expert = parallel.ep_rank * ((mapping.shape.num_moe_experts or 0) // parallel.ep_size)
     for chunk in model_chunks:

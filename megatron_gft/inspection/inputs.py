@@ -2,8 +2,9 @@
 
 import contextlib
 import glob
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from megatron_gft.errors import InputError, InputErrors
 from megatron_gft.groups import GROUP_FILE_SUFFIXES, expand_inputs, read_all, read_chunks
+from megatron_gft.groups.problems import KEEP, Problem
 from megatron_gft.inspection.characters import LENIENT, CharacterEncoder
 from megatron_gft.inspection.statistics import EXAMPLES_PER_KIND, Statistics
 from megatron_gft.inspection.views import GroupView, view_group
@@ -98,7 +100,7 @@ class ShardSource:
         verify_shards(self.prefixes)
         return self.prefixes
 
-    def report(self, max_tokens_per_pack: int | None = None) -> dict[str, Any]:
+    def report(self, max_tokens_per_pack: int | None = None, groups_per_step: int = 128) -> dict[str, Any]:
         """Statistics and problems (JSON object).
 
         Raises:
@@ -116,7 +118,7 @@ class ShardSource:
                     for first in range(0, len(shard), GROUPS_PER_SLICE):
                         statistics.add(groups := shard.encoded(first, first + GROUPS_PER_SLICE), shard.prefix)
                         bar.update(len(groups))
-            return statistics.report("tokens", max_tokens_per_pack) | {
+            return statistics.report("tokens", max_tokens_per_pack, groups_per_step) | {
                 "problems": dict(sorted(statistics.problems.items())),
                 "examples": statistics.examples,
                 "inputs": [shard.prefix for shard in shards],
@@ -160,10 +162,28 @@ class ShardSource:
             number -= len(shard)
         if shard.manifest.tokenizer.fingerprint != tokenizer.fingerprint:
             raise InputError(f"{shard.prefix}: made with another tokenizer than {tokenizer.path} -> give that one")
-        title = f"{shard.prefix} group {number}, id {shard.meta(number)['id']}"
+        id_ = shard.meta(number)["id"]
+        title = f"{shard.prefix} group {number}, id {id_}{_changes(_reported(shard.prefix, id_))}"
         groups, known = shard.encoded(number, number + 1), shard[number].logprobs
         groups.logprobs = None if known is None else np.concatenate(known)
         return view_group(groups, tokenizer, title, str(shard.names[0]))
+
+
+def _reported(prefix: str, group_id: str) -> list[Problem]:
+    """What preprocessing found of a group; nothing where its report was not copied with the shard."""
+    report = Path(f"{prefix}{PREPROCESSING_REPORT}")
+    try:
+        with open(report, "rb") as lines:
+            return [found for found in (Problem(**json.loads(line)) for line in lines) if found.id == group_id]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{report}: cannot be read ({error}) -> remove it, or preprocess again") from error
+
+
+def _changes(problems: Iterable[Problem]) -> str:
+    changed = [problem for problem in problems if problem.action != KEEP]
+    return "".join(f"; {problem.action}: {str(problem).partition(f'{problem.id!r} ')[2]}" for problem in changed)
 
 
 def _incomplete_sets(shards: Sequence[GroupShard]) -> list[str]:
@@ -184,7 +204,7 @@ class FileSource:
     def verify(self) -> list[str]:
         raise InputError("--verify: group files have no manifest to compare with -> give shards")
 
-    def report(self, max_tokens_per_pack: int | None = None) -> dict[str, Any]:
+    def report(self, max_tokens_per_pack: int | None = None, groups_per_step: int = 128) -> dict[str, Any]:
         """Statistics and problems (JSON object); bad rows are counted, not raised."""
         encoder = self._encoder()
         statistics = Statistics(encoder.tokenizer.eos_id, encoder.tokenizer.bos_id)
@@ -205,7 +225,7 @@ class FileSource:
             problems["duplicate_id"] = statistics.problems["duplicate_id"]
             examples["duplicate_id"] = statistics.examples["duplicate_id"]
         unit = "characters" if self.tokenizer is None else "tokens"
-        return statistics.report(unit, max_tokens_per_pack) | {
+        return statistics.report(unit, max_tokens_per_pack, groups_per_step) | {
             "problems": dict(sorted(problems.items())),
             "examples": examples,
             "inputs": self.files,
@@ -236,7 +256,8 @@ class FileSource:
                 if total <= number < total + len(encoded.groups):
                     origin = encoded.origins[number - total]
                     group = encoded.groups.select(np.arange(len(encoded.groups)) == number - total)
-                    title = f"{origin.place} group {number}, id {origin.id}"
+                    own = (problem for problem in encoded.problems if problem.place == origin.place)
+                    title = f"{origin.place} group {number}, id {origin.id}{_changes(own)}"
                     views[number] = view_group(group, encoder.tokenizer, title)
             total += len(encoded.groups)
             if len(views) == len(set(numbers)):

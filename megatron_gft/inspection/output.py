@@ -118,6 +118,7 @@ def _tables(report: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
 def _packing(packing: dict[str, Any]) -> dict[str, str]:
     rows = {
         "max tokens per pack": _number(packing["max_tokens_per_pack"]),
+        "groups per step": _number(packing["groups_per_step"]),
         "groups planned (sample)": _number(packing["sampled_groups"]),
     }
     if packing["unfit_groups"]:

@@ -18,7 +18,7 @@ from megatron_gft.shards.encoded import PROMPT_MODE, EncodedGroups
 
 EXAMPLES_PER_KIND = 5
 HISTOGRAM_BINS = 24
-PACKED_SAMPLE, GROUPS_PER_STEP = 2048, 128  # of groups whose packing is planned
+PACKED_SAMPLE = 2048  # groups whose packing is planned
 
 
 class Statistics:
@@ -77,7 +77,7 @@ class Statistics:
         prompts, lengths = groups.sequence_lengths[~is_response], groups.sequence_lengths[is_response]
         self._columns.append((prompts, counts, lengths, sources, rewards, truncated))
 
-    def report(self, unit: str, max_tokens_per_pack: int | None) -> dict[str, Any]:
+    def report(self, unit: str, max_tokens_per_pack: int | None, groups_per_step: int) -> dict[str, Any]:
         """The numbers as a JSON object; with a size of packs also how the groups fill them."""
         columns = map(np.concatenate, zip(*self._columns, strict=True)) if self._columns else [np.empty(0)] * 6
         prompts, counts, lengths, sources, rewards, truncated = columns
@@ -111,7 +111,7 @@ class Statistics:
             "zero_variance_share": self.problems["equal_rewards"] / groups if groups else 0.0,
         }
         if max_tokens_per_pack is not None and groups:
-            report["packing"] = estimate_packing(prompts, counts, lengths, max_tokens_per_pack)
+            report["packing"] = estimate_packing(prompts, counts, lengths, max_tokens_per_pack, groups_per_step)
         return report
 
 
@@ -142,7 +142,7 @@ def _summary(values: np.ndarray) -> dict[str, Any] | None:
 
 
 def estimate_packing(
-    prompts: np.ndarray, counts: np.ndarray, lengths: np.ndarray, max_tokens_per_pack: int
+    prompts: np.ndarray, counts: np.ndarray, lengths: np.ndarray, max_tokens_per_pack: int, groups_per_step: int = 128
 ) -> dict[str, Any]:
     """Plan steps of a random sample of groups (the same every time) in both forms, for one data-parallel rank.
 
@@ -158,7 +158,7 @@ def estimate_packing(
     fits = prompts.astype(np.int64) + np.maximum.reduceat(lengths, offsets[:-1]) - 1 <= max_tokens_per_pack
     chosen = np.random.RandomState(0).permutation(np.flatnonzero(fits))[:PACKED_SAMPLE].tolist()
     sample = [GroupLengths(int(prompts[g]), tuple(lengths[offsets[g] : offsets[g + 1]].tolist())) for g in chosen]
-    steps = [sample[first : first + GROUPS_PER_STEP] for first in range(0, len(sample), GROUPS_PER_STEP)]
+    steps = [sample[first : first + groups_per_step] for first in range(0, len(sample), groups_per_step)]
     rows, flops, fill = {}, {}, {}
     for form in ("packed", "shared_prefix"):
         plans = [plan_step(step, 1, max_tokens_per_pack, packing=form) for step in steps]  # type: ignore[arg-type]
@@ -167,6 +167,7 @@ def estimate_packing(
         fill[form] = rows[form] / room if room else 0.0
     return {
         "max_tokens_per_pack": max_tokens_per_pack,
+        "groups_per_step": groups_per_step,
         "sampled_groups": len(sample),
         "unfit_groups": int((~fits).sum()),
         "fill": fill,

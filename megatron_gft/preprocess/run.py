@@ -149,9 +149,17 @@ def output_prefix(options: PreprocessOptions) -> Path:
 
 
 def _check_options(options: PreprocessOptions) -> None:
+    part, parts = options.part
     problems = list(_prefix_problems(options.output_prefix))
     if options.add_bos is not None and options.chat_template != NO_TEMPLATE:
         problems.append(f"BOS {options.add_bos} with a chat template, which spells BOS itself -> chat template none")
+    if not 1 <= part <= parts:
+        problems.append(f"part {part}/{parts} -> I/N with 1 <= I <= N")
+    sizes = ("workers", "max_groups_per_shard", "max_bytes_per_shard", "rows_per_chunk")
+    for name in (*sizes, "max_prompt_tokens", "max_response_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            problems.append(f"{name}={value} -> at least 1")
     refuse("bad options", problems)
 
 

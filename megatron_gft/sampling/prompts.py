@@ -87,7 +87,8 @@ class PromptSet:
         only: ids of the prompts that are given; default: all.
 
     Raises:
-        InputError: while reading: nothing readable there, or a row without a usable prompt (``file:line``).
+        InputError: a limit below 1; while reading, nothing readable there, or a row without a usable prompt
+            (``file:line``).
     """
 
     inputs: Sequence[str | Path]
@@ -95,6 +96,10 @@ class PromptSet:
     split: str = "train"
     limit: int | None = None
     only: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"--limit {self.limit}: no prompts would be left -> at least 1, or leave it out for all")
 
     def __iter__(self) -> Iterator[PromptRow]:
         return self.rows(Counter())

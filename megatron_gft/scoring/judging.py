@@ -60,7 +60,7 @@ class ScoringOptions:
     missing_answer: str = "error"
 
     def __post_init__(self) -> None:
-        problems = list[str]()
+        problems = [] if self.workers >= 1 else [f"workers={self.workers} -> at least 1"]
         time = ("time limit", self.time_limit, MAX_TIME_LIMIT_SECONDS, "s")
         for name, value, highest, unit in (time, ("memory limit", self.memory_limit_gib, MAX_MEMORY_LIMIT_GIB, "GiB")):
             if not 0 < value <= highest:  # nor NaN

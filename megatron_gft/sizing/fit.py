@@ -199,9 +199,24 @@ def _save_note(fullest: StaticMemory, ranks: int) -> str:
 
 
 def _notes(config: Config, shape: ModelShape, steps: StepStatistics | None, with_steps: bool) -> Iterator[str]:
-    p = config.parallel
+    """What is legal and probably not meant."""
+    p, pack = config.parallel, config.data.max_tokens_per_pack
+    if p.tp > GPUS_PER_NODE:
+        yield f"parallel.tp={p.tp} reaches beyond a machine of {GPUS_PER_NODE} GPUs: slow links in every layer"
+    if p.tp > 1 and not p.sequence_parallel:
+        yield "parallel.sequence_parallel is off: norms and residuals are kept whole on every tensor rank"
+    if pack > shape.max_sequence_length:
+        yield (
+            f"data.max_tokens_per_pack={pack} exceeds the model's {shape.max_sequence_length} positions; a pack may, a "
+            "single response with its prompt should not"
+        )
     if steps is None and with_steps:
         yield "no step of the sample trains anything (equal rewards in every group?)"
+    elif steps is not None and p.pp > 1 and steps.packs_per_rank * (p.vpp or 1) < 4 * (p.pp - 1):
+        yield (
+            f"{steps.packs_per_rank:.0f} packs per rank leave the pipeline of {p.pp} stages idle much of the time "
+            "-> more data.groups_per_step, smaller parallel.pp, or parallel.vpp"
+        )
     if steps is not None and p.vpp is None and (better := better_cut(p, shape, steps)):
         layers, gain = better
         yield (

@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_gft import cpu
 from megatron_gft.config import Config, ParallelConfig
+from megatron_gft.errors import InputError
 from megatron_gft.hf.shape import ModelShape, padded_vocab_size
 from megatron_gft.model import build_model
 from megatron_gft.objectives import HeadSettings
@@ -107,6 +108,8 @@ def _updated(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
 @contextlib.contextmanager
 def simulated_rank(config: Config, rank: int, world_size: int) -> Iterator[Parallel]:
     """This process as ``rank`` of ``world_size``: real Megatron groups over a fake process group."""
+    if dist.is_initialized():
+        raise InputError("planning needs a process of its own: a process group is initialised already")
     p = config.parallel
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
