@@ -24,10 +24,9 @@ TOOL = Path(gpu_check.__file__)
 def check(*arguments, output, **options):
     """Exit code, standard output and JSON of the tool on the CPU."""
     command = [sys.executable, str(TOOL), "--dry-run", "--output", str(output), *arguments]
-    foreign = output.parent / "tools"  # some other package puts one where Python looks
-    foreign.mkdir()
-    (foreign / "__init__.py").touch()
-    environment = os.environ | {"PYTHONPATH": str(output.parent), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "CUDA_VISIBLE_DEVICES": ""
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **options)
     return done, json.loads(output.read_text()) if output.exists() else {}
 
