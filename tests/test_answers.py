@@ -4,7 +4,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_gft.scoring.final_answers import extract_answer
@@ -161,6 +161,8 @@ ANSWERS = {
         (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", ["-2"], ["2"]),
         ("7:32", ["7 : 32", "7/32"], ["32:7", "7:33"]),
         ("12:00", [], ["1:00", "12:30"]),
+        ("1:2:3", ["1 : 2 : 3"], ["1:2", "1/2"]),
+        ("1/2", ["1:2"], ["1:2:3", ":", "1:", ", ."]),
     ],
 }
 CASES = [(kind, *row) for kind, rows in ANSWERS.items() for row in rows]
@@ -495,6 +497,8 @@ def test_roots_and_powers_keep_their_size(inside, other, factor):
 
 
 @given(st.text(alphabet="\\{}$^_0123456789.,-=<>()[]|&%±√½²xyn fracsqrtpmle", max_size=60))
+@example(", .")
+@example(":")
 @settings(max_examples=400, deadline=None)
 def test_no_answer_breaks_the_comparison(answer):
     for gold in ("5", "x<1", "(1,2]", r"\begin{pmatrix}1\\2\end{pmatrix}", "n=1,2"):

@@ -202,7 +202,7 @@ def _bounds(form: Form) -> tuple[str, list[str], list[Form]] | None:
         ends[upper] = item.parts[upper]
         if item.kind == "<=":
             brackets[upper] = "[]"[upper]
-    name = names.pop()
+    name = names.pop() if names else ""  # none: a list of nothing
     return None if names or not (_DISTANCE.fullmatch(name) or is_name(name.strip("|"))) else (name, brackets, ends)
 
 

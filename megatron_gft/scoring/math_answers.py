@@ -212,7 +212,8 @@ def _match_in_order(gold: Form, answer: Form, policies: Policies) -> bool:
 
 
 def _quotient(form: Form) -> str:
-    return f"({form.parts[0].text})/({form.parts[1].text})" if form.kind == "ratio" else form.text
+    two = form.kind == "ratio" and len(form.parts) == 2
+    return f"({form.parts[0].text})/({form.parts[1].text})" if two else form.text
 
 
 def _same_relation(gold: Form, answer: Form, policies: Policies) -> bool:
