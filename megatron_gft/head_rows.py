@@ -168,8 +168,8 @@ def kernels() -> RowPasses | None:
     try:
         from megatron_gft.row_kernels import row_gradient_, row_statistics
 
-        if torch.cuda.is_available():  # Triton wants a C compiler, Python's headers and libcuda
-            row_statistics(torch.zeros(1, 8, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda"), 0, 8)
+        if torch.cuda.is_available() and not (probe := torch.zeros(1, 8, device="cuda")).is_meta:  # as a plan's is
+            row_statistics(probe, torch.zeros(1, dtype=torch.int64, device="cuda"), 0, 8)
     except ImportError:
         return None
     except Exception as error:  # of compilers and drivers anything

@@ -104,6 +104,8 @@ def test_where_triton_cannot_build_them_the_eager_passes_run_and_a_line_says_why
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(row_kernels, "row_statistics", no_compiler)
+    with cpu.CudaToDevice("meta"):  # a plan on a machine with a GPU
+        assert isinstance(head_rows.kernels.__wrapped__(), head_rows.RowPasses) and not caplog.text
     assert head_rows.kernels.__wrapped__() is None
     assert "Failed to find C compiler" in caplog.text and "-> install gcc" in caplog.text
 
