@@ -306,12 +306,22 @@ def test_step_time_adds_up():
     assert math.isclose(saved.seconds, step_time().seconds + saved.save_seconds)
 
 
-def test_a_small_models_step_is_not_told_as_no_time():
-    time = dataclasses.replace(step_time(), seconds=3.14e-5, compute_seconds=3e-5, epoch_hours=1.2e-7)
-    steps = dataclasses.replace(STEPS, flops=2.5e9)
+@pytest.mark.parametrize(
+    ("scale", "told"),
+    [
+        (1, ("3.14e-05 s per step = 3e-05 s", "2.5e-06 PFLOP", "1.2e-07 h per epoch", "+ 2e-05 s saves")),
+        (1e7, ("314 s per step = 300 s", " 25 PFLOP", "1.2 h per epoch", "+ 200 s saves")),
+        (1e10, ("3.14e+05 s per step", "25,000 PFLOP", "1200 h per epoch")),
+    ],
+)
+def test_times_are_told_with_their_digits(scale, told):
+    """A small model's step is not told as no time, and a month's epoch not as a power of ten."""
+    small = {"seconds": 3.14e-5, "compute_seconds": 3e-5, "epoch_hours": 1.2e-7, "save_seconds": 2e-5}
+    time = dataclasses.replace(step_time(), **{name: value * scale for name, value in small.items()})
+    steps = dataclasses.replace(STEPS, flops=2.5e9 * scale)
     config = load_config([], ["model.config=unused"])
     text = "\n".join(report._steps(SimpleNamespace(steps=steps, time=time, config=config, device=Device())))
-    assert "3.14e-05 s per step = 3e-05 s" in text and "2.5e-06 PFLOP" in text and "1.2e-07 h per epoch" in text
+    assert not [words for words in told if words not in text], text
     assert "too small to fill the devices takes longer" in text
 
 

@@ -195,7 +195,7 @@ def _save_note(fullest: StaticMemory, ranks: int) -> str:
     """What a save takes of a host, as measured on one rank: 36 bytes a parameter, of which 12 stay for the next one."""
     peak, kept = (count * fullest.parameters * ranks / GIB for count in (36, 12))
     device = f"{fullest.save / GIB:.1f} GiB of a device's" if fullest.save else "none of a device's"
-    return f"a save takes up to {peak:,.4g} GiB of a host (its ranks: {ranks}), keeps {kept:,.4g}, and takes {device}"
+    return f"a save takes up to {peak:,.1f} GiB of a host (its ranks: {ranks}), keeps {kept:,.1f}, and takes {device}"
 
 
 def _notes(config: Config, shape: ModelShape, steps: StepStatistics | None, with_steps: bool) -> Iterator[str]:

@@ -56,15 +56,15 @@ def _steps(plan: Plan) -> list[str]:
         f"  {steps.groups:,} groups, {steps.steps_per_epoch:,} steps per epoch, {steps.packs_per_rank:.1f} packs per "
         "rank and step",
         f"  {steps.tokens:,.0f} tokens per step ({steps.loss_tokens:,.0f} with loss, {steps.padding_share:.1%} "
-        f"padding), {steps.flops / 1e15:,.4g} PFLOP",
+        f"padding), {steps.flops / 1e15:,.6g} PFLOP",
         f"  fill {steps.fill:.1%}, balance {steps.balance:.1%}, {steps.dead_groups:.1f} groups per step without signal",
         "time (estimate; a model or step too small to fill the devices takes longer)",
-        f"  {time.seconds:.3g} s per step = {time.compute_seconds:.3g} s at {time.efficiency:.0%} of "
+        f"  {time.seconds:.4g} s per step = {time.compute_seconds:.4g} s at {time.efficiency:.0%} of "
         f"{plan.device.peak_tflops:g} TFLOP/s (stages {time.stage_balance:.1%} even) + "
-        f"{time.tensor_parallel_seconds:.2g} s tensor parallel + bubble {time.bubble:.1%}",
-        f"  + {time.gradient_sync_seconds:.2g} s gradients ({hidden}) + {time.save_seconds:.2g} s saves",
+        f"{time.tensor_parallel_seconds:.4g} s tensor parallel + bubble {time.bubble:.1%}",
+        f"  + {time.gradient_sync_seconds:.4g} s gradients ({hidden}) + {time.save_seconds:.4g} s saves",
         f"  MFU {time.mfu:.1%}, {time.tokens_per_second_per_device:,.0f} tokens/s per device, "
-        f"{time.epoch_hours:.2g} h per epoch",
+        f"{time.epoch_hours:.4g} h per epoch",
         "",
     ]
 
