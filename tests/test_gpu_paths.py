@@ -6,14 +6,11 @@ import weakref
 import megatron.core.optimizer as optimizers
 import pytest
 import torch
-from host_syncs import HostSyncs
 from megatron.core.optimizer import distrib_optimizer
-from test_batch import loader_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_gft import cpu
-from megatron_gft.pack_layout import CPU
 from tools.bench import head
 
 
@@ -35,17 +32,15 @@ def test_adam_is_torchs_own_step_by_step(monkeypatch, fused):
     monkeypatch.setattr(cpu, "adam", lambda *a, adam=cpu.adam, **k: adam(*a, **k | {"fused": fused}))  # True on a GPU
     start = [torch.randn(4, 3), torch.randn(7)]
     settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    runs, counter = [], HostSyncs()
+    runs = []
     for make in (cpu.FusedAdam, torch.optim.AdamW):
         weights = [torch.nn.Parameter(value.clone()) for value in start]
         adam = make(weights, **settings)
         for step in range(3):
             for weight in weights:
                 weight.grad = torch.cos(weight.detach() * (step + 1))
-            with counter if make is cpu.FusedAdam else contextlib.nullcontext():
-                adam.step()
+            adam.step()
         runs.append(weights)
-    assert not fused or not counter.found, "the host would wait"
     for ours, theirs in zip(*runs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0 if not fused else 1e-6, atol=0 if not fused else 1e-7)
 
@@ -90,15 +85,3 @@ def test_peak_of_the_head_in_bf16_is_one_chunk_of_logits(monkeypatch, variant):
     # on a CPU blocks of the eager passes, and of the product in half precision, come on top
     assert 1 <= found["extra_bytes"] / shape.chunk_bytes <= 1.75
     assert found["peak_bytes"] - found["gradient_bytes"] >= 2 * shape.chunk_bytes
-
-
-def test_packs_are_in_page_locked_memory_when_the_thread_hands_them_over(monkeypatch):
-    """All that a step sends, lengths and order of keys too: a copy of other memory would make the host wait."""
-    locked = set()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (locked.add(self.data_ptr()), self)[1])
-    loader = loader_of(["data.packing=shared_prefix"])
-    for pack in loader.packs(loader.batch(0)):
-        host = pack.layout.varlen(0, CPU)
-        tensors = [value for value in (*vars(pack).values(), *vars(host).values()) if isinstance(value, torch.Tensor)]
-        assert len(tensors) >= 10 and all(tensor.data_ptr() in locked for tensor in tensors)

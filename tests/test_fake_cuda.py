@@ -1,0 +1,85 @@
+"""What runs on a GPU, on one without data (``fake_cuda.py``): devices, shapes, dtypes, and what the host waits for."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import write_tiny_model
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler, g++")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> str:
+    """The device, compiled: three seconds."""
+    path, root = tmp_path_factory.mktemp("fake") / "fake_cuda.so", Path(torch.__file__).parent
+    command = ["g++", "-shared", "-fPIC", "-std=c++20", f"-I{root / 'include'}", str(HERE / "fake_cuda.cpp")]
+    command += ["-o", str(path), f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-lc10", "-ltorch_cpu"]
+    subprocess.run(command, check=True)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("model") / "hf", "llama_tied_linear", num_hidden_layers=4))
+
+
+def on_fake_gpu(library: str, what: str, *arguments: str) -> dict:
+    """Results of ``what`` by name."""
+    command = [sys.executable, "-W", "ignore", str(HERE / "fake_cuda.py"), what, *arguments]
+    environment = os.environ | {"LD_PRELOAD": library, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+
+
+def test_the_device_shows_what_waits_and_what_fails(library):
+    waits = {"read": 1, "list": 4, "to the host": 1, "to the device": 1, "pageable beside": 1, "page-locked": 1}
+    waits |= {"to the host beside": 0, "page-locked beside": 0, "made on the device": 0, "made on the host": 1}
+    fails = {"mask": "DynamicOutputShapeException", "nonzero": "DynamicOutputShapeException"}
+    fails |= {"two devices": "FakeTensorDeviceMismatchError", "two shapes": "RuntimeError"}
+    assert on_fake_gpu(library, "operators") == waits | fails
+
+
+# Ours, once a step: whether a rank is to stop. The loss comes along with Megatron's norm of the gradient.
+OURS = {"_local_scalar_dense megatron_gft/runtime.py agreed": 1}
+FINALIZE = "_local_scalar_dense distributed/finalize_model_grads.py finalize_model_grads"  # are there tokens
+MEGATRONS = {FINALIZE: 1, "_local_scalar_dense optimizer/clip_grads.py get_grad_norm_fp32": 1}
+FAST = ("0/1 data.packing=shared_prefix", "1/2 parallel.tp=2 parallel.sequence_parallel=true")
+OVERLAP = "optimizer.overlap_grad_reduce=true optimizer.overlap_param_gather=true"
+SLOW = (
+    "0/1 model.precision=fp32 model.recompute=core_attention",
+    "0/1 objective.fused_head=false model.recompute=full",
+    "0/1 objective.name=chord_phi objective.entropy=false",
+    "1/2 parallel.tp=2 optimizer.grad_reduce_in_fp32=false",
+    "1/2 parallel.cp=2",
+    "0/2 parallel.cp=2 data.packing=shared_prefix",
+    "0/2 parallel.pp=2",
+    "1/2 parallel.pp=2",
+    "0/2 parallel.pp=2 parallel.vpp=2",
+    f"3/4 parallel.tp=2 parallel.pp=2 parallel.vpp=2 parallel.sequence_parallel=true {OVERLAP}",
+    "1/2 optimizer.distributed=false data.max_tokens_per_pack=256",
+)
+
+
+@pytest.mark.parametrize("cases", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"])
+def test_a_step_waits_once_and_a_microbatch_never(library, model, tmp_path, cases):
+    found = on_fake_gpu(library, "train", model, str(tmp_path), *cases)
+    assert list(found) == list(cases)
+    for case, result in found.items():
+        assert isinstance(result, list), f"{case}: {result}"
+        microbatches, waits = result
+        assert microbatches >= 2, case
+        assert waits == OURS | MEGATRONS | ({FINALIZE: 2} if "vpp" in case else {}), case
+
+
+@pytest.mark.slow
+def test_parts_of_the_gpu_check_run_at_a_gpus_sizes(library, tmp_path):
+    parts = ["attention shared, window 5", "compare bf16 shared", "head_memory", "head_time_8B", "shared_prefix"]
+    assert on_fake_gpu(library, "gpu_check", str(tmp_path / "found.json"), *parts) == dict.fromkeys(parts)
