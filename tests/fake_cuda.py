@@ -137,6 +137,14 @@ def applied(module: torch.nn.Module, change: Any, recurse: bool = True) -> torch
     return module
 
 
+def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
+    object_list[:] = [obj] * len(object_list)
+
+
+def gather_object(obj: Any, object_gather_list: list[Any] | None = None, *_: Any, **__: Any) -> None:
+    all_gather_object(object_gather_list if object_gather_list is not None else [], obj)
+
+
 def install() -> FakeCuda:
     """Make ``torch.cuda`` one device, from here on and in this thread; ranks meet nobody."""
     mode, nothing, cuda = FakeCuda(), lambda *_, **__: None, torch.cuda
@@ -157,7 +165,7 @@ def install() -> FakeCuda:
     torch.nn.Module._apply = applied
     torch.Tensor.pin_memory = lambda tensor: (mode.page_locked.add(tensor.data_ptr()), tensor)[1]
     dist.broadcast_object_list = nothing  # the first rank's is every rank's own here
-    dist.all_gather_object = lambda found, mine: found.__setitem__(slice(None), [mine] * len(found))
+    dist.all_gather_object, dist.gather_object = all_gather_object, gather_object
     begin, group, make = dist.init_process_group, dist.new_group, torch.Generator
     dist.init_process_group = lambda _, *, rank=0, world_size=1, **__: begin(
         "fake", store=FakeStore(), rank=rank, world_size=world_size
@@ -202,8 +210,8 @@ def operators(mode: FakeCuda) -> Iterator[tuple[str, Any]]:
 
 
 def train(mode: FakeCuda, model: str, folder: str, *cases: str) -> Iterator[tuple[str, Any]]:
-    """Two steps and a validation of each ``RANK/WORLD_SIZE KEY=VALUE ...``, as that rank: microbatches of the second
-    step, and what it waited for; or how the case failed."""
+    """Two steps and a validation of each ``RANK/WORLD_SIZE KEY=VALUE ...``, as that rank: the step that it began after,
+    microbatches of the second one, and what that waited for; or how the case failed."""
     for number, case in enumerate(cases):
         try:
             yield case, _train(mode, model, f"{folder}/{number}", case)
@@ -213,7 +221,7 @@ def train(mode: FakeCuda, model: str, folder: str, *cases: str) -> Iterator[tupl
             destroy_parallel()
 
 
-def _train(mode: FakeCuda, model: str, folder: str, case: str) -> tuple[int, dict[str, int]]:
+def _train(mode: FakeCuda, model: str, folder: str, case: str) -> tuple[int, int, dict[str, int]]:
     place, *overrides = case.split()
     rank, world_size = map(int, place.split("/"))
     config = device_run.make_config(model, folder, [*overrides, "logging.every=9"])  # no times of ranks to compare
@@ -229,7 +237,7 @@ def _train(mode: FakeCuda, model: str, folder: str, case: str) -> tuple[int, dic
     waits = dict(mode.waits)
     trainer.validate()
     trainer.close()
-    return len(packs), waits
+    return trainer.state.step, len(packs), waits
 
 
 def gpu_check(_: FakeCuda, output: str, *parts: str) -> Iterator[tuple[str, Any]]:

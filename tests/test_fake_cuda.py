@@ -13,6 +13,7 @@ from tiny_models import write_tiny_model
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler, g++")
 HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,9 @@ def model(tmp_path_factory) -> str:
 def on_fake_gpu(library: str, what: str, *arguments: str) -> dict:
     """Results of ``what`` by name."""
     command = [sys.executable, "-W", "ignore", str(HERE / "fake_cuda.py"), what, *arguments]
-    environment = os.environ | {"LD_PRELOAD": library, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, env=ENVIRONMENT | {"LD_PRELOAD": library}, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
 
@@ -74,8 +76,8 @@ def test_a_step_waits_once_and_a_microbatch_never(library, model, tmp_path, case
     assert list(found) == list(cases)
     for case, result in found.items():
         assert isinstance(result, list), f"{case}: {result}"
-        microbatches, waits = result
-        assert microbatches >= 2, case
+        begins, microbatches, waits = result
+        assert begins == 0 and microbatches >= 2, case
         assert waits == OURS | MEGATRONS | ({FINALIZE: 2} if "vpp" in case else {}), case
 
 
@@ -83,3 +85,11 @@ def test_a_step_waits_once_and_a_microbatch_never(library, model, tmp_path, case
 def test_parts_of_the_gpu_check_run_at_a_gpus_sizes(library, tmp_path):
     parts = ["attention shared, window 5", "compare bf16 shared", "head_memory", "head_time_8B", "shared_prefix"]
     assert on_fake_gpu(library, "gpu_check", str(tmp_path / "found.json"), *parts) == dict.fromkeys(parts)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_a_cpu_goes_on_there(library, model, tmp_path):
+    command = [sys.executable, str(HERE / "device_run.py"), model, str(tmp_path / "0"), "train.max_steps=3"]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
+    case = "0/1 train.epochs=5 data.allow_changed_data=true"  # other groups
+    assert on_fake_gpu(library, "train", model, str(tmp_path), case)[case][0] == 3
