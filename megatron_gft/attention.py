@@ -189,15 +189,16 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the contract of Megatron's norm layers; works under sequence parallelism.
-
-    The weight carries ``sequence_parallel``, so that ``finalize_model_grads`` sums its gradient over the
-    tensor-parallel ranks, each of which saw a part of the tokens. Megatron's own torch norm refuses that case.
-    """
+    """torch's RMSNorm as Megatron's layers want it. Megatron's own refuses sequence parallelism, where each tensor rank
+    sees a part of the rows: ``finalize_model_grads`` sums the gradients of weights marked ``sequence_parallel``."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A view of keys among queries and values is copied: backward would keep all of them."""
+        return super().forward(x.contiguous())
 
 
 class CoreAttention(MegatronModule):
@@ -244,7 +245,7 @@ class CoreAttention(MegatronModule):
     def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """[T, g, d] of this rank -> [T * cp, g, d] of all, by rank; backward reduce-scatters. One collective."""
         if self.cp_group is None:
-            return key, value
+            return key, value.contiguous()  # a view would keep the whole projection of q, k and v for backward
         both = gather_from_sequence_parallel_region(torch.cat((key, value), 1), group=self.cp_group)
         return tuple(both.chunk(2, 1))
 

@@ -106,11 +106,8 @@ def build_transformer_config(
 def build_layer_spec(
     config: TransformerConfig, backend: str, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Layers of this pipeline stage, with norms and core attention of the chosen backend.
-
-    A block spec, not a layer spec: with the latter Megatron's final norm would be its own, which refuses
-    sequence parallel.
-    """
+    """Layers of this pipeline stage, with norms and core attention of the chosen backend. A block spec: beside a layer
+    spec Megatron takes a final norm of its own, which refuses sequence parallel."""
     moe = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if backend == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm  # optional dependency

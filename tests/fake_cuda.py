@@ -5,6 +5,7 @@ A program, since torch must find the device when it is imported: ``LD_PRELOAD=fa
 ARGUMENT...`` calls ``WHAT`` and prints its results as lines of JSON.
 """
 
+import gc
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"  # read when Megatron is imported
 import numpy as np
 import torch
 import torch.distributed as dist
+from allocated import Allocated
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -45,6 +47,7 @@ class FakeCuda(TorchDispatchMode):
         self.fake = _WithoutDevice(allow_non_fake_inputs=True)
         self.waits: Counter[str] = Counter()
         self.page_locked: set[int] = set()
+        self.allocated = Allocated()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves = tree_leaves((args, kwargs := kwargs or {}))
@@ -61,6 +64,7 @@ class FakeCuda(TorchDispatchMode):
             return READS[torch.bool if len(tensors) > 1 else tensors[0].dtype]
         with self.fake:
             out = func(*args, **kwargs)
+        self.allocated.note(leaf for leaf in tree_leaves(out) if isinstance(leaf, FakeTensor) and leaf.is_cuda)
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
             source, to = tensors[-1], out.device
             beside = kwargs.get("non_blocking") or args[2:] == (True,)
@@ -123,6 +127,19 @@ def gradient(logits, labels, top, factor, label_gradient, stride, start, valid, 
         assert row.is_cuda and row.shape == labels.shape and row.dtype == torch.float32 and row.is_contiguous()
 
 
+class Norm(torch.autograd.Function):
+    """``rms_norm`` as CUDA's kernel does it: torch without CUDA falls back to float32 tensors."""
+
+    @staticmethod
+    def forward(ctx, x, shape, weight=None, eps=None):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(grad), None, torch.empty_like(ctx.saved_tensors[1]), None
+
+
 def applied(module: torch.nn.Module, change: Any, recurse: bool = True) -> torch.nn.Module:
     """``Module._apply``, which cannot exchange fake tensors."""
     for part in module.modules():
@@ -154,7 +171,7 @@ def install() -> FakeCuda:
     cuda.device_count, cuda.current_device = lambda: 1, lambda: 0
     cuda.Stream = cuda.Event = Anything
     cuda.current_stream = cuda.default_stream = cuda.stream = Anything
-    cuda.get_device_name, cuda.max_memory_allocated = lambda *_: NAME, lambda *_: 2**30
+    cuda.get_device_name, cuda.max_memory_allocated = lambda *_: NAME, lambda *_: mode.allocated.most
     cuda.get_device_properties = lambda *_: types.SimpleNamespace(major=9, minor=0, total_memory=80 * 2**30, name=NAME)
     torch._C._cuda_set_sync_debug_mode = torch._C._cuda_get_sync_debug_mode = lambda *_: 0
     cuda.get_device_capability = lambda *_: (9, 0)
@@ -162,7 +179,7 @@ def install() -> FakeCuda:
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: generator.get_state()
     cuda.set_rng_state = cuda.random.set_rng_state = nothing
     cuda.default_generators = (types.SimpleNamespace(set_state=nothing, get_state=generator.get_state),)
-    torch.nn.Module._apply = applied
+    torch.nn.Module._apply, torch.nn.functional.rms_norm = applied, Norm.apply
     torch.Tensor.pin_memory = lambda tensor: (mode.page_locked.add(tensor.data_ptr()), tensor)[1]
     dist.broadcast_object_list = nothing  # the first rank's is every rank's own here
     dist.all_gather_object, dist.gather_object = all_gather_object, gather_object
@@ -240,6 +257,43 @@ def _train(mode: FakeCuda, model: str, folder: str, case: str) -> tuple[int, int
     return trainer.state.step, len(packs), waits
 
 
+def peak(mode: FakeCuda, *cases: str) -> Iterator[tuple[str, Any]]:
+    """Bytes held at most in the second step of each ``RECIPE RANK/WORLD_SIZE PACKS KEY=VALUE ...``, as that rank, with
+    full packs."""
+    for case in cases:
+        gc.collect()
+        before = mode.allocated.now
+        yield case, _peak(mode, case) - before
+        destroy_parallel()
+
+
+def _peak(mode: FakeCuda, case: str) -> int:
+    recipe, place, packs, *overrides = case.split()
+    rank, world_size = map(int, place.split("/"))
+    config = load_config([recipe], ["objective=sft", "data.packing=packed", *overrides])
+    dist.init_process_group("nccl", rank=rank, world_size=world_size)
+    p, shape, each = config.parallel, read_model_shape(config.model.config), 1024
+    parallel = initialize_parallel(tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp)
+    count = int(packs) * parallel.dp_size * (config.data.max_tokens_per_pack // each)
+    tokens = np.zeros(each, np.int64)
+    group = Group(tokens[:101], [tokens[:924]], np.zeros(1, np.int8), np.ones(1, np.float32), None)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"groups_per_step": count})})
+    loader = StepLoader(MemoryGroups([group] * count, "full"), config, shape, parallel)
+    seed_everything(1, parallel)
+    transformer, modules = build_model(shape, config.model, config.objective, p, parallel)
+    chunks = wrap_data_parallel(modules, transformer, config.optimizer)
+    optimizer, runner = build_optimizer(chunks, config.optimizer, bf16=True), StepRunner(chunks, parallel)
+    for _ in range(2):
+        mode.allocated.reset()
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        batch = loader.batch(0)
+        runner.forward_backward(loader.packs(batch), batch.denominator)
+        apply_gradients(optimizer, reduce_gradients(optimizer), 1.0)
+    return mode.allocated.most
+
+
 def gpu_check(_: FakeCuda, output: str, *parts: str) -> Iterator[tuple[str, Any]]:
     """Parts of ``tools/gpu_check.py`` at a GPU's sizes: None, or how each failed."""
     from tools import gpu_check
@@ -252,11 +306,18 @@ def gpu_check(_: FakeCuda, output: str, *parts: str) -> Iterator[tuple[str, Any]
 if __name__ == "__main__":
     fake = install()
     import device_run
+    from memory_groups import MemoryGroups
 
     from megatron_gft import cpu
+    from megatron_gft.batch import StepLoader
+    from megatron_gft.config import load_config
     from megatron_gft.hf.shape import read_model_shape
     from megatron_gft.job import build_trainer
-    from megatron_gft.parallel import destroy_parallel, initialize_parallel
+    from megatron_gft.model import build_model
+    from megatron_gft.optimizer import apply_gradients, build_optimizer, reduce_gradients, wrap_data_parallel
+    from megatron_gft.parallel import destroy_parallel, initialize_parallel, seed_everything
+    from megatron_gft.shards import Group
+    from megatron_gft.step import StepRunner
 
     cpu.install()
 

@@ -93,3 +93,31 @@ def test_a_checkpoint_of_a_cpu_goes_on_there(library, model, tmp_path):
     subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
     case = "0/1 train.epochs=5 data.allow_changed_data=true"  # other groups
     assert on_fake_gpu(library, "train", model, str(tmp_path), case)[case][0] == 3
+
+
+INTERLEAVED = "parallel.pp=4 parallel.vpp=4"
+PEAKS = (
+    "examples/qwen2.5-math-1.5b/gpus-8.yaml 0/8 3",
+    "examples/qwen3-8b/gpus-8.yaml 0/8 3",
+    "examples/llama3.1-8b/gpus-8.yaml 0/8 3 parallel.cp=2 model.recompute=full",
+    f"examples/llama3.1-8b/gpus-8.yaml 0/8 8 {INTERLEAVED}",
+    f"examples/llama3.1-8b/gpus-8.yaml 7/8 8 {INTERLEAVED}",
+    "examples/llama3.1-70b/gpus-64.yaml 0/64 24",
+)
+
+
+@pytest.mark.slow
+def test_the_plan_says_what_a_step_holds(library):
+    """The fullest moment of a step with full packs, of those that run first and last in a pipeline."""
+    held, far = on_fake_gpu(library, "peak", *PEAKS), []
+    for case in PEAKS:
+        recipe, place, _, *overrides = case.split()
+        rank, world_size = map(int, place.split("/"))
+        command = [sys.executable, "tools/plan.py", "--config", recipe, "--world-size", str(world_size), "--json"]
+        options = ["model.backend=local", "data.packing=packed", *overrides]
+        done = subprocess.run([*command, *options], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+        stages = json.loads(done.stdout)["stages"]
+        planned = stages[rank * len(stages) // world_size]["estimate"]["total_with_exact"]
+        if abs(planned / held[case] - 1) > 0.02:
+            far.append(f"{case}: {planned / 2**30:.2f} GiB planned, {held[case] / 2**30:.2f} held")
+    assert not far, "\n".join(far)

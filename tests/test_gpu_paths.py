@@ -1,14 +1,12 @@
 """What only a GPU runs, as far as a CPU can show it."""
 
 import contextlib
-import weakref
 
 import megatron.core.optimizer as optimizers
 import pytest
 import torch
+from allocated import Allocated
 from megatron.core.optimizer import distrib_optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_gft import cpu
 from tools.bench import head
@@ -43,32 +41,6 @@ def test_adam_is_torchs_own_step_by_step(monkeypatch, fused):
         runs.append(weights)
     for ours, theirs in zip(*runs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0 if not fused else 1e-6, atol=0 if not fused else 1e-7)
-
-
-class Allocated(TorchDispatchMode):
-    """Bytes that tensors hold and held at most, as the allocator of a GPU counts them."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.held = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for storage in (leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
-            if storage._cdata not in self.held:
-                self.held[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self.release, storage._cdata)
-        return out
-
-    def release(self, storage):
-        self.now -= self.held.pop(storage)
-
-    def reset(self):
-        self.most = self.now
-        return self.now
 
 
 @pytest.mark.parametrize("variant", ["fused", "fused_main_grad"])

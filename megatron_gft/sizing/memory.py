@@ -193,16 +193,16 @@ def estimate_activations(
     residual = rows * shape.hidden_size * dtype / (p.tp if p.sequence_parallel else 1)  # [T/(c t), h]
     layer = _layer_bytes(config, shape, rows, dtype)
     layers = stage_layers(p, shape.num_layers)[stage]
-    in_flight = math.ceil(microbatches_in_flight(stage, p.pp, p.vpp, packs) * layers / (p.vpp or 1))
+    chunks = microbatches_in_flight(stage, p.pp, p.vpp, packs)
+    in_flight = math.ceil(chunks * layers / (p.vpp or 1))
     per_layer = residual if m.recompute == "full" else layer
-    saved = in_flight * per_layer
+    saved = in_flight * per_layer + chunks * rows * shape.kv_channels * 4  # and angles of positions, float32
     working = BACKWARD_WORKING_SHARE * layer + (layer if m.recompute == "full" else 0)
     if p.pp > 1:
         working += 4 * residual  # received and sent, forward and backward
+        saved += chunks * residual  # what was sent: Megatron keeps it, and may free it in no interleaved schedule
     if p.sequence_parallel:
         working += rows * shape.hidden_size * dtype  # Megatron's buffer for the gathered input of a linear layer
-    if stage == 0:
-        saved += residual * min(p.pp, packs or p.pp)
     if stage == p.pp - 1:
         saved += 2 * residual
         working = max(working, _head_bytes(config, shape, rows, dtype))
@@ -230,6 +230,8 @@ def _layer_bytes(config: Config, shape: ModelShape, rows: float, dtype: int) -> 
     attention = q * dtype + kv * seen * dtype + q * dtype + 4 * heads  # q, k and v, output, log-sum-exp
     if config.model.fp8:
         attention += q * gemm_input  # the projection's own copy of the output
+    if shape.qk_layernorm:
+        attention += (q + kv / 2) * dtype  # inputs of both norms
     if shape.num_moe_experts is None:
         f = shape.ffn_hidden_size / p.tp
         return rows * (norms + attention + 2 * f * dtype + f * gemm_input)  # gate and up, product
