@@ -23,8 +23,9 @@ SMOLLM2 := .models/SmolLM2-135M-Instruct
 export OMP_NUM_THREADS ?= 1
 
 TEST_WORKERS ?= 2
-# A file's tests share what is costly to make, so a file stays with one worker. No GPU: ranks share what there is.
-PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+# A file's tests share what is costly to make, so a file stays with one worker; tests/conftest.py says which begins.
+# No GPU: ranks share what there is.
+PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: install test test-slow test-all test-slurm test-vllm lint soak versions quickstart study study-full study-smollm2 gpu-check clean
 

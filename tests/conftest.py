@@ -49,8 +49,14 @@ def signals_as_before():
         signal.set_wakeup_fd(-1)
 
 
+# Files that take long begin first: at the end no worker works alone.
+LONG = ("study", "trainer", "layouts", "survive", "train_cli", "fake_cuda", "hf_weights", "rounds", "step", "convert")
+
+
 def pytest_collection_modifyitems(config, items):
     """Tests marked ``gpu`` need a CUDA device; ``soak`` and ``slurm`` run only when asked for by ``-m``."""
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     not_asked = pytest.mark.skip(reason="runs in make soak")
     slurm = pytest.mark.skip(reason="runs in make test-slurm")
