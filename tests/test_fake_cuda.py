@@ -97,7 +97,7 @@ def test_a_checkpoint_of_a_cpu_goes_on_there(library, model, tmp_path):
 
 INTERLEAVED = "parallel.pp=4 parallel.vpp=4"
 PEAKS = (
-    "examples/qwen2.5-math-1.5b/gpus-8.yaml 0/8 3",
+    "examples/qwen2.5-math-1.5b/gpus-8.yaml 0/8 3 model.recompute=core_attention",
     "examples/qwen3-8b/gpus-8.yaml 0/8 3",
     "examples/llama3.1-8b/gpus-8.yaml 0/8 3 parallel.cp=2 model.recompute=full",
     f"examples/llama3.1-8b/gpus-8.yaml 0/8 8 {INTERLEAVED}",

@@ -230,8 +230,8 @@ def _layer_bytes(config: Config, shape: ModelShape, rows: float, dtype: int) -> 
     attention = q * dtype + kv * seen * dtype + q * dtype + 4 * heads  # q, k and v, output, log-sum-exp
     if config.model.fp8:
         attention += q * gemm_input  # the projection's own copy of the output
-    if shape.qk_layernorm:
-        attention += (q + kv / 2) * dtype  # inputs of both norms
+    # The inputs of norms of q and k; a checkpoint takes v before it is copied, a view of the whole projection.
+    attention += (shape.qk_layernorm + (config.model.recompute == "core_attention")) * (q + kv / 2) * dtype
     if shape.num_moe_experts is None:
         f = shape.ffn_hidden_size / p.tp
         return rows * (norms + attention + 2 * f * dtype + f * gemm_input)  # gate and up, product
