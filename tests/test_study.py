@@ -7,7 +7,7 @@ import random
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -111,6 +111,18 @@ def test_a_result_of_other_settings_is_refused(tmp_path):
     for read in (lambda: runner.result("a/b"), lambda: report.read(runner.folder)):
         with pytest.raises(InputError, match=f"{file}.*remove it"):
             read()
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning", "error:No artists")
+def test_a_study_that_has_only_begun_has_a_report(tmp_path):
+    """Without bases, with one, with one cell, and with rounds that have no curve: no warning, no failure."""
+    runner = study.Runner(settings.TINY, tmp_path, None)
+    runner.lab = type("Lab", (), {"check_stop": lambda self: None})()
+    made = {"prepare": {"sizes": asdict(runner.sizes)}, "seed-0/base": {"valid": [1, 0]}}
+    made |= {"seed-0/gft/lr-0.001": {"valid": [1]}, "seed-0/rounds/base/lr-0.0001": {"valid": [1], "curve": []}}
+    for name, result in made.items():
+        runner.run([study.Task(name, 1.0, lambda result=result: result)], lambda task, result: None)
+        assert (report.write(runner.folder) / "tables.md").is_file()
 
 
 def test_the_second_look_at_smollm2(tmp_path, monkeypatch, capsys):

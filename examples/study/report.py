@@ -244,10 +244,10 @@ def _plot_rates(findings: Findings, arms: list[str], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), color=color, alpha=0.2, lw=0.8) if points else None
         means = [np.mean([findings.validation(result) for result in findings.cells[arm][lr].values()]) for lr in lrs]
         axis.plot(lrs, means, marker + "-", color=color, label=arm)
-    base = np.mean([findings.validation(result) for result in findings.bases.values()])
-    axis.axhline(base, color="black", ls="--", label="base")
+    if bases := [findings.validation(result) for result in findings.bases.values()]:
+        axis.axhline(np.mean(bases), color="black", ls="--", label="base")
+        axis.legend(fontsize=7, ncols=2)
     axis.set(xscale="log", xlabel="peak learning rate", ylabel="share of samples right, validation problems")
-    axis.legend(fontsize=7, ncols=2)
     _save(figure, path)
 
 
@@ -264,7 +264,8 @@ def _plot_entropy(rows: list[dict[str, Any]], path: Path) -> None:
         right.plot(ks, [row[f"pass@{k}"][0] for k in ks], marker + "-", color=color, label=row["arm"])
     left.set(xlabel="entropy of a token, nats", ylabel="share of samples right, test problems")
     right.set(xscale="log", xlabel="k", ylabel="pass@k, test problems")
-    right.legend(fontsize=7)
+    if rows:
+        right.legend(fontsize=7)
     _save(figure, path)
 
 
@@ -285,9 +286,9 @@ def _plot_after_rounds(findings: Findings, rows: list[dict[str, Any]], after: li
             color=_style(number)[0],
             label=start,
         )
-        curves = [result["curve"] for result in findings.cells[row["arm"]].get(row["lr"], {}).values()]
-        shortest = min(map(len, curves), default=0)
-        right.plot(np.mean([curve[:shortest] for curve in curves], 0), color=_style(number)[0], label=start)
+        if curves := [result["curve"] for result in findings.cells[row["arm"]].get(row["lr"], {}).values()]:
+            shortest = min(map(len, curves))
+            right.plot(np.mean([curve[:shortest] for curve in curves], 0), color=_style(number)[0], label=start)
     left.set(ylabel="share of samples right, test problems", xticks=[0, 1], xticklabels=["before", "after GRPO"])
     right.set(xlabel="round", ylabel="share of its samples right")
     if after:
