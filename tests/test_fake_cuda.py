@@ -51,8 +51,8 @@ def test_the_device_shows_what_waits_and_what_fails(library):
 
 # Ours, once a step: whether a rank is to stop. The loss comes along with Megatron's norm of the gradient.
 OURS = {"_local_scalar_dense megatron_gft/runtime.py agreed": 1}
-FINALIZE = "_local_scalar_dense distributed/finalize_model_grads.py finalize_model_grads"  # are there tokens
-MEGATRONS = {FINALIZE: 1, "_local_scalar_dense optimizer/clip_grads.py get_grad_norm_fp32": 1}
+NORM = {"_local_scalar_dense optimizer/clip_grads.py get_grad_norm_fp32": 1}
+FINALIZE = "_local_scalar_dense distributed/finalize_model_grads.py finalize_model_grads"  # a chunk: are there tokens
 FAST = ("0/1 data.packing=shared_prefix", "1/2 parallel.tp=2 parallel.sequence_parallel=true")
 OVERLAP = "optimizer.overlap_grad_reduce=true optimizer.overlap_param_gather=true"
 SLOW = (
@@ -78,7 +78,8 @@ def test_a_step_waits_once_and_a_microbatch_never(library, model, tmp_path, case
         assert isinstance(result, list), f"{case}: {result}"
         begins, microbatches, waits = result
         assert begins == 0 and microbatches >= 2, case
-        assert waits == OURS | MEGATRONS | ({FINALIZE: 2} if "vpp" in case else {}), case
+        assert waits.pop(FINALIZE, 0) <= (2 if "vpp" in case else 1), case  # later releases of Megatron do without
+        assert waits == OURS | NORM, case
 
 
 @pytest.mark.slow
