@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or torch.backends.cuda.is_built(), reason="needs g++, and a torch that knows no CUDA"
 )
 HERE = Path(__file__).parent
+FROM_ROOT = {"cwd": HERE.parent, "capture_output": True, "text": True}
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
 
 
@@ -36,9 +37,7 @@ def model(tmp_path_factory) -> str:
 def on_fake_gpu(library: str, what: str, *arguments: str) -> dict:
     """Results of ``what`` by name."""
     command = [sys.executable, "-W", "ignore", str(HERE / "fake_cuda.py"), what, *arguments]
-    done = subprocess.run(
-        command, env=ENVIRONMENT | {"LD_PRELOAD": library}, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run(command, env=ENVIRONMENT | {"LD_PRELOAD": library}, timeout=600, **FROM_ROOT)
     assert done.returncode == 0, done.stderr[-6000:]
     return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
 
@@ -118,7 +117,7 @@ def test_the_plan_says_what_a_step_holds(library):
         rank, world_size = map(int, place.split("/"))
         command = [sys.executable, "tools/plan.py", "--config", recipe, "--world-size", str(world_size), "--json"]
         options = ["model.backend=local", "data.packing=packed", *overrides]
-        done = subprocess.run([*command, *options], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+        done = subprocess.run([*command, *options], env=ENVIRONMENT, check=True, **FROM_ROOT)
         stages = json.loads(done.stdout)["stages"]
         planned = stages[rank * len(stages) // world_size]["estimate"]["total_with_exact"]
         if abs(planned / held[case] - 1) > 0.02:
