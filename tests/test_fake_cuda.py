@@ -104,7 +104,7 @@ PEAKS = (
     "examples/llama3.1-8b/gpus-8.yaml 0/8 3 parallel.cp=2 model.recompute=full",
     f"examples/llama3.1-8b/gpus-8.yaml 0/8 8 {INTERLEAVED}",
     f"examples/llama3.1-8b/gpus-8.yaml 7/8 8 {INTERLEAVED}",
-    "examples/llama3.1-70b/gpus-64.yaml 0/64 24",
+    "examples/llama3.1-70b/gpus-64.yaml 0/64 16",
 )
 
 
