@@ -46,7 +46,7 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self.fake = _WithoutDevice(allow_non_fake_inputs=True)
         self.waits: Counter[str] = Counter()
-        self.page_locked: set[int] = set()
+        self.page_locked: dict[int, torch.Tensor] = {}  # kept, or another tensor would get the place
         self.allocated = Allocated()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,7 +180,7 @@ def install() -> FakeCuda:
     cuda.set_rng_state = cuda.random.set_rng_state = nothing
     cuda.default_generators = (types.SimpleNamespace(set_state=nothing, get_state=generator.get_state),)
     torch.nn.Module._apply, torch.nn.functional.rms_norm = applied, Norm.apply
-    torch.Tensor.pin_memory = lambda tensor: (mode.page_locked.add(tensor.data_ptr()), tensor)[1]
+    torch.Tensor.pin_memory = lambda tensor: mode.page_locked.setdefault(tensor.data_ptr(), tensor)
     dist.broadcast_object_list = nothing  # the first rank's is every rank's own here
     dist.all_gather_object, dist.gather_object = all_gather_object, gather_object
     begin, group, make = dist.init_process_group, dist.new_group, torch.Generator

@@ -120,6 +120,6 @@ def test_the_plan_says_what_a_step_holds(library):
         done = subprocess.run([*command, *options], env=ENVIRONMENT, check=True, **FROM_ROOT)
         stages = json.loads(done.stdout)["stages"]
         planned = stages[rank * len(stages) // world_size]["estimate"]["total_with_exact"]
-        if abs(planned / held[case] - 1) > 0.02:
+        if not -0.015 < planned / held[case] - 1 < 0.02:  # too little is worse: a run that fits would not
             far.append(f"{case}: {planned / 2**30:.2f} GiB planned, {held[case] / 2**30:.2f} held")
     assert not far, "\n".join(far)
