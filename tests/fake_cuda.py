@@ -60,7 +60,8 @@ class FakeCuda(TorchDispatchMode):
             work = FakeWork().boxed()
             return work if len(func._schema.returns) == 1 else (args[0], work)
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
-            self.count(func, tensors[0].is_cuda)
+            if tensors[0].is_cuda:
+                self.count(func)
             return READS[torch.bool if len(tensors) > 1 else tensors[0].dtype]
         with self.fake:
             out = func(*args, **kwargs)
@@ -69,13 +70,12 @@ class FakeCuda(TorchDispatchMode):
             source, to = tensors[-1], out.device
             beside = kwargs.get("non_blocking") or args[2:] == (True,)
             beside = beside and (source.is_cuda or source.data_ptr() in self.page_locked)
-            self.count(func, source.device.type != to.type and not beside)
+            if source.device.type != to.type and not beside:
+                self.count(func)
         return out
 
-    def count(self, func: Any, waits: bool) -> None:
-        """By the innermost function of this project or of Megatron-Core."""
-        if not waits:
-            return
+    def count(self, func: Any) -> None:
+        """A wait, by the innermost function of this project or of Megatron-Core."""
         frames = [(Path(frame.filename), frame.name) for frame in reversed(traceback.extract_stack())]
         places = [
             f"{path.parent.name}/{path.name} {name}"
